@@ -1,0 +1,1 @@
+//! Builds, wires, waits and drains.

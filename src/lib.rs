@@ -1,0 +1,33 @@
+//! Lictor, a sidecar proxy for Consul service mesh driven by the agent's HTTP API alone.
+//!
+//! # A bird's-eye view
+//!
+//! **agent → [`consul`] → [`control`] → [`snapshot`] → [`proxy`] → wire**, and data flows rightward only.
+//!
+//! * [`config`] turns the command line and the environment into checked settings.
+//! * [`consul`] speaks the agent's HTTP API: one method per endpoint, and the loop that keeps a
+//!   blocking query open. It knows nothing about proxying.
+//! * [`tls`] is identity and mutual TLS: SPIFFE ids, credentials, verification.
+//! * [`snapshot`] holds what the data plane knows at one instant. Values only: no IO, no clock, no
+//!   randomness. Routing and intention decisions are pure functions here.
+//! * [`control`] is the only writer of snapshots: it gathers the agent's answers and publishes whole ones.
+//! * [`proxy`] is the data plane. It reads snapshots and never calls the agent.
+//! * [`app`] builds, wires, waits and drains. Only `main` and tests know it.
+//!
+//! # Invariants
+//!
+//! * The data plane never calls the agent and never waits for `control`: with the agent gone, traffic
+//!   goes on with what is known.
+//! * Wire types stay in [`consul`] and `control::translate`. Keys and tokens are never printed.
+//! * Unknown means no: no credentials, no handshake; no decision, no connection; not whole, not ready.
+//! * Every wait has a limit or is raced against [`drain`]. Every task has an owner.
+
+pub mod app;
+pub mod config;
+pub mod consul;
+pub mod control;
+pub mod drain;
+pub mod proxy;
+pub mod snapshot;
+pub mod telemetry;
+pub mod tls;

@@ -1,0 +1,181 @@
+//! What the data plane knows at one instant: values, no IO, no clock, no randomness.
+//!
+//! `control` writes a whole [`Snapshot`] and publishes it; `proxy` reads it. Parts that did not change
+//! keep their `Arc`, so that a reader tells by pointer what a change does not concern.
+
+mod chain;
+mod intention;
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+pub use chain::{Chain, Resolver, Target};
+pub use intention::{Action, Decision, DefaultPolicy, Intention, Intentions};
+
+use crate::tls;
+
+/// Everything that the data plane needs, as of one version.
+#[derive(Debug, Clone, Default)]
+pub struct Snapshot {
+    /// Counts up by one with each published change.
+    pub version: u64,
+    /// `None` when the registration has no port, which means "no public listener" to Consul.
+    pub public: Option<Arc<PublicListener>>,
+    /// By a key that names the destination and where it is bound: another address is another listener.
+    pub upstreams: BTreeMap<UpstreamKey, Arc<Upstream>>,
+}
+
+/// Where a listener is bound.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Bind {
+    Tcp(SocketAddr),
+    Unix {
+        path: PathBuf,
+        /// File mode bits of the socket; `None` leaves what the umask gives.
+        mode: Option<u32>,
+    },
+}
+
+/// The mTLS listener where the mesh reaches us.
+#[derive(Debug)]
+pub struct PublicListener {
+    pub bind: Bind,
+    /// The service name that we stand in front of: the destination of the intentions.
+    pub service: String,
+    pub protocol: Protocol,
+    pub local_app: LocalApp,
+    /// Time to connect to the local app; Consul's default is 5 s.
+    pub local_connect_timeout: Duration,
+    /// Whole answer of the local app, HTTP only; `None` is no limit; Consul's default is 15 s.
+    pub local_request_timeout: Option<Duration>,
+    /// Idle time of a stream to the local app, HTTP only; `None` is no limit; Consul's default is 5 min.
+    pub local_idle_timeout: Option<Duration>,
+    /// Time for a peer to finish its TLS handshake; default 10 s.
+    pub handshake_timeout: Duration,
+    /// Concurrent inbound connections; `None` is no limit.
+    pub max_connections: Option<usize>,
+    pub tls: Arc<tls::Server>,
+    pub intentions: Arc<Intentions>,
+}
+
+/// Where the local app listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LocalApp {
+    Tcp(Address),
+    Unix(PathBuf),
+}
+
+/// A host and port to dial. Hosts are usually literal addresses; names are resolved at each dial.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Address {
+    pub host: Host,
+    pub port: u16,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Host {
+    Ip(IpAddr),
+    Name(String),
+}
+
+/// Identifies an upstream of the registration and its listener: `service:db`, `query:dbq`,
+/// `service:db?dc=dc2`, with the place where it is bound.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct UpstreamKey {
+    pub destination: String,
+    pub bind: Bind,
+}
+
+/// A dependency of the local app with a local port or socket.
+#[derive(Debug)]
+pub struct Upstream {
+    pub key: UpstreamKey,
+    /// The name that the registration gives it, for logs.
+    pub name: String,
+    pub chain: Chain,
+    /// Connections open to one target at a time, `limits.max_connections`; `None` is no limit.
+    pub limits: Limits,
+    pub passive_health_check: PassiveHealthCheck,
+}
+
+/// Upstream limits; each `None` is no limit and zero is zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Limits {
+    pub max_connections: Option<usize>,
+    pub max_pending_requests: Option<usize>,
+    pub max_concurrent_requests: Option<usize>,
+}
+
+/// Outlier ejection, `passive_health_check`; defaults as Envoy has them under Consul.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PassiveHealthCheck {
+    /// Time between sweeps; default 10 s.
+    pub interval: Duration,
+    /// Consecutive failures that eject; default 5.
+    pub max_failures: u32,
+    /// Chance in percent that reaching `max_failures` ejects; default 100.
+    pub enforcing_consecutive_5xx: u32,
+    /// Part in percent of the instances that may be ejected; default 10, and one always may.
+    pub max_ejection_percent: u32,
+    /// Time of the first ejection, which grows with each; default 30 s.
+    pub base_ejection_time: Duration,
+}
+
+impl Default for PassiveHealthCheck {
+    fn default() -> Self {
+        Self {
+            interval: Duration::from_secs(10),
+            max_failures: 5,
+            enforcing_consecutive_5xx: 100,
+            max_ejection_percent: 10,
+            base_ejection_time: Duration::from_secs(30),
+        }
+    }
+}
+
+/// What a service speaks. Anything that is not HTTP-like is relayed as bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Protocol {
+    #[default]
+    Tcp,
+    Http,
+    Http2,
+    Grpc,
+}
+
+impl Protocol {
+    /// Reads Consul's `protocol` value, of any case; whatever is not HTTP-like is TCP, as in Consul.
+    #[must_use]
+    pub fn parse(text: &str) -> Self {
+        match text.to_ascii_lowercase().as_str() {
+            "http" => Self::Http,
+            "http2" => Self::Http2,
+            "grpc" => Self::Grpc,
+            _ => Self::Tcp,
+        }
+    }
+
+    #[must_use]
+    pub fn is_http(self) -> bool {
+        self != Self::Tcp
+    }
+}
+
+/// An instance that may be dialled.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endpoint {
+    pub address: Address,
+    /// 1 to 128, from the instance's weights and its health.
+    pub weight: u32,
+}
+
+/// The instances of a target: those that may be used, and how many the catalog lists at all, so that an
+/// error can say "none registered" or "none passing".
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Endpoints {
+    pub usable: Vec<Endpoint>,
+    pub registered: usize,
+}
