@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use chain::{Chain, Resolver, Target};
-pub use intention::{Action, Decision, DefaultPolicy, Intention, Intentions};
+pub use intention::{Action, Decider, Decision, DefaultPolicy, Intention, Intentions};
 
 use crate::tls;
 
