@@ -1,5 +1,7 @@
 //! The agent's HTTP API, nothing about proxying.
 
+pub mod api;
+
 use std::path::PathBuf;
 
 /// How to reach the agent, checked.
