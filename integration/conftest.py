@@ -1,0 +1,87 @@
+"""Fixtures: the binaries, one shared agent for each worker, and a `Mesh` for each scenario."""
+
+import contextlib
+import os
+import pathlib
+import secrets
+import shutil
+
+import pytest
+
+from mesh import Agent, Mesh
+from mesh.ports import Ports
+
+TOP = pathlib.Path(__file__).resolve().parent.parent
+
+
+def binary(variable, *candidates):
+    named = os.environ.get(variable)
+    found = named or next((c for c in candidates if c and os.path.exists(c)), None)
+    if not found:
+        pytest.exit(f"{variable} names no binary: run scripts/test, which finds or builds it", 2)
+    return found
+
+
+@pytest.fixture(scope="session")
+def binaries():
+    return {
+        "lictor": binary("LICTOR_BIN", TOP / "target/release/lictor"),
+        "consul": binary("CONSUL_BIN", shutil.which("consul"), TOP / ".cache/consul/usr/bin/consul"),
+    }
+
+
+@pytest.fixture(scope="session")
+def ports():
+    return Ports()
+
+
+@pytest.fixture(scope="session")
+def shared_agent(binaries, ports, tmp_path_factory):
+    """Development mode: no ACLs, so that whatever no intention speaks of is allowed."""
+    agent = Agent(binaries["consul"], ports, tmp_path_factory.mktemp("agent"))
+    try:
+        yield agent.start()
+    finally:
+        agent.stop()
+
+
+@pytest.fixture
+def stack():
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def mesh(request, shared_agent, binaries, ports, tmp_path, stack):
+    made = Mesh(shared_agent, binaries, ports, tmp_path, stack, secrets.token_hex(2))
+    request.node.mesh = made
+    return made
+
+
+@pytest.fixture
+def start_agent(binaries, ports, tmp_path, stack):
+    """Makes agents of the scenario's own: `start_agent(config, persist=…)`."""
+    def start(config=None, start=True, **how):
+        agent = Agent(binaries["consul"], ports, tmp_path, config, **how)
+        stack.callback(agent.stop)
+        return agent.start() if start else agent
+    return start
+
+
+@pytest.fixture
+def own_mesh(request, start_agent, binaries, ports, tmp_path, stack):
+    """A `Mesh` on an agent of the scenario's own: `own_mesh(config, persist=…)`."""
+    def make(config=None, **how):
+        made = Mesh(start_agent(config, **how), binaries, ports, tmp_path, stack, "")
+        request.node.mesh = made
+        return made
+    return make
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A failure shows the end of what each program said."""
+    report = (yield).get_result()
+    if report.failed and (made := getattr(item, "mesh", None)):
+        for process in made.processes:
+            report.sections.append((f"{process.label}: {' '.join(process.argv[:8])}", process.text()[-6000:]))

@@ -1,0 +1,14 @@
+"""What the scenarios are written with: agents, sidecars, apps and identities that are real, and waits that have a bound."""
+
+from .agent import Agent, ApiError
+from .apps import Conn, Echo, HalfCloser, Resetter, Silent, dial
+from .envoy import Envoy
+from .identity import Authority, Identity, mtls_connect, mtls_server
+from .process import Process
+from .service import Mesh, Service, Upstream
+from .wait import eventually, stays, NotInTime
+
+__all__ = [
+    "Agent", "ApiError", "Authority", "Conn", "Echo", "Envoy", "HalfCloser", "Identity", "Mesh", "NotInTime",
+    "Process", "Resetter", "Service", "Silent", "Upstream", "dial", "eventually", "mtls_connect", "mtls_server", "stays",
+]

@@ -1,0 +1,38 @@
+"""Waits that poll and have a bound."""
+
+import time
+
+# Long enough for a busy machine, short enough to notice. Scenarios give their own where the bound is what they are about.
+PATIENCE = 20.0
+
+
+class NotInTime(AssertionError):
+    """What was waited for did not happen within its bound."""
+
+
+def eventually(condition, within=PATIENCE, what=None, every=0.02):
+    """Calls `condition` until it is true, and returns what it returned.
+
+    A condition that raises `OSError` or `AssertionError` counts as not yet true; the last such error is in the message.
+    """
+    deadline = time.monotonic() + within
+    while True:
+        last = None
+        try:
+            if value := condition():
+                return value
+        except (OSError, AssertionError) as error:
+            last = error
+        if time.monotonic() > deadline:
+            raise NotInTime(f"not within {within:g} s: {what or condition.__name__}" + (f" ({last!r})" if last else ""))
+        time.sleep(every)
+
+
+def stays(condition, during, what=None, every=0.05):
+    """Asserts that `condition` is true now and at every look for `during` seconds."""
+    deadline = time.monotonic() + during
+    while True:
+        assert condition(), f"did not stay so: {what or condition.__name__}"
+        if time.monotonic() > deadline:
+            return
+        time.sleep(every)

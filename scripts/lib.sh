@@ -1,0 +1,127 @@
+# shellcheck shell=bash
+# What the scripts share: where things are, and getting what is missing. To be sourced.
+
+top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cache=$top/.cache
+mkdir -p "$cache"
+
+say() { printf '%s\n' "$*" >&2; }
+
+die() {
+    printf '%s\n' "$*" >&2
+    exit 1
+}
+
+# Installs Debian packages when root and apt are there; otherwise says in one sentence what is missing.
+# install_packages WHY PACKAGE...
+install_packages() {
+    local why=$1 log=$cache/apt.log
+    shift
+    if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+        die "$why is missing: install it (Debian's packages: $*), then run this again."
+    fi
+    say "Installing $* ($why) ..."
+    if ! DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@" >"$log" 2>&1; then
+        apt-get update >>"$log" 2>&1 || true
+        DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@" >>"$log" 2>&1 ||
+            die "$why could not be installed by apt (packages: $*; apt's own words are in $log): install it, then run this again."
+    fi
+}
+
+# cargo, and the C compiler that the cryptography library is built with.
+need_rust() {
+    command -v cargo >/dev/null || PATH=$PATH:${CARGO_HOME:-$HOME/.cargo}/bin
+    command -v cargo >/dev/null ||
+        die "Rust is missing: install Rust $(rust_version) or newer with rustup, so that cargo is on the PATH, then run this again."
+    local have
+    have=$(rustc --version | cut -d' ' -f2 | cut -d- -f1)
+    if [ "$(printf '%s\n' "$(rust_version)" "$have" | sort -V | head -n 1)" != "$(rust_version)" ]; then
+        die "Rust $have is too old: install Rust $(rust_version) or newer with rustup (rustup update), then run this again."
+    fi
+    if ! printf '#include <stdio.h>\n' | cc -E - >/dev/null 2>&1; then
+        install_packages "a C compiler" gcc libc6-dev
+    fi
+    need_certificates
+}
+
+rust_version() { sed -n 's/^rust-version = "\(.*\)"/\1/p' "$top/Cargo.toml"; }
+
+# The authorities that cargo and pip check the package registries by.
+need_certificates() {
+    [ -e /etc/ssl/certs/ca-certificates.crt ] || [ -e /etc/pki/tls/certs/ca-bundle.crt ] || [ -n "${SSL_CERT_FILE:-}" ] ||
+        install_packages "a set of certificate authorities" ca-certificates
+}
+
+# Prints the path of the release binary: LICTOR_BIN when it is set, else what cargo builds now.
+lictor_binary() {
+    if [ -n "${LICTOR_BIN:-}" ]; then
+        program "$LICTOR_BIN" LICTOR_BIN
+        return
+    fi
+    (cd "$top" && cargo build --release --locked) >&2
+    printf '%s\n' "$(cd "$top" && cd "${CARGO_TARGET_DIR:-target}" && pwd)/release/lictor"
+}
+
+# Prints the path of a Consul binary: CONSUL_BIN, the PATH's, or Debian 11's, fetched once.
+consul_binary() {
+    if [ -n "${CONSUL_BIN:-}" ]; then
+        program "$CONSUL_BIN" CONSUL_BIN
+        return
+    fi
+    if command -v consul; then
+        return
+    fi
+    [ -x "$cache/consul/usr/bin/consul" ] || fetch_consul ||
+        die "No Consul was found: install the package \"consul\" of Debian 11 (main), or Consul 1.8.7 or newer from HashiCorp, so that it is on the PATH, or name its binary in CONSUL_BIN."
+    printf '%s\n' "$cache/consul/usr/bin/consul"
+}
+
+# program PATH VARIABLE: prints the absolute path of an executable that a variable names.
+program() {
+    [ -f "$1" ] && [ -x "$1" ] || die "$2 names $1, which is not a program: set it to the path of one, or unset it."
+    printf '%s\n' "$(cd "$(dirname "$1")" && pwd)/$(basename "$1")"
+}
+
+# Debian 12 has no Consul, Debian 11 has. Its package is taken from the mirror that apt is set up with, with
+# lists of our own, so that the system's sources and package lists stay as they are; it is unpacked in the
+# cache and not installed.
+fetch_consul() {
+    command -v apt-get >/dev/null && command -v dpkg >/dev/null || return 1
+    local keyring=/usr/share/keyrings/debian-archive-keyring.gpg work=$cache/apt mirror
+    [ -e "$keyring" ] || return 1
+    say "Fetching Consul (Debian 11's package, through apt's mirror) ..."
+    rm -rf "$work" "$cache/consul"
+    mkdir -p "$work/lists/partial" "$work/archives/partial"
+    local -a own=(
+        -o "Dir::Etc::sourcelist=$work/sources.list" -o Dir::Etc::sourceparts=- -o "Dir::State::lists=$work/lists"
+        -o "Dir::Cache=$work" -o "Dir::Cache::archives=$work/archives" -o APT::Sandbox::User= -o Acquire::Languages=none
+    )
+    while read -r mirror; do
+        printf 'deb [signed-by=%s] %s bullseye main\n' "$keyring" "$mirror" >"$work/sources.list"
+        if apt-get "${own[@]}" update >"$work/log" 2>&1 &&
+            (cd "$work" && apt-get "${own[@]}" download consul) >>"$work/log" 2>&1 &&
+            dpkg -x "$work"/consul_*.deb "$cache/consul"; then
+            return 0
+        fi
+    done < <(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 2>/dev/null | grep -v security | sort -u)
+    return 1
+}
+
+# Prints the path of the virtualenv's python, which has what a requirements file names.
+# python_with FILE
+python_with() {
+    local wanted=$1 venv=$cache/venv stamp
+    stamp=$venv/.has-$(basename "$wanted")
+    if ! python3 -c 'import ensurepip, venv' 2>/dev/null; then
+        install_packages "Python 3 with venv" python3 python3-venv
+    fi
+    need_certificates
+    "$venv/bin/python" -c '' 2>/dev/null || python3 -m venv --clear "$venv" >&2
+    if ! cmp -s "$wanted" "$stamp"; then
+        say "Installing Python packages into ${venv#"$top/"} ..."
+        "$venv/bin/python" -m pip install -q --disable-pip-version-check -r "$wanted" >&2 ||
+            die "Python packages could not be installed: make PyPI reachable for pip, then run this again."
+        cp "$wanted" "$stamp"
+    fi
+    printf '%s\n' "$venv/bin/python"
+}
