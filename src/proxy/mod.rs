@@ -1,1 +1,242 @@
-//! The data plane.
+//! The data plane: makes the running listeners match the snapshot.
+//!
+//! A connection is served on the thread that accepted it, from its first byte to its last:
+//! [`listener`] accepts, [`inbound`] or [`outbound`] serves, [`relay`] copies.
+
+mod balance;
+mod inbound;
+mod listener;
+mod outbound;
+mod record;
+mod relay;
+mod socket;
+mod workers;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::drain::{self, Stage};
+use crate::snapshot::{Bind, PublicListener, Snapshot, Upstream, UpstreamKey};
+use balance::Clock;
+use listener::Live;
+use outbound::Plan;
+
+pub use workers::Workers;
+
+/// Runs the data plane until every listener and connection is done after a drain.
+pub async fn run(mut snapshots: watch::Receiver<Option<Arc<Snapshot>>>, workers: &Workers, mut drain: drain::Watch) {
+    let mut proxy = Proxy::new(workers, drain.clone());
+    loop {
+        let retry = proxy.reconcile(snapshots.borrow_and_update().as_deref());
+        tokio::select! {
+            changed = snapshots.changed() => if changed.is_err() { break },
+            () = tokio::time::sleep_until(retry) => {}
+            () = drain.reached(Stage::Draining) => break,
+        }
+    }
+    proxy.advance(Stage::Draining);
+    drain.reached(Stage::Closing).await;
+    proxy.advance(Stage::Closing);
+}
+
+struct Proxy<'a> {
+    workers: &'a Workers,
+    drain: drain::Watch,
+    clock: Clock,
+    open: inbound::Open,
+    public: Option<Running<PublicListener>>,
+    upstreams: BTreeMap<UpstreamKey, Running<Plan>>,
+    /// Listeners that are no longer wanted, whose connections go on.
+    retired_public: Vec<Running<PublicListener>>,
+    retired_upstreams: Vec<Running<Plan>>,
+    /// Binds that failed, by a name for the log.
+    failed: BTreeMap<Bind, Failed>,
+}
+
+/// A listener that accepts, or did and still has connections.
+struct Running<P> {
+    bind: Bind,
+    live: watch::Sender<Live<P>>,
+    /// Removed when the listener stops.
+    _socket_file: Option<SocketFile>,
+}
+
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// A bind that is tried again.
+struct Failed {
+    attempts: u32,
+    next: Instant,
+}
+
+impl<'a> Proxy<'a> {
+    fn new(workers: &'a Workers, drain: drain::Watch) -> Self {
+        Self {
+            workers,
+            drain,
+            clock: Clock::start(),
+            open: inbound::Open::default(),
+            public: None,
+            upstreams: BTreeMap::new(),
+            retired_public: Vec::new(),
+            retired_upstreams: Vec::new(),
+            failed: BTreeMap::new(),
+        }
+    }
+
+    /// Makes what runs match `snapshot`, and tells when to try again what could not be bound.
+    fn reconcile(&mut self, snapshot: Option<&Snapshot>) -> Instant {
+        let Some(snapshot) = snapshot else {
+            return Instant::now() + NOTHING_FAILED;
+        };
+        self.retire(snapshot);
+        if let Some(public) = &snapshot.public {
+            self.run_public(public);
+        }
+        for (key, upstream) in &snapshot.upstreams {
+            self.run_upstream(key, upstream);
+        }
+        self.failed.values().map(|failed| failed.next).min().unwrap_or_else(|| Instant::now() + NOTHING_FAILED)
+    }
+
+    /// Stops what is bound where the snapshot has no listener any more. First, so that another may bind there.
+    fn retire(&mut self, snapshot: &Snapshot) {
+        let wanted = snapshot.public.as_ref().map(|public| &public.bind);
+        if let Some(public) = self.public.take_if(|running| Some(&running.bind) != wanted) {
+            public.stop("public listener");
+            self.retired_public.push(public);
+        }
+        for (key, running) in self.upstreams.extract_if(.., |key, _| !snapshot.upstreams.contains_key(key)) {
+            running.stop(&key.destination);
+            self.retired_upstreams.push(running);
+        }
+        self.retired_public.retain(Running::is_in_use);
+        self.retired_upstreams.retain(Running::is_in_use);
+        let is_wanted = |bind: &Bind| Some(bind) == wanted || snapshot.upstreams.keys().any(|key| key.bind == *bind);
+        self.failed.retain(|bind, _| is_wanted(bind));
+    }
+
+    fn run_public(&mut self, public: &Arc<PublicListener>) {
+        if let Some(running) = &self.public {
+            return running.update(public);
+        }
+        let open = self.open.clone();
+        let serve = move |accepted| inbound::serve(accepted, open.clone());
+        self.public = self.start("public listener", &public.bind, public, serve);
+    }
+
+    fn run_upstream(&mut self, key: &UpstreamKey, upstream: &Arc<Upstream>) {
+        if let Some(running) = self.upstreams.get(key) {
+            let previous = Arc::clone(&running.live.borrow().part);
+            if !Arc::ptr_eq(&previous.upstream, upstream) {
+                running.update(&Arc::new(Plan::new(Arc::clone(upstream), Some(&previous))));
+            }
+            return;
+        }
+        let plan = Arc::new(Plan::new(Arc::clone(upstream), None));
+        let clock = self.clock;
+        let serve = move |accepted| outbound::serve(accepted, clock);
+        if let Some(running) = self.start(&key.destination, &key.bind, &plan, serve) {
+            self.upstreams.insert(key.clone(), running);
+        }
+    }
+
+    /// Binds and starts a listener on every worker. A failure is logged and tried again later.
+    fn start<P, S, F>(&mut self, name: &str, bind: &Bind, part: &Arc<P>, serve: S) -> Option<Running<P>>
+    where
+        P: Send + Sync + 'static,
+        S: Fn(listener::Accepted<P>) -> F + Clone + Send + 'static,
+        F: Future<Output = ()> + Send + 'static,
+    {
+        if self.failed.get(bind).is_some_and(|failed| Instant::now() < failed.next) {
+            return None;
+        }
+        let bound = match listener::bind(bind, self.workers.count()) {
+            Ok(bound) => bound,
+            Err(error) => {
+                self.bind_failed(name, bind, &error);
+                return None;
+            }
+        };
+        self.failed.remove(bind);
+        tracing::info!(target: "proxy", listener = name, bind_addr = %bind, "Starting listener");
+        let (live, watched) = watch::channel(Live { part: Arc::clone(part), stage: Stage::Running });
+        for (worker, bound) in bound.into_iter().enumerate() {
+            self.workers.spawn(worker, listener::run(bound, watched.clone(), self.drain.clone(), serve.clone()));
+        }
+        let socket_file = match bind {
+            Bind::Unix { path, .. } => Some(SocketFile(path.clone())),
+            Bind::Tcp(_) => None,
+        };
+        Some(Running { bind: bind.clone(), live, _socket_file: socket_file })
+    }
+
+    fn bind_failed(&mut self, name: &str, bind: &Bind, error: &std::io::Error) {
+        let failed = self.failed.entry(bind.clone()).or_insert(Failed { attempts: 0, next: Instant::now() });
+        let wait = (RETRY_FIRST * 2_u32.pow(failed.attempts.min(16))).min(RETRY_LAST);
+        failed.next = Instant::now() + wait;
+        failed.attempts += 1;
+        // A listener of ours that has just moved away may need a moment to close.
+        if failed.attempts == QUIET_ATTEMPTS {
+            tracing::error!(
+                target: "proxy",
+                listener = name,
+                bind_addr = %bind,
+                %error,
+                "Listener could not be started; trying again. If the address is taken, stop the program that has it or change the registration"
+            );
+        }
+    }
+
+    fn advance(&self, stage: Stage) {
+        for running in self.public.iter().chain(&self.retired_public) {
+            running.advance(stage);
+        }
+        for running in self.upstreams.values().chain(&self.retired_upstreams) {
+            running.advance(stage);
+        }
+    }
+}
+
+impl<P> Running<P> {
+    /// Publishes a changed part; the same one again concerns nobody.
+    fn update(&self, part: &Arc<P>) {
+        self.live.send_if_modified(|live| {
+            let changed = !Arc::ptr_eq(&live.part, part);
+            live.part = Arc::clone(part);
+            changed
+        });
+    }
+
+    fn advance(&self, stage: Stage) {
+        self.live.send_modify(|live| live.stage = live.stage.max(stage));
+    }
+
+    fn stop(&self, name: &str) {
+        tracing::info!(target: "proxy", listener = name, bind_addr = %self.bind, "Stopping listener; its open connections go on");
+        self.advance(Stage::Draining);
+    }
+
+    /// Connections, or the listener itself for a moment yet, still go by it.
+    fn is_in_use(&self) -> bool {
+        self.live.receiver_count() > 0
+    }
+}
+
+/// An hour: nothing is waited for.
+const NOTHING_FAILED: Duration = Duration::from_secs(3600);
+const RETRY_FIRST: Duration = Duration::from_millis(10);
+const RETRY_LAST: Duration = Duration::from_secs(5);
+/// Together some 150 ms.
+const QUIET_ATTEMPTS: u32 = 5;

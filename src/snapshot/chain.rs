@@ -34,3 +34,10 @@ pub struct Target {
     pub connect_timeout: Duration,
     pub endpoints: Arc<Endpoints>,
 }
+
+impl Chain {
+    /// Every target that the chain can lead to, failover included.
+    pub fn targets(&self) -> impl Iterator<Item = &Arc<Target>> {
+        self.start.targets.iter()
+    }
+}

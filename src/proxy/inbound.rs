@@ -1,0 +1,195 @@
+//! The public listener: one connection from the mesh.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::SystemTime;
+
+use tokio::sync::watch;
+use tokio::time::timeout;
+
+use super::listener::{Accepted, Live};
+use super::record::{Direction, Record, Shown};
+use super::relay::{self, Broken, Relay};
+use super::socket::Socket;
+use crate::drain::Stage;
+use crate::snapshot::{Decision, PublicListener};
+use crate::tls::{HandshakeError, SpiffeId, Stream};
+
+/// The connections that the public listener has open.
+#[derive(Debug, Clone, Default)]
+pub struct Open(Arc<AtomicUsize>);
+
+impl Open {
+    /// Counts one more until the guard is dropped, unless `limit` are open.
+    fn enter(&self, limit: Option<usize>) -> Option<OpenGuard> {
+        let guard = OpenGuard(Arc::clone(&self.0));
+        let before = self.0.fetch_add(1, Ordering::Relaxed);
+        limit.is_none_or(|limit| before < limit).then_some(guard)
+    }
+}
+
+struct OpenGuard(Arc<AtomicUsize>);
+
+impl Drop for OpenGuard {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Serves one connection: learn who it is, decide, connect to the local app, relay, record.
+pub async fn serve(accepted: Accepted<PublicListener>, open: Open) {
+    let Accepted { socket, remote, mut live, drain: _drain } = accepted;
+    let mut record = Record::new(Direction::Inbound, remote);
+    let listener = Arc::clone(&live.borrow().part);
+    let Some(_open) = open.enter(listener.max_connections) else {
+        tracing::info!(
+            target: "proxy.inbound",
+            limit = listener.max_connections,
+            src = %Shown(remote),
+            "Connection closed: max_inbound_connections are open"
+        );
+        return record.finish("limit reached");
+    };
+
+    let Some((mesh, peer)) = shake(socket, remote, &listener).await else {
+        return record.finish("no handshake");
+    };
+    record.peer(&peer);
+
+    // From here on changes are noticed, so that none slips between the decision and the relay.
+    let listener = Arc::clone(&live.borrow_and_update().part);
+    if let Some(reason) = denial(&listener, &peer) {
+        log_denial("Connection denied", remote, &peer, &listener, &reason);
+        relay::close_tls(mesh).await;
+        return record.finish("denied");
+    }
+
+    let connected = timeout(listener.local_connect_timeout, Socket::connect_app(&listener.local_app)).await;
+    let app = match connected {
+        Ok(Ok(app)) => app,
+        failed => {
+            let error = failed.map_or_else(
+                |_| "timed out".to_owned(),
+                |result| result.map_or_else(|e| e.to_string(), |_| String::new()),
+            );
+            tracing::warn!(
+                target: "proxy.inbound",
+                app = %listener.local_app,
+                error,
+                "failed to dial the local app: is it listening there? (LocalServiceAddress and LocalServicePort of the registration)"
+            );
+            relay::close_tls(mesh).await;
+            return record.finish("no local app");
+        }
+    };
+    relay(app, mesh, remote, &peer, &mut live, &mut record).await;
+}
+
+/// The TLS handshake, under its time limit, and the identity that it shows.
+async fn shake(
+    socket: Socket,
+    remote: Option<SocketAddr>,
+    listener: &PublicListener,
+) -> Option<(Stream<Socket>, SpiffeId)> {
+    // Raw bytes have no application protocol to agree on, whatever the client offers.
+    let config = listener.tls.config([]);
+    let problem = match timeout(listener.handshake_timeout, Stream::accept(socket, config)).await {
+        Ok(Ok(mesh)) => match listener.tls.authenticate(mesh.peer_certificates(), SystemTime::now()) {
+            Ok(peer) => return Some((mesh, peer)),
+            Err(e) => {
+                relay::close_tls(mesh).await;
+                e.to_string()
+            }
+        },
+        // Consul's own check of the port connects and leaves every 10 s.
+        Ok(Err(HandshakeError::Silent)) => return None,
+        Ok(Err(e)) => e.to_string(),
+        Err(_) => format!("no TLS handshake within {:?}", listener.handshake_timeout),
+    };
+    tracing::info!(target: "proxy.inbound", src = %Shown(remote), problem, "Connection refused: the peer did not prove a mesh identity");
+    None
+}
+
+/// Copies both ways until the connection ends, a newer state of the intentions denies it, or the drain
+/// time is over.
+async fn relay(
+    mut app: Socket,
+    mut mesh: Stream<Socket>,
+    remote: Option<SocketAddr>,
+    peer: &SpiffeId,
+    live: &mut watch::Receiver<Live<PublicListener>>,
+    record: &mut Record,
+) {
+    let mut copy = Relay::new();
+    let end = tokio::select! {
+        biased;
+        ended = copy.run(&mut app, &mut mesh) => End::Relayed(ended),
+        cut = cut(live, peer) => cut,
+    };
+    record.bytes(copy.opened, copy.sealed);
+    match end {
+        End::Relayed(Ok(())) => record.finish("ended"),
+        End::Relayed(Err(broken)) => {
+            record.finish(&broken.to_string());
+            relay::abort(&broken, app, mesh);
+        }
+        End::Denied(listener, reason) => {
+            log_denial("Open connection closed, it is denied now", remote, peer, &listener, &reason);
+            record.finish("denied while open");
+            relay::close(app, mesh).await;
+        }
+        End::Drained => {
+            record.finish("closed at the end of the drain time");
+            relay::close(app, mesh).await;
+        }
+    }
+}
+
+enum End {
+    Relayed(Result<(), Broken>),
+    Denied(Arc<PublicListener>, String),
+    Drained,
+}
+
+/// Ends when the connection must.
+async fn cut(live: &mut watch::Receiver<Live<PublicListener>>, peer: &SpiffeId) -> End {
+    loop {
+        if live.changed().await.is_err() {
+            return End::Drained;
+        }
+        let (listener, stage) = {
+            let now = live.borrow_and_update();
+            (Arc::clone(&now.part), now.stage)
+        };
+        if stage >= Stage::Closing {
+            return End::Drained;
+        }
+        if let Some(reason) = denial(&listener, peer) {
+            return End::Denied(listener, reason);
+        }
+    }
+}
+
+/// Why the peer may not have a connection, if it may not.
+fn denial(listener: &PublicListener, peer: &SpiffeId) -> Option<String> {
+    match listener.intentions.decide(peer) {
+        Decision::Allow(_) => None,
+        Decision::Deny(decider) => Some(decider.to_string()),
+        // Only requests can be judged by permissions; a TCP listener sees none.
+        Decision::EachRequest(intention) => {
+            Some(format!("{intention} has L7 permissions, which deny everything on a tcp service"))
+        }
+    }
+}
+
+fn log_denial(what: &str, remote: Option<SocketAddr>, peer: &SpiffeId, listener: &PublicListener, reason: &str) {
+    tracing::info!(
+        target: "proxy.inbound",
+        source = %peer,
+        destination = listener.service,
+        src = %Shown(remote),
+        reason,
+        "{what}"
+    );
+}

@@ -1,0 +1,194 @@
+//! Listening sockets: bind, accept, spawn, stop; the same for both directions.
+
+use std::future::{Future, poll_fn};
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::Path;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+
+use socket2::{Domain, Protocol, SockAddr, Type};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::watch;
+
+use super::socket::Socket;
+use crate::drain::{self, Stage};
+use crate::snapshot::Bind;
+
+/// What a running listener and its connections go by, replaced live.
+#[derive(Debug)]
+pub struct Live<P> {
+    pub part: Arc<P>,
+    pub stage: Stage,
+}
+
+/// A connection that was accepted, and what it goes by.
+pub struct Accepted<P> {
+    pub socket: Socket,
+    /// `None` for a Unix socket.
+    pub remote: Option<SocketAddr>,
+    pub live: watch::Receiver<Live<P>>,
+    /// Dropped when the connection is done.
+    pub drain: drain::Watch,
+}
+
+/// A listening socket that has not been given to a thread yet.
+#[derive(Debug)]
+pub enum Bound {
+    Tcp(std::net::TcpListener),
+    Unix(std::os::unix::net::UnixListener),
+}
+
+/// Binds one listening socket for each of `workers` threads, so that the kernel spreads connections and
+/// each stays on its thread.
+///
+/// # Errors
+/// Those of `socket`, `bind` and `listen`; above all `AddrInUse`.
+pub fn bind(bind: &Bind, workers: usize) -> io::Result<Vec<Bound>> {
+    match bind {
+        Bind::Tcp(address) => bind_tcp(*address, workers),
+        Bind::Unix { path, mode } => bind_unix(path, *mode, workers),
+    }
+}
+
+fn bind_tcp(address: SocketAddr, workers: usize) -> io::Result<Vec<Bound>> {
+    let mut bound = Vec::with_capacity(workers);
+    for worker in 0..workers {
+        let socket = socket2::Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+        socket.set_reuse_address(true)?;
+        if address.is_ipv6() {
+            // `[::]` and `0.0.0.0` are two addresses, each with its own owner.
+            socket.set_only_v6(true)?;
+        }
+        // The first socket is bound before it allows others beside it: an address that another program has,
+        // shared or not, is taken. The rest then join the first.
+        if worker > 0 {
+            socket.set_reuse_port(true)?;
+        }
+        socket.bind(&SockAddr::from(address))?;
+        socket.set_reuse_port(true)?;
+        socket.listen(BACKLOG)?;
+        socket.set_nonblocking(true)?;
+        bound.push(Bound::Tcp(socket.into()));
+    }
+    Ok(bound)
+}
+
+fn bind_unix(path: &Path, mode: Option<u32>, workers: usize) -> io::Result<Vec<Bound>> {
+    remove_stale(path)?;
+    let listener = std::os::unix::net::UnixListener::bind(path)?;
+    listener.set_nonblocking(true)?;
+    if let Some(mode) = mode {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
+    }
+    let mut bound = vec![Bound::Unix(listener.try_clone()?)];
+    for _ in 1..workers {
+        bound.push(Bound::Unix(listener.try_clone()?));
+    }
+    Ok(bound)
+}
+
+/// Removes a socket that nobody listens on any more; anything else at the path is left alone and makes the
+/// bind fail.
+fn remove_stale(path: &Path) -> io::Result<()> {
+    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
+    if is_socket
+        && std::os::unix::net::UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused)
+    {
+        std::fs::remove_file(path)?;
+    }
+    Ok(())
+}
+
+/// Connections that wait to be accepted; the kernel caps it at `net.core.somaxconn`.
+const BACKLOG: i32 = 4096;
+
+/// Accepts until the stage says otherwise, and has each connection served by a task of its own.
+pub async fn run<P, S, F>(bound: Bound, live: watch::Receiver<Live<P>>, drain: drain::Watch, serve: S)
+where
+    P: Send + Sync + 'static,
+    S: Fn(Accepted<P>) -> F,
+    F: Future<Output = ()> + Send + 'static,
+{
+    let listener = match Listener::new(bound) {
+        Ok(listener) => listener,
+        Err(e) => {
+            tracing::error!(target: "proxy", error = %e, "Listening socket can't be used");
+            return;
+        }
+    };
+    let mut stage = live.clone();
+    let stopped = async {
+        // An owner that is gone counts as a stop.
+        let _ = stage.wait_for(|live| live.stage >= Stage::Draining).await;
+    };
+    tokio::pin!(stopped);
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            () = &mut stopped => break,
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok((socket, remote)) => {
+                let accepted = Accepted { socket, remote, live: live.clone(), drain: drain.clone() };
+                tokio::spawn(serve(accepted));
+            }
+            Err(e) => pause_after(&e).await,
+        }
+    }
+    // Whoever the kernel has already greeted is served: closing the socket would reset them.
+    while let Some((socket, remote)) = listener.accept_waiting().await {
+        tokio::spawn(serve(Accepted { socket, remote, live: live.clone(), drain: drain.clone() }));
+    }
+}
+
+/// A connection that died in the queue is nothing; out of descriptors or memory needs a moment.
+async fn pause_after(error: &io::Error) {
+    if !matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted) {
+        tracing::warn!(target: "proxy", %error, "Accept failed; raise the limit of open files if that is it");
+        tokio::time::sleep(ACCEPT_PAUSE).await;
+    }
+}
+
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+enum Listener {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
+impl Listener {
+    fn new(bound: Bound) -> io::Result<Self> {
+        Ok(match bound {
+            Bound::Tcp(listener) => Self::Tcp(TcpListener::from_std(listener)?),
+            Bound::Unix(listener) => Self::Unix(UnixListener::from_std(listener)?),
+        })
+    }
+
+    async fn accept(&self) -> io::Result<(Socket, Option<SocketAddr>)> {
+        match self {
+            Self::Tcp(listener) => listener.accept().await.map(|(stream, remote)| (Socket::tcp(stream), Some(remote))),
+            Self::Unix(listener) => listener.accept().await.map(|(stream, _)| (Socket::Unix(stream), None)),
+        }
+    }
+
+    /// A connection that is there already, if any.
+    async fn accept_waiting(&self) -> Option<(Socket, Option<SocketAddr>)> {
+        poll_fn(|cx| {
+            Poll::Ready(match self {
+                Self::Tcp(listener) => match listener.poll_accept(cx) {
+                    Poll::Ready(Ok((stream, remote))) => Some((Socket::tcp(stream), Some(remote))),
+                    _ => None,
+                },
+                Self::Unix(listener) => match listener.poll_accept(cx) {
+                    Poll::Ready(Ok((stream, _))) => Some((Socket::Unix(stream), None)),
+                    _ => None,
+                },
+            })
+        })
+        .await
+    }
+}

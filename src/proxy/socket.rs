@@ -1,0 +1,136 @@
+//! A stream socket of either family, with the settings that every connection of a proxy wants.
+
+use std::io;
+use std::path::Path;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use socket2::{SockRef, TcpKeepalive};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::time::timeout;
+
+use crate::snapshot::{Address, Host, LocalApp};
+
+/// A connected TCP or Unix stream socket.
+#[derive(Debug)]
+pub enum Socket {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+impl Socket {
+    /// Dials the local app.
+    ///
+    /// # Errors
+    /// Those of name resolution and `connect`. The caller sets the time limit.
+    pub async fn connect_app(app: &LocalApp) -> io::Result<Self> {
+        match app {
+            LocalApp::Tcp(address) => Self::connect(address).await,
+            LocalApp::Unix(path) => Self::connect_unix(path).await,
+        }
+    }
+
+    /// Dials an address; a name is resolved first.
+    ///
+    /// # Errors
+    /// Those of name resolution and `connect`. The caller sets the time limit.
+    pub async fn connect(address: &Address) -> io::Result<Self> {
+        let stream = match &address.host {
+            Host::Ip(ip) => TcpStream::connect((*ip, address.port)).await?,
+            Host::Name(name) => TcpStream::connect((name.as_str(), address.port)).await?,
+        };
+        Ok(Self::tcp(stream))
+    }
+
+    async fn connect_unix(path: &Path) -> io::Result<Self> {
+        UnixStream::connect(path).await.map(Self::Unix)
+    }
+
+    /// Takes over a TCP connection: no Nagle delay, and keep-alive so that a peer that vanished is noticed.
+    /// A socket that refuses either still works.
+    #[must_use]
+    pub fn tcp(stream: TcpStream) -> Self {
+        let _ = stream.set_nodelay(true);
+        let _ = SockRef::from(&stream).set_tcp_keepalive(&KEEPALIVE);
+        Self::Tcp(stream)
+    }
+
+    /// Ends abruptly: the far end sees a reset instead of an end.
+    pub fn abort(self) {
+        if let Self::Tcp(stream) = &self {
+            let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
+        }
+    }
+
+    /// Ends cleanly: the far end sees the end of the stream and not a reset, which the kernel would send if
+    /// the socket were closed with bytes unread. What still comes is thrown away, for a short while.
+    pub async fn close(mut self) {
+        let mut sink = [0; 4096];
+        let _ = timeout(LINGER, async {
+            self.shutdown().await?;
+            let mut left = LINGER_BYTES;
+            while left > 0 {
+                match self.read(&mut sink).await? {
+                    0 => break,
+                    read => left = left.saturating_sub(read),
+                }
+            }
+            io::Result::Ok(())
+        })
+        .await;
+    }
+}
+
+/// First probe after 30 s of silence, then every 10 s; gone after four unanswered.
+const KEEPALIVE: TcpKeepalive =
+    TcpKeepalive::new().with_time(Duration::from_secs(30)).with_interval(Duration::from_secs(10)).with_retries(4);
+
+/// How long, and for how many bytes, a connection that we end is read from before it is closed.
+const LINGER: Duration = Duration::from_secs(1);
+const LINGER_BYTES: usize = 1024 * 1024;
+
+impl AsyncRead for Socket {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_read(cx, buffer),
+            Self::Unix(stream) => Pin::new(stream).poll_read(cx, buffer),
+        }
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_write(cx, bytes),
+            Self::Unix(stream) => Pin::new(stream).poll_write(cx, bytes),
+        }
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bytes),
+            Self::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bytes),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
+            Self::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
+}
