@@ -1,0 +1,471 @@
+//! The flags and how they are written.
+//!
+//! Consul is a Go program, and people's unit files hold what Go's `flag` package reads: `-x v`, `-x=v` and the same
+//! with two dashes, values that begin with a dash, and booleans that take a value by `=` alone. That is rewritten
+//! to `--x=v` here, so that the structs below have only one form to read.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+
+use anyhow::{Context as _, bail};
+use clap::builder::ValueParser;
+use clap::{Arg, ArgAction, Args, CommandFactory as _, Parser};
+
+use super::values;
+
+#[derive(Debug, Parser)]
+#[command(no_binary_name = true, disable_help_flag = true, disable_version_flag = true, args_override_self = true)]
+pub(super) struct Flags {
+    #[command(flatten)]
+    pub(super) mode: ModeFlags,
+    #[command(flatten)]
+    pub(super) ad_hoc: AdHocFlags,
+    #[command(flatten)]
+    pub(super) agent: AgentFlags,
+    #[command(flatten)]
+    pub(super) process: ProcessFlags,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Which proxy to run")]
+pub(super) struct ModeFlags {
+    /// Id of a service on the local agent whose sidecar to run. Exactly one connect-proxy must be registered with
+    /// this id as its Proxy.DestinationServiceID.
+    #[arg(long, value_name = "service id")]
+    pub(super) sidecar_for: Option<String>,
+    /// Id of the proxy to run, as registered on the local agent. It goes before -sidecar-for, wherever the two were
+    /// given.
+    #[arg(long, value_name = "proxy id")]
+    pub(super) proxy_id: Option<String>,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "A proxy defined by flags alone")]
+pub(super) struct AdHocFlags {
+    /// Name of the service to stand for, when neither -proxy-id nor -sidecar-for is given.
+    #[arg(long, value_name = "name")]
+    pub(super) service: Option<String>,
+    /// A service to reach, with the local port (or address) where to reach it: db:8181, db:127.0.0.2:8181,
+    /// db:[::1]:8181. The name of a prepared query ends in .query: nearest-db.query:8181. May be repeated.
+    #[arg(long, value_name = "name:[addr:]port")]
+    pub(super) upstream: Vec<String>,
+    /// Where to accept connections from the mesh: 0.0.0.0:8443 or just :8443. Needs -service and -service-addr.
+    #[arg(long, value_name = "addr:port")]
+    pub(super) listen: Option<String>,
+    /// Where the service itself listens, used with -listen.
+    #[arg(long, value_name = "addr:port")]
+    pub(super) service_addr: Option<String>,
+    /// Register this proxy in the local agent while it runs. Needs -service and -listen.
+    #[arg(long, action = ArgAction::Set, default_value_t = false)]
+    pub(super) register: bool,
+    /// Suffix of the id under which -register registers, to tell several proxies of one service apart.
+    #[arg(long, value_name = "suffix")]
+    pub(super) register_id: Option<String>,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "The Consul agent")]
+pub(super) struct AgentFlags {
+    /// Address of the agent's HTTP API: host:port, http://host:port, https://host:port or unix:///path. With
+    /// CONSUL_HTTP_SSL=true, http:// means https://. The default is http://127.0.0.1:8500.
+    #[arg(long, value_name = "address")]
+    pub(super) http_addr: Option<String>,
+    /// ACL token. The default is the agent's own token. Others of this machine can see it among the arguments:
+    /// prefer -token-file or the environment.
+    #[arg(long, value_name = "token")]
+    pub(super) token: Option<String>,
+    /// File with the ACL token; when the file changes, the new token is used at once. Goes before -token.
+    #[arg(long, value_name = "path")]
+    pub(super) token_file: Option<String>,
+    /// PEM file with the CA certificates that the agent's certificate is checked against. The default is the
+    /// system's.
+    #[arg(long, value_name = "path")]
+    pub(super) ca_file: Option<String>,
+    /// Directory of such PEM files.
+    #[arg(long, value_name = "path")]
+    pub(super) ca_path: Option<String>,
+    /// PEM file with the client certificate that an agent with verify_incoming asks for. Needs -client-key.
+    #[arg(long, value_name = "path")]
+    pub(super) client_cert: Option<String>,
+    /// PEM file with the private key of -client-cert.
+    #[arg(long, value_name = "path")]
+    pub(super) client_key: Option<String>,
+    /// Name that the agent's certificate must have, sent as SNI. The default is the host of the address.
+    #[arg(long, value_name = "name")]
+    pub(super) tls_server_name: Option<String>,
+    /// Datacenter to query. The default is the agent's.
+    #[arg(long, value_name = "name")]
+    pub(super) datacenter: Option<String>,
+    /// Let any Consul server answer, not only the leader: faster, and sometimes older. The default is false.
+    #[arg(long, action = ArgAction::Set, default_value_t = false)]
+    pub(super) stale: bool,
+    /// Namespace of the proxy, for Consul Enterprise only.
+    #[arg(long, value_name = "name")]
+    pub(super) namespace: Option<String>,
+    /// Admin partition of the proxy, for Consul Enterprise only.
+    #[arg(long, value_name = "name")]
+    pub(super) partition: Option<String>,
+    /// Most connections to the agent at one time, 4 to 128. An agent serves 200 to all programs of a host together.
+    /// The default is 24.
+    #[arg(long, value_name = "number")]
+    pub(super) agent_connections: Option<String>,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Logs and process")]
+pub(super) struct ProcessFlags {
+    /// TRACE, DEBUG, INFO, WARN or ERROR. The default is INFO.
+    #[arg(long, value_name = "level")]
+    pub(super) log_level: Option<String>,
+    /// Log one JSON object in each line. The default is false.
+    #[arg(long, action = ArgAction::Set, default_value_t = false)]
+    pub(super) log_json: bool,
+    /// How long open connections may go on after SIGTERM or SIGINT, such as 30s, 1m30s, or a number of seconds. A
+    /// second signal ends them at once. The default is 10s.
+    #[arg(long, value_name = "duration")]
+    pub(super) drain_time: Option<String>,
+    /// Threads that carry traffic, 1 to 1024. The default is one for each processor.
+    #[arg(long, value_name = "number")]
+    pub(super) workers: Option<String>,
+}
+
+/// The environment variable that stands in for a flag.
+pub(super) fn variable_of(flag: &str) -> Option<&'static str> {
+    Some(match flag {
+        "proxy-id" => "CONNECT_PROXY_ID",
+        "sidecar-for" => "CONNECT_SIDECAR_FOR",
+        "http-addr" => "CONSUL_HTTP_ADDR",
+        "token" => "CONSUL_HTTP_TOKEN",
+        "token-file" => "CONSUL_HTTP_TOKEN_FILE",
+        "ca-file" => "CONSUL_CACERT",
+        "ca-path" => "CONSUL_CAPATH",
+        "client-cert" => "CONSUL_CLIENT_CERT",
+        "client-key" => "CONSUL_CLIENT_KEY",
+        "tls-server-name" => "CONSUL_TLS_SERVER_NAME",
+        "namespace" => "CONSUL_NAMESPACE",
+        "partition" => "CONSUL_PARTITION",
+        "agent-connections" => "LICTOR_AGENT_CONNECTIONS",
+        "drain-time" => "LICTOR_DRAIN_TIME",
+        "workers" => "LICTOR_WORKERS",
+        _ => return None,
+    })
+}
+
+/// Flags of `consul connect proxy` and `consul connect envoy` (1.19.2) that have no meaning here, with whether they
+/// take a value: those who come from there need not edit their unit files.
+const WITHOUT_MEANING: &[(&str, bool)] = &[
+    ("address", true),
+    ("admin-access-log-path", true),
+    ("admin-bind", true),
+    ("bind-address", true),
+    ("deregister-after-critical", true),
+    ("enable-config-gen-logging", false),
+    ("envoy-binary", true),
+    ("envoy-ready-bind-address", true),
+    ("envoy-ready-bind-port", true),
+    ("envoy-version", true),
+    ("expose-servers", false),
+    ("grpc-addr", true),
+    ("grpc-ca-file", true),
+    ("grpc-ca-path", true),
+    ("ignore-envoy-compatibility", false),
+    ("no-central-config", false),
+    ("node-name", true),
+    ("omit-deprecated-tags", false),
+    ("pprof-addr", true),
+    ("prometheus-backend-port", true),
+    ("prometheus-ca-file", true),
+    ("prometheus-ca-path", true),
+    ("prometheus-cert-file", true),
+    ("prometheus-key-file", true),
+    ("prometheus-scrape-path", true),
+    ("wan-address", true),
+];
+
+/// Flags that would make the command do something else altogether: to go on without them would surprise.
+const REFUSED: &[(&str, &str)] = &[
+    ("bootstrap", "there is no Envoy to write a bootstrap configuration for; leave it out"),
+    ("gateway", "lictor runs sidecars, not gateways; run the gateway with `consul connect envoy`"),
+    ("mesh-gateway", "lictor runs sidecars, not gateways; run the gateway with `consul connect envoy`"),
+];
+
+/// What a command line says.
+#[derive(Debug)]
+pub(super) enum Line {
+    Help,
+    /// The flags, and the names of those that were given in vain.
+    Flags(Box<Flags>, BTreeSet<&'static str>),
+}
+
+/// Reads the arguments behind the command.
+pub(super) fn read(arguments: &[String]) -> anyhow::Result<Line> {
+    let command = Flags::command();
+    let mut canonical = Vec::with_capacity(arguments.len());
+    let mut ignored = BTreeSet::new();
+    let mut rest = arguments.iter();
+    while let Some(argument) = rest.next() {
+        if argument == "--" {
+            no_other(rest.next())?;
+            break;
+        }
+        let Some((name, inline)) = split(argument)? else { return no_other(Some(argument)).map(|()| Line::Help) };
+        if matches!(name, "h" | "help") {
+            return Ok(Line::Help);
+        }
+        let mut value = || {
+            let next = inline.map(str::to_owned).or_else(|| rest.next().cloned());
+            next.with_context(|| format!("flag needs an argument: -{name}"))
+        };
+        if let Some(known) = command.get_arguments().find(|known| known.get_long() == Some(name)) {
+            let value = if is_switch(known) { switch(name, inline)?.to_string() } else { value()? };
+            canonical.push(format!("--{name}={value}"));
+        } else if let Some((known, takes_value)) = WITHOUT_MEANING.iter().find(|(known, _)| *known == name) {
+            if *takes_value {
+                value()?;
+            } else {
+                switch(name, inline)?;
+            }
+            ignored.insert(*known);
+        } else {
+            return Err(unknown(name, command.get_arguments().filter_map(Arg::get_long)));
+        }
+    }
+    let flags = Flags::try_parse_from(canonical).context("reading the flags")?;
+    Ok(Line::Flags(Box::new(flags), ignored))
+}
+
+/// The text of `lictor connect proxy -help`.
+pub(super) fn help() -> String {
+    let mut text = String::from(HELP);
+    let mut group = None;
+    for flag in Flags::command().get_arguments() {
+        let heading = flag.get_help_heading();
+        if heading != group {
+            // A string takes whatever is written to it.
+            let _ = writeln!(text, "\n{}\n", heading.unwrap_or_default());
+            group = heading;
+        }
+        let name = flag.get_long().unwrap_or_default();
+        let value = flag.get_value_names().and_then(<[_]>::first).filter(|_| !is_switch(flag));
+        let _ = writeln!(text, "  -{name}{}", value.map(|value| format!("=<{value}>")).unwrap_or_default());
+        let about = flag.get_help().map(ToString::to_string).unwrap_or_default();
+        let variable = variable_of(name).map(|variable| format!(" [{variable}]")).unwrap_or_default();
+        wrap(&mut text, &format!("{}.{variable}", about.trim_end_matches('.')));
+    }
+    text.push_str(HELP_END);
+    text
+}
+
+const HELP: &str = "\
+Usage: lictor connect proxy [options]
+
+  Runs a sidecar proxy of Consul's service mesh until SIGINT or SIGTERM. The
+  proxy's registration, its upstreams, intentions and certificates come from the
+  local Consul agent, and changes of them are followed without a restart.
+
+  The sidecar of the registered service \"web\":
+
+    $ lictor connect proxy -sidecar-for web
+
+  The same for one of several proxies, by its own id:
+
+    $ lictor connect proxy -proxy-id web-sidecar-proxy
+
+  Nothing registered: be \"web\" and reach \"db\" by the local port 8181:
+
+    $ lictor connect proxy -service web -upstream db:8181
+
+  Each flag is written with one dash or two, with its value behind a space or an
+  equals sign. A variable in [brackets] stands in for a flag that is not given.
+";
+
+const HELP_END: &str = "
+More variables of the environment
+
+  CONSUL_HTTP_AUTH
+     User, or user:password, for basic authentication.
+  CONSUL_HTTP_SSL
+     Boolean: use https.
+  CONSUL_HTTP_SSL_VERIFY
+     Boolean: false accepts any certificate of the agent. The default is true.
+
+  Flags of `consul connect proxy` and `consul connect envoy` that have no meaning
+  here are accepted with a warning.
+";
+
+/// Splits `-name` or `-name=value`; `None` when it is no flag at all.
+fn split(argument: &str) -> anyhow::Result<Option<(&str, Option<&str>)>> {
+    let Some(flag) = argument.strip_prefix('-').filter(|rest| !rest.is_empty()) else { return Ok(None) };
+    let flag = flag.strip_prefix('-').unwrap_or(flag);
+    if flag.is_empty() || flag.starts_with(['-', '=']) {
+        bail!("bad flag syntax: {argument}");
+    }
+    Ok(Some(flag.split_once('=').map_or((flag, None), |(name, value)| (name, Some(value)))))
+}
+
+fn no_other(argument: Option<&String>) -> anyhow::Result<()> {
+    match argument {
+        Some(argument) => bail!("Should have no non-flag arguments. Remove {argument:?}, or put its flag before it."),
+        None => Ok(()),
+    }
+}
+
+fn is_switch(flag: &Arg) -> bool {
+    flag.get_value_parser().type_id() == ValueParser::bool().type_id()
+}
+
+fn switch(name: &str, value: Option<&str>) -> anyhow::Result<bool> {
+    let Some(value) = value else { return Ok(true) };
+    values::boolean(value)
+        .with_context(|| format!("invalid boolean value {value:?} for -{name}: write -{name}=true or -{name}=false"))
+}
+
+fn unknown<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> anyhow::Error {
+    if let Some((_, why)) = REFUSED.iter().find(|(refused, _)| *refused == name) {
+        return anyhow::anyhow!("the flag -{name} is not supported: {why}");
+    }
+    let known = known.chain(WITHOUT_MEANING.iter().map(|(known, _)| *known));
+    let nearest = known.map(|known| (distance(name, known), known)).min();
+    match nearest {
+        Some((steps, known)) if steps <= 1 + name.len() / 4 => {
+            anyhow::anyhow!("flag provided but not defined: -{name} (did you mean -{known}?)")
+        }
+        _ => anyhow::anyhow!("flag provided but not defined: -{name} (`lictor connect proxy -help` lists the flags)"),
+    }
+}
+
+/// Levenshtein's distance in bytes.
+fn distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.bytes().enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
+        for (j, y) in b.bytes().enumerate() {
+            let best = (diagonal + usize::from(x != y)).min(row[j] + 1).min(row[j + 1] + 1);
+            diagonal = std::mem::replace(&mut row[j + 1], best);
+        }
+    }
+    row[b.len()]
+}
+
+/// Adds a paragraph, indented by five and at most 80 wide.
+fn wrap(text: &mut String, paragraph: &str) {
+    let mut width = 0;
+    for word in paragraph.split_whitespace() {
+        if width == 0 || width + 1 + word.len() > 80 {
+            text.push_str(if width == 0 { "     " } else { "\n     " });
+            width = 5;
+        } else {
+            text.push(' ');
+            width += 1;
+        }
+        text.push_str(word);
+        width += word.len();
+    }
+    text.push('\n');
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read_words(line: &str) -> anyhow::Result<Line> {
+        read(&line.split_whitespace().map(str::to_owned).collect::<Vec<_>>())
+    }
+
+    fn flags(line: &str) -> (Flags, BTreeSet<&'static str>) {
+        match read_words(line) {
+            Ok(Line::Flags(flags, ignored)) => (*flags, ignored),
+            other => panic!("{line}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_table_of_flags_is_sound() {
+        Flags::command().debug_assert();
+        for flag in Flags::command().get_arguments() {
+            assert!(WITHOUT_MEANING.iter().all(|(name, _)| Some(*name) != flag.get_long()));
+        }
+    }
+
+    #[test]
+    fn values_are_written_as_in_go() {
+        for line in ["-service web", "--service web", "-service=web", "--service=web", "-service x -service web"] {
+            assert_eq!(flags(line).0.ad_hoc.service.as_deref(), Some("web"), "{line}");
+        }
+        assert_eq!(flags("-service -dash").0.ad_hoc.service.as_deref(), Some("-dash"));
+        assert_eq!(flags("-service -- -stale").0.ad_hoc.service.as_deref(), Some("--"));
+        assert_eq!(flags("-service=a=b").0.ad_hoc.service.as_deref(), Some("a=b"));
+        assert_eq!(flags("-service=").0.ad_hoc.service.as_deref(), Some(""));
+        assert_eq!(flags("-upstream a:1 --upstream=b:2").0.ad_hoc.upstream, ["a:1", "b:2"]);
+        assert_eq!(flags("-stale --").0.agent.token, None);
+    }
+
+    #[test]
+    fn switches_take_a_value_by_an_equals_sign_only() {
+        let cases = [
+            ("-stale", true),
+            ("--stale", true),
+            ("-stale=1", true),
+            ("-stale=T", true),
+            ("-stale=True", true),
+            ("-stale=false", false),
+            ("-stale=0", false),
+            ("-stale -stale=F", false),
+            ("", false),
+        ];
+        for (line, expected) in cases {
+            assert_eq!(flags(line).0.agent.stale, expected, "{line}");
+        }
+        let (flags, _) = flags("-register -log-json -register-id x");
+        assert!(flags.ad_hoc.register && flags.process.log_json && !flags.agent.stale);
+    }
+
+    #[test]
+    fn flags_without_meaning_are_taken_with_their_values() {
+        let (flags, ignored) = flags("-pprof-addr :6060 -no-central-config -grpc-addr=x -pprof-addr -y -service web");
+        assert_eq!(flags.ad_hoc.service.as_deref(), Some("web"));
+        assert_eq!(ignored.into_iter().collect::<Vec<_>>(), ["grpc-addr", "no-central-config", "pprof-addr"]);
+    }
+
+    #[test]
+    fn wrong_lines_are_told_in_a_sentence() {
+        let cases = [
+            ("-listn x", "flag provided but not defined: -listn (did you mean -listen?)"),
+            ("-sidecarfor x", "did you mean -sidecar-for?"),
+            ("-ppro-addr x", "did you mean -pprof-addr?"),
+            ("-frobnicate", "flag provided but not defined: -frobnicate (`lictor connect proxy -help`"),
+            ("-service", "flag needs an argument: -service"),
+            ("-pprof-addr", "flag needs an argument: -pprof-addr"),
+            ("-stale=maybe", "invalid boolean value \"maybe\" for -stale"),
+            ("-no-central-config=x", "invalid boolean value \"x\" for -no-central-config"),
+            ("-stale false", "Should have no non-flag arguments. Remove \"false\""),
+            ("web", "Should have no non-flag arguments."),
+            ("-", "Should have no non-flag arguments."),
+            ("-- -service web", "Should have no non-flag arguments."),
+            ("---service web", "bad flag syntax: ---service"),
+            ("-=x", "bad flag syntax: -=x"),
+            ("--=x", "bad flag syntax: --=x"),
+            ("-gateway mesh", "the flag -gateway is not supported: lictor runs sidecars"),
+            ("-bootstrap", "the flag -bootstrap is not supported"),
+        ];
+        for (line, expected) in cases {
+            let error = read_words(line).expect_err(line).to_string();
+            assert!(error.contains(expected), "{line}: {error}");
+            assert!(!error.contains('\n'), "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn help_names_each_flag_and_variable() {
+        for line in ["-h", "--help", "-help", "-service web -h"] {
+            assert!(matches!(read_words(line).unwrap(), Line::Help), "{line}");
+        }
+        let help = help();
+        for flag in Flags::command().get_arguments() {
+            let name = flag.get_long().unwrap();
+            assert!(help.contains(&format!("\n  -{name}")), "{name}");
+            assert!(variable_of(name).is_none_or(|variable| help.contains(&format!("[{variable}]"))), "{name}");
+        }
+        assert!(help.lines().all(|line| line.len() <= 82), "{help}");
+    }
+}

@@ -1,0 +1,459 @@
+//! The command line and the environment, turned into checked settings.
+//!
+//! The command is `consul connect proxy` (Consul 1.8.7 to 1.22) to the letter, so that a unit file changes in one
+//! word. Where Consul goes on with input that it did not understand, and would send a token in plaintext or trust
+//! any certificate, we stop with a sentence that says what to write instead.
+
+mod flags;
+mod values;
+
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::fs;
+use std::io::{self, Read as _};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail, ensure};
+use tracing::Level;
+
+use crate::{consul, telemetry};
+use flags::{AdHocFlags, AgentFlags, Line, ModeFlags, ProcessFlags};
+
+/// What the process was asked to do.
+#[derive(Debug)]
+pub struct Config {
+    pub mode: Mode,
+    pub agent: consul::Settings,
+    pub log: telemetry::Settings,
+    /// How long open connections may go on after a first signal; default 10 s.
+    pub drain_time: Duration,
+    /// Threads of the data plane; default one for each processor.
+    pub workers: usize,
+    /// What was given in vain, each a sentence for the log.
+    pub warnings: Vec<String>,
+}
+
+/// Where the proxy's own definition comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Mode {
+    /// `-proxy-id`: the id of a registered proxy.
+    ProxyId(String),
+    /// `-sidecar-for`: the id of a service with exactly one sidecar.
+    SidecarFor(String),
+    /// `-service`: everything from flags.
+    AdHoc(AdHoc),
+}
+
+/// A proxy that is defined by flags alone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AdHoc {
+    pub service: String,
+    /// In the order of their names.
+    pub upstreams: Vec<AdHocUpstream>,
+    /// `-listen` with `-service-addr`: the public listener and the local app as `host:port`. A `-listen` without a
+    /// host is the unspecified address, which is no address to register.
+    pub public: Option<(SocketAddr, String)>,
+    /// `-register`, with the `-register-id` suffix.
+    pub register: Option<Register>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct AdHocUpstream {
+    pub name: String,
+    pub prepared_query: bool,
+    pub bind: SocketAddr,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Register {
+    pub id_suffix: Option<String>,
+}
+
+/// What a command line asks for.
+#[derive(Debug)]
+pub enum Invocation {
+    Run(Box<Config>),
+    /// Print this, and that was all.
+    Print(String),
+}
+
+/// Reads the arguments (without the program's name) and the environment.
+///
+/// # Errors
+///
+/// One sentence that names the flag or variable at fault and what to write instead. It never holds a token.
+pub fn read(
+    arguments: impl IntoIterator<Item = OsString>,
+    environment: impl Fn(&str) -> Option<OsString>,
+) -> anyhow::Result<Invocation> {
+    let text = |argument: OsString| argument.into_string().map_err(|raw| anyhow::anyhow!("{raw:?} is not UTF-8"));
+    let arguments = arguments.into_iter().map(text).collect::<anyhow::Result<Vec<_>>>()?;
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let flags = match words.as_slice() {
+        ["connect", "proxy", ..] => &arguments[2..],
+        ["proxy", ..] => &arguments[1..],
+        ["version" | "-version" | "--version" | "-v", ..] => return Ok(Invocation::Print(version())),
+        ["help" | "-h" | "-help" | "--help", ..] => return Ok(Invocation::Print(HELP.to_owned())),
+        ["connect", "help" | "-h" | "-help" | "--help", ..] => return Ok(Invocation::Print(CONNECT_HELP.to_owned())),
+        [] | ["connect"] => bail!("no command given: run `lictor connect proxy -sidecar-for <service id>`; see {SEE}"),
+        ["connect", "envoy", ..] => bail!("there is no Envoy here: use `lictor connect proxy` with the same flags"),
+        ["connect", other, ..] => {
+            bail!("unknown command `connect {other}`: there is `lictor connect proxy`; see {SEE}")
+        }
+        [other, ..] => bail!("unknown command `{other}`: there is `lictor connect proxy`; see {SEE}"),
+    };
+    match flags::read(flags)? {
+        Line::Help => Ok(Invocation::Print(flags::help())),
+        Line::Flags(flags, ignored) => {
+            let reader = Reader::new(&environment, ignored);
+            Ok(Invocation::Run(Box::new(reader.config(*flags)?)))
+        }
+    }
+}
+
+impl Config {
+    /// What a starting proxy tells about itself, with Consul's labels.
+    #[must_use]
+    pub fn facts(&self) -> Vec<(&'static str, String)> {
+        let mode = |name: &str| ("Configuration mode", name.to_owned());
+        match &self.mode {
+            Mode::ProxyId(id) => vec![mode("Agent API"), ("Proxy ID", id.clone())],
+            Mode::SidecarFor(id) => vec![mode("Agent API"), ("Sidecar for ID", id.clone())],
+            Mode::AdHoc(ad_hoc) => {
+                let mut facts = vec![mode("Flags"), ("Service", ad_hoc.service.clone())];
+                facts.extend(ad_hoc.upstreams.iter().map(|up| ("Upstream", format!("{} => {}", up.name, up.bind))));
+                let public = ad_hoc.public.as_ref();
+                let public = public.map_or("Disabled".to_owned(), |(bind, app)| format!("{bind} => {app}"));
+                facts.push(("Public listener", public));
+                facts
+            }
+        }
+    }
+}
+
+const SEE: &str = "`lictor --help`";
+
+const HELP: &str = "\
+Usage: lictor <command>
+
+  Lictor is a sidecar proxy for Consul's service mesh, driven by nothing but the
+  agent's HTTP API.
+
+Commands
+
+  connect proxy   Run a sidecar, with the flags of `consul connect proxy`
+  proxy           The same
+  version         Print the version
+
+  `lictor connect proxy --help` lists the flags.
+";
+
+const CONNECT_HELP: &str = "\
+Usage: lictor connect <command>
+
+Commands
+
+  proxy   Run a sidecar, with the flags of `consul connect proxy`
+
+  `lictor connect proxy --help` lists the flags.
+";
+
+fn version() -> String {
+    format!("lictor {}\n", env!("CARGO_PKG_VERSION"))
+}
+
+/// A value with the flag or variable that it came from.
+#[derive(Debug)]
+struct Given {
+    value: String,
+    from: String,
+}
+
+/// Brings flags and environment together.
+struct Reader<'a> {
+    environment: &'a dyn Fn(&str) -> Option<OsString>,
+    warnings: Vec<String>,
+}
+
+impl<'a> Reader<'a> {
+    fn new(environment: &'a dyn Fn(&str) -> Option<OsString>, ignored: BTreeSet<&'static str>) -> Self {
+        let warn = |name| format!("the flag -{name} has no meaning for lictor and is ignored");
+        Self { environment, warnings: ignored.into_iter().map(warn).collect() }
+    }
+
+    fn config(mut self, flags: flags::Flags) -> anyhow::Result<Config> {
+        let process = self.process(flags.process)?;
+        let max_connections = flags.agent.agent_connections.clone();
+        let max_connections = self.number("agent-connections", max_connections, 4..=128)?.unwrap_or(24);
+        let agent = self.agent(flags.agent, max_connections).context("Error connecting to Consul agent")?;
+        let mode = self.mode(flags.mode, flags.ad_hoc).context("Error preparing configuration")?;
+        let (log, drain_time, workers) = process;
+        Ok(Config { mode, agent, log, drain_time, workers, warnings: self.warnings })
+    }
+
+    fn process(&mut self, flags: ProcessFlags) -> anyhow::Result<(telemetry::Settings, Duration, usize)> {
+        let level = flags.log_level.as_deref().map_or(Ok(Level::INFO), log_level)?;
+        let drain_time = match self.given("drain-time", flags.drain_time)? {
+            Some(Given { value, from }) => {
+                values::duration(&value).filter(|time| *time <= MAX_DRAIN_TIME).with_context(|| {
+                    format!(
+                        "{from}: {value:?} is not a duration of at most a day; write 30s, 1m30s or a number of seconds"
+                    )
+                })?
+            }
+            None => Duration::from_secs(10),
+        };
+        let workers = match self.number("workers", flags.workers, 1..=1024)? {
+            Some(workers) => workers,
+            None => std::thread::available_parallelism().map_or(1, usize::from),
+        };
+        Ok((telemetry::Settings { level, json: flags.log_json }, drain_time, workers))
+    }
+
+    fn mode(&mut self, mode: ModeFlags, ad_hoc: AdHocFlags) -> anyhow::Result<Mode> {
+        ensure!(
+            !ad_hoc.register || (is_given(&ad_hoc.service) && is_given(&ad_hoc.listen)),
+            "-register may only be specified with -service and -listen"
+        );
+        // An id from the environment goes before -sidecar-for on the command line, as in Consul.
+        if let Some(id) = self.given("proxy-id", mode.proxy_id)? {
+            self.warn_unused(&ad_hoc, &id.from);
+            if is_given(&mode.sidecar_for) {
+                self.warnings.push(format!("the flag -sidecar-for is ignored because of {}", id.from));
+            }
+            return Ok(Mode::ProxyId(id.value));
+        }
+        if let Some(id) = self.given("sidecar-for", mode.sidecar_for)? {
+            self.warn_unused(&ad_hoc, &id.from);
+            return Ok(Mode::SidecarFor(id.value));
+        }
+        self.ad_hoc(ad_hoc).map(Mode::AdHoc)
+    }
+
+    fn ad_hoc(&mut self, flags: AdHocFlags) -> anyhow::Result<AdHoc> {
+        let given = |value: Option<String>| value.filter(|value| !value.is_empty());
+        let service = given(flags.service).context(
+            "-service or -proxy-id must be specified so that proxy can configure itself. \
+             To run the sidecar of a registered service, give -sidecar-for with the service's id.",
+        )?;
+        let upstreams = flags.upstream.iter().map(|text| upstream(text)).collect::<anyhow::Result<BTreeSet<_>>>()?;
+        let upstreams = Vec::from_iter(upstreams);
+        for (i, upstream) in upstreams.iter().enumerate() {
+            if let Some(other) = upstreams[..i].iter().find(|other| other.bind == upstream.bind) {
+                bail!("-upstream: {} and {} cannot both be at {}", other.name, upstream.name, upstream.bind);
+            }
+        }
+        let app = given(flags.service_addr);
+        let public = match given(flags.listen) {
+            Some(listen) => {
+                let bind = values::bind(&listen, Ipv4Addr::UNSPECIFIED).context("-listen")?;
+                let app = app.context(
+                    "-service-addr must be specified with -listen so the proxy knows the backend service address.",
+                )?;
+                Some((bind, values::dial(&app).context("-service-addr")?))
+            }
+            None => {
+                if app.is_some() {
+                    self.warnings.push("the flag -service-addr has no meaning without -listen and is ignored".into());
+                }
+                None
+            }
+        };
+        let id_suffix = given(flags.register_id);
+        if id_suffix.is_some() && !flags.register {
+            self.warnings.push("the flag -register-id has no meaning without -register and is ignored".into());
+        }
+        let register = flags.register.then_some(Register { id_suffix });
+        Ok(AdHoc { service, upstreams, public, register })
+    }
+
+    fn warn_unused(&mut self, flags: &AdHocFlags, because: &str) {
+        let unused = [
+            ("service", is_given(&flags.service)),
+            ("upstream", !flags.upstream.is_empty()),
+            ("listen", is_given(&flags.listen)),
+            ("service-addr", is_given(&flags.service_addr)),
+            ("register", flags.register),
+            ("register-id", is_given(&flags.register_id)),
+        ];
+        let unused = unused.into_iter().filter(|(_, given)| *given);
+        self.warnings.extend(unused.map(|(name, _)| format!("the flag -{name} is ignored because of {because}")));
+    }
+
+    fn agent(&mut self, flags: AgentFlags, max_connections: usize) -> anyhow::Result<consul::Settings> {
+        let https = self.boolean("CONSUL_HTTP_SSL")?.unwrap_or(false);
+        let address = match self.given("http-addr", flags.http_addr)? {
+            Some(Given { value, from }) => values::agent(&value, https).with_context(|| from)?,
+            None => values::agent("127.0.0.1:8500", https)?,
+        };
+        let token = self.token(flags.token, flags.token_file)?;
+        let tls = TlsFlags {
+            ca_file: self.given("ca-file", flags.ca_file)?,
+            ca_path: self.given("ca-path", flags.ca_path)?,
+            client_cert: self.given("client-cert", flags.client_cert)?,
+            client_key: self.given("client-key", flags.client_key)?,
+            server_name: self.given("tls-server-name", flags.tls_server_name)?,
+            verify: self.boolean("CONSUL_HTTP_SSL_VERIFY")?.unwrap_or(true),
+        };
+        if !tls.verify {
+            self.warnings.push("CONSUL_HTTP_SSL_VERIFY is false: any certificate of the agent is accepted".to_owned());
+        }
+        let basic_auth = self.variable("CONSUL_HTTP_AUTH")?.map(|auth| match auth.split_once(':') {
+            Some((user, password)) => (user.to_owned(), Some(password.to_owned())),
+            None => (auth, None),
+        });
+        Ok(consul::Settings {
+            address,
+            token,
+            basic_auth,
+            tls: tls.check()?,
+            datacenter: flags.datacenter.filter(|name| !name.is_empty()),
+            stale: flags.stale,
+            namespace: self.given("namespace", flags.namespace)?.map(|given| given.value),
+            partition: self.given("partition", flags.partition)?.map(|given| given.value),
+            max_connections,
+        })
+    }
+
+    /// The order of Consul since 1.13: flag file, flag token, then file and token of the environment.
+    fn token(&mut self, token: Option<String>, file: Option<String>) -> anyhow::Result<consul::Token> {
+        let file_goes_first = is_given(&file) || !is_given(&token);
+        let file = self.given("token-file", file)?.filter(|_| file_goes_first);
+        let Some(file) = file else {
+            let token = self.given("token", token)?;
+            return token.map_or(Ok(consul::Token::None), |given| fixed_token(&given.value, &given.from));
+        };
+        let read = fs::metadata(&file.value).and_then(|about| Ok((about.is_file(), fs::read(&file.value)?)));
+        let (is_file, text) = read.map_err(|error| {
+            unreadable("token file", &file, &error, "name a file with a token that this user may read")
+        })?;
+        let text = String::from_utf8_lossy(&text);
+        if text.trim().is_empty() {
+            self.warnings.push(format!("the token file {} of {} is empty: no token is sent", file.value, file.from));
+        }
+        let token = fixed_token(&text, &file.from)?;
+        // A pipe, as of a shell's `<(…)`, can be read only once; a file is read again when it changes.
+        Ok(if is_file { consul::Token::File(file.value.into()) } else { token })
+    }
+
+    fn number(
+        &self,
+        flag: &str,
+        value: Option<String>,
+        allowed: std::ops::RangeInclusive<usize>,
+    ) -> anyhow::Result<Option<usize>> {
+        let Some(Given { value, from }) = self.given(flag, value)? else { return Ok(None) };
+        let number = value.parse().ok().filter(|number| allowed.contains(number));
+        let (least, most) = (allowed.start(), allowed.end());
+        Ok(Some(number.with_context(|| format!("{from}: {value:?} is not a number from {least} to {most}"))?))
+    }
+
+    /// The flag's value, else its variable's. An empty one counts as not given, as it does in Consul.
+    fn given(&self, flag: &str, value: Option<String>) -> anyhow::Result<Option<Given>> {
+        if let Some(value) = value.filter(|value| !value.is_empty()) {
+            return Ok(Some(Given { value, from: format!("-{flag}") }));
+        }
+        let Some(name) = flags::variable_of(flag) else { return Ok(None) };
+        Ok(self.variable(name)?.map(|value| Given { value, from: name.to_owned() }))
+    }
+
+    fn variable(&self, name: &str) -> anyhow::Result<Option<String>> {
+        let Some(value) = (self.environment)(name).filter(|value| !value.is_empty()) else { return Ok(None) };
+        value.into_string().map(Some).map_err(|_| anyhow::anyhow!("the variable {name} is not UTF-8"))
+    }
+
+    /// Consul takes what it cannot read as false: without TLS, or without verification. We do not go on like that.
+    fn boolean(&self, name: &str) -> anyhow::Result<Option<bool>> {
+        let Some(value) = self.variable(name)? else { return Ok(None) };
+        let read = values::boolean(&value);
+        Ok(Some(read.with_context(|| format!("could not parse {name}: {value:?} is neither true nor false"))?))
+    }
+}
+
+const MAX_DRAIN_TIME: Duration = Duration::from_secs(24 * 60 * 60);
+
+struct TlsFlags {
+    ca_file: Option<Given>,
+    ca_path: Option<Given>,
+    client_cert: Option<Given>,
+    client_key: Option<Given>,
+    server_name: Option<Given>,
+    verify: bool,
+}
+
+impl TlsFlags {
+    fn check(self) -> anyhow::Result<consul::TlsSettings> {
+        match (&self.client_cert, &self.client_key) {
+            (Some(cert), None) => {
+                bail!("both client cert and client key must be provided: {} came without -client-key", cert.from)
+            }
+            (None, Some(key)) => {
+                bail!("both client cert and client key must be provided: {} came without -client-cert", key.from)
+            }
+            _ => {}
+        }
+        let pem = |what, given: &Option<Given>| {
+            let path = |given| readable(what, given, "name a PEM file that this user may read, or leave it out");
+            given.as_ref().map(path).transpose()
+        };
+        Ok(consul::TlsSettings {
+            ca_file: pem("CA file", &self.ca_file)?,
+            ca_path: self.ca_path.as_ref().map(readable_directory).transpose()?,
+            client_cert: pem("client certificate", &self.client_cert)?,
+            client_key: pem("client key", &self.client_key)?,
+            server_name: self.server_name.map(|given| values::server_name(&given.value).to_owned()),
+            verify: self.verify,
+        })
+    }
+}
+
+fn is_given(value: &Option<String>) -> bool {
+    value.as_ref().is_some_and(|value| !value.is_empty())
+}
+
+fn log_level(text: &str) -> anyhow::Result<Level> {
+    Ok(match text.to_ascii_uppercase().as_str() {
+        "TRACE" => Level::TRACE,
+        "DEBUG" => Level::DEBUG,
+        "INFO" => Level::INFO,
+        "WARN" => Level::WARN,
+        "ERR" | "ERROR" => Level::ERROR,
+        _ => bail!("Invalid log level: {text}. Valid log levels are: [TRACE DEBUG INFO WARN ERR ERROR]"),
+    })
+}
+
+fn upstream(text: &str) -> anyhow::Result<AdHocUpstream> {
+    values::upstream(text).with_context(|| format!("invalid value {text:?} for flag -upstream"))
+}
+
+fn fixed_token(text: &str, from: &str) -> anyhow::Result<consul::Token> {
+    let token = text.trim();
+    let sound = token.bytes().all(|byte| byte.is_ascii_graphic());
+    ensure!(sound, "{from} gives no token: there are spaces in it, or characters that no header may hold");
+    Ok(if token.is_empty() { consul::Token::None } else { consul::Token::Fixed(token.to_owned()) })
+}
+
+/// Reads one byte, since a directory can be opened, but not read.
+fn readable(what: &str, given: &Given, remedy: &str) -> anyhow::Result<PathBuf> {
+    let path = Path::new(&given.value);
+    let read = fs::File::open(path).and_then(|mut file| file.read(&mut [0]));
+    read.map_err(|error| unreadable(what, given, &error, remedy))?;
+    Ok(path.to_owned())
+}
+
+fn readable_directory(given: &Given) -> anyhow::Result<PathBuf> {
+    let path = Path::new(&given.value);
+    let remedy = "name a directory of PEM files that this user may read, or leave it out";
+    fs::read_dir(path).map_err(|error| unreadable("CA directory", given, &error, remedy))?;
+    Ok(path.to_owned())
+}
+
+fn unreadable(what: &str, given: &Given, error: &io::Error, remedy: &str) -> anyhow::Error {
+    let Given { value, from } = given;
+    anyhow::anyhow!("cannot read the {what} {value} of {from} ({error}); {remedy}")
+}
+
+#[cfg(test)]
+mod tests;
