@@ -31,3 +31,6 @@ pub mod proxy;
 pub mod snapshot;
 pub mod telemetry;
 pub mod tls;
+
+#[cfg(test)]
+pub(crate) mod testing;

@@ -1,11 +1,34 @@
 //! The agent's HTTP API, nothing about proxying.
+//!
+//! [`Query`] says what to ask, [`Client`] asks once, and [`query::Watches`] keeps asking.
 
 pub mod api;
+mod connect;
+mod endpoint;
+mod error;
+pub mod query;
+mod slots;
+mod token;
 
+use std::collections::BTreeMap;
+use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use bytes::{Bytes, BytesMut};
+use reqwest::header::{CONTENT_TYPE, HOST, HeaderMap, HeaderName, HeaderValue};
+use reqwest::{Method, StatusCode, Url};
+use tokio::sync::Semaphore;
+
+pub use endpoint::{Chain, DefaultPolicy, Instances, Query};
+use endpoint::{Request, Response};
+pub use error::{Error, ErrorKind};
+use token::TokenSource;
 
 /// How to reach the agent, checked.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Settings {
     pub address: Address,
     pub token: Token,
@@ -20,6 +43,22 @@ pub struct Settings {
     pub max_connections: usize,
 }
 
+impl fmt::Debug for Settings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Settings")
+            .field("address", &self.address)
+            .field("token", &self.token)
+            .field("basic_auth", &self.basic_auth.as_ref().map(|(user, _)| user))
+            .field("tls", &self.tls)
+            .field("datacenter", &self.datacenter)
+            .field("stale", &self.stale)
+            .field("namespace", &self.namespace)
+            .field("partition", &self.partition)
+            .field("max_connections", &self.max_connections)
+            .finish()
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Address {
     /// `authority` is host:port; `prefix` is a path put before `/v1`, without a slash at its end.
@@ -31,6 +70,17 @@ pub enum Address {
     Unix(PathBuf),
 }
 
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp { https, authority, prefix } => {
+                write!(f, "{}://{authority}{prefix}", if *https { "https" } else { "http" })
+            }
+            Self::Unix(path) => write!(f, "unix://{}", path.display()),
+        }
+    }
+}
+
 /// Where the ACL token comes from. Its `Debug` must never show a token.
 #[derive(Clone, PartialEq, Eq)]
 pub enum Token {
@@ -39,8 +89,8 @@ pub enum Token {
     File(PathBuf),
 }
 
-impl std::fmt::Debug for Token {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::None => f.write_str("None"),
             Self::Fixed(_) => f.write_str("Fixed(redacted)"),
@@ -49,7 +99,7 @@ impl std::fmt::Debug for Token {
     }
 }
 
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct TlsSettings {
     pub ca_file: Option<PathBuf>,
     pub ca_path: Option<PathBuf>,
@@ -58,4 +108,381 @@ pub struct TlsSettings {
     pub server_name: Option<String>,
     /// False only when `CONSUL_HTTP_SSL_VERIFY` says so.
     pub verify: bool,
+}
+
+impl Default for TlsSettings {
+    fn default() -> Self {
+        Self { ca_file: None, ca_path: None, client_cert: None, client_key: None, server_name: None, verify: true }
+    }
+}
+
+/// Longest body that is read, in bytes.
+const BODY_LIMIT: usize = 64 * 1024 * 1024;
+
+/// How long an answer may take that does not have to wait for a change.
+const PROMPT: Duration = Duration::from_secs(15);
+
+/// Connections for requests that are no watches, such as a registration.
+const ONE_OFF_CONNECTIONS: usize = 2;
+
+const TOKEN_HEADER: HeaderName = HeaderName::from_static("x-consul-token");
+
+/// Asks the agent. Clones share connections and token.
+#[derive(Clone)]
+pub struct Client {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    transport: connect::Transport,
+    /// For error messages.
+    address: String,
+    token: TokenSource,
+    basic_auth: Option<(String, Option<String>)>,
+    datacenter: Option<String>,
+    stale: bool,
+    namespace: Option<String>,
+    partition: Option<String>,
+    max_connections: usize,
+    one_off: Semaphore,
+}
+
+/// A value with what the agent said about it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Answer<T> {
+    pub value: T,
+    /// Rows may be missing that the token has no right to see; Consul 1.11 and later.
+    pub filtered_by_acls: bool,
+}
+
+/// Where a blocking query takes up.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+enum Cursor {
+    #[default]
+    None,
+    Index(u64),
+    Hash(String),
+}
+
+impl Client {
+    /// Fails on files that cannot be read or used and on addresses that are none; nothing is sent yet.
+    pub fn new(settings: &Settings) -> anyhow::Result<Self> {
+        let inner = Inner {
+            transport: connect::transport(settings)?,
+            address: settings.address.to_string(),
+            token: TokenSource::new(&settings.token).context("no ACL token")?,
+            basic_auth: settings.basic_auth.clone(),
+            datacenter: settings.datacenter.clone(),
+            stale: settings.stale,
+            namespace: settings.namespace.clone(),
+            partition: settings.partition.clone(),
+            max_connections: settings.max_connections,
+            one_off: Semaphore::new(ONE_OFF_CONNECTIONS),
+        };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Asks once, without waiting for a change.
+    pub async fn ask<T>(&self, query: &Query<T>) -> Result<Answer<T>, Error> {
+        let response = self.one_off(&query.request).await?;
+        self.decode(query, &response)
+    }
+
+    /// Every service that is registered with the agent and visible to the token, by its id.
+    pub async fn agent_services(&self) -> Result<BTreeMap<String, api::AgentService>, Error> {
+        let request = Request::new(Method::GET, &["agent", "services"]);
+        let response = self.one_off(&request).await?;
+        let services: Option<_> =
+            endpoint::json(&response.body).map_err(|cause| self.error(&request, ErrorKind::Decode(cause)))?;
+        Ok(services.unwrap_or_default())
+    }
+
+    /// Registers a service. The definition is sent as it is, in the spelling of Consul's API (`Kind`, `Port`…).
+    pub async fn register_service(&self, definition: &serde_json::Value) -> Result<(), Error> {
+        let request = Request::new(Method::PUT, &["agent", "service", "register"])
+            .body(definition)
+            .needs("service:write on the proxy's name and on that of its service".into());
+        self.one_off(&request).await.map(drop)
+    }
+
+    pub async fn deregister_service(&self, id: &str) -> Result<(), Error> {
+        let request = Request::new(Method::PUT, &["agent", "service", "deregister", id]);
+        self.one_off(&request.needs(format!("service:write on the service of {id:?}"))).await.map(drop)
+    }
+
+    /// Renews a check that expires when it is not renewed.
+    pub async fn pass_check(&self, check_id: &str) -> Result<(), Error> {
+        let request = Request::new(Method::PUT, &["agent", "check", "pass", check_id]);
+        self.one_off(&request.needs(format!("service:write on the service of check {check_id:?}"))).await.map(drop)
+    }
+
+    /// Sends a request that does not block. One that the agent refuses is sent once more where the token
+    /// file holds another token by now.
+    async fn one_off(&self, request: &Request) -> Result<Response, Error> {
+        let _turn = self.inner.one_off.acquire().await;
+        let changes = self.inner.token.changes();
+        match self.send(request, &Cursor::None, Duration::ZERO).await {
+            Err(error) if error.is_forbidden() && changes.has_changed().unwrap_or(false) => {
+                self.send(request, &Cursor::None, Duration::ZERO).await
+            }
+            result => result,
+        }
+    }
+
+    fn decode<T>(&self, query: &Query<T>, response: &Response) -> Result<Answer<T>, Error> {
+        let value = (query.decode)(response).map_err(|cause| self.error(&query.request, ErrorKind::Decode(cause)))?;
+        Ok(Answer { value, filtered_by_acls: response.filtered_by_acls })
+    }
+
+    /// Sends one request. With a cursor, the agent answers when it has something newer, or after `wait`.
+    async fn send(&self, request: &Request, cursor: &Cursor, wait: Duration) -> Result<Response, Error> {
+        let limit = match cursor {
+            Cursor::None => PROMPT,
+            // The agent adds up to a sixteenth, so that not all queries end at once.
+            _ => wait + wait / 16 + Duration::from_secs(10),
+        };
+        let answer = match tokio::time::timeout(limit, self.exchange(request, cursor, wait)).await {
+            Ok(answer) => answer,
+            Err(_) => Err(ErrorKind::Transport(format!("nothing came within {} s", limit.as_secs()))),
+        };
+        let answer = answer.and_then(|response| accept(request, response));
+        if matches!(answer, Err(ErrorKind::Status { code: 403, .. })) {
+            self.inner.token.reload().await;
+        }
+        answer.map_err(|kind| self.error(request, kind))
+    }
+
+    async fn exchange(&self, request: &Request, cursor: &Cursor, wait: Duration) -> Result<Response, ErrorKind> {
+        let mut http = self.inner.transport.http.request(request.method.clone(), self.url(request, cursor, wait)?);
+        if let Some(token) = self.inner.token.current() {
+            http = http.header(TOKEN_HEADER, token);
+        }
+        if let Some((user, password)) = &self.inner.basic_auth {
+            http = http.basic_auth(user, password.as_ref());
+        }
+        if let Some(host) = &self.inner.transport.host {
+            http = http.header(HOST, host);
+        }
+        if let Some(body) = &request.body {
+            http = http.header(CONTENT_TYPE, HeaderValue::from_static("application/json")).body(body.clone());
+        }
+        let mut response = http.send().await?;
+        let headers = std::mem::take(response.headers_mut());
+        let answer = Response {
+            status: response.status(),
+            body: body(response).await?,
+            // An agent never means zero.
+            index: text(&headers, "x-consul-index").and_then(|index| index.parse().ok()).filter(|index| *index > 0),
+            hash: text(&headers, "x-consul-contenthash").map(str::to_string).filter(|hash| !hash.is_empty()),
+            default_policy: text(&headers, "x-consul-default-acl-policy").map(str::to_string),
+            filtered_by_acls: text(&headers, "x-consul-results-filtered-by-acls") == Some("true"),
+        };
+        // The connection goes back to the pool in a task of its own. Whoever asks next should find it
+        // there rather than make one more.
+        tokio::task::yield_now().await;
+        Ok(answer)
+    }
+
+    fn url(&self, request: &Request, cursor: &Cursor, wait: Duration) -> Result<Url, ErrorKind> {
+        let mut url = self.inner.transport.base.clone();
+        let Ok(mut path) = url.path_segments_mut() else {
+            return Err(ErrorKind::Unreachable("the address has no place for a path".into()));
+        };
+        path.pop_if_empty().push("v1").extend(&request.path);
+        drop(path);
+        let params = self.params(request, cursor, wait);
+        if !params.is_empty() {
+            url.query_pairs_mut().extend_pairs(params);
+        }
+        Ok(url)
+    }
+
+    fn params(&self, request: &Request, cursor: &Cursor, wait: Duration) -> Vec<(&'static str, String)> {
+        let mut params = request.params.clone();
+        let settings =
+            [("dc", &self.inner.datacenter), ("ns", &self.inner.namespace), ("partition", &self.inner.partition)];
+        for (name, value) in settings {
+            if let Some(value) = value.as_ref().filter(|_| request.params.iter().all(|(given, _)| *given != name)) {
+                params.push((name, value.clone()));
+            }
+        }
+        if request.stale && self.inner.stale {
+            params.push(("stale", String::new()));
+        }
+        match cursor {
+            Cursor::None => return params,
+            Cursor::Index(index) => params.push(("index", index.to_string())),
+            Cursor::Hash(hash) => params.push(("hash", hash.clone())),
+        }
+        params.push(("wait", format!("{}ms", wait.as_millis())));
+        params
+    }
+
+    fn error(&self, request: &Request, kind: ErrorKind) -> Error {
+        Error { request: request.to_string(), address: self.inner.address.clone(), needs: request.needs.clone(), kind }
+    }
+}
+
+/// Tells an answer from a refusal. A config entry that is missing is an answer, and so is one of a kind
+/// that this agent has never heard of, save that it cannot be blocked on.
+fn accept(request: &Request, mut response: Response) -> Result<Response, ErrorKind> {
+    let refusal = match response.status {
+        StatusCode::OK => return Ok(response),
+        status => error::status(status.as_u16(), &response.body),
+    };
+    let ErrorKind::Status { code, text } = &refusal else { return Err(refusal) };
+    if !request.may_be_missing {
+        return Err(refusal);
+    }
+    if *code == 404 {
+        return Ok(response);
+    }
+    if text.contains("invalid config entry kind") {
+        response.index = None;
+        return Ok(response);
+    }
+    Err(refusal)
+}
+
+async fn body(mut response: reqwest::Response) -> Result<Bytes, ErrorKind> {
+    let mut body = BytesMut::new();
+    while let Some(chunk) = response.chunk().await? {
+        if body.len() + chunk.len() > BODY_LIMIT {
+            return Err(ErrorKind::Decode(format!("it is longer than {} MiB", BODY_LIMIT / 1024 / 1024)));
+        }
+        body.extend_from_slice(&chunk);
+    }
+    Ok(body.freeze())
+}
+
+fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+    headers.get(name).and_then(|value| value.to_str().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::testing::{self, Agent};
+
+    fn client(settings: &Settings) -> Client {
+        Client::new(settings).expect("the settings are good")
+    }
+
+    #[tokio::test]
+    async fn sends_what_the_settings_say_and_nothing_else() {
+        let agent = Agent::start().await;
+        let instances =
+            Instances { service: "db".into(), filter: Some("Meta.v == \"1 & 2\"".into()), ..Instances::default() };
+        let path = "/v1/health/connect/db";
+        agent.set(path, json!([]));
+
+        let mut settings = agent.settings();
+        client(&settings).ask(&Query::health_connect(&instances)).await.expect("an answer");
+        let seen = agent.requests(path).pop().expect("a request");
+        assert_eq!(seen.params, BTreeMap::from([("filter".to_string(), "Meta.v == \"1 & 2\"".to_string())]));
+        assert!(seen.token().is_none() && seen.headers.get("authorization").is_none());
+
+        settings.token = Token::Fixed("secret".into());
+        settings.basic_auth = Some(("user".into(), Some("pass".into())));
+        settings.datacenter = Some("dc1".into());
+        settings.namespace = Some("ns1".into());
+        settings.partition = Some("p1".into());
+        settings.stale = true;
+        let elsewhere = Instances { datacenter: Some("dc2".into()), ..instances };
+        client(&settings).ask(&Query::health_connect(&elsewhere)).await.expect("an answer");
+        let seen = agent.requests(path).pop().expect("a request");
+        let params = ["dc", "ns", "partition", "stale"].map(|name| seen.param(name));
+        assert_eq!(params, [Some("dc2"), Some("ns1"), Some("p1"), Some("")]);
+        assert_eq!(seen.token(), Some("secret"));
+        assert_eq!(seen.headers["authorization"], "Basic dXNlcjpwYXNz");
+        assert!(!format!("{settings:?}").contains("secret") && !format!("{settings:?}").contains("pass"));
+    }
+
+    #[tokio::test]
+    async fn a_prefix_goes_before_the_path() {
+        let agent = Agent::start().await;
+        agent.set("/some/where/v1/agent/services", json!({ "web": { "ID": "web", "Service": "web" } }));
+        let mut settings = agent.settings();
+        let Address::Tcp { prefix, .. } = &mut settings.address else { panic!("not TCP") };
+        *prefix = "/some/where".into();
+        let services = client(&settings).agent_services().await.expect("an answer");
+        assert_eq!(services["web"].service, "web");
+    }
+
+    #[tokio::test]
+    async fn registers_keeps_alive_and_deregisters() {
+        let agent = Agent::start().await;
+        let client = client(&agent.settings());
+        client.register_service(&json!({ "Name": "web" })).await.expect("registered");
+        client.pass_check("web-ttl").await.expect("passed");
+        client.deregister_service("web/1").await.expect("deregistered");
+        let seen = agent.requests("/v1/agent/service/register").pop().expect("a request");
+        assert_eq!((seen.method, seen.body), (Method::PUT, Bytes::from_static(br#"{"Name":"web"}"#)));
+        assert_eq!(agent.requests("/v1/agent/check/pass/web-ttl").len(), 1);
+        assert_eq!(agent.requests("/v1/agent/service/deregister/web%2F1").len(), 1);
+    }
+
+    #[tokio::test]
+    async fn an_agent_that_is_not_there_is_told_from_one_that_refuses() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("loopback has a free port");
+        let authority = listener.local_addr().expect("it is bound").to_string();
+        drop(listener);
+        let tcp = Address::Tcp { https: false, authority: authority.clone(), prefix: String::new() };
+        for (address, named) in
+            [(tcp, authority.as_str()), (Address::Unix("/nowhere/consul.sock".into()), "consul.sock")]
+        {
+            let error = client(&testing::settings(address)).agent_services().await.expect_err("nobody is there");
+            assert!(error.is_unreachable(), "{error:?}");
+            let text = error.to_string();
+            assert!(text.contains(named) && text.contains("GET /v1/agent/services"), "{text}");
+            assert!(text.contains("is a Consul agent running there?"), "{text}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_refusal_says_what_is_needed() {
+        let agent = Agent::start().await;
+        agent.only_tokens(&["other"]);
+        let error = client(&agent.settings()).ask(&Query::ca_leaf("web")).await.expect_err("the token is not known");
+        assert!(error.is_forbidden() && !error.is_not_found());
+        assert!(
+            error.to_string().ends_with("403: Permission denied; the token needs service:write on \"web\""),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn the_text_of_a_wrapped_limit_is_recognised() {
+        let error = |code, text: &str| Error {
+            request: String::new(),
+            address: String::new(),
+            needs: String::new(),
+            kind: ErrorKind::Status { code, text: text.into() },
+        };
+        assert!(error(429, "").is_rate_limited());
+        assert!(error(500, "rpc error making call: Rate limit reached, try again later").is_rate_limited());
+        assert!(!error(500, "No cluster leader").is_rate_limited());
+    }
+
+    #[test]
+    fn settings_that_cannot_work_name_the_fault() {
+        let mut no_token = testing::settings(Address::Unix("/x".into()));
+        no_token.token = Token::File("/nowhere/token".into());
+        let address = Address::Tcp { https: true, authority: "127.0.0.1:1".into(), prefix: String::new() };
+        let mut no_ca = testing::settings(address.clone());
+        no_ca.tls.ca_file = Some("/nowhere/ca.pem".into());
+        let mut no_key = testing::settings(address);
+        no_key.tls.verify = false;
+        no_key.tls.client_cert = Some("/nowhere/cert.pem".into());
+        for (settings, says) in [
+            (no_token, "cannot read the token file /nowhere/token"),
+            (no_ca, "cannot read certificates from /nowhere/ca.pem"),
+            (no_key, "a client certificate and its key must be given together"),
+        ] {
+            let error = Client::new(&settings).err().expect("it cannot work");
+            assert!(format!("{error:#}").contains(says), "{error:#}");
+        }
+    }
 }

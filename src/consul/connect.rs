@@ -1,0 +1,289 @@
+//! How connections to the agent are made: TCP, TLS or a unix socket, by way of a proxy or not.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use reqwest::dns::{Addrs, Name, Resolve, Resolving};
+use reqwest::{NoProxy, Proxy, Url};
+use rustls::client::WebPkiServerVerifier;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, aws_lc_rs};
+use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+
+use super::{Address, Settings, TlsSettings};
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Shorter than the time for which an agent or a proxy between us keeps an idle connection.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A client for `settings`, the URL its requests start with, and the value of their `Host` header where
+/// that is not the URL's.
+pub(super) struct Transport {
+    pub(super) http: reqwest::Client,
+    pub(super) base: Url,
+    pub(super) host: Option<String>,
+}
+
+pub(super) fn transport(settings: &Settings) -> anyhow::Result<Transport> {
+    let builder = reqwest::Client::builder()
+        .no_proxy()
+        // The token goes nowhere else than to the address that was given.
+        .redirect(reqwest::redirect::Policy::none())
+        .user_agent(concat!("lictor/", env!("CARGO_PKG_VERSION")))
+        .connect_timeout(CONNECT_TIMEOUT)
+        .pool_idle_timeout(IDLE_TIMEOUT)
+        .pool_max_idle_per_host(settings.max_connections);
+    match &settings.address {
+        Address::Unix(path) => {
+            let http = builder.tls_backend_preconfigured(no_tls()?).unix_socket(path.clone()).build()?;
+            Ok(Transport { http, base: Url::parse("http://localhost/")?, host: None })
+        }
+        Address::Tcp { https, authority, prefix } => {
+            let scheme = if *https { "https" } else { "http" };
+            let base = format!("{scheme}://{authority}{prefix}/");
+            let base = Url::parse(&base).with_context(|| format!("the agent's address {base} cannot be used"))?;
+            tcp(builder, settings, base)
+        }
+    }
+}
+
+fn tcp(mut builder: reqwest::ClientBuilder, settings: &Settings, base: Url) -> anyhow::Result<Transport> {
+    let proxy = proxy(&base)?;
+    let tls = if base.scheme() == "https" { tls(&settings.tls)? } else { no_tls()? };
+    let mut transport_base = base.clone();
+    let mut host = None;
+    if let Some(name) = renamed(settings, &base)
+        && proxy.is_none()
+    {
+        // The server name that is sent is that of the URL, so the URL gets the name and the resolver is
+        // told what it stands for.
+        builder = builder.dns_resolver(Arc::new(Resolver { host: bare_host(&base), port: port(&base) }));
+        transport_base.set_host(Some(&name)).with_context(|| format!("the TLS server name {name} is not a name"))?;
+        host = Some(match base.port() {
+            Some(port) => format!("{}:{port}", base.host_str().unwrap_or_default()),
+            None => base.host_str().unwrap_or_default().to_string(),
+        });
+    }
+    if let Some(proxy) = proxy {
+        builder = builder.proxy(proxy);
+    }
+    let http = builder.tls_backend_preconfigured(tls).build()?;
+    Ok(Transport { http, base: transport_base, host })
+}
+
+/// The DNS name to send instead of the address's own. An IP address is verified but never sent (RFC 6066,
+/// section 3).
+fn renamed(settings: &Settings, base: &Url) -> Option<String> {
+    let name = settings.tls.server_name.as_ref().filter(|_| base.scheme() == "https")?;
+    name.parse::<IpAddr>().is_err().then(|| name.clone())
+}
+
+fn bare_host(base: &Url) -> String {
+    base.host_str().unwrap_or_default().trim_matches(['[', ']']).to_string()
+}
+
+fn port(base: &Url) -> u16 {
+    base.port_or_known_default().unwrap_or_default()
+}
+
+/// The proxy of the environment, by Go's rules: each scheme has its own variable, the agent on this host
+/// is never asked by way of one.
+fn proxy(base: &Url) -> anyhow::Result<Option<Proxy>> {
+    let host = bare_host(base);
+    let loopback = host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback());
+    if loopback {
+        return Ok(None);
+    }
+    let names: [&str; 2] =
+        if base.scheme() == "https" { ["HTTPS_PROXY", "https_proxy"] } else { ["HTTP_PROXY", "http_proxy"] };
+    let Some(url) = names.iter().find_map(|name| std::env::var(name).ok().filter(|url| !url.is_empty())) else {
+        return Ok(None);
+    };
+    let proxy = Proxy::all(&url).with_context(|| format!("{} holds no usable address", names[0]))?;
+    Ok(Some(proxy.no_proxy(NoProxy::from_env())))
+}
+
+/// Resolves whatever it is asked to the agent's true address.
+struct Resolver {
+    host: String,
+    port: u16,
+}
+
+impl Resolve for Resolver {
+    fn resolve(&self, _: Name) -> Resolving {
+        let target = (self.host.clone(), self.port);
+        Box::pin(async move {
+            let found: Vec<SocketAddr> = tokio::net::lookup_host(target).await?.collect();
+            Ok(Box::new(found.into_iter()) as Addrs)
+        })
+    }
+}
+
+/// Without TLS in use a configuration is still asked for; this one trusts nobody and reads no files.
+fn no_tls() -> anyhow::Result<ClientConfig> {
+    let builder = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()));
+    Ok(builder
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(RootCertStore::empty())
+        .with_no_client_auth())
+}
+
+fn tls(settings: &TlsSettings) -> anyhow::Result<ClientConfig> {
+    let provider = Arc::new(aws_lc_rs::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions()?;
+    let builder = builder.dangerous().with_custom_certificate_verifier(verifier(settings, provider)?);
+    let mut config = match (&settings.client_cert, &settings.client_key) {
+        (Some(cert), Some(key)) => builder
+            .with_client_auth_cert(certificates(cert)?, private_key(key)?)
+            .with_context(|| format!("the client certificate {} cannot be used", cert.display()))?,
+        (None, None) => builder.with_no_client_auth(),
+        _ => bail!("a client certificate and its key must be given together"),
+    };
+    if settings.server_name.as_ref().is_some_and(|name| name.parse::<IpAddr>().is_ok()) {
+        config.enable_sni = false;
+    }
+    Ok(config)
+}
+
+fn verifier(settings: &TlsSettings, provider: Arc<CryptoProvider>) -> anyhow::Result<Arc<dyn ServerCertVerifier>> {
+    if !settings.verify {
+        return Ok(Arc::new(Unverified(provider)));
+    }
+    let roots = Arc::new(roots(settings)?);
+    let inner = WebPkiServerVerifier::builder_with_provider(roots, provider)
+        .build()
+        .context("no CA certificate to verify the agent with")?;
+    let Some(name) = &settings.server_name else { return Ok(inner) };
+    let name =
+        ServerName::try_from(name.clone()).with_context(|| format!("the TLS server name {name} is not a name"))?;
+    Ok(Arc::new(Named { name, inner }))
+}
+
+fn roots(settings: &TlsSettings) -> anyhow::Result<RootCertStore> {
+    let mut roots = RootCertStore::empty();
+    match (&settings.ca_file, &settings.ca_path) {
+        // Go's client takes the file where both are given.
+        (Some(file), _) => add_roots(&mut roots, file)?,
+        (None, Some(directory)) => {
+            let context = || format!("cannot read the CA directory {}", directory.display());
+            for entry in std::fs::read_dir(directory).with_context(context)? {
+                let path = entry.with_context(context)?.path();
+                if path.is_file() {
+                    add_roots(&mut roots, &path)?;
+                }
+            }
+        }
+        (None, None) => {
+            roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+        }
+    }
+    Ok(roots)
+}
+
+fn add_roots(roots: &mut RootCertStore, path: &Path) -> anyhow::Result<()> {
+    for certificate in certificates(path)? {
+        roots.add(certificate).with_context(|| format!("a CA certificate in {} cannot be used", path.display()))?;
+    }
+    Ok(())
+}
+
+fn certificates(path: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {
+    let context = || format!("cannot read certificates from {}", path.display());
+    let found: Vec<_> =
+        CertificateDer::pem_file_iter(path).with_context(context)?.collect::<Result<_, _>>().with_context(context)?;
+    if found.is_empty() {
+        bail!("there is no certificate in {}", path.display());
+    }
+    Ok(found)
+}
+
+fn private_key(path: &Path) -> anyhow::Result<PrivateKeyDer<'static>> {
+    PrivateKeyDer::from_pem_file(path).with_context(|| format!("cannot read a private key from {}", path.display()))
+}
+
+/// Verifies for a given name instead of the one that was dialled.
+#[derive(Debug)]
+struct Named {
+    name: ServerName<'static>,
+    inner: Arc<WebPkiServerVerifier>,
+}
+
+impl ServerCertVerifier for Named {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        ocsp: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        self.inner.verify_server_cert(end_entity, intermediates, &self.name, ocsp, now)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.inner.verify_tls12_signature(message, cert, signed)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.inner.verify_tls13_signature(message, cert, signed)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.inner.supported_verify_schemes()
+    }
+}
+
+/// Takes any certificate, as was asked for with `CONSUL_HTTP_SSL_VERIFY=false`.
+#[derive(Debug)]
+struct Unverified(Arc<CryptoProvider>);
+
+impl ServerCertVerifier for Unverified {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls12_signature(message, cert, signed, &self.0.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls13_signature(message, cert, signed, &self.0.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}

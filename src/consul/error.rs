@@ -1,0 +1,159 @@
+//! What can go wrong between us and the agent, told apart as far as code acts on it.
+
+use std::fmt;
+
+use bytes::Bytes;
+
+/// Longest part of an agent's error text that is shown, in characters.
+const SHOWN_TEXT: usize = 300;
+
+/// A request to the agent that brought no answer. It names the request, never a token.
+#[derive(Debug, Clone)]
+pub struct Error {
+    /// Method and path.
+    pub(super) request: String,
+    pub(super) address: String,
+    /// The rights that the request needs.
+    pub(super) needs: String,
+    pub(super) kind: ErrorKind,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// No connection could be made.
+    Unreachable(String),
+    /// There was a connection, but no whole answer came over it in time.
+    Transport(String),
+    /// The agent answered with something else than success.
+    Status { code: u16, text: String },
+    /// The agent answered with success and a body that cannot be used.
+    Decode(String),
+}
+
+impl Error {
+    pub fn kind(&self) -> &ErrorKind {
+        &self.kind
+    }
+
+    /// Nothing takes connections at the agent's address.
+    pub fn is_unreachable(&self) -> bool {
+        matches!(self.kind, ErrorKind::Unreachable(_))
+    }
+
+    /// No whole answer came, whether or not there was a connection.
+    pub fn is_transport(&self) -> bool {
+        matches!(self.kind, ErrorKind::Unreachable(_) | ErrorKind::Transport(_))
+    }
+
+    pub fn is_forbidden(&self) -> bool {
+        self.code() == Some(403)
+    }
+
+    pub fn is_not_found(&self) -> bool {
+        self.code() == Some(404)
+    }
+
+    /// The agent or its servers ask to come back later. A limit on certificates that was hit on a server
+    /// comes through a client agent as a 500 with the text wrapped, so the text counts as well.
+    pub fn is_rate_limited(&self) -> bool {
+        match &self.kind {
+            ErrorKind::Status { code: 429 | 503, .. } => true,
+            ErrorKind::Status { text, .. } => text.contains("Rate limit reached"),
+            _ => false,
+        }
+    }
+
+    fn code(&self) -> Option<u16> {
+        match self.kind {
+            ErrorKind::Status { code, .. } => Some(code),
+            _ => None,
+        }
+    }
+
+    /// Errors of one class have one cause as far as can be told, and are logged once.
+    pub(super) fn class(&self) -> String {
+        match &self.kind {
+            ErrorKind::Unreachable(_) | ErrorKind::Transport(_) => "transport".into(),
+            // Rights and existence are matters of the thing that was asked for.
+            ErrorKind::Status { code: code @ (403 | 404), .. } => format!("{code} {}", self.request),
+            ErrorKind::Status { code, text } => format!("{code} {}", text.chars().take(80).collect::<String>()),
+            ErrorKind::Decode(_) => format!("decode {}", self.request),
+        }
+    }
+
+    fn remedy(&self) -> Option<String> {
+        match &self.kind {
+            ErrorKind::Unreachable(_) => {
+                Some("is a Consul agent running there? (-http-addr or CONSUL_HTTP_ADDR says where)".into())
+            }
+            ErrorKind::Status { code: 403, text } if text.contains("ACL not found") => {
+                Some("the agent does not know the token (-token, -token-file or CONSUL_HTTP_TOKEN)".into())
+            }
+            ErrorKind::Status { code: 403, .. } if !self.needs.is_empty() => {
+                Some(format!("the token needs {}", self.needs))
+            }
+            ErrorKind::Status { code: 400, text } if text.contains("HTTP request to an HTTPS server") => {
+                Some("the agent speaks HTTPS there: use https:// in the address, or CONSUL_HTTP_SSL=true".into())
+            }
+            ErrorKind::Status { text, .. } if text.contains("Connect must be enabled") => {
+                Some("enable connect in the agent's and the servers' configuration".into())
+            }
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { request, address, .. } = self;
+        match &self.kind {
+            ErrorKind::Unreachable(cause) => write!(f, "cannot reach the agent at {address} for {request}: {cause}")?,
+            ErrorKind::Transport(cause) => write!(f, "no answer from the agent at {address} to {request}: {cause}")?,
+            ErrorKind::Status { code, text } if text.is_empty() => {
+                write!(f, "the agent at {address} answered {request} with {code}")?;
+            }
+            ErrorKind::Status { code, text } => {
+                write!(f, "the agent at {address} answered {request} with {code}: {text}")?;
+            }
+            ErrorKind::Decode(cause) => {
+                write!(f, "the agent at {address} answered {request} with something unreadable: {cause}")?;
+            }
+        }
+        match self.remedy() {
+            Some(remedy) => write!(f, "; {remedy}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl From<reqwest::Error> for ErrorKind {
+    fn from(error: reqwest::Error) -> Self {
+        let error = error.without_url();
+        let text = cause(&error);
+        if error.is_connect() { Self::Unreachable(text) } else { Self::Transport(text) }
+    }
+}
+
+/// The deepest cause, which is the one that says what happened.
+fn cause(error: &reqwest::Error) -> String {
+    let mut deepest: &dyn std::error::Error = error;
+    while let Some(source) = deepest.source() {
+        let closed = source.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_incomplete_message);
+        if closed {
+            return "it closed the connection without a word, as it does when stopping, or when this host has \
+                    more connections than limits.http_max_conns_per_client allows"
+                .into();
+        }
+        deepest = source;
+    }
+    deepest.to_string()
+}
+
+/// An error body as one line that is fit for a log.
+pub(super) fn status(code: u16, body: &Bytes) -> ErrorKind {
+    let text = String::from_utf8_lossy(&body[..body.len().min(4 * SHOWN_TEXT)]);
+    let text = text.trim().chars().take(SHOWN_TEXT).map(|c| if c.is_control() { ' ' } else { c }).collect();
+    ErrorKind::Status { code, text }
+}

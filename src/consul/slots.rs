@@ -1,0 +1,253 @@
+//! Turn-taking for a bounded number of connections.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Notify, oneshot};
+
+/// How long a blocking query waits where it need not make room for others. The agent keeps a handler for
+/// as long as this after we have gone away, so it is not longer.
+pub(super) const LONG_WAIT: Duration = Duration::from_secs(60);
+
+/// Within about this time everyone who takes turns has had one.
+const CYCLE: Duration = Duration::from_secs(10);
+
+const SHORTEST_WAIT: Duration = Duration::from_secs(1);
+
+/// Who gets a free slot first, in this order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Claim {
+    /// Something that must never wait for its turn.
+    Always = 0,
+    /// A request that is answered at once.
+    Prompt = 1,
+    /// A request that blocks, and gives its slot up when one of the others wants it.
+    Turn = 2,
+}
+
+pub(super) struct Slots {
+    total: usize,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    free: usize,
+    waiting: [VecDeque<oneshot::Sender<Slot>>; 3],
+    /// Slots that can be asked for, the longest held first.
+    askable: VecDeque<Arc<Notify>>,
+    /// Watches that keep a slot, and those that take turns.
+    always: usize,
+    turns: usize,
+}
+
+/// The right to one connection, for as long as this lives.
+pub(super) struct Slot {
+    /// `None` once the slot has been passed on.
+    slots: Option<Arc<Slots>>,
+    asked: Option<Arc<Notify>>,
+}
+
+/// A watch that is counted.
+pub(super) struct Member {
+    slots: Arc<Slots>,
+    always: bool,
+}
+
+impl Slots {
+    pub(super) fn new(total: usize) -> Arc<Self> {
+        let total = total.max(1);
+        Arc::new(Self { total, state: Mutex::new(State { free: total, ..State::default() }) })
+    }
+
+    pub(super) fn join(self: &Arc<Self>, always: bool) -> Member {
+        let mut state = self.lock();
+        *state.count(always) += 1;
+        drop(state);
+        Member { slots: self.clone(), always }
+    }
+
+    pub(super) async fn acquire(self: &Arc<Self>, claim: Claim) -> Slot {
+        let granted = {
+            let mut state = self.lock();
+            if state.free > 0 {
+                state.free -= 1;
+                return self.slot(claim, &mut state);
+            }
+            let (grant, granted) = oneshot::channel();
+            state.waiting[claim as usize].push_back(grant);
+            if claim != Claim::Turn
+                && let Some(asked) = state.askable.pop_front()
+            {
+                asked.notify_one();
+            }
+            granted
+        };
+        match granted.await {
+            Ok(slot) => slot,
+            // Grants are only dropped together with the slots, which `self` keeps.
+            Err(_) => std::future::pending().await,
+        }
+    }
+
+    fn slot(self: &Arc<Self>, claim: Claim, state: &mut State) -> Slot {
+        let asked = (claim == Claim::Turn).then(Arc::<Notify>::default);
+        state.askable.extend(asked.clone());
+        Slot { slots: Some(self.clone()), asked }
+    }
+
+    /// Hands a slot to the first who waits for it.
+    fn release(self: &Arc<Self>, asked: Option<Arc<Notify>>) {
+        let mut state = self.lock();
+        if let Some(asked) = asked {
+            state.askable.retain(|other| !Arc::ptr_eq(other, &asked));
+        }
+        loop {
+            let next = [Claim::Always, Claim::Prompt, Claim::Turn]
+                .into_iter()
+                .find_map(|claim| state.waiting[claim as usize].pop_front().map(|grant| (claim, grant)));
+            let Some((claim, grant)) = next else {
+                state.free += 1;
+                return;
+            };
+            let slot = self.slot(claim, &mut state);
+            let Err(mut slot) = grant.send(slot) else { return };
+            // Nobody waits there any more. The slot must not release itself while the lock is held.
+            slot.slots = None;
+            if slot.asked.is_some() {
+                state.askable.pop_back();
+            }
+        }
+    }
+
+    /// How long a blocking query may keep its slot.
+    pub(super) fn wait(&self, claim: Claim) -> Duration {
+        let state = self.lock();
+        if claim == Claim::Always || state.always + state.turns <= self.total {
+            return LONG_WAIT;
+        }
+        let for_turns = self.total.saturating_sub(state.always).max(1);
+        let wait = CYCLE.mul_f64(for_turns as f64 / state.turns.max(1) as f64);
+        wait.clamp(SHORTEST_WAIT, LONG_WAIT)
+    }
+
+    /// Whether those that keep a slot leave one to the others.
+    pub(super) fn always_fits(&self) -> bool {
+        let state = self.lock();
+        state.always < self.total || state.always + state.turns <= self.total
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn count(&mut self, always: bool) -> &mut usize {
+        if always { &mut self.always } else { &mut self.turns }
+    }
+}
+
+impl Slot {
+    /// Ends when somebody else needs the slot; never for one that is kept.
+    pub(super) async fn asked_for(&self) {
+        match &self.asked {
+            Some(asked) => asked.notified().await,
+            None => std::future::pending().await,
+        }
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        if let Some(slots) = self.slots.take() {
+            slots.release(self.asked.take());
+        }
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        *self.slots.lock().count(self.always) -= 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::task::yield_now;
+
+    #[tokio::test]
+    async fn a_free_slot_goes_to_the_most_urgent() {
+        let slots = Slots::new(1);
+        let held = slots.acquire(Claim::Prompt).await;
+        let order = Arc::new(Mutex::new(Vec::new()));
+        let mut tasks = Vec::new();
+        for claim in [Claim::Turn, Claim::Prompt, Claim::Always] {
+            let (slots, order) = (slots.clone(), order.clone());
+            tasks.push(tokio::spawn(async move {
+                let _slot = slots.acquire(claim).await;
+                order.lock().expect("no panics").push(claim);
+            }));
+            yield_now().await;
+        }
+        drop(held);
+        for task in tasks {
+            task.await.expect("no panics");
+        }
+        assert_eq!(*order.lock().expect("no panics"), [Claim::Always, Claim::Prompt, Claim::Turn]);
+        assert_eq!(slots.lock().free, 1);
+    }
+
+    #[tokio::test]
+    async fn whoever_blocks_is_asked_to_make_room() {
+        let slots = Slots::new(2);
+        let kept = slots.acquire(Claim::Always).await;
+        let turn = slots.acquire(Claim::Turn).await;
+        let waiting = tokio::spawn({
+            let slots = slots.clone();
+            async move { slots.acquire(Claim::Prompt).await }
+        });
+        turn.asked_for().await;
+        drop(turn);
+        let prompt = waiting.await.expect("no panics");
+        assert!(prompt.asked.is_none() && kept.asked.is_none());
+        drop((prompt, kept));
+        let state = slots.lock();
+        assert_eq!((state.free, state.askable.len()), (2, 0));
+    }
+
+    #[tokio::test]
+    async fn one_who_gave_up_waiting_takes_no_slot() {
+        let slots = Slots::new(1);
+        let held = slots.acquire(Claim::Turn).await;
+        for claim in [Claim::Always, Claim::Turn] {
+            let waiting = tokio::spawn({
+                let slots = slots.clone();
+                async move { drop(slots.acquire(claim).await) }
+            });
+            yield_now().await;
+            waiting.abort();
+            assert!(waiting.await.is_err());
+        }
+        drop(held);
+        let state = slots.lock();
+        assert_eq!((state.free, state.askable.len()), (1, 0));
+    }
+
+    #[test]
+    fn waits_shorten_so_that_everyone_has_a_turn() {
+        let slots = Slots::new(22);
+        let mut members: Vec<_> = (0..4).map(|_| slots.join(true)).collect();
+        members.extend((0..18).map(|_| slots.join(false)));
+        assert_eq!(slots.wait(Claim::Turn), LONG_WAIT);
+        members.extend((0..18).map(|_| slots.join(false)));
+        assert_eq!(slots.wait(Claim::Turn), Duration::from_secs(5));
+        members.extend((0..400).map(|_| slots.join(false)));
+        assert_eq!(slots.wait(Claim::Turn), SHORTEST_WAIT);
+        assert_eq!(slots.wait(Claim::Always), LONG_WAIT);
+        members.clear();
+        assert_eq!(slots.wait(Claim::Turn), LONG_WAIT);
+    }
+}

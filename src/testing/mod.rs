@@ -1,0 +1,347 @@
+//! What tests need: an agent that is none.
+
+use std::collections::{BTreeMap, HashSet};
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderMap, Method, Request, Response, StatusCode};
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::task::{AbortHandle, JoinSet};
+
+use crate::consul::{Address, Settings, TlsSettings, Token};
+
+/// An agent in this process, which keeps indexes as the real one does.
+///
+/// What it answers is set by path ([`set`](Self::set)); a path may be given with its query, without
+/// `index`, `wait`, `hash` and `stale`, to tell it from the same path without.
+pub(crate) struct Agent {
+    shared: Arc<Shared>,
+    address: SocketAddr,
+    accepting: AbortHandle,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    /// Moves with every change of state.
+    version: watch::Sender<u64>,
+    open: AtomicUsize,
+    most_open: AtomicUsize,
+}
+
+#[derive(Default)]
+struct State {
+    index: u64,
+    answers: BTreeMap<String, Stored>,
+    fault: Option<Fault>,
+    /// Empty: every token will do.
+    tokens: HashSet<String>,
+    before_1_9: bool,
+    default_policy: Option<&'static str>,
+    requests: Vec<Seen>,
+    /// Connections made under an older number are closed.
+    generation: u64,
+}
+
+#[derive(Clone)]
+struct Stored {
+    body: Bytes,
+    index: u64,
+}
+
+/// A way not to answer.
+#[derive(Debug, Clone)]
+pub(crate) enum Fault {
+    /// Takes requests, also those that are waiting, and says nothing.
+    Silent,
+    Status(u16, &'static str),
+    /// Success, with a body that is none.
+    Rubbish,
+}
+
+/// A request that came.
+#[derive(Debug, Clone)]
+pub(crate) struct Seen {
+    pub(crate) method: Method,
+    pub(crate) path: String,
+    pub(crate) params: BTreeMap<String, String>,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Bytes,
+}
+
+impl Seen {
+    pub(crate) fn param(&self, name: &str) -> Option<&str> {
+        self.params.get(name).map(String::as_str)
+    }
+
+    pub(crate) fn token(&self) -> Option<&str> {
+        self.headers.get("x-consul-token").and_then(|token| token.to_str().ok())
+    }
+
+    /// The path, with those parameters that say what is asked for.
+    fn key(&self) -> String {
+        const HOW: [&str; 4] = ["index", "wait", "hash", "stale"];
+        let what = self.params.iter().filter(|(name, _)| !HOW.contains(&name.as_str()));
+        let query = what.map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join("&");
+        if query.is_empty() { self.path.clone() } else { format!("{}?{query}", self.path) }
+    }
+}
+
+impl Agent {
+    pub(crate) async fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback has a free port");
+        let address = listener.local_addr().expect("it is bound");
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State { index: 1, ..State::default() }),
+            version: watch::Sender::new(0),
+            open: AtomicUsize::new(0),
+            most_open: AtomicUsize::new(0),
+        });
+        let accepting = tokio::spawn(accept(listener, shared.clone())).abort_handle();
+        Self { shared, address, accepting }
+    }
+
+    /// Settings for a client of this agent.
+    pub(crate) fn settings(&self) -> Settings {
+        settings(Address::Tcp { https: false, authority: self.address.to_string(), prefix: String::new() })
+    }
+
+    /// Answers `path` with `body` from now on, and wakes queries for it. A path is one such as
+    /// `/v1/agent/connect/ca/roots`.
+    pub(crate) fn set(&self, path: &str, body: Value) {
+        self.change(|state| {
+            state.index += 1;
+            let stored = Stored { body: body.to_string().into(), index: state.index };
+            state.answers.insert(path.into(), stored);
+        });
+    }
+
+    /// Answers `path` with 404 from now on.
+    pub(crate) fn remove(&self, path: &str) {
+        self.change(|state| {
+            state.index += 1;
+            state.answers.remove(path);
+        });
+    }
+
+    /// Moves the index of `path` and wakes queries for it, with nothing new in it.
+    pub(crate) fn touch(&self, path: &str) {
+        self.change(|state| {
+            state.index += 1;
+            let index = state.index;
+            state.answers.get_mut(path).expect("the path was set").index = index;
+        });
+    }
+
+    /// As after the restore of an older server: all indexes are lower, and everybody still waits.
+    pub(crate) fn go_backwards(&self) {
+        let mut state = self.shared.lock();
+        state.index = 2;
+        for stored in state.answers.values_mut() {
+            stored.index = 2;
+        }
+    }
+
+    /// Answers nothing but this, until `None` is set.
+    pub(crate) fn fault(&self, fault: Option<Fault>) {
+        self.change(|state| state.fault = fault);
+    }
+
+    /// Refuses requests with other tokens.
+    pub(crate) fn only_tokens(&self, tokens: &[&str]) {
+        self.change(|state| state.tokens = tokens.iter().map(ToString::to_string).collect());
+    }
+
+    /// Matched intentions come without an index.
+    pub(crate) fn before_1_9(&self) {
+        self.change(|state| state.before_1_9 = true);
+    }
+
+    /// The header that agents from 1.9 on send.
+    pub(crate) fn default_policy(&self, policy: &'static str) {
+        self.change(|state| state.default_policy = Some(policy));
+    }
+
+    /// Closes every connection, as an agent does that stops.
+    pub(crate) fn disconnect(&self) {
+        self.change(|state| state.generation += 1);
+    }
+
+    pub(crate) fn open_connections(&self) -> usize {
+        self.shared.open.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn most_connections(&self) -> usize {
+        self.shared.most_open.load(Ordering::SeqCst)
+    }
+
+    /// The requests for a path, oldest first.
+    pub(crate) fn requests(&self, path: &str) -> Vec<Seen> {
+        self.shared.lock().requests.iter().filter(|seen| seen.path == path).cloned().collect()
+    }
+
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        change(&mut self.shared.lock());
+        self.shared.version.send_modify(|version| *version += 1);
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        self.accepting.abort();
+    }
+}
+
+/// Settings for an agent at `address`, with all else left out.
+pub(crate) fn settings(address: Address) -> Settings {
+    Settings {
+        address,
+        token: Token::None,
+        basic_auth: None,
+        tls: TlsSettings::default(),
+        datacenter: None,
+        stale: false,
+        namespace: None,
+        partition: None,
+        max_connections: 24,
+    }
+}
+
+async fn accept(listener: TcpListener, shared: Arc<Shared>) {
+    let mut connections = JoinSet::new();
+    loop {
+        let Ok((stream, _)) = listener.accept().await else { continue };
+        let open = shared.open.fetch_add(1, Ordering::SeqCst) + 1;
+        shared.most_open.fetch_max(open, Ordering::SeqCst);
+        let shared = shared.clone();
+        connections.spawn(async move {
+            let generation = shared.lock().generation;
+            let service = service_fn(|request| answer(shared.clone(), request));
+            let connection = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
+            let mut version = shared.version.subscribe();
+            tokio::select! {
+                _ = connection => {}
+                _ = version.wait_for(|_| shared.lock().generation != generation) => {}
+            }
+            shared.open.fetch_sub(1, Ordering::SeqCst);
+        });
+    }
+}
+
+async fn answer(shared: Arc<Shared>, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
+    let (head, body) = request.into_parts();
+    let params = url_params(head.uri.query().unwrap_or_default());
+    let body = body.collect().await.map(|body| body.to_bytes()).unwrap_or_default();
+    let seen = Seen { method: head.method, path: head.uri.path().into(), params, headers: head.headers, body };
+    shared.lock().requests.push(seen.clone());
+    let mut version = shared.version.subscribe();
+    let wait = seen.param("wait").and_then(|wait| wait.strip_suffix("ms")).and_then(|wait| wait.parse().ok());
+    let deadline = tokio::time::sleep(Duration::from_millis(wait.unwrap_or(300_000)));
+    tokio::pin!(deadline);
+    let mut over = false;
+    loop {
+        version.mark_unchanged();
+        if let Some(response) = shared.lock().try_answer(&seen, over) {
+            return Ok(response);
+        }
+        tokio::select! {
+            _ = version.changed() => {}
+            () = &mut deadline, if !over => over = true,
+        }
+    }
+}
+
+fn url_params(query: &str) -> BTreeMap<String, String> {
+    let url = format!("http://agent/?{query}");
+    let url = reqwest::Url::parse(&url).expect("a query that was sent");
+    url.query_pairs().map(|(name, value)| (name.into_owned(), value.into_owned())).collect()
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// `None` while the request has to wait; `over` when it has waited for as long as it wanted.
+    fn try_answer(&self, seen: &Seen, over: bool) -> Option<Response<Full<Bytes>>> {
+        match self.fault {
+            Some(Fault::Silent) => return None,
+            Some(Fault::Status(code, text)) => return Some(refusal(code, text)),
+            Some(Fault::Rubbish) => return Some(Response::new(Full::new("<html>".into()))),
+            None => {}
+        }
+        if !self.tokens.is_empty() && !seen.token().is_some_and(|token| self.tokens.contains(token)) {
+            return Some(refusal(403, "Permission denied"));
+        }
+        let table = seen.path == "/v1/connect/intentions";
+        let stored = self.answers.get(&seen.key()).or_else(|| self.answers.get(&seen.path)).cloned();
+        let matched = |path: &str| path.starts_with("/v1/connect/intentions");
+        let intentions = || self.answers.iter().filter(|(path, _)| matched(path)).map(|(_, stored)| stored.index).max();
+        let stored = stored.or_else(|| table.then(|| Stored { body: "[]".into(), index: intentions().unwrap_or(1) }));
+        let Some(stored) = stored else { return self.missing(seen, over) };
+        let hash = format!("{:016x}", stored.index);
+        let by_hash = seen.path.starts_with("/v1/agent/service/");
+        let index = if seen.path == "/v1/connect/intentions/match" && self.before_1_9 {
+            intentions().unwrap_or(stored.index)
+        } else {
+            stored.index
+        };
+        let asked_index = seen.param("index").and_then(|index| index.parse().ok()).unwrap_or(0);
+        let waits = if by_hash { seen.param("hash") == Some(&hash) } else { asked_index >= index };
+        if waits && !over {
+            return None;
+        }
+        let mut response = Response::builder();
+        if by_hash {
+            response = response.header("X-Consul-ContentHash", hash);
+        } else if !(self.before_1_9 && seen.path == "/v1/connect/intentions/match") {
+            response = response.header("X-Consul-Index", index);
+        }
+        if let Some(policy) = self.default_policy {
+            response = response.header("X-Consul-Default-ACL-Policy", policy);
+        }
+        Some(response.body(Full::new(stored.body)).expect("the parts are valid"))
+    }
+
+    fn missing(&self, seen: &Seen, over: bool) -> Option<Response<Full<Bytes>>> {
+        let asked_index: u64 = seen.param("index").and_then(|index| index.parse().ok()).unwrap_or(0);
+        if seen.path.starts_with("/v1/config/") {
+            if asked_index >= self.index && !over {
+                return None;
+            }
+            let mut response = refusal(404, "Config entry not found");
+            response.headers_mut().insert("X-Consul-Index", self.index.into());
+            return Some(response);
+        }
+        if seen.path.starts_with("/v1/agent/service/") && seen.method == Method::GET {
+            return Some(refusal(404, "unknown service ID"));
+        }
+        if seen.method == Method::PUT {
+            return Some(Response::new(Full::default()));
+        }
+        if seen.path == "/v1/agent/connect/authorize" {
+            let body = json!({"Authorized": false, "Reason": "Default behavior configured by ACLs"});
+            return Some(Response::new(Full::new(body.to_string().into())));
+        }
+        Some(refusal(404, "not found"))
+    }
+}
+
+/// A refusal carries an index, as the real one's can: nobody must take it.
+fn refusal(code: u16, text: &'static str) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(text.into()));
+    *response.status_mut() = StatusCode::from_u16(code).expect("a status code");
+    response.headers_mut().insert("X-Consul-Index", 1.into());
+    response
+}
