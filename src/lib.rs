@@ -8,6 +8,7 @@
 //! * [`consul`] speaks the agent's HTTP API: one method per endpoint, and the loop that keeps a
 //!   blocking query open. It knows nothing about proxying.
 //! * [`tls`] is identity and mutual TLS: SPIFFE ids, credentials, verification.
+//! * [`jwt`] verifies tokens of requests.
 //! * [`snapshot`] holds what the data plane knows at one instant. Values only: no IO, no clock, no
 //!   randomness. Routing and intention decisions are pure functions here.
 //! * [`control`] is the only writer of snapshots: it gathers the agent's answers and publishes whole ones.
@@ -27,6 +28,7 @@ pub mod config;
 pub mod consul;
 pub mod control;
 pub mod drain;
+pub mod jwt;
 pub mod proxy;
 pub mod snapshot;
 pub mod telemetry;

@@ -4,6 +4,9 @@ use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::fmt;
 
+use super::permission::{Permission, Subject, Token, TokenRequirement};
+use super::request::RequestView;
+use crate::jwt::Verified;
 use crate::tls::SpiffeId;
 
 /// Stands for any name, in a source's namespace and name and in a destination.
@@ -29,8 +32,12 @@ pub struct Intention {
     pub source: String,
     /// As the intention names it (`*` included): for the log.
     pub destination: String,
-    /// `None`: it carries permissions that only HTTP requests can be judged by.
+    /// `None`: only HTTP requests can be judged, by `permissions`, `token` or both.
     pub action: Option<Action>,
+    /// The first that matches a request decides. Empty: all requests are allowed that have the token.
+    pub permissions: Vec<Permission>,
+    /// What every request needs besides.
+    pub token: Option<TokenRequirement>,
     /// 1 to 9; higher decides first.
     pub precedence: u32,
 }
@@ -70,6 +77,12 @@ pub enum Decision<'a> {
 pub enum Decider<'a> {
     Intention(&'a Intention),
     Default(&'a DefaultPolicy),
+    /// The permission at this place of the intention's list.
+    Permission(&'a Intention, usize),
+    /// The request lacks a token that the intention, or its permission at this place, requires.
+    Token(&'a Intention, Option<usize>),
+    /// The intention decides about its source, but none of its permissions matches the request.
+    NoPermission(&'a Intention, &'a DefaultPolicy),
 }
 
 impl Intentions {
@@ -97,7 +110,58 @@ impl Intentions {
                 Some(Action::Deny) => Decision::Deny(Decider::Intention(intention)),
                 None => Decision::EachRequest(intention),
             },
-            None => self.default.decision(),
+            None => self.default.decision(Decider::Default(&self.default)),
+        }
+    }
+
+    /// Decides about one request of such a peer, with the tokens that were verified, of the providers that
+    /// [`Intention::providers`] names.
+    ///
+    /// Stricter than Consul's Envoy in this: what allows and lacks its token is a denial, also where the default
+    /// policy would allow; a deny for certain claims can't be escaped by leaving the token out.
+    #[must_use]
+    pub fn decide_request(&self, peer: &SpiffeId, request: &RequestView<'_>, verified: &Verified) -> Decision<'_> {
+        match self.decide(peer) {
+            Decision::EachRequest(intention) => self.judge(intention, &Subject::new(request, verified)),
+            decision => decision,
+        }
+    }
+
+    /// An intention with permissions uses up its source: what none of them matches is left to the default
+    /// policy, not to the next intention.
+    fn judge<'a>(&'a self, intention: &'a Intention, subject: &Subject<'_>) -> Decision<'a> {
+        if intention.token.as_ref().is_some_and(|token| token.check(subject) != Token::Good) {
+            return Decision::Deny(Decider::Token(intention, None));
+        }
+        if intention.permissions.is_empty() {
+            return Decision::Allow(Decider::Intention(intention));
+        }
+        let mut permissions = intention.permissions.iter().enumerate();
+        match permissions.find(|(_, permission)| permission.matches(subject)) {
+            Some((place, permission)) => self.judge_token(intention, place, permission, subject),
+            None => self.default.decision(Decider::NoPermission(intention, &self.default)),
+        }
+    }
+
+    fn judge_token<'a>(
+        &'a self,
+        intention: &'a Intention,
+        place: usize,
+        permission: &Permission,
+        subject: &Subject<'_>,
+    ) -> Decision<'a> {
+        let token = permission.token.as_ref().map_or(Token::Good, |token| token.check(subject));
+        let decider = match token {
+            Token::Good => Decider::Permission(intention, place),
+            Token::Missing | Token::OtherClaims => Decider::Token(intention, Some(place)),
+        };
+        match (permission.action, token) {
+            (Action::Allow, Token::Good) => Decision::Allow(decider),
+            // A deny for some claims is not about a token with others; no later permission is tried, as in Envoy.
+            (Action::Deny, Token::OtherClaims) => {
+                self.default.decision(Decider::NoPermission(intention, &self.default))
+            }
+            (Action::Allow | Action::Deny, _) => Decision::Deny(decider),
         }
     }
 
@@ -112,6 +176,13 @@ impl Intentions {
 }
 
 impl Intention {
+    /// Names of the providers whose tokens a request may need; often none, and at times one twice.
+    pub fn providers(&self) -> impl Iterator<Item = &str> {
+        let permissions = self.permissions.iter().filter_map(|permission| permission.token.as_ref());
+        let requirements = self.token.iter().chain(permissions);
+        requirements.flat_map(|token| &token.providers).map(|provider| provider.name.as_str())
+    }
+
     /// Precedence first; ties as Consul breaks them.
     fn order(&self) -> impl Ord + '_ {
         (Reverse(self.precedence), &self.source_partition, &self.source_namespace, &self.source, &self.destination)
@@ -119,10 +190,10 @@ impl Intention {
 }
 
 impl DefaultPolicy {
-    fn decision(&self) -> Decision<'_> {
+    fn decision<'a>(&self, decider: Decider<'a>) -> Decision<'a> {
         match self.action {
-            Action::Allow => Decision::Allow(Decider::Default(self)),
-            Action::Deny => Decision::Deny(Decider::Default(self)),
+            Action::Allow => Decision::Allow(decider),
+            Action::Deny => Decision::Deny(decider),
         }
     }
 }
@@ -148,6 +219,7 @@ impl fmt::Display for Intention {
         write!(f, "{} => {} (", self.source, self.destination)?;
         match self.action {
             Some(action) => write!(f, "{action}")?,
+            None if self.permissions.is_empty() => f.write_str("allow with token")?,
             None => f.write_str("permissions")?,
         }
         write!(f, ", precedence {})", self.precedence)
@@ -165,6 +237,17 @@ impl fmt::Display for Decider<'_> {
         match self {
             Self::Intention(intention) => intention.fmt(f),
             Self::Default(policy) => policy.fmt(f),
+            Self::Permission(intention, place) => {
+                let action = intention.permissions.get(*place).map_or(Action::Deny, |permission| permission.action);
+                write!(f, "permission {} ({action}) of {intention}", place + 1)
+            }
+            Self::Token(intention, None) => write!(f, "want of a token that {intention} requires"),
+            Self::Token(intention, Some(place)) => {
+                write!(f, "want of a token that permission {} of {intention} requires", place + 1)
+            }
+            Self::NoPermission(intention, policy) => {
+                write!(f, "{policy}, as no permission of {intention} matches")
+            }
         }
     }
 }
@@ -172,6 +255,7 @@ impl fmt::Display for Decider<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::snapshot::Conditions;
 
     const ALLOW: Option<Action> = Some(Action::Allow);
     const DENY: Option<Action> = Some(Action::Deny);
@@ -186,6 +270,8 @@ mod tests {
             source_partition: part(),
             destination: destination.to_owned(),
             action,
+            permissions: Vec::new(),
+            token: None,
             precedence,
         }
     }
@@ -262,7 +348,9 @@ mod tests {
 
     #[test]
     fn permissions_leave_it_to_each_request() {
-        let list = [intention("web", "db", None, 9), intention("*", "db", DENY, 8)];
+        let everything = Permission { action: Action::Allow, conditions: Some(Conditions::default()), token: None };
+        let web = Intention { permissions: vec![everything], ..intention("web", "db", None, 9) };
+        let list = [web, intention("*", "db", DENY, 8)];
         let expected = "left to requests by intention web => db (permissions, precedence 9)";
         assert_eq!(decide(&list, Action::Allow, "web"), expected);
     }

@@ -5,6 +5,10 @@
 
 mod chain;
 mod intention;
+mod path;
+mod pattern;
+mod permission;
+mod request;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -15,6 +19,10 @@ use std::time::Duration;
 
 pub use chain::{Chain, Resolver, Target};
 pub use intention::{Action, Decider, Decision, DefaultPolicy, Intention, Intentions};
+pub use path::{BadRequest, EscapedSlashes, NormalPath, Normalization, Underscores};
+pub use pattern::{BadPattern, Pattern};
+pub use permission::{ClaimRequirement, Conditions, PathRule, Permission, ProviderRequirement, TokenRequirement};
+pub use request::{HeaderMatch, RequestView, Text, ValueTest};
 
 use crate::tls;
 

@@ -1,0 +1,156 @@
+//! An HTTP request as rules see it, and the tests of header values that routes and permissions share.
+
+use std::borrow::Cow;
+use std::iter;
+
+use http::{HeaderMap, HeaderName, HeaderValue};
+
+use super::Pattern;
+
+/// A request that is to be judged or routed. All of it is borrowed.
+#[derive(Debug, Clone, Copy)]
+pub struct RequestView<'a> {
+    pub method: &'a str,
+    /// Normalised where the listener normalises; without the query.
+    pub path: &'a str,
+    /// Raw, without the `?`.
+    pub query: Option<&'a str>,
+    /// The `:authority` or `Host`; empty if there is none.
+    pub authority: &'a str,
+    pub headers: &'a HeaderMap,
+}
+
+impl<'a> RequestView<'a> {
+    #[must_use]
+    pub fn path_and_query(&self) -> Cow<'a, str> {
+        match self.query {
+            Some(query) => Cow::Owned(format!("{}?{query}", self.path)),
+            None => Cow::Borrowed(self.path),
+        }
+    }
+
+    /// The raw value of the first parameter of that name, not percent-decoded, as Envoy takes it.
+    #[must_use]
+    pub fn query_parameter(&self, name: &str) -> Option<&'a str> {
+        self.query?
+            .split('&')
+            .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
+            .find_map(|(key, value)| (key == name).then_some(value))
+    }
+}
+
+/// A condition on one header, or on what Envoy offers under a header's name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HeaderMatch {
+    name: Name,
+    test: ValueTest,
+    invert: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ValueTest {
+    Present,
+    Exact(Text),
+    Prefix(Text),
+    Suffix(Text),
+    Contains(Text),
+    Regex(Pattern),
+}
+
+/// Text to compare with, of any ASCII case if so said.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Text {
+    bytes: Vec<u8>,
+    ignore_case: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Name {
+    Method,
+    Path,
+    Authority,
+    Header(HeaderName),
+}
+
+/// How several lines of one header add up. Inversion comes first, line by line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Lines {
+    /// One line that passes is enough: for what is to be refused.
+    Any,
+    /// Every line must pass: for what is to be allowed.
+    All,
+}
+
+impl HeaderMatch {
+    /// `None` when no header can have that name, or it is a pseudo-header that requests are not judged by.
+    #[must_use]
+    pub fn new(name: &str, test: ValueTest, invert: bool) -> Option<Self> {
+        let name = match name.to_ascii_lowercase().as_str() {
+            ":method" => Name::Method,
+            ":path" => Name::Path,
+            ":authority" | "host" => Name::Authority,
+            other => Name::Header(HeaderName::from_bytes(other.as_bytes()).ok()?),
+        };
+        Some(Self { name, test, invert })
+    }
+
+    /// Without the header, only an inverted test for its presence passes (Envoy 1.40).
+    pub(super) fn matches(&self, request: &RequestView<'_>, lines: Lines) -> bool {
+        match &self.name {
+            Name::Method => self.judge(iter::once(request.method.as_bytes()), lines),
+            Name::Path => self.judge(iter::once(request.path_and_query().as_bytes()), lines),
+            Name::Authority => {
+                let authority = Some(request.authority.as_bytes()).filter(|authority| !authority.is_empty());
+                self.judge(authority.into_iter(), lines)
+            }
+            Name::Header(name) => self.judge(request.headers.get_all(name).iter().map(HeaderValue::as_bytes), lines),
+        }
+    }
+
+    fn judge<'v>(&self, mut values: impl Iterator<Item = &'v [u8]>, lines: Lines) -> bool {
+        let Some(first) = values.next() else {
+            return self.invert && self.test == ValueTest::Present;
+        };
+        let mut passes = iter::once(first).chain(values).map(|value| self.test.passes(value) != self.invert);
+        match lines {
+            Lines::Any => passes.any(|pass| pass),
+            Lines::All => passes.all(|pass| pass),
+        }
+    }
+}
+
+impl ValueTest {
+    fn passes(&self, value: &[u8]) -> bool {
+        match self {
+            Self::Present => true,
+            Self::Exact(text) => text.equals(value),
+            Self::Prefix(text) => text.starts(value),
+            Self::Suffix(text) => text.ends(value),
+            Self::Contains(text) => text.is_in(value),
+            Self::Regex(pattern) => pattern.matches(value),
+        }
+    }
+}
+
+impl Text {
+    #[must_use]
+    pub fn new(text: &str, ignore_case: bool) -> Self {
+        Self { bytes: text.as_bytes().to_vec(), ignore_case }
+    }
+
+    pub(super) fn equals(&self, value: &[u8]) -> bool {
+        if self.ignore_case { value.eq_ignore_ascii_case(&self.bytes) } else { value == self.bytes }
+    }
+
+    pub(super) fn starts(&self, value: &[u8]) -> bool {
+        value.get(..self.bytes.len()).is_some_and(|head| self.equals(head))
+    }
+
+    fn ends(&self, value: &[u8]) -> bool {
+        value.len().checked_sub(self.bytes.len()).is_some_and(|start| self.equals(&value[start..]))
+    }
+
+    fn is_in(&self, value: &[u8]) -> bool {
+        self.bytes.is_empty() || value.windows(self.bytes.len()).any(|window| self.equals(window))
+    }
+}
