@@ -1,1 +1,362 @@
-//! The only writer of snapshots.
+//! The control plane: asks the agent, and is the only writer of snapshots.
+//!
+//! [`run`] is one task. News come to it through one channel; each goes through `translate` into the
+//! [`Draft`], which says what to ask next; when it is whole and has changed, a snapshot is published.
+
+mod draft;
+#[cfg(test)]
+mod fixture;
+mod identity;
+mod query;
+mod translate;
+mod upstream;
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use anyhow::bail;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep, sleep_until};
+
+use self::draft::{Draft, Update, Urgency};
+use self::query::Query;
+use crate::config::{Config, Mode};
+use crate::consul::query::{Event, Watch, Watches};
+use crate::consul::{self, Client, api};
+use crate::snapshot::{Action, DefaultPolicy, Snapshot};
+
+/// In a stream of changes, this much quiet ends a burst…
+const QUIET: Duration = Duration::from_millis(5);
+/// …and this is the longest that a change waits, and the shortest time between snapshots in a stream.
+const BURST: Duration = Duration::from_millis(50);
+/// News on their way from the watches; those wait when there is no room.
+const NEWS: usize = 256;
+/// How often a refused leaf or refused roots are tried again.
+const RETRY: Duration = Duration::from_secs(5);
+/// Time between attempts to reach the agent before anything is known.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
+/// How often a wait is told of again.
+const TELL_AGAIN: Duration = Duration::from_secs(60);
+
+/// Keeps `publish` up to date with what the agent says, until nobody reads it any more. The value is `None`
+/// until the first whole snapshot.
+///
+/// # Errors
+/// What [`resolve_proxy_id`] fails with, and flags that define no proxy.
+pub async fn run(
+    watches: Watches,
+    config: &Config,
+    publish: watch::Sender<Option<Arc<Snapshot>>>,
+) -> anyhow::Result<()> {
+    let enterprise = config.agent.namespace.is_some() || config.agent.partition.is_some();
+    let draft = match &config.mode {
+        Mode::ProxyId(id) => Draft::registered(id.clone(), enterprise),
+        Mode::SidecarFor(id) => Draft::registered(resolve_proxy_id(watches.client(), id).await?, enterprise),
+        Mode::AdHoc(flags) => {
+            let definition = translate::definition::ad_hoc(flags).map_err(|bad| anyhow::anyhow!("{bad}"))?;
+            Draft::ad_hoc(definition)
+        }
+    };
+    let (sender, news) = mpsc::channel(NEWS);
+    let control = Control { watches, running: HashMap::new(), sender, draft, registration: Registration::Unknown };
+    control.run(news, publish).await;
+    Ok(())
+}
+
+/// Finds the id of the only sidecar that is registered for the service with the id `service_id`, whatever
+/// its case. An agent that is not there yet is waited for without end.
+///
+/// # Errors
+/// When there is none or more than one, or the agent refuses to say.
+pub async fn resolve_proxy_id(client: &Client, service_id: &str) -> anyhow::Result<String> {
+    let mut told: Option<Instant> = None;
+    loop {
+        match client.agent_services().await {
+            Ok(services) => return only_sidecar(&services, service_id),
+            Err(error) if !is_passing(&error) => bail!("can't look up the sidecar of {service_id}: {error}"),
+            Err(error) => {
+                if told.is_none_or(|at| at.elapsed() >= TELL_AGAIN) {
+                    tracing::warn!("waiting for the agent, to look up the sidecar of {service_id}: {error}");
+                    told = Some(Instant::now());
+                }
+            }
+        }
+        sleep(ASK_AGAIN).await;
+    }
+}
+
+/// Whether waiting may help: an agent that starts, stops or is overloaded.
+fn is_passing(error: &consul::Error) -> bool {
+    let server_side = matches!(error.kind(), consul::ErrorKind::Status { code, .. } if *code >= 500);
+    error.is_transport() || error.is_rate_limited() || server_side
+}
+
+fn only_sidecar(services: &BTreeMap<String, api::AgentService>, service_id: &str) -> anyhow::Result<String> {
+    let is_sidecar = |service: &api::AgentService| {
+        let of = service.proxy.as_ref().map(|proxy| &proxy.destination_service_id);
+        service.kind == "connect-proxy" && of.is_some_and(|of| of.to_lowercase() == service_id.to_lowercase())
+    };
+    let ids: Vec<&str> =
+        services.iter().filter(|(_, service)| is_sidecar(service)).map(|(id, _)| id.as_str()).collect();
+    match ids[..] {
+        [id] => Ok(id.to_owned()),
+        [] => bail!(
+            "No sidecar proxy registered for {service_id}: register the service with a sidecar_service, or use a \
+             token that may read it (service:read)"
+        ),
+        _ => bail!(
+            "More than one sidecar proxy registered for {service_id}: {}. Start proxy with -proxy-id and one of them",
+            ids.join(", ")
+        ),
+    }
+}
+
+struct Control {
+    watches: Watches,
+    running: HashMap<Query, Watch>,
+    sender: mpsc::Sender<News>,
+    draft: Draft,
+    registration: Registration,
+}
+
+enum News {
+    Update(Update),
+    Failed(Query, consul::Error),
+}
+
+/// What the log says about our registration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Registration {
+    Unknown,
+    Known,
+    Missing,
+}
+
+impl Control {
+    async fn run(mut self, mut news: mpsc::Receiver<News>, publish: watch::Sender<Option<Arc<Snapshot>>>) {
+        let mut pace = Pace::default();
+        let mut retry = tokio::time::interval(RETRY);
+        retry.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            self.ask_for_what_is_wanted();
+            for note in self.draft.notes() {
+                tracing::warn!("{note}");
+            }
+            let due = pace.due;
+            if due.is_some_and(|due| due <= Instant::now()) {
+                if let Some(snapshot) = self.draft.finish() {
+                    announce(&snapshot, publish.borrow().is_none());
+                    publish.send_replace(Some(snapshot));
+                }
+                pace.published(Instant::now());
+                continue;
+            }
+            tokio::select! {
+                () = publish.closed() => return,
+                // The sender is ours, so there is always a next.
+                Some(first) = news.recv() => {
+                    self.take(first);
+                    // Whatever came with it is of the same burst.
+                    for _ in 0..news.len() {
+                        let Ok(next) = news.try_recv() else { break };
+                        self.take(next);
+                    }
+                }
+                () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => continue,
+                _ = retry.tick() => {
+                    if let Err(bad) = self.draft.retry(SystemTime::now()) {
+                        tracing::debug!("leaf or roots are still refused: {bad}");
+                    }
+                }
+            }
+            if let Some(urgency) = self.draft.urgency() {
+                pace.changed(urgency, Instant::now());
+            }
+        }
+    }
+
+    fn take(&mut self, news: News) {
+        let update = match news {
+            News::Update(update) => {
+                if matches!(update, Update::Service(_)) {
+                    self.registration = Registration::Known;
+                }
+                update
+            }
+            News::Failed(query, error) => {
+                if let Query::Service(id) = &query {
+                    self.registration_failed(id, &error);
+                }
+                Update::Failed(query)
+            }
+        };
+        let source = update.source();
+        if let Err(bad) = self.draft.apply(update, SystemTime::now()) {
+            tracing::error!("{source}: the agent's answer can't be used, so nothing changes: {bad}");
+        }
+        // At once, as the next news may be about what is not wanted any more.
+        self.ask_for_what_is_wanted();
+    }
+
+    /// A registration that is gone does not end us: it may be a reload of the agent's configuration, and the
+    /// service behind us runs on.
+    fn registration_failed(&mut self, id: &str, error: &consul::Error) {
+        if !error.is_not_found() {
+            return;
+        }
+        match std::mem::replace(&mut self.registration, Registration::Missing) {
+            Registration::Missing => {}
+            Registration::Unknown => tracing::warn!(
+                "no proxy with the id {id} is registered with this agent: waiting for it; register it with \
+                 `consul services register`, or give its id with -proxy-id"
+            ),
+            Registration::Known => tracing::warn!(
+                "the registration {id} is gone from the agent: going on with what it was, until it is back"
+            ),
+        }
+    }
+
+    /// Starts and stops watches, so that those run that the draft wants.
+    fn ask_for_what_is_wanted(&mut self) {
+        let Some(wanted) = self.draft.wanted() else { return };
+        let mut before = std::mem::take(&mut self.running);
+        for query in wanted {
+            let running = before.remove(&query).unwrap_or_else(|| self.watch(&query));
+            self.running.insert(query, running);
+        }
+    }
+
+    fn watch(&self, query: &Query) -> Watch {
+        match query.clone() {
+            Query::Service(id) => {
+                self.start(query, consul::Query::agent_service(&id), |answer| Update::Service(Box::new(answer.value)))
+            }
+            Query::Roots => self.start(query, consul::Query::ca_roots(), |answer| Update::Roots(answer.value)),
+            Query::Leaf(service) => self.start(query, consul::Query::ca_leaf(&service), move |answer| Update::Leaf {
+                service: service.clone(),
+                leaf: Box::new(answer.value),
+            }),
+            Query::Intentions(service) => self.start(query, consul::Query::intentions(&service), move |answer| {
+                Update::Intentions { service: service.clone(), list: answer.value }
+            }),
+            Query::DefaultPolicy(service) => {
+                self.start(query, consul::Query::default_policy(&service), move |answer| Update::DefaultPolicy {
+                    service: service.clone(),
+                    policy: default_policy(answer.value),
+                })
+            }
+            Query::Chain(chain) => self.start(query, consul::Query::discovery_chain(&chain), move |answer| {
+                Update::Chain(chain.clone(), Box::new(answer.value))
+            }),
+            Query::Endpoints(instances) => {
+                self.start(query, consul::Query::health_connect(&instances), move |answer| Update::Endpoints {
+                    query: instances.clone(),
+                    rows: answer.value,
+                    filtered_by_acls: answer.filtered_by_acls,
+                })
+            }
+            Query::PreparedQuery(prepared) => {
+                let asked = consul::Query::prepared_query(&prepared.name, prepared.datacenter.as_deref());
+                self.start(query, asked, move |answer| Update::PreparedQuery(prepared.clone(), Box::new(answer.value)))
+            }
+        }
+    }
+
+    fn start<T, F>(&self, query: &Query, asked: consul::Query<T>, update: F) -> Watch
+    where
+        T: Send + 'static,
+        F: Fn(consul::Answer<T>) -> Update + Send + 'static,
+    {
+        let query = query.clone();
+        self.watches.watch(asked, self.sender.clone(), move |event| match event {
+            Event::Value(answer) => News::Update(update(answer)),
+            Event::Failed(error) => News::Failed(query.clone(), error),
+        })
+    }
+}
+
+fn default_policy(wire: consul::DefaultPolicy) -> DefaultPolicy {
+    let action = if wire.allow { Action::Allow } else { Action::Deny };
+    DefaultPolicy { action, source: wire.source }
+}
+
+fn announce(snapshot: &Snapshot, first: bool) {
+    let (version, upstreams) = (snapshot.version, snapshot.upstreams.len());
+    if first {
+        tracing::info!(version, upstreams, "configuration is complete");
+    } else {
+        tracing::debug!(version, upstreams, "configuration has changed");
+    }
+}
+
+/// When to publish: at once when it is quiet or urgent, else when a burst ends or has gone on for too long.
+#[derive(Debug, Default)]
+struct Pace {
+    published: Option<Instant>,
+    /// Since when there is something to publish.
+    since: Option<Instant>,
+    due: Option<Instant>,
+}
+
+impl Pace {
+    fn changed(&mut self, urgency: Urgency, now: Instant) {
+        let quiet = self.since.is_none() && self.published.is_none_or(|at| now.duration_since(at) >= BURST);
+        let since = *self.since.get_or_insert(now);
+        let due = if urgency == Urgency::Now || quiet { now } else { (now + QUIET).min(since + BURST) };
+        self.due = Some(due);
+    }
+
+    fn published(&mut self, now: Instant) {
+        *self = Self { published: Some(now), since: None, due: None };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_lone_change_is_published_at_once_and_a_stream_in_bursts() {
+        let start = Instant::now();
+        let at = |milliseconds| start + Duration::from_millis(milliseconds);
+        let mut pace = Pace::default();
+        pace.changed(Urgency::Soon, at(0));
+        assert_eq!(pace.due, Some(at(0)));
+        pace.published(at(0));
+        assert_eq!(pace.due, None);
+
+        // Each change of a stream puts it off, but not for ever.
+        for now in (2..=48).step_by(2) {
+            pace.changed(Urgency::Soon, at(now));
+            assert_eq!(pace.due, Some(at((now + 5).min(52))), "{now}");
+        }
+        pace.changed(Urgency::Now, at(49));
+        assert_eq!(pace.due, Some(at(49)));
+        pace.published(at(49));
+
+        pace.changed(Urgency::Soon, at(99));
+        assert_eq!(pace.due, Some(at(99)));
+    }
+
+    #[test]
+    fn the_only_sidecar_of_a_service_is_found_whatever_the_case() {
+        let service = |kind: &str, of: &str| json!({"Kind": kind, "Proxy": {"DestinationServiceID": of}});
+        let services: BTreeMap<String, api::AgentService> = serde_json::from_value(json!({
+            "web": {"ID": "web"},
+            "web-sidecar-proxy": service("connect-proxy", "Web"),
+            "web-gateway": service("mesh-gateway", "web"),
+            "db-1": service("connect-proxy", "db"),
+            "db-2": service("connect-proxy", "db"),
+        }))
+        .unwrap();
+        assert_eq!(only_sidecar(&services, "wEB").unwrap(), "web-sidecar-proxy");
+        let none = only_sidecar(&services, "cache").unwrap_err().to_string();
+        assert!(none.contains("No sidecar proxy registered for cache"), "{none}");
+        let several = only_sidecar(&services, "db").unwrap_err().to_string();
+        assert!(several.contains("More than one sidecar proxy registered for db: db-1, db-2"), "{several}");
+        assert!(several.contains("Start proxy with -proxy-id"), "{several}");
+    }
+}

@@ -1,0 +1,104 @@
+//! Who we are: the last good credentials, and the newest leaf and roots that are to replace them.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use super::translate::Bad;
+use crate::consul::api;
+use crate::tls::Credentials;
+
+#[derive(Debug, Default)]
+pub(super) struct Identity {
+    roots: Option<Arc<api::CaRoots>>,
+    leaf: Option<Arc<api::Leaf>>,
+    good: Option<Good>,
+}
+
+#[derive(Debug)]
+struct Good {
+    roots: Arc<api::CaRoots>,
+    leaf: Arc<api::Leaf>,
+    credentials: Arc<Credentials>,
+}
+
+impl Identity {
+    pub(super) fn credentials(&self) -> Option<&Arc<Credentials>> {
+        self.good.as_ref().map(|good| &good.credentials)
+    }
+
+    /// Takes new roots; false if they are those that we have.
+    pub(super) fn set_roots(&mut self, roots: api::CaRoots) -> bool {
+        let new = self.roots.as_deref() != Some(&roots);
+        if new {
+            self.roots = Some(Arc::new(roots));
+        }
+        new
+    }
+
+    /// Takes a new leaf; false if it is the one that we have.
+    pub(super) fn set_leaf(&mut self, leaf: api::Leaf) -> bool {
+        let new = self.leaf.as_deref() != Some(&leaf);
+        if new {
+            self.leaf = Some(Arc::new(leaf));
+        }
+        new
+    }
+
+    /// Drops all that is bound to the name of our service.
+    pub(super) fn forget_service(&mut self) {
+        self.leaf = None;
+        self.good = None;
+    }
+
+    /// Whether the newest leaf or roots were refused, which time alone may mend: a certificate of a host
+    /// whose clock is ahead becomes valid.
+    pub(super) fn is_behind(&self) -> bool {
+        let newest = self.roots.as_ref().zip(self.leaf.as_ref());
+        newest.is_some_and(|(roots, leaf)| !self.is_good(roots, leaf))
+    }
+
+    /// Makes credentials of the newest leaf and roots. Says whether they changed, and what is wrong with the
+    /// newest.
+    ///
+    /// When those do not fit together, each is tried with the last good other: bad roots must not keep out a
+    /// good leaf, nor a bad leaf good roots.
+    pub(super) fn refresh(&mut self, service: &str, now: SystemTime) -> (bool, Result<(), Bad>) {
+        let Some((roots, leaf)) = self.roots.clone().zip(self.leaf.clone()) else { return (false, Ok(())) };
+        let mut refused = Ok(());
+        for (roots, leaf) in self.candidates(roots, leaf) {
+            if self.is_good(&roots, &leaf) {
+                return (false, refused);
+            }
+            match credentials(&roots, &leaf, service, now) {
+                Ok(credentials) => {
+                    self.good = Some(Good { roots, leaf, credentials: Arc::new(credentials) });
+                    return (true, refused);
+                }
+                Err(bad) => refused = refused.and(Err(bad)),
+            }
+        }
+        (false, refused)
+    }
+
+    /// What to try, best first. The good pair is among them if it is the best that there is.
+    fn candidates(&self, roots: Arc<api::CaRoots>, leaf: Arc<api::Leaf>) -> Vec<(Arc<api::CaRoots>, Arc<api::Leaf>)> {
+        let mut pairs = vec![(Arc::clone(&roots), Arc::clone(&leaf))];
+        if let Some(good) = &self.good {
+            pairs.push((roots, Arc::clone(&good.leaf)));
+            pairs.push((Arc::clone(&good.roots), leaf));
+        }
+        pairs
+    }
+
+    fn is_good(&self, roots: &Arc<api::CaRoots>, leaf: &Arc<api::Leaf>) -> bool {
+        self.good.as_ref().is_some_and(|good| Arc::ptr_eq(&good.roots, roots) && Arc::ptr_eq(&good.leaf, leaf))
+    }
+}
+
+fn credentials(roots: &api::CaRoots, leaf: &api::Leaf, service: &str, now: SystemTime) -> Result<Credentials, Bad> {
+    // Every listed root is trusted, active or not; their intermediates are no anchors.
+    let anchors: Vec<String> = roots.roots.iter().map(|root| root.root_cert.clone()).collect();
+    let key = leaf.private_key_pem.expose();
+    Credentials::new(&roots.trust_domain, &anchors, &leaf.cert_pem, key, service, now)
+        .map_err(|error| Bad(error.to_string()))
+}

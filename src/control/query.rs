@@ -1,0 +1,47 @@
+//! What the control plane wants to know of the agent.
+
+use std::fmt;
+
+pub(super) use crate::consul::{Chain as ChainQuery, Instances as EndpointsQuery};
+
+/// One thing to keep watching. Equal queries are one.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) enum Query {
+    /// Our registration, by proxy id.
+    Service(String),
+    Roots,
+    /// By service name.
+    Leaf(String),
+    /// By the name of the destination.
+    Intentions(String),
+    /// What decides where no intention matches, for the service of that name.
+    DefaultPolicy(String),
+    Chain(ChainQuery),
+    Endpoints(EndpointsQuery),
+    PreparedQuery(PreparedQuery),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct PreparedQuery {
+    pub(super) name: String,
+    pub(super) datacenter: Option<String>,
+}
+
+/// For the log: what is asked, in words.
+impl fmt::Display for Query {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Service(id) => write!(f, "registration of {id}"),
+            Self::Roots => f.write_str("CA roots"),
+            Self::Leaf(service) => write!(f, "leaf certificate of {service}"),
+            Self::Intentions(service) => write!(f, "intentions of {service}"),
+            Self::DefaultPolicy(service) => write!(f, "default policy of {service}"),
+            Self::Chain(query) => write!(f, "discovery chain of {}", query.service),
+            Self::Endpoints(query) => {
+                write!(f, "endpoints of {}", query.service)?;
+                query.datacenter.iter().try_for_each(|datacenter| write!(f, " in {datacenter}"))
+            }
+            Self::PreparedQuery(query) => write!(f, "prepared query {}", query.name),
+        }
+    }
+}

@@ -1,0 +1,229 @@
+//! Upstreams in the making: each is built from its plan, its chain and the endpoints of its targets, on its
+//! own, and keeps what of it did not change.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::query::{ChainQuery, PreparedQuery, Query};
+use super::translate::chain::{ChainPlan, Prepared, Sni, TargetPlan};
+use super::translate::definition::{Source, UpstreamPlan};
+use super::translate::endpoints::{self, Instance, View};
+use super::translate::{Bad, Notes};
+use crate::snapshot::{Endpoints, Target, Upstream, UpstreamKey};
+use crate::tls::{self, Credentials, SpiffeId};
+
+/// What upstreams are built from, besides their own plans.
+pub(super) struct Mesh<'a> {
+    pub(super) credentials: &'a Arc<Credentials>,
+    pub(super) chains: &'a HashMap<ChainQuery, Arc<ChainPlan>>,
+    pub(super) prepared: &'a HashMap<PreparedQuery, Prepared>,
+    pub(super) instances: &'a mut HashMap<Query, Instances>,
+    pub(super) notes: &'a mut Notes,
+}
+
+#[derive(Debug)]
+pub(super) struct UpstreamDraft {
+    plan: UpstreamPlan,
+    /// What it hangs on.
+    uses: Vec<Query>,
+    built: Option<Built>,
+}
+
+/// An upstream of the snapshot, with what it was built from.
+#[derive(Debug)]
+struct Built {
+    upstream: Arc<Upstream>,
+    plan: UpstreamPlan,
+    chain: Arc<ChainPlan>,
+    credentials: Arc<Credentials>,
+    /// One for each of the chain's plans.
+    targets: Vec<Arc<Target>>,
+}
+
+/// The answer to a query for endpoints.
+#[derive(Debug)]
+pub(super) struct Instances {
+    list: Vec<Instance>,
+    /// As targets see them; seldom more than one.
+    views: Vec<(View, Arc<Endpoints>)>,
+}
+
+impl UpstreamDraft {
+    pub(super) fn new(plan: UpstreamPlan) -> Self {
+        Self { plan, uses: Vec::new(), built: None }
+    }
+
+    pub(super) fn plan(&self) -> &UpstreamPlan {
+        &self.plan
+    }
+
+    /// Takes a plan; false if it is the one that it has.
+    pub(super) fn set_plan(&mut self, plan: &UpstreamPlan) -> bool {
+        let new = self.plan != *plan;
+        if new {
+            self.plan = plan.clone();
+        }
+        new
+    }
+
+    /// Takes what it hangs on, and gives back what it hung on before.
+    pub(super) fn set_uses(&mut self, uses: Vec<Query>) -> Vec<Query> {
+        std::mem::replace(&mut self.uses, uses)
+    }
+
+    /// What the snapshot has; while something of a newer chain is still unknown, this is of an older one.
+    pub(super) fn built(&self) -> Option<&Arc<Upstream>> {
+        self.built.as_ref().map(|built| &built.upstream)
+    }
+
+    /// Builds it, if all that it needs is known.
+    pub(super) fn build(&mut self, key: &UpstreamKey, mesh: &mut Mesh<'_>) {
+        let Some(chain) = self.chain(mesh) else { return };
+        let endpoints: Option<Vec<_>> =
+            chain.targets.iter().map(|target| mesh.endpoints(&self.plan.name, target)).collect();
+        let Some(endpoints) = endpoints else { return };
+        let mut targets = Vec::with_capacity(endpoints.len());
+        for (plan, endpoints) in chain.targets.iter().zip(endpoints) {
+            match self.target(plan, endpoints, mesh.credentials) {
+                Ok(target) => targets.push(target),
+                Err(bad) => return mesh.notes.push(format!("upstream {}: {bad}", self.plan.name)),
+            }
+        }
+        if self.is_built_from(&chain, &targets) {
+            return;
+        }
+        let upstream = Arc::new(Upstream {
+            key: key.clone(),
+            name: self.plan.name.clone(),
+            chain: chain.build(&targets),
+            limits: self.plan.limits,
+            passive_health_check: self.plan.passive_health_check,
+        });
+        let (plan, credentials) = (self.plan.clone(), Arc::clone(mesh.credentials));
+        self.built = Some(Built { upstream, plan, chain, credentials, targets });
+    }
+
+    fn chain(&self, mesh: &Mesh<'_>) -> Option<Arc<ChainPlan>> {
+        match &self.plan.source {
+            Source::Chain(query) => mesh.chains.get(query).map(Arc::clone),
+            Source::PreparedQuery { query, protocol, connect_timeout } => {
+                let prepared = mesh.prepared.get(query)?;
+                let chain = ChainPlan::of_query(query, prepared, *protocol, *connect_timeout);
+                let before = self.built.as_ref().map(|built| &built.chain).filter(|before| ***before == chain);
+                Some(before.map_or_else(|| Arc::new(chain), Arc::clone))
+            }
+        }
+    }
+
+    /// The target as it is, or a new one with as much of the old as still holds.
+    fn target(
+        &self,
+        plan: &TargetPlan,
+        endpoints: Arc<Endpoints>,
+        credentials: &Arc<Credentials>,
+    ) -> Result<Arc<Target>, Bad> {
+        let before = self.built.as_ref().filter(|built| Arc::ptr_eq(&built.credentials, credentials));
+        let before = before.and_then(|built| {
+            let mut targets = built.chain.targets.iter().zip(&built.targets);
+            targets.find(|(before, _)| *before == plan).map(|(_, target)| target)
+        });
+        match before {
+            Some(target) if Arc::ptr_eq(&target.endpoints, &endpoints) => Ok(Arc::clone(target)),
+            Some(target) => Ok(Arc::new(new_target(plan, Arc::clone(&target.tls), endpoints))),
+            None => Ok(Arc::new(new_target(plan, client(plan, credentials)?, endpoints))),
+        }
+    }
+
+    fn is_built_from(&self, chain: &Arc<ChainPlan>, targets: &[Arc<Target>]) -> bool {
+        self.built.as_ref().is_some_and(|built| {
+            Arc::ptr_eq(&built.chain, chain)
+                && built.plan == self.plan
+                && built.targets.iter().zip(targets).all(|(a, b)| Arc::ptr_eq(a, b))
+        })
+    }
+}
+
+impl Mesh<'_> {
+    /// The endpoints of a target as we see them; `None` while they are not known.
+    fn endpoints(&mut self, upstream: &str, target: &TargetPlan) -> Option<Arc<Endpoints>> {
+        let Some(query) = &target.instances else { return Some(Arc::default()) };
+        let us = self.credentials.id();
+        // A prepared query that was never answered names no datacenter.
+        let elsewhere = !target.datacenter.is_empty() && target.datacenter != us.datacenter;
+        let wan = elsewhere || target.partition != us.partition;
+        if wan && !matches!(target.gateway_mode.as_str(), "" | "none") {
+            self.notes.push(format!(
+                "upstream {upstream}: {} in {} is to be reached by a mesh gateway (mode {}), which is not supported \
+                 yet, so it counts as having no instance",
+                target.service, target.datacenter, target.gateway_mode
+            ));
+            return Some(Arc::default());
+        }
+        Some(self.instances.get_mut(query)?.view(View { wan, only_passing: target.only_passing }))
+    }
+}
+
+impl Instances {
+    pub(super) fn new(list: Vec<Instance>) -> Self {
+        Self { list, views: Vec::new() }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+
+    /// Takes a new list; says whether any target sees a change. What looks the same stays the same `Arc`.
+    pub(super) fn set(&mut self, list: Vec<Instance>) -> bool {
+        self.list = list;
+        let mut changed = false;
+        for (view, endpoints) in &mut self.views {
+            let new = endpoints::endpoints(&self.list, *view);
+            if **endpoints != new {
+                *endpoints = Arc::new(new);
+                changed = true;
+            }
+        }
+        changed
+    }
+
+    fn view(&mut self, view: View) -> Arc<Endpoints> {
+        if let Some((_, endpoints)) = self.views.iter().find(|(known, _)| *known == view) {
+            return Arc::clone(endpoints);
+        }
+        let endpoints = Arc::new(endpoints::endpoints(&self.list, view));
+        self.views.push((view, Arc::clone(&endpoints)));
+        endpoints
+    }
+}
+
+fn new_target(plan: &TargetPlan, tls: Arc<tls::Client>, endpoints: Arc<Endpoints>) -> Target {
+    Target {
+        id: plan.id.clone(),
+        service: plan.service.clone(),
+        datacenter: plan.datacenter.clone(),
+        tls,
+        connect_timeout: plan.connect_timeout,
+        endpoints,
+    }
+}
+
+/// Connects to the target alone: what its instances may be is decided by the chain, not by who answers.
+fn client(plan: &TargetPlan, credentials: &Credentials) -> Result<Arc<tls::Client>, Bad> {
+    let us = credentials.id();
+    let sni = match &plan.sni {
+        Sni::Given(name) => name.clone(),
+        Sni::Query(PreparedQuery { name, datacenter }) => {
+            let datacenter = datacenter.as_ref().unwrap_or(&us.datacenter);
+            format!("{name}.default.{datacenter}.query.{}", us.trust_domain)
+        }
+    };
+    let expected = plan.identities.iter().map(|identity| SpiffeId {
+        trust_domain: us.trust_domain.clone(),
+        partition: identity.partition.clone(),
+        namespace: identity.namespace.clone(),
+        datacenter: identity.datacenter.clone(),
+        service: identity.service.clone(),
+    });
+    // No ALPN: Consul's own proxies offer none, and servers differ in what they do with a name they don't know.
+    credentials.client(&sni, expected.collect(), &[]).map_err(|error| Bad(error.to_string()))
+}
