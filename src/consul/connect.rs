@@ -287,3 +287,100 @@ impl ServerCertVerifier for Unverified {
         self.0.signature_verification_algorithms.supported_schemes()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use rcgen::generate_simple_self_signed;
+    use rustls_pki_types::PrivatePkcs8KeyDer;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
+    use tokio::task::JoinHandle;
+    use tokio_rustls::TlsAcceptor;
+
+    use super::*;
+    use crate::consul::{Client, Error};
+    use crate::testing;
+
+    /// Answers one request over TLS; gives the server name and the `Host` header it came with.
+    async fn serve(names: &[&str]) -> (SocketAddr, String, JoinHandle<Option<(Option<String>, String)>>) {
+        let names: Vec<String> = names.iter().map(ToString::to_string).collect();
+        let issued = generate_simple_self_signed(names).expect("the names are good");
+        let key = PrivatePkcs8KeyDer::from(issued.signing_key.serialize_der()).into();
+        let config = rustls::ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+            .with_safe_default_protocol_versions()
+            .expect("the provider has them")
+            .with_no_client_auth()
+            .with_single_cert(vec![issued.cert.der().clone()], key)
+            .expect("certificate and key match");
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback has a free port");
+        let address = listener.local_addr().expect("it is bound");
+        let served = tokio::spawn(async move {
+            let (stream, _) = listener.accept().await.ok()?;
+            let mut stream = TlsAcceptor::from(Arc::new(config)).accept(stream).await.ok()?;
+            let mut request = vec![0; 4096];
+            let length = stream.read(&mut request).await.ok()?;
+            stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}").await.ok()?;
+            stream.shutdown().await.ok()?;
+            let request = String::from_utf8_lossy(&request[..length]).to_ascii_lowercase();
+            let host = request.lines().find_map(|line| line.strip_prefix("host: ")).unwrap_or_default().to_string();
+            Some((stream.get_ref().1.server_name().map(str::to_string), host))
+        });
+        (address, issued.cert.pem(), served)
+    }
+
+    async fn ask(address: SocketAddr, tls: TlsSettings) -> Result<(), Error> {
+        let mut settings =
+            testing::settings(Address::Tcp { https: true, authority: address.to_string(), prefix: String::new() });
+        settings.tls = tls;
+        Client::new(&settings).expect("the settings are good").agent_services().await.map(drop)
+    }
+
+    fn trusting(pem: &str, server_name: Option<&str>) -> (testing::TempFile, TlsSettings) {
+        let file = testing::TempFile::new(pem);
+        let ca_file = Some(file.path().to_path_buf());
+        (file, TlsSettings { ca_file, server_name: server_name.map(str::to_string), ..TlsSettings::default() })
+    }
+
+    #[tokio::test]
+    async fn a_given_server_name_is_sent_and_verified() {
+        const NAME: &str = "server.dc1.consul";
+        let (address, pem, served) = serve(&[NAME]).await;
+        let (_file, tls) = trusting(&pem, Some(NAME));
+        ask(address, tls).await.expect("an answer");
+        let seen = served.await.expect("no panics");
+        assert_eq!(seen, Some((Some(NAME.to_string()), address.to_string())));
+    }
+
+    #[tokio::test]
+    async fn an_address_as_server_name_is_verified_and_not_sent() {
+        let (address, pem, served) = serve(&["192.0.2.7"]).await;
+        let (_file, tls) = trusting(&pem, Some("192.0.2.7"));
+        ask(address, tls).await.expect("an answer");
+        assert_eq!(served.await.expect("no panics"), Some((None, address.to_string())));
+    }
+
+    #[tokio::test]
+    async fn an_agent_of_another_name_or_ca_is_told_nothing() {
+        for (names, server_name, own_ca) in [
+            (&["server.dc1.consul"][..], Some("server.dc2.consul"), true),
+            (&["server.dc1.consul"], None, true),
+            (&["server.dc1.consul"], Some("server.dc1.consul"), false),
+        ] {
+            let (address, pem, served) = serve(names).await;
+            let (_, other_pem, other) = serve(names).await;
+            other.abort();
+            let (_file, tls) = trusting(if own_ca { &pem } else { &other_pem }, server_name);
+            let error = ask(address, tls).await.expect_err("not the agent that was meant");
+            assert!(error.is_transport() && !error.is_unreachable(), "{error}");
+            assert!(error.to_string().contains("-ca-file"), "{error}");
+            assert_eq!(served.await.expect("no panics"), None);
+        }
+    }
+
+    #[tokio::test]
+    async fn verification_can_be_turned_off() {
+        let (address, _, served) = serve(&["server.dc1.consul"]).await;
+        ask(address, TlsSettings { verify: false, ..TlsSettings::default() }).await.expect("an answer");
+        assert!(served.await.expect("no panics").is_some());
+    }
+}

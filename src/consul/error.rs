@@ -74,6 +74,7 @@ impl Error {
     pub(super) fn class(&self) -> String {
         match &self.kind {
             ErrorKind::Unreachable(_) | ErrorKind::Transport(_) => "transport".into(),
+            ErrorKind::Status { code: 403, text } if text.contains("ACL not found") => "token".into(),
             // Rights and existence are matters of the thing that was asked for.
             ErrorKind::Status { code: code @ (403 | 404), .. } => format!("{code} {}", self.request),
             ErrorKind::Status { code, text } => format!("{code} {}", text.chars().take(80).collect::<String>()),
@@ -83,13 +84,24 @@ impl Error {
 
     fn remedy(&self) -> Option<String> {
         match &self.kind {
+            ErrorKind::Transport(cause) if cause.contains("invalid peer certificate") => Some(
+                "-ca-file or CONSUL_CACERT says which CA to trust, -tls-server-name or CONSUL_TLS_SERVER_NAME which \
+                 name to expect"
+                    .into(),
+            ),
+            ErrorKind::Transport(cause) if cause.contains("fatal alert") && cause.contains("Certificate") => Some(
+                "the agent may want a client certificate (-client-cert and -client-key, or CONSUL_CLIENT_CERT and \
+                 CONSUL_CLIENT_KEY)"
+                    .into(),
+            ),
             ErrorKind::Unreachable(_) => {
                 Some("is a Consul agent running there? (-http-addr or CONSUL_HTTP_ADDR says where)".into())
             }
             ErrorKind::Status { code: 403, text } if text.contains("ACL not found") => {
                 Some("the agent does not know the token (-token, -token-file or CONSUL_HTTP_TOKEN)".into())
             }
-            ErrorKind::Status { code: 403, .. } if !self.needs.is_empty() => {
+            // Newer agents say it themselves.
+            ErrorKind::Status { code: 403, text } if !self.needs.is_empty() && !text.contains("lacks permission") => {
                 Some(format!("the token needs {}", self.needs))
             }
             ErrorKind::Status { code: 400, text } if text.contains("HTTP request to an HTTPS server") => {
@@ -132,13 +144,14 @@ impl From<reqwest::Error> for ErrorKind {
     fn from(error: reqwest::Error) -> Self {
         let error = error.without_url();
         let text = cause(&error);
-        if error.is_connect() { Self::Unreachable(text) } else { Self::Transport(text) }
+        // A failed handshake is a failed connection, but somebody is there.
+        if error.is_connect() && !is_tls(&error) { Self::Unreachable(text) } else { Self::Transport(text) }
     }
 }
 
 /// The deepest cause, which is the one that says what happened.
 fn cause(error: &reqwest::Error) -> String {
-    let mut deepest: &dyn std::error::Error = error;
+    let mut deepest: &(dyn std::error::Error + 'static) = error;
     while let Some(source) = deepest.source() {
         let closed = source.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_incomplete_message);
         if closed {
@@ -149,6 +162,21 @@ fn cause(error: &reqwest::Error) -> String {
         deepest = source;
     }
     deepest.to_string()
+}
+
+fn is_tls(error: &reqwest::Error) -> bool {
+    let mut next: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = next {
+        if error.is::<rustls::Error>() {
+            return true;
+        }
+        next = match error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref) {
+            // What an IO error was made of is not its source.
+            Some(inner) => Some(inner),
+            None => error.source(),
+        };
+    }
+    false
 }
 
 /// An error body as one line that is fit for a log.

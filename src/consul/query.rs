@@ -316,7 +316,7 @@ where
     fn backoff_cap(&self, error: &Error) -> Duration {
         // A refused connection costs nothing, and a service that is not there yet is about to be: both
         // are what a start looks like. Who gets through wakes the others.
-        let soon = (error.is_unreachable() && self.query.always) || error.is_not_found();
+        let soon = self.query.always && (error.is_unreachable() || error.is_not_found());
         if soon { Duration::from_secs(2) } else { Backoff::CAP }
     }
 
@@ -500,7 +500,7 @@ mod tests {
 
     use super::*;
     use crate::consul::{Instances, Settings, Token, api};
-    use crate::testing::{Agent, Fault};
+    use crate::testing::{Agent, Fault, TempFile};
 
     const ROOTS: &str = "/v1/agent/connect/ca/roots";
     const MATCH: &str = "/v1/connect/intentions/match";
@@ -861,7 +861,7 @@ mod tests {
         let agent = Agent::start().await;
         let file = TempFile::new("first");
         let mut settings = agent.settings();
-        settings.token = Token::File(file.0.clone());
+        settings.token = Token::File(file.path().to_path_buf());
         agent.set(ROOTS, roots("a"));
         let mut watch = watch_roots(&watches(&settings));
         assert_eq!(watch.value().await, "a");
@@ -874,7 +874,7 @@ mod tests {
         // Neither an empty file nor a missing one is another token.
         file.write("");
         tokio::time::sleep(Duration::from_secs(3)).await;
-        std::fs::remove_file(&file.0).expect("it was there");
+        std::fs::remove_file(file.path()).expect("it was there");
         tokio::time::sleep(Duration::from_secs(3)).await;
         agent.set(ROOTS, roots("b"));
         assert_eq!(watch.value().await, "b");
@@ -888,7 +888,7 @@ mod tests {
         agent.set(ROOTS, roots("a"));
         let file = TempFile::new("first");
         let mut settings = agent.settings();
-        settings.token = Token::File(file.0.clone());
+        settings.token = Token::File(file.path().to_path_buf());
         let client = Client::new(&settings).expect("the settings are good");
         let error = client.ask(&Query::ca_roots()).await.expect_err("the token is not known");
         assert!(error.is_forbidden() && !error.to_string().contains("first"), "{error}");
@@ -927,27 +927,5 @@ mod tests {
         }
         backoff.reset();
         assert!(backoff.next(Backoff::CAP) <= Duration::from_millis(100));
-    }
-
-    /// A file that is there for as long as the test.
-    struct TempFile(std::path::PathBuf);
-
-    impl TempFile {
-        fn new(text: &str) -> Self {
-            let name = format!("lictor-test-{}-{:x}", std::process::id(), RandomState::new().build_hasher().finish());
-            let file = Self(std::env::temp_dir().join(name));
-            file.write(text);
-            file
-        }
-
-        fn write(&self, text: &str) {
-            std::fs::write(&self.0, text).expect("a temporary file can be written");
-        }
-    }
-
-    impl Drop for TempFile {
-        fn drop(&mut self) {
-            let _ = std::fs::remove_file(&self.0);
-        }
     }
 }

@@ -1,8 +1,10 @@
-//! What tests need: an agent that is none.
+//! What tests need, above all an agent that is none.
 
 use std::collections::{BTreeMap, HashSet};
 use std::convert::Infallible;
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -198,6 +200,32 @@ impl Agent {
 impl Drop for Agent {
     fn drop(&mut self) {
         self.accepting.abort();
+    }
+}
+
+/// A file that is there for as long as this lives.
+pub(crate) struct TempFile(PathBuf);
+
+impl TempFile {
+    pub(crate) fn new(text: &str) -> Self {
+        let number = RandomState::new().build_hasher().finish();
+        let file = Self(std::env::temp_dir().join(format!("lictor-test-{}-{number:x}", std::process::id())));
+        file.write(text);
+        file
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+
+    pub(crate) fn write(&self, text: &str) {
+        std::fs::write(&self.0, text).expect("a temporary file can be written");
+    }
+}
+
+impl Drop for TempFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
     }
 }
 
