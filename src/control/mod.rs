@@ -21,7 +21,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use self::draft::{Draft, Update, Urgency};
 use self::query::Query;
-use crate::config::{Config, Mode};
+use crate::config::Mode;
 use crate::consul::query::{Event, Watch, Watches};
 use crate::consul::{self, Client, api};
 use crate::snapshot::{Action, DefaultPolicy, Snapshot};
@@ -46,11 +46,12 @@ const TELL_AGAIN: Duration = Duration::from_secs(60);
 /// What [`resolve_proxy_id`] fails with, and flags that define no proxy.
 pub async fn run(
     watches: Watches,
-    config: &Config,
+    agent: &consul::Settings,
+    mode: &Mode,
     publish: watch::Sender<Option<Arc<Snapshot>>>,
 ) -> anyhow::Result<()> {
-    let enterprise = config.agent.namespace.is_some() || config.agent.partition.is_some();
-    let draft = match &config.mode {
+    let enterprise = agent.namespace.is_some() || agent.partition.is_some();
+    let draft = match mode {
         Mode::ProxyId(id) => Draft::registered(id.clone(), enterprise),
         Mode::SidecarFor(id) => Draft::registered(resolve_proxy_id(watches.client(), id).await?, enterprise),
         Mode::AdHoc(flags) => {
@@ -314,9 +315,137 @@ impl Pace {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
+    use serde_json::{Value, json};
 
+    use super::fixture::{Ca, chain, registration, roots, row};
     use super::*;
+    use crate::testing::{Agent, Fault};
+
+    /// Longest wait for something that should come at once.
+    const SOON: Duration = Duration::from_secs(10);
+
+    const SERVICE: &str = "/v1/agent/service/web-sidecar-proxy";
+    const ROOTS: &str = "/v1/agent/connect/ca/roots";
+    const LEAF: &str = "/v1/agent/connect/ca/leaf/web";
+    const INTENTIONS: &str = "/v1/connect/intentions/match";
+
+    type Published = watch::Receiver<Option<Arc<Snapshot>>>;
+
+    /// An agent with a sidecar of `web`, whose upstream `db` has one instance.
+    async fn agent(ca: &Ca) -> Agent {
+        let agent = Agent::start().await;
+        agent.set(SERVICE, registration(&[("db", 9191)]));
+        agent.set(ROOTS, roots(&[ca]));
+        agent.set(LEAF, ca.leaf("web"));
+        agent.set(INTENTIONS, json!({"web": null}));
+        let reason = "Default behavior configured by ACLs";
+        agent.set("/v1/agent/connect/authorize", json!({"Authorized": false, "Reason": reason}));
+        agent.set("/v1/discovery-chain/db", json!({"Chain": chain(&["db.dc1"])}));
+        agent.set("/v1/health/connect/db", json!([row("10.0.0.5", 21001)]));
+        agent
+    }
+
+    fn start(agent: &Agent, mode: Mode) -> (tokio::task::JoinHandle<anyhow::Result<()>>, Published) {
+        let settings = agent.settings();
+        let (publish, published) = watch::channel(None);
+        let control = tokio::spawn(async move {
+            let watches = Watches::new(Client::new(&settings)?);
+            run(watches, &settings, &mode, publish).await
+        });
+        (control, published)
+    }
+
+    async fn until(published: &mut Published, wanted: impl Fn(&Snapshot) -> bool) -> Arc<Snapshot> {
+        let there = published.wait_for(|snapshot| snapshot.as_deref().is_some_and(&wanted));
+        let snapshot = tokio::time::timeout(SOON, there).await.expect("it is published soon").expect("control runs");
+        snapshot.clone().expect("there is one")
+    }
+
+    fn endpoints(snapshot: &Snapshot, upstream: &str) -> usize {
+        let found = snapshot.upstreams.iter().find(|(key, _)| key.destination == upstream);
+        found.map_or(0, |(_, upstream)| upstream.chain.targets().map(|target| target.endpoints.usable.len()).sum())
+    }
+
+    #[tokio::test]
+    async fn what_the_agent_says_is_published_and_followed() {
+        let ca = Ca::new();
+        let agent = agent(&ca).await;
+        let (control, mut published) = start(&agent, Mode::ProxyId("web-sidecar-proxy".into()));
+        let first = until(&mut published, |snapshot| endpoints(snapshot, "service:db") == 1).await;
+        let before = first.public.clone().expect("a public listener");
+
+        agent.set(INTENTIONS, json!({"web": [{"SourceName": "api", "Action": "allow", "Precedence": 9}]}));
+        let next =
+            until(&mut published, |s| s.public.as_ref().is_some_and(|p| p.intentions != before.intentions)).await;
+        assert!(Arc::ptr_eq(next.upstreams.values().next().unwrap(), first.upstreams.values().next().unwrap()));
+
+        agent.set("/v1/discovery-chain/cache", json!({"Chain": chain(&["cache.dc1"])}));
+        agent.set("/v1/health/connect/cache", json!([row("10.0.0.6", 1), row("10.0.0.7", 1)]));
+        agent.set(SERVICE, registration(&[("db", 9191), ("cache", 9192)]));
+        let next = until(&mut published, |snapshot| endpoints(snapshot, "service:cache") == 2).await;
+
+        // Rubbish, silence and a deregistration change nothing; afterwards all is caught up with.
+        agent.fault(Some(Fault::Rubbish));
+        agent.fault(Some(Fault::Status(500, "No cluster leader")));
+        agent.disconnect();
+        agent.remove(SERVICE);
+        agent.set("/v1/health/connect/cache", json!([]));
+        agent.fault(None);
+        let last = until(&mut published, |snapshot| endpoints(snapshot, "service:cache") == 0).await;
+        assert_eq!(last.upstreams.keys().collect::<Vec<_>>(), next.upstreams.keys().collect::<Vec<_>>());
+
+        drop(published);
+        tokio::time::timeout(SOON, control).await.expect("control ends with its readers").unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn flags_alone_make_a_proxy() {
+        let ca = Ca::new();
+        let agent = agent(&ca).await;
+        let flags = crate::config::AdHoc {
+            service: "web".into(),
+            upstreams: vec![crate::config::AdHocUpstream {
+                name: "db".into(),
+                prepared_query: false,
+                bind: "127.0.0.1:9191".parse().unwrap(),
+            }],
+            public: None,
+            register: None,
+        };
+        let (_control, mut published) = start(&agent, Mode::AdHoc(flags));
+        let snapshot = until(&mut published, |snapshot| endpoints(snapshot, "service:db") == 1).await;
+        assert!(snapshot.public.is_none());
+        assert!(agent.requests(INTENTIONS).is_empty());
+        assert!(agent.requests(SERVICE).is_empty());
+    }
+
+    #[tokio::test]
+    async fn an_agent_that_does_not_answer_yet_is_waited_for() {
+        let ca = Ca::new();
+        let agent = agent(&ca).await;
+        let services: Value = json!({"web-sidecar-proxy": {
+            "Kind": "connect-proxy", "Proxy": {"DestinationServiceID": "web"}}});
+        agent.set("/v1/agent/services", services);
+        agent.fault(Some(Fault::Status(500, "No cluster leader")));
+        let (_control, mut published) = start(&agent, Mode::SidecarFor("WEB".into()));
+        let asked = async {
+            while agent.requests("/v1/agent/services").is_empty() {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(SOON, asked).await.unwrap();
+        agent.fault(None);
+        until(&mut published, |snapshot| endpoints(snapshot, "service:db") == 1).await;
+    }
+
+    #[tokio::test]
+    async fn an_agent_that_refuses_ends_the_search_for_the_sidecar() {
+        let agent = Agent::start().await;
+        agent.fault(Some(Fault::Status(403, "ACL not found")));
+        let (control, _published) = start(&agent, Mode::SidecarFor("web".into()));
+        let error = tokio::time::timeout(SOON, control).await.unwrap().unwrap().unwrap_err().to_string();
+        assert!(error.contains("web") && error.contains("ACL not found"), "{error}");
+    }
 
     #[test]
     fn a_lone_change_is_published_at_once_and_a_stream_in_bursts() {
