@@ -633,7 +633,7 @@ mod tests {
     }
 
     fn targets<'a>(snapshot: &'a Snapshot, destination: &str) -> &'a [Arc<Target>] {
-        &upstream(snapshot, destination).unwrap().chain.start.targets
+        upstream(snapshot, destination).unwrap().chain.connection_targets()
     }
 
     fn addresses(target: &Target) -> Vec<String> {
@@ -999,8 +999,9 @@ mod tests {
             Update::PreparedQuery(query.clone(), Box::new(read(result)))
         };
         stage.apply(Update::Failed(Query::PreparedQuery(query.clone()))).unwrap();
-        let only =
-            |snapshot: &Snapshot| Arc::clone(&snapshot.upstreams.values().next().unwrap().chain.start.targets[0]);
+        let only = |snapshot: &Snapshot| {
+            Arc::clone(&snapshot.upstreams.values().next().unwrap().chain.connection_targets()[0])
+        };
         assert!(addresses(&only(&stage.publishes())).is_empty());
         let mut instance = row("10.0.0.5", 21001);
         instance["Service"]["Proxy"] = json!({"DestinationServiceName": "db"});

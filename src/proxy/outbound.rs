@@ -90,8 +90,12 @@ struct Connected {
 /// # Errors
 /// Why there is none, for the log.
 async fn connect(plan: &Plan, clock: Clock) -> Result<Connected, String> {
-    let targets =
-        plan.upstream.chain.start.targets.iter().filter_map(|target| Some((target, plan.balancers.get(&target.id)?)));
+    let targets = plan
+        .upstream
+        .chain
+        .connection_targets()
+        .iter()
+        .filter_map(|target| Some((target, plan.balancers.get(&target.id)?)));
     let now = clock.now();
     // A target whose instances are all put aside waits behind those that have one, and is tried at last.
     let (up, down): (Vec<_>, Vec<_>) = targets.partition(|(_, balancer)| balancer.is_up(now));

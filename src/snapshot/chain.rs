@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::hash::LoadBalancer;
+use super::route::{Next, Node, REQUEST_TIMEOUT, Splitter};
 use super::{Endpoints, Protocol};
 use crate::tls;
 
@@ -10,8 +12,8 @@ use crate::tls;
 #[derive(Debug)]
 pub struct Chain {
     pub protocol: Protocol,
-    /// For `tcp`: the only node. (Routers and splitters need an HTTP-like protocol.)
-    pub start: Arc<Resolver>,
+    /// For `tcp`: a resolver. (Routers and splitters need an HTTP-like protocol.)
+    pub start: Node,
 }
 
 /// A resolver node: the target that is meant, then those to fail over to, in order.
@@ -19,6 +21,9 @@ pub struct Chain {
 pub struct Resolver {
     /// Never empty; the first is the primary.
     pub targets: Vec<Arc<Target>>,
+    pub load_balancer: LoadBalancer,
+    /// The whole request, HTTP only, where the chain starts with this node; `None` is no limit.
+    pub request_timeout: Option<Duration>,
 }
 
 /// A service (subset, datacenter …) that a chain leads to.
@@ -36,8 +41,52 @@ pub struct Target {
 }
 
 impl Chain {
-    /// Every target that the chain can lead to, failover included.
+    /// Every target that the chain can lead to, failover included. One that several nodes share comes several
+    /// times.
     pub fn targets(&self) -> impl Iterator<Item = &Arc<Target>> {
-        self.start.targets.iter()
+        self.start.resolvers().into_iter().flat_map(|resolver| &resolver.targets)
+    }
+
+    /// The targets of a connection that is not looked into, in the order to try them: none where it would take
+    /// a request to choose.
+    #[must_use]
+    pub fn connection_targets(&self) -> &[Arc<Target>] {
+        match &self.start {
+            Node::Resolver(resolver) => &resolver.targets,
+            Node::Router(_) | Node::Splitter(_) => &[],
+        }
+    }
+}
+
+impl Node {
+    fn resolvers(&self) -> Vec<&Resolver> {
+        match self {
+            Self::Router(routes) => routes.iter().flat_map(|route| route.next.resolvers()).collect(),
+            Self::Splitter(splitter) => splitter.resolvers().collect(),
+            Self::Resolver(resolver) => vec![resolver],
+        }
+    }
+}
+
+impl Next {
+    fn resolvers(&self) -> Vec<&Resolver> {
+        match self {
+            Self::Splitter(splitter) => splitter.resolvers().collect(),
+            Self::Resolver(resolver) => vec![resolver],
+        }
+    }
+}
+
+impl Splitter {
+    fn resolvers(&self) -> impl Iterator<Item = &Resolver> {
+        self.legs().iter().map(|leg| &*leg.resolver)
+    }
+}
+
+impl Resolver {
+    /// With what holds where nothing is set.
+    #[must_use]
+    pub fn new(targets: Vec<Arc<Target>>) -> Self {
+        Self { targets, load_balancer: LoadBalancer::default(), request_timeout: Some(REQUEST_TIMEOUT) }
     }
 }

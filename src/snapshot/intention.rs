@@ -34,7 +34,7 @@ pub struct Intention {
     pub destination: String,
     /// `None`: only HTTP requests can be judged, by `permissions`, `token` or both.
     pub action: Option<Action>,
-    /// The first that matches a request decides. Empty: all requests are allowed that have the token.
+    /// The first that matches a request decides. Empty beside a `token`: whoever has it is allowed.
     pub permissions: Vec<Permission>,
     /// What every request needs besides.
     pub token: Option<TokenRequirement>,
@@ -133,7 +133,7 @@ impl Intentions {
         if intention.token.as_ref().is_some_and(|token| token.check(subject) != Token::Good) {
             return Decision::Deny(Decider::Token(intention, None));
         }
-        if intention.permissions.is_empty() {
+        if intention.permissions.is_empty() && intention.token.is_some() {
             return Decision::Allow(Decider::Intention(intention));
         }
         let mut permissions = intention.permissions.iter().enumerate();

@@ -4,11 +4,13 @@
 //! keep their `Arc`, so that a reader tells by pointer what a change does not concern.
 
 mod chain;
+mod hash;
 mod intention;
 mod path;
 mod pattern;
 mod permission;
 mod request;
+mod route;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -18,11 +20,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use chain::{Chain, Resolver, Target};
+pub use hash::{
+    CookieAttributes, CookieSource, HashPolicy, HashSource, HashTable, LoadBalancer, MAXIMUM_RING, MINIMUM_RING,
+    Policy, RequestHash, hash_request,
+};
 pub use intention::{Action, Decider, Decision, DefaultPolicy, Intention, Intentions};
 pub use path::{BadRequest, EscapedSlashes, NormalPath, Normalization, Underscores};
 pub use pattern::{BadPattern, Pattern};
 pub use permission::{ClaimRequirement, Conditions, PathRule, Permission, ProviderRequirement, TokenRequirement};
 pub use request::{HeaderMatch, RequestView, Text, ValueTest};
+pub use route::{
+    BadEdit, Edits, Failure, IDLE_TIMEOUT, Leg, Next, Node, PathMatch, QueryMatch, QueryTest, REQUEST_TIMEOUT, RetryOn,
+    RetryPolicy, Route, RouteMatch, Routed, Splitter,
+};
 
 use crate::tls;
 

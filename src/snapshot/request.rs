@@ -94,6 +94,11 @@ impl HeaderMatch {
         Some(Self { name, test, invert })
     }
 
+    /// As Envoy 1.40 routes: any line that passes, and inverted, none.
+    pub(super) fn routes(&self, request: &RequestView<'_>) -> bool {
+        self.matches(request, if self.invert { Lines::All } else { Lines::Any })
+    }
+
     /// Without the header, only an inverted test for its presence passes (Envoy 1.40).
     pub(super) fn matches(&self, request: &RequestView<'_>, lines: Lines) -> bool {
         match &self.name {
@@ -144,6 +149,10 @@ impl Text {
 
     pub(super) fn starts(&self, value: &[u8]) -> bool {
         value.get(..self.bytes.len()).is_some_and(|head| self.equals(head))
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.bytes.len()
     }
 
     fn ends(&self, value: &[u8]) -> bool {

@@ -8,7 +8,7 @@ use super::definition::CONNECT_TIMEOUT;
 use super::{Bad, Notes, or_default, tenancy};
 use crate::consul::api;
 use crate::control::query::{EndpointsQuery, PreparedQuery, Query};
-use crate::snapshot::{Chain, Protocol, Resolver, Target};
+use crate::snapshot::{Chain, Node, Protocol, Resolver, Target};
 
 /// A chain but for the credentials and the endpoints of its targets.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -96,7 +96,7 @@ impl ChainPlan {
         let pick = |index: &usize| targets.get(*index).map(Arc::clone);
         Chain {
             protocol: self.protocol,
-            start: Arc::new(Resolver { targets: self.start.targets.iter().filter_map(pick).collect() }),
+            start: Node::Resolver(Arc::new(Resolver::new(self.start.targets.iter().filter_map(pick).collect()))),
         }
     }
 }
