@@ -7,6 +7,12 @@ use bytes::Bytes;
 /// Longest part of an agent's error text that is shown, in characters.
 const SHOWN_TEXT: usize = 300;
 
+const HUNG_UP: &str = "it closed the connection without a word, as it does when stopping, or when this host has more \
+                       connections than limits.http_max_conns_per_client allows";
+
+const TURNED_AWAY: &str = "it refused the connection, as it does when this host has more than \
+                           limits.http_max_conns_per_client allows";
+
 /// A request to the agent that brought no answer. It names the request, never a token.
 #[derive(Debug, Clone)]
 pub struct Error {
@@ -63,6 +69,16 @@ impl Error {
         }
     }
 
+    /// The agent has no connection left for this host.
+    pub(super) fn is_connection_limit(&self) -> bool {
+        match &self.kind {
+            // From 1.9 on it says so, at times before it was asked anything; before, it just hangs up.
+            ErrorKind::Status { code: 429, text } => text.contains("concurrent connections"),
+            ErrorKind::Transport(cause) => cause == HUNG_UP || cause == TURNED_AWAY,
+            _ => false,
+        }
+    }
+
     fn code(&self) -> Option<u16> {
         match self.kind {
             ErrorKind::Status { code, .. } => Some(code),
@@ -106,6 +122,9 @@ impl Error {
             }
             ErrorKind::Status { code: 400, text } if text.contains("HTTP request to an HTTPS server") => {
                 Some("the agent speaks HTTPS there: use https:// in the address, or CONSUL_HTTP_SSL=true".into())
+            }
+            ErrorKind::Status { code: 429, text } if text.contains("concurrent connections") => {
+                Some("raise limits.http_max_conns_per_client of the agent, or use a unix socket".into())
             }
             ErrorKind::Status { text, .. } if text.contains("Connect must be enabled") => {
                 Some("enable connect in the agent's and the servers' configuration".into())
@@ -155,13 +174,15 @@ fn cause(error: &reqwest::Error) -> String {
     while let Some(source) = deepest.source() {
         let closed = source.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_incomplete_message);
         if closed {
-            return "it closed the connection without a word, as it does when stopping, or when this host has \
-                    more connections than limits.http_max_conns_per_client allows"
-                .into();
+            return HUNG_UP.into();
         }
         deepest = source;
     }
-    deepest.to_string()
+    match deepest.to_string() {
+        // Newer agents refuse a connection with an answer to nothing.
+        text if text.contains("unexpected message") => TURNED_AWAY.into(),
+        text => text,
+    }
 }
 
 fn is_tls(error: &reqwest::Error) -> bool {

@@ -35,6 +35,9 @@ const SPACING: Duration = Duration::from_millis(100);
 /// How often watches that failed or poll are told that the agent is back.
 const RECOVERY_SPACING: Duration = Duration::from_secs(1);
 
+/// An agent that has no connection left says so within this time.
+const PROMPT_REFUSAL: Duration = Duration::from_secs(1);
+
 /// Watches that share connections to the agent. Dropping the last clone leaves running watches alone.
 #[derive(Clone)]
 pub struct Watches {
@@ -178,6 +181,7 @@ where
             None => shared.slots.acquire(claim).await,
         };
         let wait = shared.slots.wait(claim);
+        let asked = Instant::now();
         let outcome = tokio::select! {
             biased;
             // The sender lives in the client, so this cannot fail.
@@ -203,7 +207,12 @@ where
                 Ok(())
             }
             Err(error) => {
-                drop(slot);
+                // One that hangs up on a request that has waited for long is stopping.
+                if error.is_connection_limit() && asked.elapsed() < PROMPT_REFUSAL {
+                    slot.withhold();
+                } else {
+                    drop(slot);
+                }
                 self.failed(error, tokens).await
             }
         }
@@ -832,6 +841,40 @@ mod tests {
         assert!(start.elapsed() < Duration::from_millis(100), "{:?}", start.elapsed());
         let most = agent.most_connections();
         assert!(most <= 24, "{most} connections");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn makes_do_with_the_connections_that_the_agent_has() {
+        const SERVICES: usize = 40;
+        let agent = Agent::start().await;
+        agent.limit_connections(10);
+        agent.set(ROOTS, roots("a"));
+        agent.set("/v1/health/connect/db", json!([]));
+        let watches = watches(&agent.settings());
+        let (sender, mut events) = mpsc::channel(16);
+        let _watches: Vec<_> = (0..SERVICES)
+            .map(|number| {
+                let query = Query::health_connect(&Instances { service: "db".into(), ..Instances::default() });
+                watches.watch(query, sender.clone(), move |event| matches!(event, Event::Value(_)).then_some(number))
+            })
+            .collect();
+        let mut always = watch_roots(&watches);
+        assert_eq!(always.value_at_last().await, "a");
+        let mut served = std::collections::HashSet::new();
+        while served.len() < SERVICES {
+            served.extend(events.recv().await.expect("running watches"));
+        }
+        // From here on it is enough to take turns, whatever tries out whether there are more by now.
+        tokio::spawn(async move { while events.recv().await.is_some() {} });
+        let mut slowest = Duration::ZERO;
+        for round in 0..20 {
+            tokio::time::sleep(Duration::from_secs(5)).await;
+            let start = Instant::now();
+            agent.set(ROOTS, roots(&round.to_string()));
+            assert_eq!(always.value_at_last().await, round.to_string());
+            slowest = slowest.max(start.elapsed());
+        }
+        assert!(slowest < Duration::from_secs(1), "{slowest:?}");
     }
 
     #[tokio::test(start_paused = true)]

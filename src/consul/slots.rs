@@ -1,10 +1,15 @@
 //! Turn-taking for a bounded number of connections.
+//!
+//! The agent counts the connections of all programs on a host together, so the bound that was configured
+//! may be more than there is to have. Each time the agent refuses a connection for that reason, one slot is
+//! put away for a while ([`Slot::withhold`]).
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Notify, oneshot};
+use tokio::time::Instant;
 
 /// How long a blocking query waits where it need not make room for others. The agent keeps a handler for
 /// as long as this after we have gone away, so it is not longer.
@@ -14,6 +19,12 @@ pub(super) const LONG_WAIT: Duration = Duration::from_secs(60);
 const CYCLE: Duration = Duration::from_secs(10);
 
 const SHORTEST_WAIT: Duration = Duration::from_secs(1);
+
+/// How long a slot stays away that the agent had no connection for.
+const WITHHELD: Duration = Duration::from_secs(30);
+
+/// So many slots are never put away.
+const FEWEST: usize = 4;
 
 /// Who gets a free slot first, in this order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,6 +48,8 @@ struct State {
     waiting: [VecDeque<oneshot::Sender<Slot>>; 3],
     /// Slots that can be asked for, the longest held first.
     askable: VecDeque<Arc<Notify>>,
+    /// When each of the slots that are put away is back, the first first.
+    withheld: VecDeque<Instant>,
     /// Watches that keep a slot, and those that take turns.
     always: usize,
     turns: usize,
@@ -71,13 +84,12 @@ impl Slots {
     pub(super) async fn acquire(self: &Arc<Self>, claim: Claim) -> Slot {
         let granted = {
             let mut state = self.lock();
-            if state.free > 0 {
-                state.free -= 1;
-                return self.slot(claim, &mut state);
-            }
             let (grant, granted) = oneshot::channel();
             state.waiting[claim as usize].push_back(grant);
-            if claim != Claim::Turn
+            self.settle(&mut state);
+            let waits = state.waiting[claim as usize].back().is_some_and(|last| !last.is_closed());
+            if waits
+                && claim != Claim::Turn
                 && let Some(asked) = state.askable.pop_front()
             {
                 asked.notify_one();
@@ -91,32 +103,26 @@ impl Slots {
         }
     }
 
-    fn slot(self: &Arc<Self>, claim: Claim, state: &mut State) -> Slot {
-        let asked = (claim == Claim::Turn).then(Arc::<Notify>::default);
-        state.askable.extend(asked.clone());
-        Slot { slots: Some(self.clone()), asked }
-    }
-
-    /// Hands a slot to the first who waits for it.
-    fn release(self: &Arc<Self>, asked: Option<Arc<Notify>>) {
-        let mut state = self.lock();
-        if let Some(asked) = asked {
-            state.askable.retain(|other| !Arc::ptr_eq(other, &asked));
+    /// Hands free slots to those who wait for one.
+    fn settle(self: &Arc<Self>, state: &mut State) {
+        let now = Instant::now();
+        while state.withheld.front().is_some_and(|back| *back <= now) {
+            state.withheld.pop_front();
+            state.free += 1;
         }
-        loop {
+        while state.free > 0 {
             let next = [Claim::Always, Claim::Prompt, Claim::Turn]
                 .into_iter()
                 .find_map(|claim| state.waiting[claim as usize].pop_front().map(|grant| (claim, grant)));
-            let Some((claim, grant)) = next else {
-                state.free += 1;
-                return;
-            };
-            let slot = self.slot(claim, &mut state);
-            let Err(mut slot) = grant.send(slot) else { return };
-            // Nobody waits there any more. The slot must not release itself while the lock is held.
-            slot.slots = None;
-            if slot.asked.is_some() {
-                state.askable.pop_back();
+            let Some((claim, grant)) = next else { return };
+            let asked = (claim == Claim::Turn).then(Arc::<Notify>::default);
+            match grant.send(Slot { slots: Some(self.clone()), asked: asked.clone() }) {
+                Ok(()) => {
+                    state.free -= 1;
+                    state.askable.extend(asked);
+                }
+                // Nobody waits there any more. The slot must not come back here while the lock is held.
+                Err(mut slot) => slot.slots = None,
             }
         }
     }
@@ -124,18 +130,23 @@ impl Slots {
     /// How long a blocking query may keep its slot.
     pub(super) fn wait(&self, claim: Claim) -> Duration {
         let state = self.lock();
-        if claim == Claim::Always || state.always + state.turns <= self.total {
+        let total = self.total - state.withheld.len();
+        if claim == Claim::Always || state.always + state.turns <= total {
             return LONG_WAIT;
         }
-        let for_turns = self.total.saturating_sub(state.always).max(1);
-        let wait = CYCLE.mul_f64(for_turns as f64 / state.turns.max(1) as f64);
-        wait.clamp(SHORTEST_WAIT, LONG_WAIT)
+        // Where not even those fit that should keep their slot, they take turns with the rest.
+        let (slots, watches) = match total.checked_sub(state.always) {
+            Some(slots @ 1..) => (slots, state.turns),
+            _ => (total, state.always + state.turns),
+        };
+        CYCLE.mul_f64(slots as f64 / watches.max(1) as f64).clamp(SHORTEST_WAIT, LONG_WAIT)
     }
 
     /// Whether those that keep a slot leave one to the others.
     pub(super) fn always_fits(&self) -> bool {
         let state = self.lock();
-        state.always < self.total || state.always + state.turns <= self.total
+        let total = self.total - state.withheld.len();
+        state.always < total || state.always + state.turns <= total
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -144,6 +155,13 @@ impl Slots {
 }
 
 impl State {
+    /// A slot that is given back cannot be asked for.
+    fn forget(&mut self, asked: Option<Arc<Notify>>) {
+        if let Some(asked) = asked {
+            self.askable.retain(|other| !Arc::ptr_eq(other, &asked));
+        }
+    }
+
     fn count(&mut self, always: bool) -> &mut usize {
         if always { &mut self.always } else { &mut self.turns }
     }
@@ -159,11 +177,28 @@ impl Slot {
     }
 }
 
+impl Slot {
+    /// Gives the slot back later than now, since the agent has no connection for it.
+    pub(super) fn withhold(mut self) {
+        let Some(slots) = self.slots.take() else { return };
+        let mut state = slots.lock();
+        state.forget(self.asked.take());
+        if slots.total - state.withheld.len() > FEWEST {
+            state.withheld.push_back(Instant::now() + WITHHELD);
+        } else {
+            state.free += 1;
+            slots.settle(&mut state);
+        }
+    }
+}
+
 impl Drop for Slot {
     fn drop(&mut self) {
-        if let Some(slots) = self.slots.take() {
-            slots.release(self.asked.take());
-        }
+        let Some(slots) = self.slots.take() else { return };
+        let mut state = slots.lock();
+        state.forget(self.asked.take());
+        state.free += 1;
+        slots.settle(&mut state);
     }
 }
 
@@ -234,6 +269,30 @@ mod tests {
         drop(held);
         let state = slots.lock();
         assert_eq!((state.free, state.askable.len()), (1, 0));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn slots_that_the_agent_has_no_connection_for_are_put_away_for_a_while() {
+        let slots = Slots::new(6);
+        let _members: Vec<_> = (0..6).map(|number| slots.join(number < 4)).collect();
+        assert!(slots.always_fits() && slots.wait(Claim::Turn) == LONG_WAIT);
+        for _ in 0..10 {
+            slots.acquire(Claim::Turn).await.withhold();
+        }
+        assert_eq!(slots.lock().free, FEWEST);
+        // Four that keep a slot leave none to the other two, so that all six take turns.
+        assert!(!slots.always_fits());
+        assert_eq!(slots.wait(Claim::Turn), CYCLE.mul_f64(4.0 / 6.0));
+        let held = [(); FEWEST].map(|()| slots.acquire(Claim::Prompt));
+        let mut all = Vec::new();
+        for slot in held {
+            all.push(slot.await);
+        }
+        tokio::time::sleep(WITHHELD).await;
+        all.push(slots.acquire(Claim::Turn).await);
+        all.push(slots.acquire(Claim::Turn).await);
+        drop(all);
+        assert_eq!(slots.lock().free, 6);
     }
 
     #[test]

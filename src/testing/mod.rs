@@ -52,6 +52,8 @@ struct State {
     requests: Vec<Seen>,
     /// Connections made under an older number are closed.
     generation: u64,
+    /// So many connections are served, and others closed at once.
+    connection_limit: Option<usize>,
 }
 
 #[derive(Clone)]
@@ -178,6 +180,11 @@ impl Agent {
         self.change(|state| state.generation += 1);
     }
 
+    /// Serves so many connections, and hangs up on others as Consul 1.8 does.
+    pub(crate) fn limit_connections(&self, limit: usize) {
+        self.change(|state| state.connection_limit = Some(limit));
+    }
+
     pub(crate) fn open_connections(&self) -> usize {
         self.shared.open.load(Ordering::SeqCst)
     }
@@ -248,6 +255,9 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
     let mut connections = JoinSet::new();
     loop {
         let Ok((stream, _)) = listener.accept().await else { continue };
+        if shared.lock().connection_limit.is_some_and(|limit| shared.open.load(Ordering::SeqCst) >= limit) {
+            continue;
+        }
         let open = shared.open.fetch_add(1, Ordering::SeqCst) + 1;
         shared.most_open.fetch_max(open, Ordering::SeqCst);
         let shared = shared.clone();
