@@ -65,6 +65,13 @@ impl Update {
     }
 }
 
+/// A change of what is asked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Want {
+    Start(Query),
+    Stop(Query),
+}
+
 /// How soon a change must be seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Urgency {
@@ -76,8 +83,6 @@ pub(super) enum Urgency {
 
 #[derive(Debug)]
 pub(super) struct Draft {
-    /// Whose registration is the definition; `None` if flags are.
-    proxy_id: Option<String>,
     /// Whether namespaces and partitions may be sent.
     enterprise: bool,
     definition: Option<Definition>,
@@ -97,7 +102,7 @@ pub(super) struct Draft {
     users: HashMap<Query, BTreeSet<UpstreamKey>>,
     unused: Vec<Query>,
     dirty: Dirty,
-    wanted_changed: bool,
+    wants: Vec<Want>,
     last: Option<Arc<Snapshot>>,
     notes: Notes,
     /// Notes that were given out, so that each is once.
@@ -133,9 +138,11 @@ impl Draft {
         draft
     }
 
+    /// Without an id, the definition comes from elsewhere and is not asked for.
     fn new(proxy_id: Option<String>, enterprise: bool) -> Self {
+        let first = proxy_id.map(Query::Service).into_iter().chain([Query::Roots]);
         Self {
-            proxy_id,
+            wants: first.map(Want::Start).collect(),
             enterprise,
             definition: None,
             identity: Identity::default(),
@@ -149,7 +156,6 @@ impl Draft {
             users: HashMap::new(),
             unused: Vec::new(),
             dirty: Dirty::default(),
-            wanted_changed: true,
             last: None,
             notes: Notes::default(),
             said: HashSet::new(),
@@ -205,25 +211,9 @@ impl Draft {
         if self.identity.is_behind() { self.refresh_identity(now) } else { Ok(()) }
     }
 
-    /// The queries that should run from now on, those that others wait for first; `None` if they are the
-    /// same as at the last call.
-    pub(super) fn wanted(&mut self) -> Option<Vec<Query>> {
-        if !std::mem::take(&mut self.wanted_changed) {
-            return None;
-        }
-        let mut wanted: Vec<Query> = self.proxy_id.clone().map(Query::Service).into_iter().collect();
-        wanted.push(Query::Roots);
-        if let Some(definition) = &self.definition {
-            let service = &definition.service;
-            wanted.push(Query::Leaf(service.clone()));
-            if definition.public.is_some() {
-                wanted.push(Query::Intentions(service.clone()));
-                wanted.push(Query::DefaultPolicy(service.clone()));
-            }
-        }
-        let (chains, others): (Vec<_>, Vec<_>) = self.users.keys().partition(|query| matches!(query, Query::Chain(_)));
-        wanted.extend(chains.into_iter().chain(others).cloned());
-        Some(wanted)
+    /// What to ask from now on and what no more, in order, since the last call.
+    pub(super) fn wants(&mut self) -> Vec<Want> {
+        std::mem::take(&mut self.wants)
     }
 
     /// Whether there is something to publish, and how soon.
@@ -325,6 +315,7 @@ impl Draft {
             return;
         }
         let old = self.definition.take();
+        self.ask(old.as_ref().map(about_us).unwrap_or_default(), about_us(&new));
         if old.as_ref().is_some_and(|old| old.service != new.service) {
             self.identity.forget_service();
             self.rules = Rules::default();
@@ -351,8 +342,15 @@ impl Draft {
         }
         self.sweep();
         self.definition = Some(new);
-        self.wanted_changed = true;
         self.touch(Urgency::Soon);
+    }
+
+    /// Asks `now` in the place of `before`.
+    fn ask(&mut self, before: Vec<Query>, now: Vec<Query>) {
+        let gone: Vec<Query> = before.iter().filter(|query| !now.contains(query)).cloned().collect();
+        let new = now.into_iter().filter(|query| !before.contains(query));
+        self.wants.extend(gone.into_iter().map(Want::Stop));
+        self.wants.extend(new.map(Want::Start));
     }
 
     fn refresh_identity(&mut self, now: SystemTime) -> Result<(), Bad> {
@@ -468,8 +466,10 @@ impl Draft {
     fn link(&mut self, key: &UpstreamKey, uses: Vec<Query>) {
         let Some(upstream) = self.upstreams.get_mut(key) else { return };
         for query in &uses {
-            let users = self.users.entry(query.clone()).or_default();
-            self.wanted_changed |= users.is_empty();
+            let users = self.users.entry(query.clone()).or_insert_with(|| {
+                self.wants.push(Want::Start(query.clone()));
+                BTreeSet::new()
+            });
             users.insert(key.clone());
         }
         for query in upstream.set_uses(uses.clone()).into_iter().filter(|query| !uses.contains(query)) {
@@ -496,13 +496,21 @@ impl Draft {
                 Query::PreparedQuery(prepared) => drop(self.prepared.remove(prepared)),
                 _ => {}
             }
-            self.wanted_changed = true;
+            self.wants.push(Want::Stop(query));
         }
     }
 
     fn touch(&mut self, urgency: Urgency) {
         self.dirty.urgency = self.dirty.urgency.max(Some(urgency));
     }
+}
+
+/// What the definition alone makes us ask. Without a public listener nobody needs the rules.
+fn about_us(definition: &Definition) -> Vec<Query> {
+    let service = &definition.service;
+    let rules = [Query::Intentions(service.clone()), Query::DefaultPolicy(service.clone())];
+    let rules = rules.into_iter().filter(|_| definition.public.is_some());
+    std::iter::once(Query::Leaf(service.clone())).chain(rules).collect()
 }
 
 /// What Envoy's public listener offers under Consul 1.14 and later.
@@ -563,10 +571,11 @@ mod tests {
 
         fn apply(&mut self, update: Update) -> Result<(), Bad> {
             let result = self.draft.apply(update, self.now);
-            if let Some(wanted) = self.draft.wanted() {
-                let names: Vec<String> = wanted.iter().map(ToString::to_string).collect();
-                self.wanted = names.iter().cloned().collect();
-                assert_eq!(names.len(), self.wanted.len(), "a query is wanted twice: {names:?}");
+            for want in self.draft.wants() {
+                match want {
+                    Want::Start(query) => assert!(self.wanted.insert(query.to_string()), "{query} was asked already"),
+                    Want::Stop(query) => assert!(self.wanted.remove(&query.to_string()), "{query} was not asked"),
+                }
             }
             result
         }

@@ -19,7 +19,7 @@ use anyhow::bail;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 
-use self::draft::{Draft, Update, Urgency};
+use self::draft::{Draft, Update, Urgency, Want};
 use self::query::Query;
 use crate::config::Mode;
 use crate::consul::query::{Event, Watch, Watches};
@@ -220,11 +220,14 @@ impl Control {
 
     /// Starts and stops watches, so that those run that the draft wants.
     fn ask_for_what_is_wanted(&mut self) {
-        let Some(wanted) = self.draft.wanted() else { return };
-        let mut before = std::mem::take(&mut self.running);
-        for query in wanted {
-            let running = before.remove(&query).unwrap_or_else(|| self.watch(&query));
-            self.running.insert(query, running);
+        for want in self.draft.wants() {
+            match want {
+                Want::Start(query) => {
+                    let watch = self.watch(&query);
+                    self.running.insert(query, watch);
+                }
+                Want::Stop(query) => drop(self.running.remove(&query)),
+            }
         }
     }
 
