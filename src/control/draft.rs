@@ -284,11 +284,20 @@ impl Draft {
         let Some(definition) = &self.definition else { return Ok(None) };
         let parts = definition.public.as_ref().zip(self.rules.built.as_ref()).zip(self.identity.credentials());
         let Some(((plan, intentions), credentials)) = parts else { return Ok(None) };
-        let tls = match &self.server {
+        let made = match &self.server {
             Some((of, protocol, server)) if Arc::ptr_eq(of, credentials) && *protocol == plan.protocol => {
+                Ok(Arc::clone(server))
+            }
+            _ => credentials.server(server_alpn(plan.protocol)),
+        };
+        let tls = match (made, &self.server) {
+            (Ok(server), _) => server,
+            // New rules must not wait for new credentials that can't be used.
+            (Err(error), Some((_, _, server))) => {
+                self.notes.push(format!("public listener: its credentials stay what they were: {error}"));
                 Arc::clone(server)
             }
-            _ => credentials.server(server_alpn(plan.protocol)).map_err(|error| Bad(error.to_string()))?,
+            (Err(error), None) => return Err(Bad(error.to_string())),
         };
         self.server = Some((Arc::clone(credentials), plan.protocol, Arc::clone(&tls)));
         Ok(Some(PublicListener {
@@ -318,6 +327,7 @@ impl Draft {
         self.ask(old.as_ref().map(about_us).unwrap_or_default(), about_us(&new));
         if old.as_ref().is_some_and(|old| old.service != new.service) {
             self.identity.forget_service();
+            self.server = None;
             self.rules = Rules::default();
         }
         if new.public.is_none() {
