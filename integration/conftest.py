@@ -3,12 +3,13 @@
 import contextlib
 import os
 import pathlib
+import resource
 import secrets
 import shutil
 
 import pytest
 
-from mesh import Agent, Mesh
+from mesh import Agent, Authority, Mesh
 from mesh.ports import Ports
 
 TOP = pathlib.Path(__file__).resolve().parent.parent
@@ -20,6 +21,12 @@ def binary(variable, *candidates):
     if not found:
         pytest.exit(f"{variable} names no binary: run scripts/test, which finds or builds it", 2)
     return found
+
+
+def pytest_configure(config):
+    """Thousands of connections at once need as many descriptors, here and in what is started from here."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +50,29 @@ def shared_agent(binaries, ports, tmp_path_factory):
         yield agent.start()
     finally:
         agent.stop()
+
+
+@pytest.fixture(scope="session")
+def known_root(binaries, ports, tmp_path_factory):
+    """An agent whose root the scenarios hold the key of: (agent, authority)."""
+    agent = Agent(binaries["consul"], ports, tmp_path_factory.mktemp("known"), label="known-agent")
+    try:
+        agent.start()
+        authority = Authority(agent.trust_domain)
+        agent.rotate_root(authority)
+        yield agent, authority
+    finally:
+        agent.stop()
+
+
+@pytest.fixture
+def known(request, known_root, binaries, ports, tmp_path, stack):
+    """A `Mesh` with an `authority` that signs as the mesh's own root does."""
+    agent, authority = known_root
+    made = Mesh(agent, binaries, ports, tmp_path, stack, secrets.token_hex(2))
+    made.authority = authority
+    request.node.mesh = made
+    return made
 
 
 @pytest.fixture

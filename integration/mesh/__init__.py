@@ -3,12 +3,13 @@
 from .agent import Agent, ApiError
 from .apps import Conn, Echo, HalfCloser, Resetter, Silent, dial
 from .envoy import Envoy
+from .gate import Gate
 from .identity import Authority, Identity, mtls_connect, mtls_server
 from .process import Process
 from .service import Mesh, Service, Upstream
 from .wait import eventually, stays, NotInTime
 
 __all__ = [
-    "Agent", "ApiError", "Authority", "Conn", "Echo", "Envoy", "HalfCloser", "Identity", "Mesh", "NotInTime",
+    "Agent", "ApiError", "Authority", "Conn", "Echo", "Envoy", "Gate", "HalfCloser", "Identity", "Mesh", "NotInTime",
     "Process", "Resetter", "Service", "Silent", "Upstream", "dial", "eventually", "mtls_connect", "mtls_server", "stays",
 ]

@@ -33,12 +33,14 @@ class Agent:
             # The limit is shared by all sidecars that the scenarios of one worker run.
             "limits": {"http_max_conns_per_client": 4000},
             **(config or {}),
+            # After a change of root, agents renew leaves within 30 s; the scenarios want to see it sooner.
+            "connect": {"enabled": True, "test_ca_leaf_root_change_spread": "1s", **(config or {}).get("connect", {})},
         }
         self._argv = [binary, "agent"]
         if persist:
             self._config |= {
                 "server": True, "bootstrap_expect": 1, "data_dir": str(directory / f"{label}-data"),
-                "performance": {"raft_multiplier": 1}, "connect": {"enabled": True, **(config or {}).get("connect", {})},
+                "performance": {"raft_multiplier": 1},
             }
         else:
             self._argv.append("-dev")
