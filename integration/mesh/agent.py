@@ -46,14 +46,18 @@ class Agent:
             self._argv.append("-dev")
         if join_wan:
             self._config["retry_join_wan"] = [f"127.0.0.1:{join_wan.wan_port}"]
-        file = directory / f"{label}.json"
-        file.write_text(json.dumps(self._config))
-        self._argv += ["-config-file", str(file)]
+        self._file = directory / f"{label}.json"
+        self._argv += ["-config-file", str(self._file)]
         self.process = None
 
     # Life
 
+    def configure(self, more):
+        """Adds to its configuration, for the next start."""
+        self._config |= {key: {**self._config.get(key, {}), **value} if isinstance(value, dict) else value for key, value in more.items()}
+
     def start(self):
+        self._file.write_text(json.dumps(self._config))
         self.process = Process(self._argv, self.directory, self.label)
         eventually(self._has_leader, 40, f"{self.label} has a leader and a root certificate", every=0.05)
         return self

@@ -1,7 +1,6 @@
 """Certificates: those that the agent issues, those that a foreign or a known authority issues, and TLS with them."""
 
 import datetime
-import os
 import socket
 import ssl
 import tempfile
@@ -50,11 +49,11 @@ class Authority:
         )
         self.cert_pem, self.key_pem = pem(self._cert), pem_key(self._key)
 
-    def issue(self, *uris, starts=-DAY, ends=DAY, purposes=("client", "server"), key="ec"):
-        """A leaf with these URIs, valid from now + `starts` to now + `ends`."""
+    def issue(self, *uris, starts=-DAY, ends=DAY, purposes=("client", "server"), key="ec", dns=()):
+        """A leaf with these URIs (and DNS names), valid from now + `starts` to now + `ends`."""
         key = ec.generate_private_key(ec.SECP256R1()) if key == "ec" else rsa.generate_private_key(65537, 2048)
         usages = {"client": ExtendedKeyUsageOID.CLIENT_AUTH, "server": ExtendedKeyUsageOID.SERVER_AUTH}
-        names = [x509.UniformResourceIdentifier(uri) for uri in uris]
+        names = [x509.UniformResourceIdentifier(uri) for uri in uris] + [x509.DNSName(name) for name in dns]
         builder = (
             self._builder(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "leaf")]), key.public_key(), starts, ends)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
@@ -150,10 +149,3 @@ class mtls_server(Echo):
             self.ends.append("reset")
         finally:
             secure.close()
-
-
-def temporary_pem(directory, name, text):
-    path = os.path.join(directory, name)
-    with open(path, "w") as file:
-        file.write(text)
-    return path

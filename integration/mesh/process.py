@@ -5,7 +5,10 @@ import re
 import signal
 import subprocess
 
-from .wait import eventually, PATIENCE
+from .wait import PATIENCE, eventually
+
+# Should the test run itself be killed, the kernel ends what it started.
+WITH_US = ("setpriv", "--pdeathsig", "KILL", "--")
 
 
 class Process:
@@ -14,7 +17,7 @@ class Process:
         self._out_path, self._err_path = directory / f"{label}.out", directory / f"{label}.err"
         with open(self._out_path, "ab") as out, open(self._err_path, "ab") as err:
             self._process = subprocess.Popen(
-                self.argv, stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=cwd, env=environment(env), start_new_session=True)
+                [*WITH_US, *self.argv], stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=cwd, env=environment(env), start_new_session=True)
 
     @property
     def pid(self):

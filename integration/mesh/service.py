@@ -189,5 +189,10 @@ class Service:
             except TimeoutError:
                 return None
 
+    def ended(self, to=None, within=5):
+        """How a new connection that says nothing is ended."""
+        with self.dial(to, within) as conn:
+            return conn.end(within)
+
     def eventually_refused(self, to=None, within=20):
         return eventually(lambda: self.refused(to), within, f"{self.name} no longer reaches {getattr(to, 'name', to) or 'its upstream'}")

@@ -143,7 +143,7 @@ def test_all_refused_ends_at_once_and_is_logged_with_the_address(mesh):
 def test_an_app_that_is_down_ends_the_connection_and_is_logged(mesh):
     server = mesh.service("server", app=None)
     client = mesh.service("client", [server])
-    eventually(lambda: client.refused() == "fin")
+    eventually(lambda: client.ended() == "fin")
     server.process.logged(rf"[^\n]*127\.0\.0\.1:{server.port}[^\n]*", within=5)
     server.app = mesh.keep(Echo(server.port))
     client.eventually_reaches()

@@ -114,7 +114,7 @@ def test_a_prepared_query_is_executed(mesh):
 def test_a_prepared_query_may_be_made_later(mesh):
     server, query = named(mesh, "server"), mesh.name("query")
     client = mesh.service("client", [Upstream(query, mesh.ports.take(), {"DestinationType": "prepared_query"})])
-    assert client.refused() == "fin"
+    assert client.ended() == "fin"
     made = mesh.agent.call("POST", "/v1/query", {"Name": query, "Service": {"Service": server.name}})
     mesh.stack.callback(mesh.agent.delete, f"/v1/query/{made['ID']}")
     eventually_says(client, "server", within=60)
