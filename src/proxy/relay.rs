@@ -232,3 +232,122 @@ pub fn abort(broken: &Broken, plain: Socket, tls: Stream<Socket>) {
         Side::Tls => plain.abort(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+    use tokio::net::{TcpListener, TcpStream};
+
+    use super::*;
+    use crate::testing::ca::{Ca, uri};
+    use crate::tls::SpiffeId;
+
+    /// The plain ends of a pair of relays with TLS between them, as two sidecars make it.
+    async fn pair(buffer: usize) -> (DuplexStream, DuplexStream) {
+        let (client, near) = duplex(buffer);
+        let (server, far) = duplex(buffer);
+        let (left, right) = duplex(buffer);
+        tokio::spawn(relay_as(Role::Client, near, left));
+        tokio::spawn(relay_as(Role::Server, far, right));
+        (client, server)
+    }
+
+    #[derive(Clone, Copy)]
+    enum Role {
+        Client,
+        Server,
+    }
+
+    async fn relay_as<P, T>(role: Role, mut plain: P, wire: T) -> Result<(), Broken>
+    where
+        P: AsyncRead + AsyncWrite + Unpin,
+        T: AsyncRead + AsyncWrite + Unpin,
+    {
+        static CA: std::sync::LazyLock<Ca> = std::sync::LazyLock::new(Ca::new);
+        let mut tls = match role {
+            Role::Client => {
+                let expected = vec![SpiffeId::parse(&uri("db")).unwrap()];
+                let client = CA.credentials("web").client("db.x.consul", expected, &[]).unwrap();
+                Stream::connect(wire, &client).await.unwrap()
+            }
+            Role::Server => {
+                let server = CA.credentials("db").server(&[]).unwrap();
+                Stream::accept(wire, server.config([])).await.unwrap()
+            }
+        };
+        Relay::new().run(&mut plain, &mut tls).await
+    }
+
+    #[tokio::test]
+    async fn bytes_come_back_whole_through_any_buffer() {
+        for buffer in [1, 7, 4096, 1 << 20] {
+            let (mut client, mut server) = pair(buffer).await;
+            let size = if buffer < 100 { 5_000 } else { 3_000_000 };
+            let sent: Vec<u8> = (0..size).map(|i: u32| (i % 251) as u8).collect();
+            let echo = tokio::spawn(async move {
+                let mut bytes = vec![0; 10_000];
+                loop {
+                    match server.read(&mut bytes).await.unwrap() {
+                        0 => break,
+                        read => server.write_all(&bytes[..read]).await.unwrap(),
+                    }
+                }
+                server.shutdown().await.unwrap();
+            });
+            let (mut reader, mut writer) = tokio::io::split(client);
+            let write = async {
+                writer.write_all(&sent).await.unwrap();
+                writer.shutdown().await.unwrap();
+            };
+            let mut received = Vec::new();
+            let (_, read) = tokio::join!(write, reader.read_to_end(&mut received));
+            read.unwrap();
+            assert!(received == sent, "through {buffer}");
+            echo.await.unwrap();
+            client = reader.unsplit(writer);
+            drop(client);
+        }
+    }
+
+    #[tokio::test]
+    async fn each_direction_ends_by_itself() {
+        let (mut client, mut server) = pair(4096).await;
+        client.write_all(b"question").await.unwrap();
+        client.shutdown().await.unwrap();
+        let mut question = String::new();
+        server.read_to_string(&mut question).await.unwrap();
+        assert_eq!(question, "question");
+        server.write_all(b"answer, after the end of the question").await.unwrap();
+        server.shutdown().await.unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).await.unwrap();
+        assert_eq!(answer, "answer, after the end of the question");
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_stops_stops_the_writer() {
+        let (mut client, server) = pair(4096).await;
+        let mut taken = 0;
+        let chunk = vec![0; 64 * 1024];
+        while let Ok(written) = tokio::time::timeout(std::time::Duration::from_millis(200), client.write(&chunk)).await
+        {
+            taken += written.unwrap();
+            assert!(taken < 4 << 20, "nothing holds the writer back");
+        }
+        drop(server);
+    }
+
+    #[tokio::test]
+    async fn a_side_that_breaks_is_named() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let dialled = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (app, _) = listener.accept().await.unwrap();
+        let (left, right) = duplex(4096);
+        let (peer, far) = duplex(4096);
+        tokio::spawn(relay_as(Role::Server, far, right));
+        let relay = tokio::spawn(relay_as(Role::Client, Socket::tcp(app), left));
+        Socket::tcp(dialled).abort();
+        assert_eq!(relay.await.unwrap().unwrap_err().side, Side::Plain);
+        drop(peer);
+    }
+}

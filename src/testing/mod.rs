@@ -1,5 +1,7 @@
 //! What tests need, above all an agent that is none.
 
+pub(crate) mod ca;
+
 use std::collections::{BTreeMap, HashSet};
 use std::convert::Infallible;
 use std::hash::{BuildHasher, Hasher, RandomState};

@@ -7,6 +7,8 @@
 
 mod spiffe;
 mod stream;
+#[cfg(test)]
+mod tests;
 mod tickets;
 mod verify;
 
@@ -53,6 +55,9 @@ impl Credentials {
         let provider = Arc::new(provider());
         let roots = Arc::new(roots(roots_pem, now)?);
         let chain = certificates(leaf_pem).map_err(|e| Error::new(format!("the leaf certificate is not PEM: {e}")))?;
+        if chain.is_empty() {
+            return Err(Error::new("the leaf certificate holds no certificate"));
+        }
         // The parser's own errors may quote what it read: say nothing more about a key.
         let key = PrivateKeyDer::from_pem_slice(key_pem.as_bytes())
             .map_err(|_| Error::new("the leaf's private key is not a PEM key"))?;

@@ -167,12 +167,16 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
             self.incoming = held;
             match next {
                 Next::Ready => return Poll::Ready(Ok(())),
+                // Whoever has little to say may say it and end its direction in one flight with its handshake.
+                Next::Closed if !self.session.is_handshaking() => {
+                    self.read = ReadSide::Closed;
+                    return Poll::Ready(Ok(()));
+                }
                 Next::Closed => return Poll::Ready(Err(HandshakeError::Io(io::ErrorKind::UnexpectedEof.into()))),
                 Next::Blocked => {}
             }
-            if self.poll_flush(cx).map_err(HandshakeError::Io)?.is_pending() {
-                return Poll::Pending;
-            }
+            // Not waited for: the peer may be waiting for us to read before it reads.
+            let _ = self.poll_flush(cx).map_err(HandshakeError::Io)?;
             let mut buffer = ReadBuf::new(&mut scratch.wire);
             ready!(Pin::new(&mut self.io).poll_read(cx, &mut buffer)).map_err(HandshakeError::Io)?;
             if buffer.filled().is_empty() {
@@ -197,6 +201,14 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
         }
     }
 
+    /// Whether the handshake was a full one or resumed an earlier session.
+    pub fn handshake_kind(&self) -> Option<rustls::HandshakeKind> {
+        match &self.session {
+            Session::Client(session) => session.handshake_kind(),
+            Session::Server(session) => session.handshake_kind(),
+        }
+    }
+
     /// How the peer's direction stands.
     pub fn read_side(&self) -> ReadSide {
         self.read
@@ -214,9 +226,6 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
             scratch.opened.extend_from_slice(&std::mem::take(&mut self.plain));
             return Poll::Ready(Ok(()));
         }
-        if self.incoming_is_whole() {
-            return Poll::Ready(self.open(0, scratch));
-        }
         let held = self.incoming.len();
         let mut buffer = ReadBuf::new(&mut scratch.wire[held..]);
         ready!(Pin::new(&mut self.io).poll_read(cx, &mut buffer))?;
@@ -226,14 +235,6 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
             return Poll::Ready(Ok(()));
         }
         Poll::Ready(self.open(read, scratch))
-    }
-
-    /// Bytes that came behind the handshake's last flight have not been looked at yet.
-    fn incoming_is_whole(&self) -> bool {
-        match self.incoming[..] {
-            [_, _, _, high, low, ..] => self.incoming.len() >= 5 + usize::from(u16::from_be_bytes([high, low])),
-            _ => false,
-        }
     }
 
     /// Opens what is held back and the `read` bytes that stand behind its place in the scratch.
@@ -282,10 +283,10 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
             return Poll::Ready(Ok(Ok(0)));
         }
         if self.has_outgoing() {
-            self.session.emit_behind(Emit::Data(plain), &mut self.outgoing)?;
+            self.session.emit_behind(Emit::Data(plain), &mut self.incoming, &mut self.outgoing)?;
             let _ = self.poll_flush(cx)?;
         } else {
-            let sealed = self.session.emit(Emit::Data(plain), &mut scratch.sealed)?;
+            let sealed = self.session.emit(Emit::Data(plain), &mut self.incoming, &mut scratch.sealed)?;
             self.write_or_keep(cx, &scratch.sealed[..sealed])?;
         }
         Poll::Ready(Ok(Ok(plain.len())))
@@ -331,7 +332,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
     /// Queues the `close_notify` that ends our direction; [`Stream::poll_flush`] sends it.
     pub fn close(&mut self) {
         // A session that can't say goodbye any more has nothing left to say.
-        let _ = self.session.emit_behind(Emit::Close, &mut self.outgoing);
+        let _ = self.session.emit_behind(Emit::Close, &mut self.incoming, &mut self.outgoing);
     }
 }
 
@@ -365,15 +366,12 @@ impl Session {
                 Self::Client(session) => step(session.process_tls_records(rest), plain, outgoing),
                 Self::Server(session) => step(session.process_tls_records(rest), plain, outgoing),
             };
-            match stepped {
-                Ok((count, next)) => {
-                    used += count;
-                    if let Some(next) = next {
-                        return Ok((used, next));
-                    }
-                }
+            used += stepped.used;
+            match stepped.next {
+                Ok(Some(next)) => return Ok((used, next)),
+                Ok(None) => {}
                 Err(error) => {
-                    self.collect_alert(outgoing);
+                    self.collect_alert(&mut wire[used..], outgoing);
                     return Err(error);
                 }
             }
@@ -381,34 +379,48 @@ impl Session {
     }
 
     /// After an error the session holds the alert that tells the peer.
-    fn collect_alert(&mut self, outgoing: &mut Vec<u8>) {
-        // Bounded: an alert is one record, and its transmission one more step.
-        for _ in 0..4 {
+    fn collect_alert(&mut self, wire: &mut [u8], outgoing: &mut Vec<u8>) {
+        // Nothing else may be asked of a session that has failed: it would look at the same bytes again.
+        while self.wants_write() {
             let stepped = match self {
-                Self::Client(session) => step(session.process_tls_records(&mut []), &mut Vec::new(), outgoing),
-                Self::Server(session) => step(session.process_tls_records(&mut []), &mut Vec::new(), outgoing),
+                Self::Client(session) => step(session.process_tls_records(wire), &mut Vec::new(), outgoing),
+                Self::Server(session) => step(session.process_tls_records(wire), &mut Vec::new(), outgoing),
             };
-            if !matches!(stepped, Ok((_, None))) {
+            if stepped.next.is_err() {
                 return;
             }
         }
     }
 
-    /// Seals into `room` and tells how much of it was used. Answers that the session still holds (a key
-    /// update) go first, as the library puts them there by itself.
-    fn emit(&mut self, what: Emit<'_>, room: &mut [u8]) -> io::Result<usize> {
+    fn wants_write(&self) -> bool {
         match self {
-            Self::Client(session) => emit(session.process_tls_records(&mut []), what, room),
-            Self::Server(session) => emit(session.process_tls_records(&mut []), what, room),
+            Self::Client(session) => session.wants_write(),
+            Self::Server(session) => session.wants_write(),
+        }
+    }
+
+    fn is_handshaking(&self) -> bool {
+        match self {
+            Self::Client(session) => session.is_handshaking(),
+            Self::Server(session) => session.is_handshaking(),
+        }
+    }
+
+    /// Seals into `room` and tells how much of it was used. `held` is what is held back of the incoming
+    /// bytes: the session remembers how far it has looked at them and must find them again at every call.
+    fn emit(&mut self, what: Emit<'_>, held: &mut [u8], room: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Client(session) => emit(session.process_tls_records(held), what, room),
+            Self::Server(session) => emit(session.process_tls_records(held), what, room),
         }
     }
 
     /// As [`Session::emit`], behind what `outgoing` holds.
-    fn emit_behind(&mut self, what: Emit<'_>, outgoing: &mut Vec<u8>) -> io::Result<()> {
+    fn emit_behind(&mut self, what: Emit<'_>, held: &mut [u8], outgoing: &mut Vec<u8>) -> io::Result<()> {
         let start = outgoing.len();
         let plain = if let Emit::Data(plain) = what { plain.len() } else { 0 };
         outgoing.resize(start + plain + overhead(plain), 0);
-        let emitted = self.emit(what, &mut outgoing[start..]);
+        let emitted = self.emit(what, held, &mut outgoing[start..]);
         outgoing.truncate(start + *emitted.as_ref().unwrap_or(&0));
         emitted.map(|_| ())
     }
@@ -439,37 +451,45 @@ fn refused(error: EncryptError) -> io::Error {
     io::Error::other(error.to_string())
 }
 
-/// Handles one state of a session; `None` asks for another step.
-fn step<D>(
-    status: UnbufferedStatus<'_, '_, D>,
+/// One step of a session: how many bytes of its input are done with, and where it stands; `None` asks for
+/// another step.
+struct Step {
+    used: usize,
+    next: Result<Option<Next>, rustls::Error>,
+}
+
+fn step<D>(status: UnbufferedStatus<'_, '_, D>, plain: &mut Vec<u8>, outgoing: &mut Vec<u8>) -> Step {
+    let mut used = status.discard;
+    let next = status.state.and_then(|state| handle(state, &mut used, plain, outgoing));
+    Step { used, next }
+}
+
+fn handle<D>(
+    state: ConnectionState<'_, '_, D>,
+    used: &mut usize,
     plain: &mut Vec<u8>,
     outgoing: &mut Vec<u8>,
-) -> Result<(usize, Option<Next>), rustls::Error> {
-    let mut used = status.discard;
-    let next = match status.state? {
+) -> Result<Option<Next>, rustls::Error> {
+    match state {
         ConnectionState::ReadTraffic(mut traffic) => {
             while let Some(record) = traffic.next_record() {
                 let record = record?;
-                used += record.discard;
+                *used += record.discard;
                 plain.extend_from_slice(record.payload);
             }
-            None
+            Ok(None)
         }
-        ConnectionState::EncodeTlsData(mut data) => {
-            encode(&mut data, outgoing)?;
-            None
-        }
+        ConnectionState::EncodeTlsData(mut data) => encode(&mut data, outgoing).map(|()| None),
         // It stands in `outgoing`, which is flushed in order: as good as transmitted.
         ConnectionState::TransmitTlsData(data) => {
             data.done();
-            None
+            Ok(None)
         }
-        ConnectionState::BlockedHandshake => Some(Next::Blocked),
-        ConnectionState::WriteTraffic(_) => Some(Next::Ready),
-        ConnectionState::PeerClosed | ConnectionState::Closed => Some(Next::Closed),
-        _ => return Err(rustls::Error::General("a state of TLS that was never asked for".into())),
-    };
-    Ok((used, next))
+        ConnectionState::BlockedHandshake => Ok(Some(Next::Blocked)),
+        ConnectionState::WriteTraffic(_) => Ok(Some(Next::Ready)),
+        ConnectionState::PeerClosed | ConnectionState::Closed => Ok(Some(Next::Closed)),
+        _ => Err(rustls::Error::General("a state of TLS that was never asked for".into())),
+    }
 }
 
 /// Appends one handshake message, which says how long it is when it does not fit.

@@ -1,0 +1,86 @@
+//! A certificate authority like the mesh's, for tests.
+
+use std::time::{Duration, SystemTime};
+
+use rcgen::{
+    BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+    PKCS_RSA_SHA256, SanType,
+};
+
+use crate::tls::Credentials;
+
+pub const TRUST_DOMAIN: &str = "11111111-2222-3333-4444-555555555555.consul";
+
+/// A root and its key.
+pub struct Ca {
+    issuer: Issuer<'static, KeyPair>,
+    pub pem: String,
+}
+
+/// A leaf as the agent gives it.
+pub struct Leaf {
+    pub cert_pem: String,
+    pub key_pem: String,
+}
+
+impl Ca {
+    pub fn new() -> Self {
+        Self::with(KeyPair::generate().unwrap(), validity(-3600, 86_400))
+    }
+
+    /// A root with an RSA key, as `PrivateKeyType = "rsa"` makes it.
+    pub fn rsa() -> Self {
+        Self::with(KeyPair::generate_for(&PKCS_RSA_SHA256).unwrap(), validity(-3600, 86_400))
+    }
+
+    pub fn expired() -> Self {
+        Self::with(KeyPair::generate().unwrap(), validity(-7200, -3600))
+    }
+
+    fn with(key: KeyPair, (from, until): (SystemTime, SystemTime)) -> Self {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        params.subject_alt_names = vec![SanType::URI(format!("spiffe://{TRUST_DOMAIN}").try_into().unwrap())];
+        params.not_before = from.into();
+        params.not_after = until.into();
+        let certificate = params.self_signed(&key).unwrap();
+        Self { pem: certificate.pem(), issuer: Issuer::new(params, key) }
+    }
+
+    /// A leaf of a service, valid for a day.
+    pub fn leaf(&self, service: &str) -> Leaf {
+        self.leaf_with(&[&uri(service)], -60, 86_400)
+    }
+
+    /// A leaf with these URIs, valid from and until seconds from now.
+    pub fn leaf_with(&self, uris: &[&str], from: i64, until: i64) -> Leaf {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::default();
+        params.subject_alt_names = uris.iter().map(|uri| SanType::URI((*uri).try_into().unwrap())).collect();
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
+        let (from, until) = validity(from, until);
+        params.not_before = from.into();
+        params.not_after = until.into();
+        Leaf { cert_pem: params.signed_by(&key, &self.issuer).unwrap().pem(), key_pem: key.serialize_pem() }
+    }
+
+    /// The credentials of a service.
+    pub fn credentials(&self, service: &str) -> Credentials {
+        let leaf = self.leaf(service);
+        let roots = [self.pem.clone()];
+        Credentials::new(TRUST_DOMAIN, &roots, &leaf.cert_pem, &leaf.key_pem, service, SystemTime::now()).unwrap()
+    }
+}
+
+pub fn uri(service: &str) -> String {
+    format!("spiffe://{TRUST_DOMAIN}/ns/default/dc/dc1/svc/{service}")
+}
+
+fn validity(from: i64, until: i64) -> (SystemTime, SystemTime) {
+    let at = |seconds: i64| {
+        let distance = Duration::from_secs(seconds.unsigned_abs());
+        if seconds < 0 { SystemTime::now() - distance } else { SystemTime::now() + distance }
+    };
+    (at(from), at(until))
+}

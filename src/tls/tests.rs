@@ -1,0 +1,192 @@
+//! Handshakes in memory: who is let in, who is not, and what a resumed session may not do.
+
+use std::time::{Duration, SystemTime};
+
+use rustls::HandshakeKind;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+
+use super::*;
+use crate::testing::ca::{Ca, TRUST_DOMAIN, uri};
+
+type Shaken = (Result<Stream<DuplexStream>, HandshakeError>, Result<Stream<DuplexStream>, HandshakeError>);
+
+/// Shakes hands in memory: the client's outcome, then the server's.
+async fn shake(client: &Client, server: &Server) -> Shaken {
+    let (near, far) = duplex(64 * 1024);
+    let connect = async {
+        let mut stream = Stream::connect(near, client).await;
+        if let Ok(stream) = &mut stream {
+            std::future::poll_fn(|cx| stream.poll_flush(cx)).await.unwrap();
+        }
+        stream
+    };
+    tokio::join!(connect, Stream::accept(far, server.config([])))
+}
+
+fn id(service: &str) -> SpiffeId {
+    SpiffeId::parse(&uri(service)).unwrap()
+}
+
+fn client(ca: &Ca, service: &str, target: &str) -> Arc<Client> {
+    ca.credentials(service).client("db.default.dc1.internal.x.consul", vec![id(target)], &[]).unwrap()
+}
+
+fn server(ca: &Ca, service: &str) -> Arc<Server> {
+    ca.credentials(service).server(&[]).unwrap()
+}
+
+#[tokio::test]
+async fn two_services_of_one_mesh_know_each_other() {
+    for ca in [Ca::new(), Ca::rsa()] {
+        let (client, server) = (client(&ca, "web", "db"), server(&ca, "db"));
+        let (near, far) = shake(&client, &server).await;
+        let (near, far) = (near.unwrap(), far.unwrap());
+        assert_eq!(client.authenticate(near.peer_certificates(), SystemTime::now()).unwrap(), id("db"));
+        assert_eq!(server.authenticate(far.peer_certificates(), SystemTime::now()).unwrap(), id("web"));
+    }
+}
+
+#[tokio::test]
+async fn a_server_with_another_identity_is_refused_and_named() {
+    let ca = Ca::new();
+    let (near, far) = shake(&client(&ca, "web", "db"), &server(&ca, "impostor")).await;
+    let error = near.err().unwrap().to_string();
+    assert!(error.contains("svc/impostor") && error.contains("svc/db"), "{error}");
+    assert!(far.is_err());
+}
+
+#[tokio::test]
+async fn another_ca_is_refused_by_either_side() {
+    let (ours, theirs) = (Ca::new(), Ca::new());
+    let (near, _) = shake(&client(&ours, "web", "db"), &server(&theirs, "db")).await;
+    assert!(near.is_err());
+    let trusting = {
+        // A client that would talk to us, with a certificate that we do not know.
+        let leaf = theirs.leaf("web");
+        let both = [theirs.pem.clone(), ours.pem.clone()];
+        Credentials::new(TRUST_DOMAIN, &both, &leaf.cert_pem, &leaf.key_pem, "web", SystemTime::now()).unwrap()
+    };
+    let (_, far) = shake(&trusting.client("x", vec![id("db")], &[]).unwrap(), &server(&ours, "db")).await;
+    assert!(far.is_err());
+}
+
+#[tokio::test]
+async fn reconnecting_resumes_and_new_credentials_start_afresh() {
+    let ca = Ca::new();
+    let (client, old) = (client(&ca, "web", "db"), server(&ca, "db"));
+    assert_eq!(reconnect(&client, &old).await, HandshakeKind::Full);
+    assert_eq!(reconnect(&client, &old).await, HandshakeKind::Resumed);
+    assert_eq!(reconnect(&client, &server(&ca, "db")).await, HandshakeKind::Full);
+}
+
+/// Connects, lets the client read the server's ticket, and tells what kind of handshake it was.
+async fn reconnect(client: &Client, server: &Server) -> HandshakeKind {
+    let (near, far) = shake(client, server).await;
+    let (mut near, mut far) = (near.unwrap(), far.unwrap());
+    std::future::poll_fn(|cx| far.poll_flush(cx)).await.unwrap();
+    std::future::poll_fn(|cx| with_scratch(|scratch| near.poll_open(cx, scratch))).await.unwrap();
+    // A resumed session shows the certificates of the first, so that it can be judged as that was.
+    assert_eq!(client.authenticate(near.peer_certificates(), SystemTime::now()).unwrap(), id("db"));
+    assert_eq!(server.authenticate(far.peer_certificates(), SystemTime::now()).unwrap(), id("web"));
+    far.handshake_kind().unwrap()
+}
+
+#[tokio::test]
+async fn a_session_is_worth_nothing_once_its_certificate_has_expired() {
+    let ca = Ca::new();
+    let (client, server) = (client(&ca, "web", "db"), server(&ca, "db"));
+    let (near, far) = shake(&client, &server).await;
+    let later = SystemTime::now() + Duration::from_secs(2 * 86_400);
+    assert_eq!(server.authenticate(far.unwrap().peer_certificates(), later), Err(PeerError::Expired));
+    assert_eq!(client.authenticate(near.unwrap().peer_certificates(), later), Err(PeerError::Expired));
+}
+
+#[tokio::test]
+async fn identities_that_are_not_one_service_of_our_domain_are_refused() {
+    let ca = Ca::new();
+    let server = server(&ca, "db");
+    let now = SystemTime::now();
+    let judge = |uris: &[&str]| {
+        let chain = certificates(&ca.leaf_with(uris, -60, 3600).cert_pem).unwrap();
+        server.authenticate(Some(&chain), now)
+    };
+    let foreign = "spiffe://other.consul/ns/default/dc/dc1/svc/web";
+    assert!(matches!(judge(&[foreign]), Err(PeerError::TrustDomain(id)) if id.service == "web"));
+    assert_eq!(judge(&[]), Err(PeerError::NotOneUri(0)));
+    assert_eq!(judge(&[&uri("web"), &uri("api")]), Err(PeerError::NotOneUri(2)));
+    assert!(matches!(judge(&["https://example.com/"]), Err(PeerError::NotAService(_))));
+    assert_eq!(server.authenticate(None, now), Err(PeerError::NoCertificate));
+    let junk = [CertificateDer::from(vec![0x30, 0x03, 1, 2, 3])];
+    assert_eq!(server.authenticate(Some(&junk), now), Err(PeerError::Malformed));
+    let early = certificates(&ca.leaf_with(&[&uri("web")], 600, 3600).cert_pem).unwrap();
+    assert_eq!(server.authenticate(Some(&early), now), Err(PeerError::NotYetValid));
+}
+
+#[test]
+fn credentials_that_do_not_fit_together_are_refused() {
+    let (ca, other) = (Ca::new(), Ca::new());
+    let leaf = ca.leaf("web");
+    let expired = ca.leaf_with(&[&uri("web")], -7200, -3600);
+    let now = SystemTime::now();
+    let check = |roots: &[&Ca], cert: &str, key: &str, service: &str| {
+        let roots: Vec<String> = roots.iter().map(|ca| ca.pem.clone()).collect();
+        Credentials::new(TRUST_DOMAIN, &roots, cert, key, service, now).err().map(|e| e.to_string())
+    };
+    assert_eq!(check(&[&ca], &leaf.cert_pem, &leaf.key_pem, "web"), None);
+    assert_eq!(check(&[&other, &ca, &Ca::expired()], &leaf.cert_pem, &leaf.key_pem, "web"), None);
+    for (problem, found) in [
+        ("does not chain", check(&[&other], &leaf.cert_pem, &leaf.key_pem, "web")),
+        ("no valid root", check(&[], &leaf.cert_pem, &leaf.key_pem, "web")),
+        ("no valid root", check(&[&Ca::expired()], &leaf.cert_pem, &leaf.key_pem, "web")),
+        ("not for service", check(&[&ca], &leaf.cert_pem, &leaf.key_pem, "api")),
+        ("not the key", check(&[&ca], &leaf.cert_pem, &ca.leaf("web").key_pem, "web")),
+        ("has expired", check(&[&ca], &expired.cert_pem, &expired.key_pem, "web")),
+        ("not a PEM key", check(&[&ca], &leaf.cert_pem, "nonsense", "web")),
+        ("no certificate", check(&[&ca], "nonsense", &leaf.key_pem, "web")),
+    ] {
+        assert!(found.as_ref().is_some_and(|found| found.contains(problem)), "{problem}: {found:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_name_that_is_no_dns_name_is_not_sent() {
+    let ca = Ca::new();
+    let name = format!("{}.default.dc1.internal.x.consul", "a".repeat(80));
+    let client = ca.credentials("web").client(&name, vec![id("db")], &[]).unwrap();
+    let (near, far) = shake(&client, &server(&ca, "db")).await;
+    assert!(near.is_ok() && far.is_ok());
+    assert!(
+        ca.credentials("web").client("my_svc.default.dc1.internal.x.consul", vec![], &[]).unwrap().config().enable_sni
+    );
+}
+
+#[tokio::test]
+async fn garbage_gets_an_alert_and_a_silent_peer_is_told_apart() {
+    let ca = Ca::new();
+    let server = server(&ca, "db");
+    let (mut near, far) = duplex(64 * 1024);
+    near.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+    assert!(matches!(Stream::accept(far, server.config([])).await, Err(HandshakeError::Tls(_))));
+    let mut answer = Vec::new();
+    near.read_to_end(&mut answer).await.unwrap();
+    assert_eq!(answer.first(), Some(&21), "an alert record");
+
+    let (near, far) = duplex(64 * 1024);
+    drop(near);
+    assert!(matches!(Stream::accept(far, server.config([])).await, Err(HandshakeError::Silent)));
+}
+
+#[test]
+fn application_protocols_are_named_only_where_they_overlap() {
+    let server = Ca::new().credentials("db").server(&[b"h2", b"http/1.1"]).unwrap();
+    let offered = |names: &[&'static [u8]]| server.config(names.iter().copied()).alpn_protocols.len();
+    assert_eq!((offered(&[b"h2"]), offered(&[b"spdy"]), offered(&[])), (2, 0, 0));
+}
+
+#[test]
+fn nothing_secret_is_shown() {
+    let ca = Ca::new();
+    let credentials = ca.credentials("web");
+    let shown = format!("{credentials:?} {:?}", credentials.client("x.consul", vec![id("db")], &[]).unwrap());
+    assert!(!shown.contains("PRIVATE") && !shown.contains("key"), "{shown}");
+}
