@@ -1,12 +1,124 @@
-//! Builds, wires, waits and drains.
+//! Builds, wires, waits and drains. Only `main` and tests know it.
 
-use crate::config::Config;
+use std::sync::Arc;
+use std::time::Duration;
 
-/// Runs the proxy until it is told to stop.
+use anyhow::Context as _;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+use crate::config::{Config, Mode};
+use crate::consul::Client;
+use crate::consul::query::Watches;
+use crate::drain::{self, Stage};
+use crate::proxy::Workers;
+use crate::registration::Registration;
+use crate::snapshot::Snapshot;
+use crate::{control, proxy};
+
+/// Runs the proxy until it is told to stop: the first SIGINT or SIGTERM drains it, the second ends it at once.
 ///
 /// # Errors
-///
-/// When the proxy cannot be started.
-pub async fn run(_config: Config) -> anyhow::Result<()> {
-    anyhow::bail!("the proxy is not wired together yet")
+/// What keeps the proxy from starting: settings that can't be used, and whatever the agent refuses for good
+/// before anything runs.
+pub async fn run(config: Config) -> anyhow::Result<()> {
+    let Config { mode, agent, drain_time, workers, .. } = config;
+    let mut signals = Signals::new().context("can't listen for signals")?;
+    let client = Client::new(&agent)?;
+    let workers = Arc::new(Workers::start(workers).context("can't start the data plane's threads")?);
+    let registration = match &mode {
+        Mode::AdHoc(flags) => Registration::new(client.clone(), flags).map(Arc::new),
+        Mode::ProxyId(_) | Mode::SidecarFor(_) => None,
+    };
+    let (publish, snapshots) = watch::channel(None);
+    let (trigger, drained) = drain::channel();
+
+    let mut tasks = JoinSet::new();
+    tasks.spawn(tell_ready(snapshots.clone()));
+    tasks.spawn(async move {
+        proxy::run(snapshots, &workers, drained).await;
+        Ok(())
+    });
+    tasks.spawn(async move { control::run(Watches::new(client), &agent, &mode, publish).await });
+    if let Some(registration) = registration.clone() {
+        tasks.spawn(async move {
+            registration.keep().await;
+            Ok(())
+        });
+    }
+
+    let result = tokio::select! {
+        () = signals.next() => {
+            drain(trigger, drain_time, &mut signals).await;
+            Ok(())
+        }
+        error = first_error(&mut tasks) => Err(error),
+    };
+    drop(tasks);
+    if let Some(registration) = registration {
+        registration.end().await;
+    }
+    result
+}
+
+/// Lets open connections finish, up to the drain time or a second signal. Control goes on meanwhile: what is
+/// denied then is closed then.
+async fn drain(mut trigger: drain::Trigger, time: Duration, signals: &mut Signals) {
+    tracing::info!(
+        target: "proxy",
+        drain_time = ?time,
+        "Stopping: nothing new is accepted and what is open may finish; a second signal ends it at once"
+    );
+    trigger.advance(Stage::Draining);
+    tokio::select! {
+        () = trigger.drained() => return,
+        () = sleep(time) => {}
+        () = signals.next() => return,
+    }
+    tracing::info!(target: "proxy", "The drain time is over: closing what is still open");
+    trigger.advance(Stage::Closing);
+    let _ = timeout(CLOSE_TIME, trigger.drained()).await;
+}
+
+/// For connections to say goodbye once they must.
+const CLOSE_TIME: Duration = Duration::from_millis(1500);
+
+/// Waits for the first task that fails; one that ends well leaves the others to go on.
+async fn first_error(tasks: &mut JoinSet<anyhow::Result<()>>) -> anyhow::Error {
+    loop {
+        match tasks.join_next().await {
+            Some(Ok(Ok(()))) => {}
+            Some(Ok(Err(error))) => return error,
+            Some(Err(error)) => return anyhow::Error::new(error).context("a part of the proxy ended by itself"),
+            None => return std::future::pending().await,
+        }
+    }
+}
+
+/// Says once that everything is in, in the words of Consul's proxy, which scripts wait for.
+async fn tell_ready(mut snapshots: watch::Receiver<Option<Arc<Snapshot>>>) -> anyhow::Result<()> {
+    if snapshots.wait_for(Option::is_some).await.is_ok() {
+        tracing::info!(target: "proxy", "Proxy loaded config and ready to serve");
+    }
+    Ok(())
+}
+
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
 }

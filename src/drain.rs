@@ -37,6 +37,10 @@ pub struct Watch {
     _alive: mpsc::Sender<()>,
 }
 
+/// Learns of the stages without being waited for.
+#[derive(Debug, Clone)]
+pub struct Observer(watch::Receiver<Stage>);
+
 impl Trigger {
     /// Tells every watch that the drain has reached `stage`; it never goes back.
     pub fn advance(&self, stage: Stage) {
@@ -54,16 +58,17 @@ impl Trigger {
 }
 
 impl Watch {
-    /// The stage of this moment.
     #[must_use]
-    pub fn stage(&self) -> Stage {
-        *self.stage.borrow()
+    pub fn observer(&self) -> Observer {
+        Observer(self.stage.clone())
     }
+}
 
+impl Observer {
     /// Ends when the drain has reached `stage` or gone past it. A trigger that was dropped counts as
     /// [`Stage::Closing`]: nobody is left who could wait for us.
     pub async fn reached(&mut self, stage: Stage) {
-        let _ = self.stage.wait_for(|now| *now >= stage).await;
+        let _ = self.0.wait_for(|now| *now >= stage).await;
     }
 }
 
@@ -72,14 +77,17 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn drained_waits_for_every_watch() {
+    async fn drained_waits_for_every_watch_and_for_no_observer() {
         let (mut trigger, watch) = channel();
-        let mut second = watch.clone();
+        let second = watch.clone();
+        let (mut first_stage, mut second_stage) = (watch.observer(), watch.observer());
         trigger.advance(Stage::Draining);
-        second.reached(Stage::Draining).await;
-        assert_eq!(watch.stage(), Stage::Draining);
+        first_stage.reached(Stage::Draining).await;
         drop(watch);
-        let holder = tokio::spawn(async move { second.reached(Stage::Closing).await });
+        let holder = tokio::spawn(async move {
+            second_stage.reached(Stage::Closing).await;
+            drop(second);
+        });
         trigger.advance(Stage::Closing);
         trigger.advance(Stage::Draining);
         trigger.drained().await;

@@ -30,6 +30,7 @@ pub mod control;
 pub mod drain;
 pub mod jwt;
 pub mod proxy;
+pub mod registration;
 pub mod snapshot;
 pub mod telemetry;
 pub mod tls;

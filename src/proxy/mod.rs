@@ -29,19 +29,23 @@ use outbound::Plan;
 pub use workers::Workers;
 
 /// Runs the data plane until every listener and connection is done after a drain.
-pub async fn run(mut snapshots: watch::Receiver<Option<Arc<Snapshot>>>, workers: &Workers, mut drain: drain::Watch) {
-    let mut proxy = Proxy::new(workers, drain.clone());
+pub async fn run(mut snapshots: watch::Receiver<Option<Arc<Snapshot>>>, workers: &Workers, drain: drain::Watch) {
+    let mut stage = drain.observer();
+    let mut proxy = Proxy::new(workers, drain);
     loop {
         let retry = proxy.reconcile(snapshots.borrow_and_update().as_deref());
         tokio::select! {
             changed = snapshots.changed() => if changed.is_err() { break },
             () = tokio::time::sleep_until(retry) => {}
-            () = drain.reached(Stage::Draining) => break,
+            () = stage.reached(Stage::Draining) => break,
         }
     }
-    proxy.advance(Stage::Draining);
-    drain.reached(Stage::Closing).await;
-    proxy.advance(Stage::Closing);
+    proxy.listeners.advance(Stage::Draining);
+    // Only connections are waited for from here on.
+    let Proxy { listeners, drain, .. } = proxy;
+    drop(drain);
+    stage.reached(Stage::Closing).await;
+    listeners.advance(Stage::Closing);
 }
 
 struct Proxy<'a> {
@@ -49,13 +53,18 @@ struct Proxy<'a> {
     drain: drain::Watch,
     clock: Clock,
     open: inbound::Open,
+    listeners: Listeners,
+    /// Binds that failed and are tried again.
+    failed: BTreeMap<Bind, Failed>,
+}
+
+#[derive(Default)]
+struct Listeners {
     public: Option<Running<PublicListener>>,
     upstreams: BTreeMap<UpstreamKey, Running<Plan>>,
-    /// Listeners that are no longer wanted, whose connections go on.
+    /// No longer wanted, while their connections go on.
     retired_public: Vec<Running<PublicListener>>,
     retired_upstreams: Vec<Running<Plan>>,
-    /// Binds that failed, by a name for the log.
-    failed: BTreeMap<Bind, Failed>,
 }
 
 /// A listener that accepts, or did and still has connections.
@@ -63,9 +72,10 @@ struct Running<P> {
     bind: Bind,
     live: watch::Sender<Live<P>>,
     /// Removed when the listener stops.
-    _socket_file: Option<SocketFile>,
+    socket_file: Option<SocketFile>,
 }
 
+/// The file of a Unix socket, removed with it.
 struct SocketFile(PathBuf);
 
 impl Drop for SocketFile {
@@ -87,10 +97,7 @@ impl<'a> Proxy<'a> {
             drain,
             clock: Clock::start(),
             open: inbound::Open::default(),
-            public: None,
-            upstreams: BTreeMap::new(),
-            retired_public: Vec::new(),
-            retired_upstreams: Vec::new(),
+            listeners: Listeners::default(),
             failed: BTreeMap::new(),
         }
     }
@@ -113,31 +120,32 @@ impl<'a> Proxy<'a> {
     /// Stops what is bound where the snapshot has no listener any more. First, so that another may bind there.
     fn retire(&mut self, snapshot: &Snapshot) {
         let wanted = snapshot.public.as_ref().map(|public| &public.bind);
-        if let Some(public) = self.public.take_if(|running| Some(&running.bind) != wanted) {
+        let listeners = &mut self.listeners;
+        if let Some(mut public) = listeners.public.take_if(|running| Some(&running.bind) != wanted) {
             public.stop("public listener");
-            self.retired_public.push(public);
+            listeners.retired_public.push(public);
         }
-        for (key, running) in self.upstreams.extract_if(.., |key, _| !snapshot.upstreams.contains_key(key)) {
+        for (key, mut running) in listeners.upstreams.extract_if(.., |key, _| !snapshot.upstreams.contains_key(key)) {
             running.stop(&key.destination);
-            self.retired_upstreams.push(running);
+            listeners.retired_upstreams.push(running);
         }
-        self.retired_public.retain(Running::is_in_use);
-        self.retired_upstreams.retain(Running::is_in_use);
+        listeners.retired_public.retain(Running::is_in_use);
+        listeners.retired_upstreams.retain(Running::is_in_use);
         let is_wanted = |bind: &Bind| Some(bind) == wanted || snapshot.upstreams.keys().any(|key| key.bind == *bind);
         self.failed.retain(|bind, _| is_wanted(bind));
     }
 
     fn run_public(&mut self, public: &Arc<PublicListener>) {
-        if let Some(running) = &self.public {
+        if let Some(running) = &self.listeners.public {
             return running.update(public);
         }
         let open = self.open.clone();
         let serve = move |accepted| inbound::serve(accepted, open.clone());
-        self.public = self.start("public listener", &public.bind, public, serve);
+        self.listeners.public = self.start("public listener", &public.bind, public, serve);
     }
 
     fn run_upstream(&mut self, key: &UpstreamKey, upstream: &Arc<Upstream>) {
-        if let Some(running) = self.upstreams.get(key) {
+        if let Some(running) = self.listeners.upstreams.get(key) {
             let previous = Arc::clone(&running.live.borrow().part);
             if !Arc::ptr_eq(&previous.upstream, upstream) {
                 running.update(&Arc::new(Plan::new(Arc::clone(upstream), Some(&previous))));
@@ -148,7 +156,7 @@ impl<'a> Proxy<'a> {
         let clock = self.clock;
         let serve = move |accepted| outbound::serve(accepted, clock);
         if let Some(running) = self.start(&key.destination, &key.bind, &plan, serve) {
-            self.upstreams.insert(key.clone(), running);
+            self.listeners.upstreams.insert(key.clone(), running);
         }
     }
 
@@ -179,7 +187,7 @@ impl<'a> Proxy<'a> {
             Bind::Unix { path, .. } => Some(SocketFile(path.clone())),
             Bind::Tcp(_) => None,
         };
-        Some(Running { bind: bind.clone(), live, _socket_file: socket_file })
+        Some(Running { bind: bind.clone(), live, socket_file })
     }
 
     fn bind_failed(&mut self, name: &str, bind: &Bind, error: &std::io::Error) {
@@ -198,7 +206,9 @@ impl<'a> Proxy<'a> {
             );
         }
     }
+}
 
+impl Listeners {
     fn advance(&self, stage: Stage) {
         for running in self.public.iter().chain(&self.retired_public) {
             running.advance(stage);
@@ -223,9 +233,10 @@ impl<P> Running<P> {
         self.live.send_modify(|live| live.stage = live.stage.max(stage));
     }
 
-    fn stop(&self, name: &str) {
+    fn stop(&mut self, name: &str) {
         tracing::info!(target: "proxy", listener = name, bind_addr = %self.bind, "Stopping listener; its open connections go on");
         self.advance(Stage::Draining);
+        self.socket_file = None;
     }
 
     /// Connections, or the listener itself for a moment yet, still go by it.

@@ -30,7 +30,11 @@ impl Workers {
             let runtime = Builder::new_current_thread().enable_all().build()?;
             workers.handles.push(runtime.handle().clone());
             let mut stopped = stopped.clone();
-            let run = move || runtime.block_on(async { while stopped.changed().await.is_ok() {} });
+            let run = move || {
+                runtime.block_on(async { while stopped.changed().await.is_ok() {} });
+                // A name that is still being looked up in a thread of its own is not waited for.
+                runtime.shutdown_background();
+            };
             workers.threads.push(thread::Builder::new().name(format!("worker-{number}")).spawn(run)?);
         }
         Ok(workers)
