@@ -161,6 +161,31 @@ impl Normalization {
     }
 }
 
+impl EscapedSlashes {
+    /// Reads the setting. What is not known rejects: it was meant to be strict about something.
+    #[must_use]
+    pub fn parse(text: &str) -> Self {
+        match text {
+            "" | "IMPLEMENTATION_SPECIFIC_DEFAULT" | "KEEP_UNCHANGED" => Self::Keep,
+            "UNESCAPE_AND_REDIRECT" => Self::Redirect,
+            "UNESCAPE_AND_FORWARD" => Self::Forward,
+            _ => Self::Reject,
+        }
+    }
+}
+
+impl Underscores {
+    /// As [`EscapedSlashes::parse`].
+    #[must_use]
+    pub fn parse(text: &str) -> Self {
+        match text {
+            "" | "ALLOW" => Self::Allow,
+            "DROP_HEADER" => Self::Drop,
+            _ => Self::Reject,
+        }
+    }
+}
+
 /// A path of a rule, in the spelling that requests have after normalisation. Dot segments and slashes
 /// stay, as the text may be but the beginning of a path.
 pub(super) fn canonical_rule(text: &str) -> String {

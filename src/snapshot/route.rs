@@ -17,17 +17,18 @@ pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
 /// Envoy's default for a stream without bytes in either direction.
 pub const IDLE_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 
-/// A node of a chain. Routers lead to splitters and resolvers, splitters to resolvers.
-#[derive(Debug)]
-pub enum Node {
-    Router(Vec<Route>),
-    Splitter(Splitter),
-    Resolver(Arc<Resolver>),
+/// A node of a chain. Routers lead to splitters and resolvers, splitters to resolvers. `R` stands for the resolvers, so
+/// that who builds a chain can first name them in another way.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Node<R = Arc<Resolver>> {
+    Router(Vec<Route<R>>),
+    Splitter(Splitter<R>),
+    Resolver(R),
 }
 
 /// A route of a router; the first that matches is taken.
-#[derive(Debug)]
-pub struct Route {
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Route<R = Arc<Resolver>> {
     /// For the log.
     pub name: String,
     pub matches: RouteMatch,
@@ -40,14 +41,14 @@ pub struct Route {
     pub retries: Option<RetryPolicy>,
     pub request_edits: Edits,
     pub response_edits: Edits,
-    pub next: Next,
+    pub next: Next<R>,
 }
 
 /// Where a route leads.
-#[derive(Debug)]
-pub enum Next {
-    Splitter(Splitter),
-    Resolver(Arc<Resolver>),
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Next<R = Arc<Resolver>> {
+    Splitter(Splitter<R>),
+    Resolver(R),
 }
 
 /// Which requests a route is for: all parts hold.
@@ -86,21 +87,21 @@ pub enum QueryTest {
 }
 
 /// Shares requests out by weight.
-#[derive(Debug)]
-pub struct Splitter {
-    legs: Vec<Leg>,
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Splitter<R = Arc<Resolver>> {
+    legs: Vec<Leg<R>>,
     total: u64,
     /// Of the splitter's own load balancer: for all of its legs, as in Envoy.
     pub hash_policies: Vec<HashPolicy>,
 }
 
-#[derive(Debug)]
-pub struct Leg {
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Leg<R = Arc<Resolver>> {
     /// In proportion to the other legs; Consul's percentages come to two digits, so as hundredths.
     pub weight: u64,
     pub request_edits: Edits,
     pub response_edits: Edits,
-    pub resolver: Arc<Resolver>,
+    pub resolver: R,
 }
 
 /// Changes to headers, one after the other.
@@ -275,19 +276,65 @@ impl QueryMatch {
     }
 }
 
-impl Splitter {
+impl<R> Node<R> {
+    /// The same with other resolvers.
+    pub fn map<S>(&self, resolver: &impl Fn(&R) -> S) -> Node<S> {
+        match self {
+            Self::Router(routes) => Node::Router(routes.iter().map(|route| route.map(resolver)).collect()),
+            Self::Splitter(splitter) => Node::Splitter(splitter.map(resolver)),
+            Self::Resolver(own) => Node::Resolver(resolver(own)),
+        }
+    }
+}
+
+impl<R> Route<R> {
+    fn map<S>(&self, resolver: &impl Fn(&R) -> S) -> Route<S> {
+        Route {
+            name: self.name.clone(),
+            matches: self.matches.clone(),
+            prefix_rewrite: self.prefix_rewrite.clone(),
+            request_timeout: self.request_timeout,
+            idle_timeout: self.idle_timeout,
+            retries: self.retries.clone(),
+            request_edits: self.request_edits.clone(),
+            response_edits: self.response_edits.clone(),
+            next: match &self.next {
+                Next::Splitter(splitter) => Next::Splitter(splitter.map(resolver)),
+                Next::Resolver(own) => Next::Resolver(resolver(own)),
+            },
+        }
+    }
+}
+
+impl<R> Splitter<R> {
     /// `None` when there is no leg with a weight.
     #[must_use]
-    pub fn new(legs: Vec<Leg>, hash_policies: Vec<HashPolicy>) -> Option<Self> {
+    pub fn new(legs: Vec<Leg<R>>, hash_policies: Vec<HashPolicy>) -> Option<Self> {
         let total = legs.iter().try_fold(0u64, |sum, leg| sum.checked_add(leg.weight))?;
         (total > 0).then_some(Self { legs, total, hash_policies })
     }
 
     #[must_use]
-    pub fn legs(&self) -> &[Leg] {
+    pub fn legs(&self) -> &[Leg<R>] {
         &self.legs
     }
 
+    fn map<S>(&self, resolver: &impl Fn(&R) -> S) -> Splitter<S> {
+        let leg = |leg: &Leg<R>| Leg {
+            weight: leg.weight,
+            request_edits: leg.request_edits.clone(),
+            response_edits: leg.response_edits.clone(),
+            resolver: resolver(&leg.resolver),
+        };
+        Splitter {
+            legs: self.legs.iter().map(leg).collect(),
+            total: self.total,
+            hash_policies: self.hash_policies.clone(),
+        }
+    }
+}
+
+impl Splitter {
     fn routed(&self, random: u64) -> Option<Routed<'_>> {
         let leg = self.pick(random)?;
         let to = Routed::to(&leg.resolver);
@@ -633,7 +680,7 @@ mod tests {
         }
         assert_eq!(counts, [8999, 1, 0, 1000]);
         assert_eq!((pick(&splitter, 0), pick(&splitter, u64::MAX)), (0, 3));
-        assert!(Splitter::new(Vec::new(), Vec::new()).is_none());
+        assert!(Splitter::<Arc<Resolver>>::new(Vec::new(), Vec::new()).is_none());
     }
 
     #[test]

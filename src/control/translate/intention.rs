@@ -1,8 +1,9 @@
 //! Intentions. What cannot be understood denies.
 
+use super::permission::{permission, token};
 use super::{Notes, or_default};
 use crate::consul::api;
-use crate::snapshot::{Action, ClaimRequirement, Intention, Permission, ProviderRequirement, TokenRequirement};
+use crate::snapshot::{Action, Intention};
 
 /// Reads the list that matches our service. The order is kept.
 pub(in crate::control) fn intentions(list: &[api::Intention], notes: &mut Notes) -> Vec<Intention> {
@@ -19,14 +20,15 @@ fn intention(wire: &api::Intention, notes: &mut Notes) -> Option<Intention> {
     if foreign {
         return None;
     }
+    let named = format!("{} => {}", wire.source_name, wire.destination_name);
     Some(Intention {
         source_partition: or_default(&wire.source_partition),
         source_namespace: or_default(&wire.source_ns),
         source: if wire.source_name.is_empty() { "*".to_owned() } else { wire.source_name.clone() },
         destination: wire.destination_name.clone(),
         action,
-        permissions: wire.permissions.iter().map(permission).collect(),
-        token: wire.jwt.as_ref().map(token),
+        permissions: wire.permissions.iter().map(|one| permission(one, &named, notes)).collect(),
+        token: token(wire.jwt.as_ref()),
         precedence: u32::try_from(wire.precedence).unwrap_or(0),
     })
 }
@@ -36,7 +38,7 @@ fn action(wire: &api::Intention, notes: &mut Notes) -> Option<Action> {
     let source_known = matches!(wire.source_type.as_str(), "" | "consul");
     match wire.action.as_str() {
         "allow" | "" if source_known && !wire.permissions.is_empty() => None,
-        "allow" if source_known && wire.jwt.is_some() => None,
+        "allow" if source_known && token(wire.jwt.as_ref()).is_some() => None,
         "allow" if source_known => Some(Action::Allow),
         "deny" => Some(Action::Deny),
         other => {
@@ -47,26 +49,6 @@ fn action(wire: &api::Intention, notes: &mut Notes) -> Option<Action> {
             Some(Action::Deny)
         }
     }
-}
-
-/// A permission that has no conditions to be judged by: it denies every request, or allows none.
-fn permission(wire: &api::IntentionPermission) -> Permission {
-    let action = if wire.action == "allow" { Action::Allow } else { Action::Deny };
-    Permission { action, conditions: None, token: wire.jwt.as_ref().map(token) }
-}
-
-/// A requirement with something in it that is not known is one that no token meets.
-fn token(wire: &api::IntentionJwt) -> TokenRequirement {
-    if wire.unknown_field().is_some() {
-        return TokenRequirement { providers: Vec::new() };
-    }
-    let claim =
-        |claim: &api::IntentionJwtClaim| ClaimRequirement { path: claim.path.clone(), value: claim.value.clone() };
-    let provider = |provider: &api::IntentionJwtProvider| ProviderRequirement {
-        name: provider.name.clone(),
-        claims: provider.verify_claims.iter().map(claim).collect(),
-    };
-    TokenRequirement { providers: wire.providers.iter().map(provider).collect() }
 }
 
 #[cfg(test)]

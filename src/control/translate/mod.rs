@@ -7,6 +7,8 @@ pub(super) mod definition;
 pub(super) mod endpoints;
 pub(super) mod intention;
 mod opaque;
+mod permission;
+mod route;
 
 use std::fmt;
 use std::net::IpAddr;
