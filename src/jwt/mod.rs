@@ -24,7 +24,7 @@ pub use token::{Claims, Refusal};
 /// Consul's default for `ClockSkewSeconds`.
 pub const DEFAULT_CLOCK_SKEW: Duration = Duration::from_secs(30);
 
-/// Tokens of one provider found in one place; more is nobody's honest request.
+/// Tokens of one provider that a request may carry: each costs a check of its signature.
 const MAX_TOKENS: usize = 8;
 
 /// A `jwt-provider` config entry.
@@ -80,8 +80,6 @@ struct Token {
     claims: Claims,
     /// Unpadded base64url.
     payload: String,
-    /// Place in the provider's locations.
-    location: usize,
 }
 
 impl Location {
@@ -97,23 +95,23 @@ impl Location {
         match self {
             Self::Header { name, prefix, .. } => {
                 let values = headers.get_all(name).iter().filter_map(|value| after_prefix(value, prefix));
-                values.map(String::from_utf8_lossy).take(MAX_TOKENS).collect()
+                values.map(String::from_utf8_lossy).collect()
             }
             Self::QueryParameter(name) => {
                 let pairs = query.unwrap_or_default().split('&').filter_map(|pair| pair.split_once('='));
-                pairs.filter(|(key, _)| key == name).map(|(_, token)| token.into()).take(MAX_TOKENS).collect()
+                pairs.filter(|(key, _)| key == name).map(|(_, token)| token.into()).collect()
             }
             Self::Cookie(name) => {
                 let lines = headers.get_all(COOKIE).iter().map(|value| String::from_utf8_lossy(value.as_bytes()));
-                lines.flat_map(|line| cookies(&line, name)).map(Cow::Owned).take(MAX_TOKENS).collect()
+                lines.flat_map(|line| cookies(&line, name)).map(Cow::Owned).collect()
             }
         }
     }
 }
 
 impl Provider {
-    /// The first location that holds tokens which are all valid decides. Several in one place must all be, as
-    /// nobody can tell which of them the app reads.
+    /// Every token found must be valid, as in Envoy 1.40: nobody can tell which of them the app reads. The first
+    /// one's claims count.
     fn verify(&self, headers: &HeaderMap, query: Option<&str>, now: SystemTime) -> Result<Token, Refusal> {
         let keys = self.keys.as_ref().ok_or(Refusal::NoKeys)?;
         let checks = Checks {
@@ -123,20 +121,15 @@ impl Provider {
             clock_skew: self.clock_skew,
             now: now.duration_since(UNIX_EPOCH).unwrap_or_default(),
         };
-        let mut refusal = Refusal::Missing;
-        for (location, place) in self.locations().iter().enumerate() {
-            let tokens = place.tokens(headers, query);
-            let claims = tokens.iter().map(|token| checks.verify(token)).collect::<Result<Vec<_>, _>>();
-            match (claims, tokens.first()) {
-                (Ok(mut claims), Some(token)) if !claims.is_empty() => {
-                    let payload = token.split('.').nth(1).unwrap_or_default().to_owned();
-                    return Ok(Token { provider: String::new(), claims: claims.swap_remove(0), payload, location });
-                }
-                (Err(cause), _) if refusal == Refusal::Missing => refusal = cause,
-                _ => {}
-            }
+        let locations = self.locations();
+        let tokens: Vec<_> = locations.iter().flat_map(|place| place.tokens(headers, query)).collect();
+        if tokens.len() > MAX_TOKENS {
+            return Err(Refusal::TooMany);
         }
-        Err(refusal)
+        let mut claims = tokens.iter().map(|token| checks.verify(token)).collect::<Result<Vec<_>, _>>()?;
+        let first = tokens.first().ok_or(Refusal::Missing)?;
+        let payload = first.split('.').nth(1).unwrap_or_default().to_owned();
+        Ok(Token { provider: String::new(), claims: claims.swap_remove(0), payload })
     }
 
     fn locations(&self) -> Cow<'_, [Location]> {
@@ -144,8 +137,10 @@ impl Provider {
     }
 
     fn pass_on(&self, token: &Token, headers: &mut HeaderMap) {
-        if let Some(Location::Header { name, prefix, forward: false }) = self.locations().get(token.location) {
-            remove_tokens(headers, name, prefix);
+        for location in &*self.locations() {
+            if let Location::Header { name, prefix, forward: false } = location {
+                remove_tokens(headers, name, prefix);
+            }
         }
         if let Some(forwarding) = &self.forwarding {
             let payload = forwarding.encode(&token.payload);
@@ -153,6 +148,15 @@ impl Provider {
                 headers.insert(&forwarding.header, value);
             }
         }
+    }
+
+    /// Whether a parameter of the query may hold tokens that the app is not to see. Consul knows forwarding for
+    /// headers alone, and its Envoy then also leaves the query as it is.
+    fn hides_parameter(&self, parameter: &str) -> bool {
+        let locations = self.locations();
+        let forwards = locations.iter().any(|location| matches!(location, Location::Header { forward: true, .. }));
+        let named = |location: &Location| matches!(location, Location::QueryParameter(name) if name == parameter);
+        !forwards && locations.iter().any(named)
     }
 }
 
@@ -187,6 +191,20 @@ impl Providers {
             }
         }
         verified
+    }
+
+    /// The query that the app gets: without the verified tokens, as with headers.
+    #[must_use]
+    pub fn query_for_app<'a>(&self, verified: &Verified, query: &'a str) -> Cow<'a, str> {
+        let providers = || verified.tokens.iter().filter_map(|token| self.0.get(&token.provider));
+        let hidden = |pair: &str| {
+            let parameter = pair.split_once('=').map_or(pair, |(name, _)| name);
+            providers().any(|provider| provider.hides_parameter(parameter))
+        };
+        if !query.split('&').any(hidden) {
+            return Cow::Borrowed(query);
+        }
+        Cow::Owned(query.split('&').filter(|pair| !hidden(pair)).collect::<Vec<_>>().join("&"))
     }
 
     /// Edits the headers that the app gets: verified tokens are removed unless they are to be forwarded, and
@@ -226,7 +244,6 @@ impl Verified {
             provider: (*provider).to_owned(),
             claims: Claims::from_json(claims.clone()),
             payload: String::new(),
-            location: 0,
         };
         Self { tokens: tokens.iter().map(token).collect(), refusals: Vec::new() }
     }
@@ -484,10 +501,12 @@ mod tests {
         let strict =
             Provider { issuer: "us".to_owned(), audiences: vec!["a".into(), "b".into()], ..provider(&[secret()]) };
         let check = |claims: Value, expected| assert_eq!(outcome(&strict, &hs256(&claims)), expected, "{claims}");
-        for audience in [json!("a"), json!("b"), json!(["x", "b"])] {
+        for audience in
+            [json!("a"), json!("b"), json!(["x", "b"]), json!("a/"), json!(["https://a"]), json!("http://b/")]
+        {
             check(json!({"iss": "us", "aud": audience}), Ok(()));
         }
-        for audience in [json!("x"), json!([]), json!(["x"]), json!(null), json!("a/"), json!({"a": 1})] {
+        for audience in [json!("x"), json!([]), json!(["x"]), json!(null), json!("a/b"), json!({"a": 1})] {
             check(json!({"iss": "us", "aud": audience}), Err(Refusal::Audience));
         }
         check(json!({"iss": "us"}), Err(Refusal::Audience));
@@ -524,7 +543,7 @@ mod tests {
         assert!(found(Some(("x-token", format!("token {token}"))), None));
         assert!(found(None, Some(format!("a=b&jwt={token}"))));
         assert!(found(Some(("cookie", format!("a=b; sid={token}; c=d"))), None));
-        assert!(found(Some(("x-token", "Token stale".into())), Some(format!("jwt={token}"))));
+        assert!(!found(Some(("x-token", "Token stale".into())), Some(format!("jwt={token}"))));
         assert!(!found(Some(("authorization", format!("Bearer {token}"))), Some(format!("access_token={token}"))));
         assert!(!found(Some(("cookie", format!("xsid={token}"))), None));
         let defaults = Provider { locations: Vec::new(), ..provider.clone() };
@@ -533,13 +552,20 @@ mod tests {
     }
 
     #[test]
-    fn of_several_tokens_in_one_place_all_must_be_valid() {
+    fn of_several_tokens_all_must_be_valid() {
         let token = hs256(&json!({"a": 1}));
         let mut headers = bearer(&token);
         headers.append(AUTHORIZATION, HeaderValue::try_from(format!("Bearer {token}")).unwrap());
         assert!(verify_at(&provider(&[secret()]), &headers, None, NOW).claims("p").is_some());
+        let refusal =
+            |headers: &HeaderMap| verify_at(&provider(&[secret()]), headers, None, NOW).refusals().next().unwrap().1;
+        let mut many = headers.clone();
+        for _ in 0..8 {
+            many.append(AUTHORIZATION, many[AUTHORIZATION].clone());
+        }
+        assert_eq!(refusal(&many), Refusal::TooMany);
         headers.append(AUTHORIZATION, HeaderValue::from_static("Bearer e30.e30.e30"));
-        assert!(verify_at(&provider(&[secret()]), &headers, None, NOW).claims("p").is_none());
+        assert_eq!(refusal(&headers), Refusal::Malformed);
     }
 
     #[test]
@@ -566,6 +592,25 @@ mod tests {
         let keep = Location::Header { name, prefix: "Bearer ".to_owned(), forward: true };
         let headers = pass_on(Provider { locations: vec![keep], ..provider(&[secret()]) }, bearer(&token));
         assert_eq!(headers.get_all(AUTHORIZATION).iter().count(), 2);
+    }
+
+    #[test]
+    fn the_app_gets_the_query_without_verified_tokens() {
+        let token = hs256(&json!({}));
+        let query = format!("a=b&access_token={token}&c");
+        let passed = |provider: Provider| {
+            let verified = verify_at(&provider, &HeaderMap::new(), Some(&query), NOW);
+            providers(provider).query_for_app(&verified, &query).into_owned()
+        };
+        assert_eq!(passed(provider(&[secret()])), "a=b&c");
+        assert_eq!(passed(provider(&[])), query);
+        let [header, parameter] = Location::defaults();
+        let Location::Header { name, prefix, .. } = header else { panic!("no header") };
+        let forwarding = vec![Location::Header { name, prefix, forward: true }, parameter];
+        assert_eq!(passed(Provider { locations: forwarding, ..provider(&[secret()]) }), query);
+        let only = Provider { locations: vec![Location::QueryParameter("jwt".into())], ..provider(&[secret()]) };
+        let verified = verify_at(&only, &HeaderMap::new(), Some(&format!("jwt={token}")), NOW);
+        assert_eq!(providers(only).query_for_app(&verified, &format!("jwt={token}")), "");
     }
 
     #[test]

@@ -17,6 +17,7 @@ pub struct Claims(Map<String, Value>);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refusal {
     Missing,
+    TooMany,
     UnknownProvider,
     NoKeys,
     Malformed,
@@ -98,13 +99,20 @@ impl Checks<'_> {
     }
 
     fn is_for_us(&self, audience: Option<&Value>) -> bool {
-        let ours = |value: &Value| value.as_str().is_some_and(|text| self.audiences.iter().any(|ours| ours == text));
+        let is_ours = |text: &str| self.audiences.iter().any(|ours| bare(ours) == bare(text));
+        let ours = |value: &Value| value.as_str().is_some_and(is_ours);
         match audience {
             Some(Value::Array(list)) => list.iter().any(ours),
             Some(value) => ours(value),
             None => false,
         }
     }
+}
+
+/// An audience without scheme and last slash, neither of which counts to Envoy.
+fn bare(audience: &str) -> &str {
+    let name = audience.strip_prefix("https://").or_else(|| audience.strip_prefix("http://")).unwrap_or(audience);
+    name.strip_suffix('/').unwrap_or(name)
 }
 
 /// A time in seconds since the epoch, with a fraction perhaps. Anything else under that name makes the token useless.
@@ -127,6 +135,7 @@ impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Missing => "there is no token",
+            Self::TooMany => "there are too many tokens",
             Self::UnknownProvider => "its provider is not known",
             Self::NoKeys => "the provider's keys are not known",
             Self::Malformed => "it is malformed",

@@ -360,4 +360,13 @@ mod tests {
         let list = [intention("web", "db", DENY, 9), intention("web", "db", ALLOW, 9)];
         assert_eq!(decide(&list, Action::Allow, "web"), "denied by intention web => db (deny, precedence 9)");
     }
+
+    #[test]
+    fn thousands_of_intentions_are_told_apart() {
+        let mut list: Vec<_> = (0..10_000).map(|n| intention(&format!("web-{n}"), "db", ALLOW, 9)).collect();
+        list.push(intention("*", "db", DENY, 8));
+        let intentions = Intentions::new(list, DefaultPolicy { action: Action::Allow, source: String::new() });
+        assert!(matches!(intentions.decide(&peer("web-9999")), Decision::Allow(_)));
+        assert!(matches!(intentions.decide(&peer("web-10000")), Decision::Deny(_)));
+    }
 }
