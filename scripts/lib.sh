@@ -78,7 +78,9 @@ consul_binary() {
 
 # program PATH VARIABLE: prints the absolute path of an executable that a variable names.
 program() {
-    [ -f "$1" ] && [ -x "$1" ] || die "$2 names $1, which is not a program: set it to the path of one, or unset it."
+    if ! [ -f "$1" ] || ! [ -x "$1" ]; then
+        die "$2 names $1, which is not a program: set it to the path of one, or unset it."
+    fi
     printf '%s\n' "$(cd "$(dirname "$1")" && pwd)/$(basename "$1")"
 }
 
@@ -92,10 +94,12 @@ fetch_consul() {
     say "Fetching Consul (Debian 11's package, through apt's mirror) ..."
     rm -rf "$work" "$cache/consul"
     mkdir -p "$work/lists/partial" "$work/archives/partial"
-    local -a own=(
+    local -a own
+    own=(
         -o "Dir::Etc::sourcelist=$work/sources.list" -o Dir::Etc::sourceparts=- -o "Dir::State::lists=$work/lists"
         -o "Dir::Cache=$work" -o "Dir::Cache::archives=$work/archives" -o APT::Sandbox::User= -o Acquire::Languages=none
     )
+    # shellcheck disable=SC2016 # apt fills that in
     while read -r mirror; do
         printf 'deb [signed-by=%s] %s bullseye main\n' "$keyring" "$mirror" >"$work/sources.list"
         if apt-get "${own[@]}" update >"$work/log" 2>&1 &&

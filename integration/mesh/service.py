@@ -113,7 +113,11 @@ class Service:
         self.app = self.process = None
         # A TTL check passes at once and fails when the scenario says so; the usual TCP check first looks after 10 s.
         self.check_id = f"sidecar-{self.id}"
-        self.checks = [{"CheckID": self.check_id, "Name": "sidecar", "TTL": "24h", "Status": "passing"}] if check == "ttl" else check
+        # An agent that restarts forgets that, but not that an alias of a service without checks passes.
+        self.checks = [{
+            "ttl": {"CheckID": self.check_id, "Name": "sidecar", "TTL": "24h", "Status": "passing"},
+            "alias": {"CheckID": self.check_id, "Name": "alias", "AliasService": self.id},
+        }[check]]
 
     def _upstream(self, to):
         return to if isinstance(to, Upstream) else Upstream(getattr(to, "name", to), self.mesh.ports.take())
@@ -154,7 +158,8 @@ class Service:
 
     def ready(self):
         ports = [self.public] if self.public else []
-        for port in ports + [upstream.port for upstream in self.upstreams if isinstance(upstream.port, int)]:
+        # An upstream at a unix socket has port 0.
+        for port in ports + [upstream.port for upstream in self.upstreams if upstream.port]:
             eventually(lambda: is_listening(port) or not self.process.running(), what=f"the sidecar of {self.id} listens on {port}")
         assert self.process.running(), f"the sidecar of {self.id} ended: {self.process.text()}"
         return self

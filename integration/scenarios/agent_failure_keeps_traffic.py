@@ -19,7 +19,7 @@ def gated_pair(mesh):
 
 def test_traffic_goes_on_without_an_agent_and_its_restart_is_followed(own_mesh):
     mesh = own_mesh(persist=True)
-    server = mesh.service("server")
+    server = mesh.service("server", check="alias")
     client = mesh.service("client", [server])
     client.eventually_reaches()
     with client.dial() as untouched:
@@ -27,7 +27,7 @@ def test_traffic_goes_on_without_an_agent_and_its_restart_is_followed(own_mesh):
         mesh.agent.kill()
         stays(client.reaches, 2)
         mesh.agent.start()
-        assert client.reaches()
+        client.eventually_reaches()
         mesh.deny(client, server)
         client.eventually_refused(within=40)
         assert untouched.end() == "fin"

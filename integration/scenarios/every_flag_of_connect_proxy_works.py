@@ -179,7 +179,7 @@ def test_requests_carry(mesh, flag):
     """As seen on the wire: the community edition refuses some of these, which is its right."""
     words, env, expected = REQUESTS[flag]
     gate = mesh.keep(Gate(mesh.ports.take(), mesh.agent.port))
-    server = mesh.service("server", sidecar=None)
+    server = mesh.service("server", [mesh.name("upstream")], sidecar=None)
     words = [word.format(gate=gate.port) for word in words]
     mesh.proxy("-proxy-id", server.proxy_id, *words, env={"CONSUL_HTTP_ADDR": f"127.0.0.1:{gate.port}", **env})
     eventually(lambda: gate.asked(expected), what=f"{expected} is in a request")

@@ -33,7 +33,7 @@ class Tutorial:
         sidecar = service["connect"]["sidecar_service"]
         sidecar["port"] = self.public[name]
         # The usual TCP check first looks after some seconds.
-        sidecar["check"] = {"name": "sidecar", "alias_service": name}
+        sidecar["check"] = {"name": "sidecar", "ttl": "24h", "status": "passing"}
         for upstream in sidecar.get("proxy", {}).get("upstreams", []):
             assert upstream["local_bind_port"] == {"order": 6001, "invoice": 6002}[name]
             upstream["local_bind_port"] = self.upstream[name]
@@ -91,7 +91,7 @@ def test_deny_and_delete_with_the_consul_command(start_agent, binaries, ports, t
 
 def test_the_service_definitions_are_a_config_directory(binaries, tmp_path):
     needed = tmp_path / "needed.json"
-    needed.write_text('{"data_dir": "/nonexistent"}')
+    needed.write_text('{"data_dir": "/nonexistent", "bind_addr": "127.0.0.1"}')
     status, out, err = run([binaries["consul"], "validate", TOP / "service-defs", needed])
     assert status == 0, out + err
 
