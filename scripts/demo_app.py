@@ -2,11 +2,13 @@
 
 demo_app.py NAME PORT [UPSTREAM_PORT]
 
-Each app knows nothing of the mesh: it calls what it depends on at a port of its own machine, in plain HTTP.
+Each app knows nothing of the mesh: it calls what it depends on at a port of its own machine, in plain HTTP, and
+listens only there too (BIND names another address).
 """
 
 import http.client
 import json
+import os
 import sys
 import time
 import urllib.error
@@ -75,4 +77,4 @@ def follow():
 
 
 if __name__ == "__main__":
-    app.run("127.0.0.1", int(sys.argv[2]), threaded=True)
+    app.run(os.environ.get("BIND", "127.0.0.1"), int(sys.argv[2]), threaded=True)

@@ -185,14 +185,16 @@ class Service:
 
     def refused(self, to=None):
         """Whether a new connection to the upstream is ended without a byte; returns how."""
-        with self.dial(to, within=5) as conn:
-            try:
+        try:
+            with self.dial(to, within=5) as conn:
                 conn.send(b"hello\n")
-                return conn.end(5) if not conn.take(1) else None
-            except ConnectionError:
-                return "reset"
-            except TimeoutError:
-                return None
+                return None if conn.take(1) else conn.end(5)
+        except ConnectionResetError:
+            return "reset"
+        except BrokenPipeError:
+            return "fin"
+        except TimeoutError:
+            return None
 
     def ended(self, to=None, within=5):
         """How a new connection that says nothing is ended."""

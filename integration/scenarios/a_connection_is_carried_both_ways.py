@@ -94,4 +94,5 @@ def test_a_slow_reader_holds_the_sender_back(mesh):
                 sent += conn.sock.send(b"x" * 65536)
         except TimeoutError:
             pass
-        assert sent < 64 << 20, f"{sent} bytes were taken in that nobody read"
+        # What the kernel buffers on six sockets, each way, may come to some tens of MiB.
+        assert sent < 256 << 20, f"{sent} bytes were taken in that nobody read"

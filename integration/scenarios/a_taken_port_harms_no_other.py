@@ -29,6 +29,19 @@ def test_a_public_port_that_is_taken_is_tried_again(mesh):
     client.eventually_reaches(within=60)
 
 
+def test_ports_that_another_sidecar_has_are_taken_too(mesh):
+    """Two of one registration must not share its ports in silence: which of them would a connection meet?"""
+    server = mesh.service("server")
+    client = mesh.service("client", [server])
+    second = mesh.proxy("-sidecar-for", client.id)
+    for port in (client.public, client.port_to(server)):
+        second.logged(rf"[^\n]*:{port}[^\n]*in use[^\n]*|[^\n]*in use[^\n]*:{port}[^\n]*")
+    assert client.reaches()
+    client.process.stop()
+    client.eventually_reaches(within=60)
+    assert second.running()
+
+
 def test_an_address_that_the_machine_lacks_harms_no_other(mesh):
     good = mesh.service("good")
     client = mesh.service("client", [good, Upstream(mesh.name("bad"), mesh.ports.take(), {"LocalBindAddress": "192.0.2.1"})], sidecar=None)
