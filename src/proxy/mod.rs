@@ -3,7 +3,7 @@
 //! A connection is served on the thread that accepted it, from its first byte to its last:
 //! [`listener`] accepts, [`inbound`] or [`outbound`] serves, [`relay`] copies.
 
-mod balance;
+pub mod balance;
 mod inbound;
 mod listener;
 mod outbound;

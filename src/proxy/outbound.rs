@@ -1,13 +1,12 @@
 //! Upstream listeners: one connection from the local app.
 
-use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
-use super::balance::{Balancer, Clock, InFlight, Instance};
+use super::balance::{Balancer, Balancers, Clock, InFlight, Instance, Limit, Outcome, Permit};
 use super::listener::{Accepted, Live};
 use super::record::{Direction, Record};
 use super::relay::{self, Relay};
@@ -20,18 +19,14 @@ use crate::tls::{HandshakeError, SpiffeId, Stream};
 #[derive(Debug)]
 pub struct Plan {
     pub upstream: Arc<Upstream>,
-    /// By the target's id.
-    balancers: HashMap<String, Arc<Balancer>>,
+    pub balancers: Balancers,
 }
 
 impl Plan {
     /// Takes over what `previous` remembers.
     #[must_use]
     pub fn new(upstream: Arc<Upstream>, previous: Option<&Self>) -> Self {
-        let known = |target: &Target| previous.and_then(|plan| plan.balancers.get(&target.id));
-        let balancers = upstream.chain.targets();
-        let balancers =
-            balancers.map(|target| (target.id.clone(), Balancer::new(&target.endpoints, known(target)))).collect();
+        let balancers = Balancers::new(&upstream, previous.map(|plan| &plan.balancers));
         Self { upstream, balancers }
     }
 }
@@ -41,7 +36,7 @@ pub async fn serve(accepted: Accepted<Plan>, clock: Clock) {
     let Accepted { socket: mut app, remote, mut live, drain: _drain } = accepted;
     let mut record = Record::new(Direction::Outbound, remote);
     let plan = Arc::clone(&live.borrow_and_update().part);
-    let Connected { mut mesh, peer, in_flight: _in_flight } = match connect(&plan, clock).await {
+    let Connected { mut mesh, peer, in_flight: _in_flight, permit: _permit } = match connect(&plan, clock).await {
         Ok(connected) => connected,
         Err(reason) => {
             tracing::warn!(target: "proxy.upstream", upstream = plan.upstream.name, reason, "failed to dial the upstream");
@@ -82,6 +77,7 @@ struct Connected {
     mesh: Stream<Socket>,
     peer: SpiffeId,
     in_flight: InFlight,
+    permit: Permit,
 }
 
 /// Connects to an instance of the first target of the chain that has one, each target within its connect
@@ -90,21 +86,8 @@ struct Connected {
 /// # Errors
 /// Why there is none, for the log.
 async fn connect(plan: &Plan, clock: Clock) -> Result<Connected, String> {
-    let targets = plan
-        .upstream
-        .chain
-        .connection_targets()
-        .iter()
-        .filter_map(|target| Some((target, plan.balancers.get(&target.id)?)));
-    let now = clock.now();
-    // A target whose instances are all put aside waits behind those that have one, and is tried at last.
-    let (up, down): (Vec<_>, Vec<_>) = targets.partition(|(_, balancer)| balancer.is_up(now));
     let mut reasons = Vec::new();
-    for (target, balancer) in up.into_iter().chain(down) {
-        if plan.upstream.limits.max_connections.is_some_and(|limit| balancer.in_flight() >= limit) {
-            reasons.push(format!("{}: overflow, max_connections are open", described(target)));
-            continue;
-        }
+    for (target, balancer) in plan.balancers.in_order(plan.upstream.chain.connection_targets(), clock.now()) {
         match connect_target(target, balancer, clock).await {
             Ok(connected) => return Ok(connected),
             Err(reason) => reasons.push(format!("{}: {reason}", described(target))),
@@ -118,37 +101,34 @@ fn described(target: &Target) -> String {
 }
 
 /// Tries instances of one target until one is connected.
-async fn connect_target(target: &Target, balancer: &Balancer, clock: Clock) -> Result<Connected, String> {
-    if balancer.is_empty() {
-        return Err(match balancer.registered {
-            0 => "no instance is registered with a sidecar (or the token may not see it: node:read and service:read)"
-                .into(),
-            count => format!("none of {count} registered instances is passing its checks"),
-        });
-    }
+async fn connect_target(target: &Target, balancer: &Arc<Balancer>, clock: Clock) -> Result<Connected, String> {
+    let permit = balancer.admit(Limit::Connections).map_err(|overflow| overflow.to_string())?;
     let deadline = Instant::now() + target.connect_timeout;
     let mut tried: Vec<Arc<Instance>> = Vec::new();
     let mut reasons = Vec::new();
     while tried.len() < ATTEMPTS && Instant::now() < deadline {
-        let Some(instance) = balancer.pick(clock.now(), &tried, |below| fastrand::u64(..below)) else {
+        let Some(picked) = balancer.pick(clock.now(), None, &tried, |below| fastrand::u64(..below)) else {
             break;
         };
-        let in_flight = instance.enter();
+        let instance = Arc::clone(picked.instance());
         let others = balancer.len() - tried.len() > 1;
         let until = if others { deadline.min(Instant::now() + target.connect_timeout / SHARE) } else { deadline };
-        match attempt(target, instance, until).await {
+        match attempt(target, &instance, until).await {
             Ok((mesh, peer)) => {
-                instance.succeeded();
-                return Ok(Connected { mesh, peer, in_flight });
+                let in_flight = picked.connected(clock.now());
+                return Ok(Connected { mesh, peer, in_flight, permit });
             }
             Err(reason) => {
-                instance.failed(clock.now());
+                picked.report(Outcome::Unreachable, Duration::ZERO, clock.now());
                 reasons.push(format!("{} {reason}", instance.address));
             }
         }
-        tried.push(Arc::clone(instance));
+        tried.push(instance);
     }
-    Err(format!("no instance could be used: {}", reasons.join(", ")))
+    Err(match reasons[..] {
+        [] => balancer.absence(),
+        _ => format!("no instance could be used: {}", reasons.join(", ")),
+    })
 }
 
 /// One connect and handshake with one instance.

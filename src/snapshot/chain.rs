@@ -44,7 +44,12 @@ impl Chain {
     /// Every target that the chain can lead to, failover included. One that several nodes share comes several
     /// times.
     pub fn targets(&self) -> impl Iterator<Item = &Arc<Target>> {
-        self.start.resolvers().into_iter().flat_map(|resolver| &resolver.targets)
+        self.resolvers().flat_map(|resolver| &resolver.targets)
+    }
+
+    /// Every resolver that the chain can lead to. One that several nodes share comes several times.
+    pub fn resolvers(&self) -> impl Iterator<Item = &Resolver> {
+        self.start.resolvers().into_iter()
     }
 
     /// The targets of a connection that is not looked into, in the order to try them: none where it would take

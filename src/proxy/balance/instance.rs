@@ -1,0 +1,320 @@
+//! What is remembered of one instance.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
+
+use super::latency::Latency;
+use crate::snapshot::{Address, PassiveHealthCheck};
+
+/// An instance of a target, with what is remembered of it across snapshots.
+#[derive(Debug)]
+pub struct Instance {
+    pub address: Address,
+    pub(super) weight: u32,
+    pub(super) state: Arc<State>,
+}
+
+/// Shared by all threads, without a lock. All times are milliseconds of the [`Clock`](super::Clock).
+#[derive(Debug)]
+pub struct State {
+    pub in_flight: AtomicU32,
+    /// So much may be in flight before others are preferred; grows with each success, so that an instance that is new
+    /// or back is not run over.
+    window: AtomicU32,
+    pub latency: Latency,
+    /// Shut for a while after it could not be reached.
+    pub aside: Gate,
+    /// Shut while it is ejected.
+    pub circuit: Gate,
+    /// In a row: connections that failed.
+    unreachable: AtomicU32,
+    /// In a row: whatever failed.
+    failures: AtomicU32,
+    /// How often it was ejected, less one for each healthy interval.
+    ejections: AtomicU32,
+    /// When the last ejection ended.
+    returned: AtomicU64,
+}
+
+impl Instance {
+    /// Whether it may be picked, be it to see whether it is back.
+    pub(super) fn is_fit(&self, now: u64) -> bool {
+        self.state.aside.lets_in(now) && self.state.circuit.lets_in(now)
+    }
+
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.state, &other.state)
+    }
+
+    /// Whether one more would be better off here than at `other`: by requests in flight for the weight, and by how
+    /// long answers take where that differs clearly.
+    pub(super) fn beats(&self, other: &Self, by_latency: Option<u64>) -> bool {
+        let (mine, others) = (self.load(), other.load());
+        if self.state.is_full(mine) != other.state.is_full(others) {
+            return other.state.is_full(others);
+        }
+        let estimates = by_latency
+            .and_then(|now| Some((self.state.latency.estimate(now)?, other.state.latency.estimate(now)?)))
+            .filter(|(mine, others)| *mine > others * CLEARLY || *others > mine * CLEARLY);
+        match estimates {
+            Some((my_latency, other_latency)) => {
+                let cost = |latency: f32, load: u32, weight: u32| latency * (load + 1) as f32 / weight as f32;
+                cost(my_latency, mine, self.weight) < cost(other_latency, others, other.weight)
+            }
+            // A tie is left to the draw, which is by weight already.
+            None => u64::from(mine) * u64::from(other.weight) < u64::from(others) * u64::from(self.weight),
+        }
+    }
+
+    pub(super) fn load(&self) -> u32 {
+        self.state.in_flight.load(Ordering::Relaxed)
+    }
+}
+
+impl State {
+    /// An answer of any kind: it can be reached.
+    pub fn reached(&self) {
+        if self.unreachable.load(Ordering::Relaxed) != 0 {
+            self.unreachable.store(0, Ordering::Relaxed);
+            self.window.store(FIRST_WINDOW, Ordering::Relaxed);
+            self.aside.open();
+        }
+    }
+
+    /// A good one.
+    pub fn succeeded(&self) {
+        self.reached();
+        if self.failures.load(Ordering::Relaxed) != 0 {
+            self.failures.store(0, Ordering::Relaxed);
+        }
+        let window = self.window.load(Ordering::Relaxed);
+        if window < UNLIMITED {
+            let next = if window < LAST_WINDOW { window + 1 } else { UNLIMITED };
+            self.window.store(next, Ordering::Relaxed);
+        }
+    }
+
+    /// It could not be reached: it is put aside for 1 s, doubled with each time in a row up to 30 s. What fails
+    /// while it is aside was under way already and says nothing new, unless it is the `probe` that was to tell.
+    pub fn could_not_be_reached(&self, now: u64, probe: bool) {
+        self.failures.fetch_add(1, Ordering::Relaxed);
+        let doubled = self.unreachable.load(Ordering::Relaxed).min(5);
+        let until = now.saturating_add(millis((ASIDE * 2_u32.pow(doubled)).min(ASIDE_LIMIT)));
+        if self.aside.shut(now, until, probe) {
+            self.unreachable.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Counts a failure, and tells whether there are enough in a row for an ejection. Then the count begins anew.
+    pub fn fails_too_often(&self, maximum: u32) -> bool {
+        let enough = self.failures.fetch_add(1, Ordering::Relaxed) + 1 >= maximum;
+        if enough {
+            self.failures.store(0, Ordering::Relaxed);
+        }
+        enough
+    }
+
+    /// Shuts the circuit and tells for how long: the base time for each ejection so far, at most 300 s (or the base
+    /// time). Each interval since the last one ended takes one off, as in Envoy. The caller holds the target's lock.
+    pub fn eject(&self, now: u64, check: &PassiveHealthCheck, probe: bool) -> Duration {
+        let healthy = now.saturating_sub(self.returned.load(Ordering::Relaxed)) / millis(check.interval).max(1);
+        let forgiven = if probe { 0 } else { u32::try_from(healthy).unwrap_or(u32::MAX) };
+        let ejections = self.ejections.load(Ordering::Relaxed).saturating_sub(forgiven).saturating_add(1);
+        self.ejections.store(ejections, Ordering::Relaxed);
+        let time = check.base_ejection_time.saturating_mul(ejections).min(check.base_ejection_time.max(EJECTION_LIMIT));
+        self.circuit.shut(now, now.saturating_add(millis(time).max(1)), probe);
+        time
+    }
+
+    /// The probe was answered well: the circuit is closed again.
+    pub fn returns(&self, now: u64) {
+        self.returned.store(now, Ordering::Relaxed);
+        self.failures.store(0, Ordering::Relaxed);
+        self.window.store(FIRST_WINDOW, Ordering::Relaxed);
+        self.circuit.open();
+    }
+
+    fn is_full(&self, in_flight: u32) -> bool {
+        in_flight >= self.window.load(Ordering::Relaxed)
+    }
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self {
+            in_flight: AtomicU32::new(0),
+            window: AtomicU32::new(FIRST_WINDOW),
+            latency: Latency::default(),
+            aside: Gate::default(),
+            circuit: Gate::default(),
+            unreachable: AtomicU32::new(0),
+            failures: AtomicU32::new(0),
+            ejections: AtomicU32::new(0),
+            returned: AtomicU64::new(0),
+        }
+    }
+}
+
+/// Lets all in, or nobody for a while and then one alone, whose fate tells how it goes on.
+///
+/// As a circuit: an open gate is the closed circuit, a shut gate the open one, and a gate that is due the
+/// half-open one.
+#[derive(Debug, Default)]
+pub struct Gate(AtomicU64);
+
+impl Gate {
+    /// Open, or due for a probe.
+    pub fn lets_in(&self, now: u64) -> bool {
+        self.0.load(Ordering::Relaxed) <= now
+    }
+
+    /// Goes in, as the only one if the gate is due; then `Some(true)`. `None`: another was faster.
+    pub fn enter(&self, now: u64) -> Option<bool> {
+        match self.0.load(Ordering::Relaxed) {
+            OPEN => Some(false),
+            until if until > now => None,
+            until => self.change(until, PROBED).then_some(true),
+        }
+    }
+
+    /// When it is due; for the order alone.
+    pub fn due(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// Tells whether it did: a gate that is shut already stays as it is, except for its probe.
+    pub fn shut(&self, now: u64, until: u64, probe: bool) -> bool {
+        let shut = |current: u64| (current <= now || (probe && current == PROBED)).then_some(until);
+        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, shut).is_ok()
+    }
+
+    pub fn open(&self) {
+        self.0.store(OPEN, Ordering::Relaxed);
+    }
+
+    /// The probe came to nothing: another may go.
+    pub fn abandon(&self) {
+        self.change(PROBED, DUE);
+    }
+
+    fn change(&self, from: u64, to: u64) -> bool {
+        self.0.compare_exchange(from, to, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+    }
+}
+
+const OPEN: u64 = 0;
+/// Shut, but its time is up.
+const DUE: u64 = 1;
+/// Shut until its probe tells.
+const PROBED: u64 = u64::MAX;
+
+/// Counts a connection or request of an instance until it is dropped.
+#[derive(Debug)]
+pub struct InFlight(Arc<Instance>);
+
+impl InFlight {
+    pub(super) fn new(instance: &Arc<Instance>) -> Self {
+        instance.state.in_flight.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(instance))
+    }
+
+    #[must_use]
+    pub fn instance(&self) -> &Arc<Instance> {
+        &self.0
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.state.in_flight.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX - 1).min(u64::MAX - 1)
+}
+
+const ASIDE: Duration = Duration::from_secs(1);
+const ASIDE_LIMIT: Duration = Duration::from_secs(30);
+/// Envoy's `max_ejection_time`, which Consul leaves as it is.
+const EJECTION_LIMIT: Duration = Duration::from_secs(300);
+/// Latencies count as equal below this ratio, else noise would send all traffic to one of two like instances.
+const CLEARLY: f32 = 1.5;
+const FIRST_WINDOW: u32 = 8;
+/// After as many successes beyond the first window there is none any more.
+const LAST_WINDOW: u32 = 256;
+const UNLIMITED: u32 = u32::MAX;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gate_that_is_due_lets_one_in_who_decides() {
+        let gate = Gate::default();
+        assert_eq!(gate.enter(0), Some(false));
+        assert!(gate.shut(0, 100, false) && !gate.shut(50, 900, false));
+        assert_eq!((gate.lets_in(99), gate.enter(99)), (false, None));
+        assert_eq!((gate.lets_in(100), gate.enter(100)), (true, Some(true)));
+        assert_eq!((gate.lets_in(100), gate.enter(100)), (false, None));
+        assert!(!gate.shut(100, 200, false) && gate.shut(100, 200, true));
+        assert_eq!(gate.enter(200), Some(true));
+        gate.abandon();
+        assert_eq!(gate.enter(201), Some(true));
+        gate.open();
+        gate.abandon();
+        assert_eq!(gate.enter(0), Some(false));
+    }
+
+    #[test]
+    fn time_aside_doubles_with_each_probe_that_fails_and_not_with_what_failed_together() {
+        let state = State::default();
+        for _ in 0..10 {
+            state.could_not_be_reached(0, false);
+        }
+        let mut due = 1000;
+        for seconds in [2, 4, 8, 16, 30, 30] {
+            assert_eq!(state.aside.due(), due);
+            assert_eq!(state.aside.enter(due), Some(true));
+            state.could_not_be_reached(due, true);
+            due += seconds * 1000;
+        }
+        state.reached();
+        assert!(state.aside.lets_in(0));
+        state.could_not_be_reached(5, false);
+        assert_eq!(state.aside.due(), 1005);
+    }
+
+    #[test]
+    fn ejections_grow_longer_up_to_a_limit_and_are_forgiven_in_time() {
+        let check = PassiveHealthCheck::default();
+        let state = State::default();
+        let mut now = 0;
+        let mut times = Vec::new();
+        for _ in 0..12 {
+            let time = state.eject(now, &check, now > 0);
+            times.push(time.as_secs());
+            now += millis(time);
+            assert_eq!((state.circuit.lets_in(now - 1), state.circuit.enter(now)), (false, Some(true)));
+        }
+        assert_eq!(times, [30, 60, 90, 120, 150, 180, 210, 240, 270, 300, 300, 300]);
+        state.returns(now);
+        assert_eq!(state.eject(now + 90_000, &check, false).as_secs(), 120);
+        let long = PassiveHealthCheck { base_ejection_time: Duration::from_secs(1000), ..check };
+        assert_eq!(State::default().eject(0, &long, false).as_secs(), 1000);
+    }
+
+    #[test]
+    fn successes_widen_the_window_until_there_is_none() {
+        let state = State::default();
+        assert!(state.is_full(FIRST_WINDOW) && !state.is_full(FIRST_WINDOW - 1));
+        for _ in 0..300 {
+            state.succeeded();
+        }
+        assert!(!state.is_full(1_000_000));
+        state.could_not_be_reached(0, false);
+        state.reached();
+        assert!(state.is_full(FIRST_WINDOW));
+    }
+}

@@ -1,0 +1,547 @@
+//! Which instance of a target a connection or request goes to, and what is remembered of each.
+//!
+//! [`Balancers`] belong to an upstream and one snapshot; what they remember goes on to the next. A connection or a
+//! try of a request takes five steps:
+//!
+//! 1. [`Balancers::in_order`]: the targets, those that are up first.
+//! 2. [`Balancer::admit`]: a permit for each limit that it counts towards, held as long as it does.
+//! 3. [`Balancer::pick`]: an instance that was not tried yet. None: [`Balancer::absence`] tells why.
+//! 4. [`Picked::report`], or for a relayed connection [`Picked::connected`]: how it went. A pick that is dropped
+//!    without a word counts as nothing.
+//! 5. Hold the [`InFlight`] to the end of the connection or of the response's body.
+//!
+//! Instances that do badly are kept from traffic in two ways. One that can't be reached is *put aside*: it comes last,
+//! but it comes, as nothing was sent to it that could be lost. One that answers with errors is *ejected*: it gets
+//! nothing for a while, and there is no panic mode, as under Consul. After either, one connection or request alone
+//! probes it.
+//!
+//! All of it is atomics, save a lock per target that is taken when an instance is ejected. A pick looks at a
+//! few instances, however many there are, unless most of them are out. Time and randomness are arguments.
+
+mod budget;
+mod instance;
+mod latency;
+mod limits;
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use self::limits::Counts;
+use crate::snapshot::{
+    Address, Endpoint, Endpoints, HashTable, Limits, PassiveHealthCheck, Policy, Resolver, Target, Upstream,
+};
+
+pub use budget::{Retry, RetryBudget};
+pub use instance::{InFlight, Instance};
+pub use limits::{Limit, Overflow, Permit};
+
+/// What is remembered of an upstream's targets.
+#[derive(Debug)]
+pub struct Balancers {
+    /// By the target's id.
+    by_target: HashMap<String, Arc<Balancer>>,
+    pub budget: Arc<RetryBudget>,
+}
+
+impl Balancers {
+    /// Takes over what `previous` remembers. A target that several resolvers share is balanced as that resolver says
+    /// whose primary it is.
+    #[must_use]
+    pub fn new(upstream: &Upstream, previous: Option<&Self>) -> Self {
+        let resolvers: Vec<&Resolver> = upstream.chain.resolvers().collect();
+        let primaries = resolvers.iter().flat_map(|resolver| resolver.targets.iter().take(1).zip([*resolver]));
+        let others = resolvers.iter().flat_map(|resolver| resolver.targets.iter().skip(1).map(|t| (t, *resolver)));
+        let mut by_target = HashMap::new();
+        for (target, resolver) in primaries.chain(others) {
+            if !by_target.contains_key(&target.id) {
+                let previous = previous.and_then(|balancers| balancers.by_target.get(&target.id));
+                let balancer = Balancer::new(&target.endpoints, Settings::new(upstream, resolver), previous);
+                by_target.insert(target.id.clone(), balancer);
+            }
+        }
+        Self { by_target, budget: previous.map(|balancers| Arc::clone(&balancers.budget)).unwrap_or_default() }
+    }
+
+    /// The targets of a resolver in the order to try them: as they are, but those without an instance that is up
+    /// wait behind the others.
+    #[must_use]
+    pub fn in_order<'a>(&'a self, targets: &'a [Arc<Target>], now: u64) -> Vec<(&'a Arc<Target>, &'a Arc<Balancer>)> {
+        let balanced = |target: &'a Arc<Target>| Some((target, self.by_target.get(&target.id)?));
+        let mut order: Vec<_> = targets.iter().filter_map(balanced).collect();
+        if order.len() > 1 {
+            order.sort_by_cached_key(|(_, balancer)| !balancer.is_up(now));
+        }
+        order
+    }
+}
+
+/// How the instances of a target are balanced.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Settings {
+    pub policy: Policy,
+    /// Answers are timed, so that latency is something to go by.
+    pub http: bool,
+    pub limits: Limits,
+    pub passive_health_check: PassiveHealthCheck,
+}
+
+impl Settings {
+    fn new(upstream: &Upstream, resolver: &Resolver) -> Self {
+        Self {
+            policy: resolver.load_balancer.policy,
+            http: upstream.chain.protocol.is_http(),
+            limits: upstream.limits,
+            passive_health_check: upstream.passive_health_check,
+        }
+    }
+}
+
+/// The instances of one target.
+#[derive(Debug)]
+pub struct Balancer {
+    instances: Vec<Arc<Instance>>,
+    /// Sum of the weights up to and including each instance; empty when all weights are equal.
+    cumulated: Vec<u64>,
+    /// From one turn to the next of a weighted round.
+    stride: u64,
+    table: Option<HashTable>,
+    settings: Settings,
+    endpoints: Arc<Endpoints>,
+    shared: Arc<Shared>,
+}
+
+/// What is remembered of a target.
+#[derive(Debug, Default)]
+struct Shared {
+    counts: Arc<Counts>,
+    /// Of round robin.
+    turn: AtomicU64,
+    /// Held to eject, so that not too many are at once.
+    ejecting: Mutex<()>,
+}
+
+/// How a try of a request went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// An answer that is no fault of the instance, 4xx included.
+    Success,
+    /// A 5xx, or a gRPC status that says as much.
+    ServerError,
+    /// Connected, but no answer: reset, broken, timed out.
+    Reset,
+    /// No connection, so that nothing was sent.
+    Unreachable,
+}
+
+/// An instance that was chosen, until it is known how it went.
+#[derive(Debug)]
+pub struct Picked {
+    balancer: Arc<Balancer>,
+    in_flight: InFlight,
+    probe: Probe,
+    /// Below 100: an ejection is enforced if its chance in percent is above.
+    die: u64,
+}
+
+/// Which gates of its instance a pick alone may open. Dropped, it leaves them to another.
+#[derive(Debug, Default)]
+struct Probe {
+    instance: Option<Arc<Instance>>,
+    aside: bool,
+    circuit: bool,
+}
+
+impl Balancer {
+    /// Takes over what `previous` remembers of the instances that are still there.
+    #[must_use]
+    pub fn new(endpoints: &Arc<Endpoints>, settings: Settings, previous: Option<&Arc<Self>>) -> Arc<Self> {
+        let is_same =
+            |previous: &&Arc<Self>| Arc::ptr_eq(&previous.endpoints, endpoints) && previous.settings == settings;
+        if let Some(same) = previous.filter(is_same) {
+            return Arc::clone(same);
+        }
+        let known: HashMap<&Address, &Arc<Instance>> =
+            previous.iter().flat_map(|balancer| &balancer.instances).map(|i| (&i.address, i)).collect();
+        let instance = |endpoint: &Endpoint| {
+            let state = known.get(&endpoint.address).map(|known| Arc::clone(&known.state)).unwrap_or_default();
+            Arc::new(Instance { address: endpoint.address.clone(), weight: endpoint.weight.max(1), state })
+        };
+        let instances: Vec<Arc<Instance>> = endpoints.usable.iter().map(instance).collect();
+        let cumulated = cumulated(&instances);
+        Arc::new(Self {
+            stride: cumulated.last().map_or(1, |total| stride(*total)),
+            cumulated,
+            instances,
+            table: HashTable::new(settings.policy, &endpoints.usable),
+            settings,
+            endpoints: Arc::clone(endpoints),
+            shared: previous.map(|balancer| Arc::clone(&balancer.shared)).unwrap_or_default(),
+        })
+    }
+
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.instances.len()
+    }
+
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.instances.is_empty()
+    }
+
+    /// Whether an instance could be picked that is neither put aside nor ejected.
+    #[must_use]
+    pub fn is_up(&self, now: u64) -> bool {
+        self.instances.iter().any(|instance| instance.is_fit(now))
+    }
+
+    /// Counts something towards a limit of the target until the permit is dropped. To be asked for also where no limit
+    /// is set, as one may be later.
+    ///
+    /// # Errors
+    /// The limit is reached. Zero lets nothing through.
+    pub fn admit(&self, limit: Limit) -> Result<Permit, Overflow> {
+        self.shared.counts.admit(limit, &self.settings.limits)
+    }
+
+    /// Why there is no instance to pick, for the log.
+    #[must_use]
+    pub fn absence(&self) -> String {
+        match (self.instances.len(), self.endpoints.registered) {
+            (0, 0) => {
+                "no instance is registered with a sidecar (or the token may not see it: node:read and service:read)"
+                    .into()
+            }
+            (0, count) => format!("none of {count} registered instances is passing its checks"),
+            (count, _) => format!("all {count} instances are ejected for their errors, or were tried"),
+        }
+    }
+
+    /// Picks an instance that is not among `tried`. `None`: there is none, or the others are ejected; who may
+    /// send to the same instance again then asks without `tried`.
+    ///
+    /// `hash` counts with the policies that go by one; without it any instance will do. `random` gives numbers
+    /// below its argument.
+    #[must_use]
+    pub fn pick(
+        self: &Arc<Self>,
+        now: u64,
+        hash: Option<u64>,
+        tried: &[Arc<Instance>],
+        mut random: impl FnMut(u64) -> u64,
+    ) -> Option<Picked> {
+        let ask = Ask { now, tried };
+        // Another thread may be faster at a probe. That is rare, and twice in a row rarer.
+        for _ in 0..PROBES {
+            let Some(instance) = self.choose(hash, &ask, &mut random) else { break };
+            if let Some(picked) = self.take(instance, now, &mut random) {
+                return Some(picked);
+            }
+        }
+        self.last_resort(&ask, &mut random)
+    }
+
+    fn choose(&self, hash: Option<u64>, ask: &Ask<'_>, random: &mut impl FnMut(u64) -> u64) -> Option<&Arc<Instance>> {
+        match self.settings.policy {
+            Policy::Unset => self.least_loaded(2, self.settings.http, ask, random),
+            Policy::LeastRequest { choices } => self.least_loaded(choices, false, ask, random),
+            Policy::RoundRobin => self.next_in_turn(ask),
+            Policy::Random => self.draw(ask, random),
+            Policy::RingHash { .. } | Policy::Maglev => match (hash, &self.table) {
+                (Some(hash), Some(table)) => self.hashed(hash, table, ask),
+                _ => self.draw(ask, random),
+            },
+        }
+    }
+
+    /// Of so many that are drawn by weight, the least loaded.
+    fn least_loaded(
+        &self,
+        choices: u32,
+        by_latency: bool,
+        ask: &Ask<'_>,
+        random: &mut impl FnMut(u64) -> u64,
+    ) -> Option<&Arc<Instance>> {
+        let now = by_latency.then_some(ask.now);
+        let better = |best, other: &Arc<Instance>| ask.fits(other) && other.beats(best, now);
+        let mut best = self.draw(ask, random)?;
+        if self.instances.len() <= choices.max(2) as usize {
+            return Some(
+                self.instances.iter().fold(best, |best, other| if better(best, other) { other } else { best }),
+            );
+        }
+        for _ in 1..choices.max(2) {
+            match self.draw_other(best, random) {
+                Some(other) if better(best, other) => best = other,
+                _ => {}
+            }
+        }
+        Some(best)
+    }
+
+    /// One that fits, with a chance by its weight.
+    fn draw(&self, ask: &Ask<'_>, random: &mut impl FnMut(u64) -> u64) -> Option<&Arc<Instance>> {
+        let drawn = (0..DRAWS).find_map(|_| self.draw_any(random).filter(|instance| ask.fits(instance)));
+        drawn.or_else(|| self.search(usize::try_from(random(self.instances.len().max(1) as u64)).unwrap_or(0), ask))
+    }
+
+    fn draw_any(&self, random: &mut impl FnMut(u64) -> u64) -> Option<&Arc<Instance>> {
+        match self.cumulated.last() {
+            Some(&total) => self.at(random(total)),
+            None if self.instances.is_empty() => None,
+            None => self.instances.get(usize::try_from(random(self.instances.len() as u64)).unwrap_or(0)),
+        }
+    }
+
+    /// With a chance by its weight, but another one.
+    fn draw_other(&self, first: &Arc<Instance>, random: &mut impl FnMut(u64) -> u64) -> Option<&Arc<Instance>> {
+        let other = |instance: &&Arc<Instance>| !Arc::ptr_eq(instance, first);
+        let drawn = (0..2).find_map(|_| self.draw_any(random).filter(other));
+        drawn.or_else(|| {
+            let start = usize::try_from(random(self.instances.len() as u64)).unwrap_or(0);
+            let (before, after) = self.instances.split_at(start.min(self.instances.len()));
+            after.iter().chain(before).find(other)
+        })
+    }
+
+    /// The instance that a point below the sum of weights belongs to.
+    fn at(&self, point: u64) -> Option<&Arc<Instance>> {
+        self.instances.get(self.cumulated.partition_point(|&sum| sum <= point))
+    }
+
+    fn next_in_turn(&self, ask: &Ask<'_>) -> Option<&Arc<Instance>> {
+        let next = || {
+            let turn = self.shared.turn.fetch_add(1, Ordering::Relaxed);
+            match self.cumulated.last() {
+                Some(&total) => {
+                    // The stride has no divisor in common with the total: each point has its turn once a round.
+                    let point = u128::from(turn) * u128::from(self.stride) % u128::from(total);
+                    self.at(u64::try_from(point).unwrap_or(0))
+                }
+                None => self.instances.get(usize::try_from(turn).unwrap_or(0).checked_rem(self.instances.len())?),
+            }
+        };
+        let drawn = (0..DRAWS).find_map(|_| next().filter(|instance| ask.fits(instance)));
+        drawn.or_else(|| {
+            let turn = self.shared.turn.load(Ordering::Relaxed).checked_rem(self.instances.len() as u64)?;
+            self.search(usize::try_from(turn).unwrap_or(0), ask)
+        })
+    }
+
+    fn hashed(&self, hash: u64, table: &HashTable, ask: &Ask<'_>) -> Option<&Arc<Instance>> {
+        let candidates = table.candidates(hash).take(CANDIDATES).filter_map(|index| self.instances.get(index));
+        let mut fitting = candidates.filter(|instance| ask.fits(instance));
+        fitting.next().or_else(|| {
+            let start = hash.checked_rem(self.instances.len() as u64)?;
+            self.search(usize::try_from(start).unwrap_or(0), ask)
+        })
+    }
+
+    /// The first that fits, from a place on.
+    fn search(&self, start: usize, ask: &Ask<'_>) -> Option<&Arc<Instance>> {
+        let (before, after) = self.instances.split_at(start.min(self.instances.len()));
+        after.iter().chain(before).find(|instance| ask.fits(instance))
+    }
+
+    /// Among those put aside, the one whose time is up first; an ejected one never.
+    fn last_resort(self: &Arc<Self>, ask: &Ask<'_>, random: &mut impl FnMut(u64) -> u64) -> Option<Picked> {
+        let untried = self.instances.iter().filter(|i| i.state.circuit.lets_in(ask.now) && !ask.was_tried(i));
+        let instance = untried.min_by_key(|instance| instance.state.aside.due())?;
+        let circuit = instance.state.circuit.enter(ask.now)?;
+        Some(self.picked(instance, Probe::new(instance, false, circuit), random))
+    }
+
+    /// `None`: another has just gone to probe it.
+    fn take(
+        self: &Arc<Self>,
+        instance: &Arc<Instance>,
+        now: u64,
+        random: &mut impl FnMut(u64) -> u64,
+    ) -> Option<Picked> {
+        let aside = instance.state.aside.enter(now)?;
+        let mut probe = Probe::new(instance, aside, false);
+        if instance.state.circuit.enter(now)? {
+            probe = probe.with_circuit(instance);
+        }
+        Some(self.picked(instance, probe, random))
+    }
+
+    fn picked(self: &Arc<Self>, instance: &Arc<Instance>, probe: Probe, random: &mut impl FnMut(u64) -> u64) -> Picked {
+        let certain = matches!(self.settings.passive_health_check.enforcing_consecutive_5xx, 0 | 100..);
+        let die = if certain { 0 } else { random(100) };
+        Picked { balancer: Arc::clone(self), in_flight: InFlight::new(instance), probe, die }
+    }
+
+    /// Ejects an instance, unless too many are: one always may be.
+    fn eject(&self, instance: &Instance, now: u64, probe: bool) {
+        let check = &self.settings.passive_health_check;
+        let _ejecting = self.shared.ejecting.lock().unwrap_or_else(PoisonError::into_inner);
+        if !probe && !instance.state.circuit.lets_in(now) {
+            return;
+        }
+        let is_out = |other: &&Arc<Instance>| !other.is_same(instance) && !other.state.circuit.lets_in(now);
+        let others = self.instances.iter().filter(is_out).count();
+        let allowed = self.instances.len().saturating_mul(check.max_ejection_percent as usize);
+        if others > 0 && (others + 1) * 100 > allowed {
+            if probe {
+                instance.state.circuit.open();
+            }
+            return;
+        }
+        let time = instance.state.eject(now, check, probe);
+        tracing::warn!(target: "proxy.upstream", instance = %instance.address, seconds = time.as_secs(), "An instance is ejected for its errors");
+    }
+}
+
+/// Which instances will do.
+struct Ask<'a> {
+    now: u64,
+    tried: &'a [Arc<Instance>],
+}
+
+impl Ask<'_> {
+    fn fits(&self, instance: &Arc<Instance>) -> bool {
+        instance.is_fit(self.now) && !self.was_tried(instance)
+    }
+
+    fn was_tried(&self, instance: &Arc<Instance>) -> bool {
+        self.tried.iter().any(|tried| tried.is_same(instance))
+    }
+}
+
+impl Picked {
+    #[must_use]
+    pub fn instance(&self) -> &Arc<Instance> {
+        self.in_flight.instance()
+    }
+
+    /// A connection that is relayed was made. How it goes on says nothing of the instance.
+    #[must_use]
+    pub fn connected(self, now: u64) -> InFlight {
+        self.succeeded(now);
+        self.in_flight
+    }
+
+    /// How a request went, and how long it took from being sent (on a connection that was ready, as connecting would
+    /// make new instances look slow) to the head of its response. The result is to be held until the
+    /// response's body is done.
+    ///
+    /// [`Outcome::ServerError`] and [`Outcome::Reset`] count towards an ejection. It is decided at once and not on a
+    /// sweep. [`Outcome::Unreachable`] counts with them, but alone it only puts the instance aside.
+    pub fn report(self, outcome: Outcome, latency: Duration, now: u64) -> InFlight {
+        let instance = self.in_flight.instance();
+        let state = &instance.state;
+        match outcome {
+            Outcome::Success => {
+                state.latency.record(latency, now);
+                self.succeeded(now);
+            }
+            Outcome::ServerError | Outcome::Reset => {
+                state.latency.record_error(latency, now);
+                state.reached();
+                self.failed(now);
+            }
+            Outcome::Unreachable => state.could_not_be_reached(now, self.probe.aside),
+        }
+        self.in_flight
+    }
+
+    fn succeeded(&self, now: u64) {
+        let instance = self.in_flight.instance();
+        instance.state.succeeded();
+        // What was under way when it was ejected says nothing of now.
+        if self.probe.circuit {
+            instance.state.returns(now);
+            tracing::info!(target: "proxy.upstream", instance = %instance.address, "An ejected instance is back");
+        }
+    }
+
+    fn failed(&self, now: u64) {
+        let instance = self.in_flight.instance();
+        let check = &self.balancer.settings.passive_health_check;
+        let enforced = self.die < u64::from(check.enforcing_consecutive_5xx);
+        if self.probe.circuit || (instance.state.fails_too_often(check.max_failures) && enforced) {
+            self.balancer.eject(instance, now, self.probe.circuit);
+        }
+    }
+}
+
+impl Probe {
+    fn new(instance: &Arc<Instance>, aside: bool, circuit: bool) -> Self {
+        Self { instance: (aside || circuit).then(|| Arc::clone(instance)), aside, circuit }
+    }
+
+    fn with_circuit(mut self, instance: &Arc<Instance>) -> Self {
+        self.instance = Some(Arc::clone(instance));
+        self.circuit = true;
+        self
+    }
+}
+
+impl Drop for Probe {
+    fn drop(&mut self) {
+        if let Some(instance) = &self.instance {
+            if self.aside {
+                instance.state.aside.abandon();
+            }
+            if self.circuit {
+                instance.state.circuit.abandon();
+            }
+        }
+    }
+}
+
+fn cumulated(instances: &[Arc<Instance>]) -> Vec<u64> {
+    if instances.windows(2).all(|pair| pair[0].weight == pair[1].weight) {
+        return Vec::new();
+    }
+    let mut sum = 0;
+    let add = |instance: &Arc<Instance>| {
+        sum += u64::from(instance.weight);
+        sum
+    };
+    instances.iter().map(add).collect()
+}
+
+/// A number without a divisor in common with the total, near its golden section: turns that follow each other
+/// lie far apart, so that a heavy instance does not have all of its turns in a row.
+fn stride(total: u64) -> u64 {
+    let golden = total.saturating_mul(618) / 1000;
+    (golden.max(1)..=total).find(|stride| greatest_common_divisor(*stride, total) == 1).unwrap_or(1)
+}
+
+fn greatest_common_divisor(mut a: u64, mut b: u64) -> u64 {
+    while b != 0 {
+        (a, b) = (b, a % b);
+    }
+    a
+}
+
+/// Draws before all instances are searched for one that fits.
+const DRAWS: usize = 8;
+/// Places of a hash table that are tried before all instances are searched.
+const CANDIDATES: usize = 128;
+const PROBES: usize = 3;
+
+/// Milliseconds since it was made, for states that are shared between threads without a lock.
+#[derive(Debug, Clone, Copy)]
+pub struct Clock(Instant);
+
+impl Clock {
+    #[must_use]
+    pub fn start() -> Self {
+        Self(Instant::now())
+    }
+
+    #[must_use]
+    pub fn now(&self) -> u64 {
+        u64::try_from(self.0.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
+#[cfg(test)]
+mod tests;
