@@ -1,6 +1,6 @@
 """Intentions decide who gets through, by precedence, and a change of them is effective at once."""
 
-from mesh import eventually, mtls_connect, stays
+from mesh import Upstream, eventually, mtls_connect, stays
 
 
 def pair(mesh):
@@ -90,3 +90,16 @@ def test_any_to_any_can_be_denied_and_one_pair_allowed(own_mesh):
     friend.eventually_reaches()
     undo()
     friend.eventually_refused()
+
+
+def test_permissions_for_requests_mean_deny_where_there_are_only_bytes(mesh):
+    mesh.agent.needs((1, 9), "an intention with permissions")
+    # The service is HTTP to Consul, else it would not take the intention; the proxy's registration says tcp.
+    server = mesh.service("server", proxy={"Config": {"protocol": "tcp"}}, sidecar=None)
+    mesh.agent.write("service-defaults", server.name, Protocol="http")
+    server.start()
+    client = mesh.service("client", [Upstream(server.name, mesh.ports.take(), {"Config": {"protocol": "tcp"}})])
+    client.eventually_reaches()
+    mesh.agent.write("service-intentions", server.name, Sources=[
+        {"Name": client.name, "Permissions": [{"Action": "allow", "HTTP": {"PathPrefix": "/"}}]}])
+    client.eventually_refused()

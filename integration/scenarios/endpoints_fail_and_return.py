@@ -2,7 +2,7 @@
 
 import pytest
 
-from mesh import Echo, Service, Upstream, eventually, stays
+from mesh import Echo, Service, Silent, Upstream, eventually, stays
 
 
 def instances(mesh, count, **more):
@@ -90,6 +90,25 @@ def test_one_of_two_dead_but_passing_costs_no_connection(mesh):
     assert answers(client, 60) == ["0"] * 60
     servers[1].start()
     eventually(lambda: "1" in answers(client, 10), 90, "the instance that is back is used again")
+
+
+def test_one_of_two_that_hangs_costs_no_connection(mesh):
+    """It accepts, and then says nothing: only the connect timeout tells."""
+    good = mesh.service("server")
+    hanging = Service(mesh, good.name, id=f"{good.name}-hanging")
+    mesh.keep(Silent(hanging.public))
+    hanging.register()
+    client = mesh.service("client", [Upstream(good.name, mesh.ports.take(), {"Config": {"connect_timeout_ms": 1000}})])
+    eventually(lambda: len(mesh.agent.get(f"/v1/health/connect/{good.name}?passing")) == 2)
+    assert all(client.reaches() for _ in range(12))
+
+
+def test_an_instance_at_an_ipv6_address_is_dialled_there(mesh):
+    server = mesh.service("server", sidecar_fields={"Address": "::1"}, sidecar=None)
+    server.start()
+    with pytest.raises(ConnectionRefusedError):
+        mesh.dial(server.public)
+    mesh.service("client", [server]).eventually_reaches()
 
 
 def test_an_instance_that_moved_is_found(mesh):
