@@ -29,8 +29,9 @@ const NO_INDEX_PERIOD: Duration = Duration::from_secs(10);
 /// A hot table can wake a query many times a second. So many answers may follow each other at once…
 const BURST: u32 = 10;
 
-/// …and then one in each of these.
+/// …and then one in each of these: what decides who may talk to whom is worth more of the agent's time.
 const SPACING: Duration = Duration::from_millis(100);
+const PROMPT_SPACING: Duration = Duration::from_millis(10);
 
 /// How often watches that failed or poll are told that the agent is back.
 const RECOVERY_SPACING: Duration = Duration::from_secs(1);
@@ -112,6 +113,7 @@ impl Watches {
     {
         let worker = Worker {
             shared: self.shared.clone(),
+            bucket: Bucket::new(if query.always { PROMPT_SPACING } else { SPACING }),
             query,
             events,
             wrap,
@@ -120,7 +122,6 @@ impl Watches {
             table_index: None,
             seen: None,
             fingerprint: RandomState::new(),
-            bucket: Bucket::new(),
             backoff: Backoff::default(),
             failing: None,
         };
@@ -470,22 +471,23 @@ fn random() -> f64 {
 /// A token bucket.
 #[derive(Debug)]
 struct Bucket {
+    spacing: Duration,
     tokens: u32,
     since: Instant,
 }
 
 impl Bucket {
-    fn new() -> Self {
-        Self { tokens: BURST, since: Instant::now() }
+    fn new(spacing: Duration) -> Self {
+        Self { spacing, tokens: BURST, since: Instant::now() }
     }
 
     /// Takes one; gives the time until it is there.
     fn take(&mut self) -> Duration {
         let now = Instant::now();
-        let refill = (now.saturating_duration_since(self.since).as_millis() / SPACING.as_millis()) as u32;
+        let refill = (now.saturating_duration_since(self.since).as_millis() / self.spacing.as_millis()) as u32;
         if refill > 0 {
             self.tokens = self.tokens.saturating_add(refill).min(BURST);
-            self.since += SPACING * refill;
+            self.since += self.spacing * refill;
         }
         if self.tokens == BURST {
             self.since = now;
@@ -496,7 +498,7 @@ impl Bucket {
                 Duration::ZERO
             }
             None => {
-                self.since += SPACING;
+                self.since += self.spacing;
                 self.since.saturating_duration_since(now)
             }
         }

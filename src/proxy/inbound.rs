@@ -12,7 +12,7 @@ use super::listener::{Accepted, Live};
 use super::record::{Direction, Record, Shown};
 use super::relay::{self, Broken, Relay};
 use super::socket::Socket;
-use crate::drain::Stage;
+use crate::drain::{self, Stage};
 use crate::snapshot::{Decision, PublicListener};
 use crate::tls::{HandshakeError, SpiffeId, Stream};
 
@@ -39,21 +39,42 @@ impl Drop for OpenGuard {
 
 /// Serves one connection: learn who it is, decide, connect to the local app, relay, record.
 pub async fn serve(accepted: Accepted<PublicListener>, open: Open) {
-    let Accepted { socket, remote, mut live, drain: _drain } = accepted;
+    if let Some(connection) = establish(accepted, &open).await {
+        // In a task of its own: an open connection keeps none of the memory that opening it took.
+        tokio::spawn(connection.relay());
+    }
+}
+
+/// An allowed peer with a connection to the local app.
+struct Connection {
+    app: Socket,
+    mesh: Stream<Socket>,
+    peer: SpiffeId,
+    remote: Option<SocketAddr>,
+    live: watch::Receiver<Live<PublicListener>>,
+    record: Record,
+    _open: OpenGuard,
+    _drain: drain::Watch,
+}
+
+async fn establish(accepted: Accepted<PublicListener>, open: &Open) -> Option<Connection> {
+    let Accepted { socket, remote, mut live, drain } = accepted;
     let mut record = Record::new(Direction::Inbound, remote);
     let listener = Arc::clone(&live.borrow().part);
-    let Some(_open) = open.enter(listener.max_connections) else {
+    let Some(open) = open.enter(listener.max_connections) else {
         tracing::info!(
             target: "proxy.inbound",
             limit = listener.max_connections,
             src = %Shown(remote),
             "Connection closed: max_inbound_connections are open"
         );
-        return record.finish("limit reached");
+        record.finish("limit reached");
+        return None;
     };
 
     let Some((mesh, peer)) = shake(socket, remote, &listener).await else {
-        return record.finish("no handshake");
+        record.finish("no handshake");
+        return None;
     };
     record.peer(&peer);
 
@@ -61,29 +82,32 @@ pub async fn serve(accepted: Accepted<PublicListener>, open: Open) {
     let listener = Arc::clone(&live.borrow_and_update().part);
     if let Some(reason) = denial(&listener, &peer) {
         log_denial("Connection denied", remote, &peer, &listener, &reason);
+        record.finish("denied");
         relay::close_tls(mesh).await;
-        return record.finish("denied");
+        return None;
     }
 
-    let connected = timeout(listener.local_connect_timeout, Socket::connect_app(&listener.local_app)).await;
-    let app = match connected {
-        Ok(Ok(app)) => app,
-        failed => {
-            let error = failed.map_or_else(
-                |_| "timed out".to_owned(),
-                |result| result.map_or_else(|e| e.to_string(), |_| String::new()),
-            );
+    match connect_app(&listener).await {
+        Ok(app) => Some(Connection { app, mesh, peer, remote, live, record, _open: open, _drain: drain }),
+        Err(error) => {
             tracing::warn!(
                 target: "proxy.inbound",
                 app = %listener.local_app,
                 error,
                 "failed to dial the local app: is it listening there? (LocalServiceAddress and LocalServicePort of the registration)"
             );
+            record.finish("no local app");
             relay::close_tls(mesh).await;
-            return record.finish("no local app");
+            None
         }
-    };
-    relay(app, mesh, remote, &peer, &mut live, &mut record).await;
+    }
+}
+
+async fn connect_app(listener: &PublicListener) -> Result<Socket, String> {
+    match timeout(listener.local_connect_timeout, Socket::connect_app(&listener.local_app)).await {
+        Ok(connected) => connected.map_err(|e| e.to_string()),
+        Err(_) => Err(format!("no answer within {:?}", listener.local_connect_timeout)),
+    }
 }
 
 /// The TLS handshake, under its time limit, and the identity that it shows.
@@ -111,37 +135,33 @@ async fn shake(
     None
 }
 
-/// Copies both ways until the connection ends, a newer state of the intentions denies it, or the drain
-/// time is over.
-async fn relay(
-    mut app: Socket,
-    mut mesh: Stream<Socket>,
-    remote: Option<SocketAddr>,
-    peer: &SpiffeId,
-    live: &mut watch::Receiver<Live<PublicListener>>,
-    record: &mut Record,
-) {
-    let mut copy = Relay::new();
-    let end = tokio::select! {
-        biased;
-        ended = copy.run(&mut app, &mut mesh) => End::Relayed(ended),
-        cut = cut(live, peer) => cut,
-    };
-    record.bytes(copy.opened, copy.sealed);
-    match end {
-        End::Relayed(Ok(())) => record.finish("ended"),
-        End::Relayed(Err(broken)) => {
-            record.finish(&broken.to_string());
-            relay::abort(&broken, app, mesh);
-        }
-        End::Denied(listener, reason) => {
-            log_denial("Open connection closed, it is denied now", remote, peer, &listener, &reason);
-            record.finish("denied while open");
-            relay::close(app, mesh).await;
-        }
-        End::Drained => {
-            record.finish("closed at the end of the drain time");
-            relay::close(app, mesh).await;
+impl Connection {
+    /// Copies both ways until the connection ends, a newer state of the intentions denies it, or the drain
+    /// time is over.
+    async fn relay(self) {
+        let Self { mut app, mut mesh, peer, remote, mut live, mut record, _open, _drain } = self;
+        let mut copy = Relay::new();
+        let end = tokio::select! {
+            biased;
+            ended = copy.run(&mut app, &mut mesh) => End::Relayed(ended),
+            cut = cut(&mut live, &peer) => cut,
+        };
+        record.bytes(copy.opened, copy.sealed);
+        match end {
+            End::Relayed(Ok(())) => record.finish("ended"),
+            End::Relayed(Err(broken)) => {
+                record.finish(&broken.to_string());
+                relay::abort(&broken, app, mesh);
+            }
+            End::Denied(listener, reason) => {
+                log_denial("Open connection closed, it is denied now", remote, &peer, &listener, &reason);
+                record.finish("denied while open");
+                Box::pin(relay::close(app, mesh)).await;
+            }
+            End::Drained => {
+                record.finish("closed at the end of the drain time");
+                Box::pin(relay::close(app, mesh)).await;
+            }
         }
     }
 }

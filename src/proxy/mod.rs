@@ -6,6 +6,7 @@
 pub mod balance;
 mod inbound;
 mod listener;
+mod memory;
 mod outbound;
 mod record;
 mod relay;
@@ -18,12 +19,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::Instant;
+use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::drain::{self, Stage};
 use crate::snapshot::{Bind, PublicListener, Snapshot, Upstream, UpstreamKey};
 use balance::Clock;
 use listener::Live;
+use memory::Memory;
 use outbound::Plan;
 
 pub use workers::Workers;
@@ -32,11 +34,17 @@ pub use workers::Workers;
 pub async fn run(mut snapshots: watch::Receiver<Option<Arc<Snapshot>>>, workers: &Workers, drain: drain::Watch) {
     let mut stage = drain.observer();
     let mut proxy = Proxy::new(workers, drain);
+    let mut tidy = tokio::time::interval(TIDY);
+    tidy.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let retry = proxy.reconcile(snapshots.borrow_and_update().as_deref());
         tokio::select! {
             changed = snapshots.changed() => if changed.is_err() { break },
             () = tokio::time::sleep_until(retry) => {}
+            _ = tidy.tick() => {
+                proxy.memory.look(proxy.listeners.users());
+                continue;
+            }
             () = stage.reached(Stage::Draining) => break,
         }
     }
@@ -56,6 +64,7 @@ struct Proxy<'a> {
     listeners: Listeners,
     /// Binds that failed and are tried again.
     failed: BTreeMap<Bind, Failed>,
+    memory: Memory,
 }
 
 #[derive(Default)]
@@ -99,6 +108,7 @@ impl<'a> Proxy<'a> {
             open: inbound::Open::default(),
             listeners: Listeners::default(),
             failed: BTreeMap::new(),
+            memory: Memory::default(),
         }
     }
 
@@ -209,6 +219,12 @@ impl<'a> Proxy<'a> {
 }
 
 impl Listeners {
+    fn users(&self) -> usize {
+        let public = self.public.iter().chain(&self.retired_public).map(Running::users);
+        let upstreams = self.upstreams.values().chain(&self.retired_upstreams).map(Running::users);
+        public.chain(upstreams).sum()
+    }
+
     fn advance(&self, stage: Stage) {
         for running in self.public.iter().chain(&self.retired_public) {
             running.advance(stage);
@@ -239,12 +255,18 @@ impl<P> Running<P> {
         self.socket_file = None;
     }
 
-    /// Connections, or the listener itself for a moment yet, still go by it.
+    /// How many connections, and threads that accept, go by it.
+    fn users(&self) -> usize {
+        self.live.receiver_count()
+    }
+
     fn is_in_use(&self) -> bool {
-        self.live.receiver_count() > 0
+        self.users() > 0
     }
 }
 
+/// Time between looks at what could be given back.
+const TIDY: Duration = Duration::from_secs(1);
 /// An hour: nothing is waited for.
 const NOTHING_FAILED: Duration = Duration::from_secs(3600);
 const RETRY_FIRST: Duration = Duration::from_millis(10);

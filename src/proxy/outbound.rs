@@ -11,7 +11,7 @@ use super::listener::{Accepted, Live};
 use super::record::{Direction, Record};
 use super::relay::{self, Relay};
 use super::socket::Socket;
-use crate::drain::Stage;
+use crate::drain::{self, Stage};
 use crate::snapshot::{Target, Upstream};
 use crate::tls::{HandshakeError, SpiffeId, Stream};
 
@@ -33,36 +33,62 @@ impl Plan {
 
 /// Serves one connection: choose the target, connect to an instance of it, relay, record.
 pub async fn serve(accepted: Accepted<Plan>, clock: Clock) {
-    let Accepted { socket: mut app, remote, mut live, drain: _drain } = accepted;
+    if let Some(connection) = establish(accepted, clock).await {
+        // In a task of its own: an open connection keeps none of the memory that opening it took.
+        tokio::spawn(connection.relay());
+    }
+}
+
+/// A connection of the local app, and the one to an instance that has proved to be what was meant.
+struct Connection {
+    app: Socket,
+    mesh: Stream<Socket>,
+    live: watch::Receiver<Live<Plan>>,
+    record: Record,
+    _in_flight: InFlight,
+    _permit: Permit,
+    _drain: drain::Watch,
+}
+
+async fn establish(accepted: Accepted<Plan>, clock: Clock) -> Option<Connection> {
+    let Accepted { socket: app, remote, mut live, drain } = accepted;
     let mut record = Record::new(Direction::Outbound, remote);
     let plan = Arc::clone(&live.borrow_and_update().part);
-    let Connected { mut mesh, peer, in_flight: _in_flight, permit: _permit } = match connect(&plan, clock).await {
-        Ok(connected) => connected,
+    match connect(&plan, clock).await {
+        Ok(Connected { mesh, peer, in_flight, permit }) => {
+            record.peer(&peer);
+            Some(Connection { app, mesh, live, record, _in_flight: in_flight, _permit: permit, _drain: drain })
+        }
         Err(reason) => {
             tracing::warn!(target: "proxy.upstream", upstream = plan.upstream.name, reason, "failed to dial the upstream");
+            record.finish(&reason);
             app.close().await;
-            return record.finish(&reason);
+            None
         }
-    };
-    record.peer(&peer);
-    drop(plan);
+    }
+}
 
-    let mut copy = Relay::new();
-    let ended = tokio::select! {
-        biased;
-        ended = copy.run(&mut app, &mut mesh) => Some(ended),
-        () = closing(&mut live) => None,
-    };
-    record.bytes(copy.opened, copy.sealed);
-    match ended {
-        Some(Ok(())) => record.finish("ended"),
-        Some(Err(broken)) => {
-            record.finish(&broken.to_string());
-            relay::abort(&broken, app, mesh);
-        }
-        None => {
-            record.finish("closed at the end of the drain time");
-            relay::close(app, mesh).await;
+impl Connection {
+    /// Copies both ways until the connection ends or the drain time is over.
+    async fn relay(self) {
+        let Self { mut app, mut mesh, mut live, mut record, _in_flight, _permit, _drain } = self;
+        let mut copy = Relay::new();
+        let ended = tokio::select! {
+            biased;
+            ended = copy.run(&mut app, &mut mesh) => Some(ended),
+            () = closing(&mut live) => None,
+        };
+        record.bytes(copy.opened, copy.sealed);
+        match ended {
+            Some(Ok(())) => record.finish("ended"),
+            Some(Err(broken)) => {
+                record.finish(&broken.to_string());
+                relay::abort(&broken, app, mesh);
+            }
+            None => {
+                record.finish("closed at the end of the drain time");
+                Box::pin(relay::close(app, mesh)).await;
+            }
         }
     }
 }
@@ -72,7 +98,7 @@ async fn closing(live: &mut watch::Receiver<Live<Plan>>) {
     let _ = live.wait_for(|live| live.stage >= Stage::Closing).await;
 }
 
-/// A connection to an instance that has proved to be what was meant.
+/// What connecting gives.
 struct Connected {
     mesh: Stream<Socket>,
     peer: SpiffeId,

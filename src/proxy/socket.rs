@@ -1,5 +1,6 @@
 //! A stream socket of either family, with the settings that every connection of a proxy wants.
 
+use std::future::poll_fn;
 use std::io;
 use std::path::Path;
 use std::pin::Pin;
@@ -7,11 +8,12 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use socket2::{SockRef, TcpKeepalive};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 
 use crate::snapshot::{Address, Host, LocalApp};
+use crate::tls::with_scratch;
 
 /// A connected TCP or Unix stream socket.
 #[derive(Debug)]
@@ -67,12 +69,11 @@ impl Socket {
     /// Ends cleanly: the far end sees the end of the stream and not a reset, which the kernel would send if
     /// the socket were closed with bytes unread. What still comes is thrown away, for a short while.
     pub async fn close(mut self) {
-        let mut sink = [0; 4096];
         let _ = timeout(LINGER, async {
             self.shutdown().await?;
             let mut left = LINGER_BYTES;
             while left > 0 {
-                match self.read(&mut sink).await? {
+                match poll_fn(|cx| with_scratch(|scratch| scratch.poll_discard(cx, &mut self))).await? {
                     0 => break,
                     read => left = left.saturating_sub(read),
                 }

@@ -50,6 +50,22 @@ pub fn with_scratch<T>(act: impl FnOnce(&mut Scratch) -> T) -> T {
     SCRATCH.with_borrow_mut(act)
 }
 
+impl Scratch {
+    /// Reads once from `io` and throws away what came; zero is the end.
+    ///
+    /// # Errors
+    /// Those of the read.
+    pub fn poll_discard<IO: AsyncRead + Unpin>(
+        &mut self,
+        cx: &mut Context<'_>,
+        io: &mut IO,
+    ) -> Poll<io::Result<usize>> {
+        let mut buffer = ReadBuf::new(&mut self.read);
+        ready!(Pin::new(io).poll_read(cx, &mut buffer))?;
+        Poll::Ready(Ok(buffer.filled().len()))
+    }
+}
+
 /// What sealing adds at most: header, type and tag of each record of 16 KiB, and an answer or two of the
 /// protocol's own.
 const fn overhead(plain: usize) -> usize {
@@ -163,8 +179,8 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
             let mut held = std::mem::take(&mut self.incoming);
             let opened = self.session.process(&mut held, &mut self.plain, &mut self.outgoing);
             let (used, next) = opened.map_err(HandshakeError::Tls)?;
-            held.drain(..used);
-            self.incoming = held;
+            // Nothing is held most of the time, and then no memory either.
+            self.incoming = if used == held.len() { Vec::new() } else { held.split_off(used) };
             match next {
                 Next::Ready => return Poll::Ready(Ok(())),
                 // Whoever has little to say may say it and end its direction in one flight with its handshake.
