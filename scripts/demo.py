@@ -146,14 +146,16 @@ class Demo:
 
     def keep(self):
         address = "" if self.http == 8500 else f" -http-addr=127.0.0.1:{self.http}"
-        print(f"""
-Still running (Ctrl-C ends it). Things to try in another terminal:
-  curl localhost:{self.app_ports['order']}                                  the whole chain
-  curl -N localhost:{self.app_ports['invoice']}/follow                        a connection that stays open
-  {CONSUL} intention create{address} -deny invoice tax
-  {CONSUL} intention delete{address} invoice tax
-  kill {self.programs['consul agent'].pid}                                            the agent goes away, traffic goes on
-The programs' logs: {self.directory}""", flush=True)
+        print("\nStill running (Ctrl-C ends it). Things to try in another terminal:")
+        for command, what in (
+            (f"curl localhost:{self.app_ports['order']}", "the whole chain"),
+            (f"curl -N localhost:{self.app_ports['invoice']}/follow", "a connection that stays open"),
+            (f"{CONSUL} intention create{address} -deny invoice tax", "cuts it"),
+            (f"{CONSUL} intention delete{address} invoice tax", "the way back"),
+            (f"kill {self.programs['consul agent'].pid}", "the agent goes away, traffic goes on"),
+        ):
+            print(f"  {command}\n      {what}")
+        print(f"The programs' logs: {self.directory}", flush=True)
         while True:
             signal.pause()
 
