@@ -49,7 +49,7 @@ pub async fn serve(accepted: Accepted<PublicListener>, open: Open) {
 struct Connection {
     app: Socket,
     mesh: Stream<Socket>,
-    peer: SpiffeId,
+    peer: Arc<SpiffeId>,
     remote: Option<SocketAddr>,
     live: watch::Receiver<Live<PublicListener>>,
     record: Record,
@@ -115,7 +115,7 @@ async fn shake(
     socket: Socket,
     remote: Option<SocketAddr>,
     listener: &PublicListener,
-) -> Option<(Stream<Socket>, SpiffeId)> {
+) -> Option<(Stream<Socket>, Arc<SpiffeId>)> {
     // Raw bytes have no application protocol to agree on, whatever the client offers.
     let config = listener.tls.config([]);
     let problem = match timeout(listener.handshake_timeout, Stream::accept(socket, config)).await {
@@ -138,29 +138,28 @@ async fn shake(
 impl Connection {
     /// Copies both ways until the connection ends, a newer state of the intentions denies it, or the drain
     /// time is over.
-    async fn relay(self) {
-        let Self { mut app, mut mesh, peer, remote, mut live, mut record, _open, _drain } = self;
+    async fn relay(mut self) {
         let mut copy = Relay::new();
         let end = tokio::select! {
             biased;
-            ended = copy.run(&mut app, &mut mesh) => End::Relayed(ended),
-            cut = cut(&mut live, &peer) => cut,
+            ended = copy.run(&mut self.app, &mut self.mesh) => End::Relayed(ended),
+            cut = cut(&mut self.live, &self.peer) => cut,
         };
-        record.bytes(copy.opened, copy.sealed);
+        self.record.bytes(copy.opened, copy.sealed);
         match end {
-            End::Relayed(Ok(())) => record.finish("ended"),
+            End::Relayed(Ok(())) => self.record.finish("ended"),
             End::Relayed(Err(broken)) => {
-                record.finish(&broken.to_string());
-                relay::abort(&broken, app, mesh);
+                self.record.finish(&broken.to_string());
+                relay::abort(&broken, self.app, self.mesh);
             }
             End::Denied(listener, reason) => {
-                log_denial("Open connection closed, it is denied now", remote, &peer, &listener, &reason);
-                record.finish("denied while open");
-                Box::pin(relay::close(app, mesh)).await;
+                log_denial("Open connection closed, it is denied now", self.remote, &self.peer, &listener, &reason);
+                self.record.finish("denied while open");
+                Box::pin(relay::close(self.app, self.mesh)).await;
             }
             End::Drained => {
-                record.finish("closed at the end of the drain time");
-                Box::pin(relay::close(app, mesh)).await;
+                self.record.finish("closed at the end of the drain time");
+                Box::pin(relay::close(self.app, self.mesh)).await;
             }
         }
     }

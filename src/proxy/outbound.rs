@@ -70,24 +70,23 @@ async fn establish(accepted: Accepted<Plan>, clock: Clock) -> Option<Connection>
 
 impl Connection {
     /// Copies both ways until the connection ends or the drain time is over.
-    async fn relay(self) {
-        let Self { mut app, mut mesh, mut live, mut record, _in_flight, _permit, _drain } = self;
+    async fn relay(mut self) {
         let mut copy = Relay::new();
         let ended = tokio::select! {
             biased;
-            ended = copy.run(&mut app, &mut mesh) => Some(ended),
-            () = closing(&mut live) => None,
+            ended = copy.run(&mut self.app, &mut self.mesh) => Some(ended),
+            () = closing(&mut self.live) => None,
         };
-        record.bytes(copy.opened, copy.sealed);
+        self.record.bytes(copy.opened, copy.sealed);
         match ended {
-            Some(Ok(())) => record.finish("ended"),
+            Some(Ok(())) => self.record.finish("ended"),
             Some(Err(broken)) => {
-                record.finish(&broken.to_string());
-                relay::abort(&broken, app, mesh);
+                self.record.finish(&broken.to_string());
+                relay::abort(&broken, self.app, self.mesh);
             }
             None => {
-                record.finish("closed at the end of the drain time");
-                Box::pin(relay::close(app, mesh)).await;
+                self.record.finish("closed at the end of the drain time");
+                Box::pin(relay::close(self.app, self.mesh)).await;
             }
         }
     }
@@ -101,7 +100,7 @@ async fn closing(live: &mut watch::Receiver<Live<Plan>>) {
 /// What connecting gives.
 struct Connected {
     mesh: Stream<Socket>,
-    peer: SpiffeId,
+    peer: Arc<SpiffeId>,
     in_flight: InFlight,
     permit: Permit,
 }
@@ -158,7 +157,11 @@ async fn connect_target(target: &Target, balancer: &Arc<Balancer>, clock: Clock)
 }
 
 /// One connect and handshake with one instance.
-async fn attempt(target: &Target, instance: &Instance, until: Instant) -> Result<(Stream<Socket>, SpiffeId), String> {
+async fn attempt(
+    target: &Target,
+    instance: &Instance,
+    until: Instant,
+) -> Result<(Stream<Socket>, Arc<SpiffeId>), String> {
     let socket = match timeout_at(until, Socket::connect(&instance.address)).await {
         Ok(Ok(socket)) => socket,
         Ok(Err(e)) => return Err(e.to_string()),

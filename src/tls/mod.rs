@@ -69,7 +69,7 @@ impl Credentials {
         key.keys_match().map_err(|_| Error::new("the leaf's private key is not the key of its certificate"))?;
 
         let peer = verify::identify(&key.cert, now).map_err(|e| Error::new(format!("the leaf certificate: {e}")))?;
-        let id = peer.id;
+        let id = SpiffeId::clone(&peer.id);
         if id.trust_domain != trust_domain.to_ascii_lowercase() || id.service != service {
             return Err(Error::new(format!(
                 "the leaf certificate is for {id}, not for service {service:?} of trust domain {trust_domain:?}"
@@ -111,7 +111,12 @@ impl Credentials {
         config.send_tls13_tickets = 1;
         let without_alpn = Arc::new(config.clone());
         config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
-        Ok(Arc::new(Server { trust_domain: self.id.trust_domain.clone(), config: Arc::new(config), without_alpn }))
+        Ok(Arc::new(Server {
+            trust_domain: self.id.trust_domain.clone(),
+            config: Arc::new(config),
+            without_alpn,
+            seen: verify::Seen::default(),
+        }))
     }
 
     /// For dialling one target: the name to send as SNI and the identities that its server may have.
@@ -134,7 +139,7 @@ impl Credentials {
             config.enable_sni = false;
             ServerName::IpAddress(std::net::IpAddr::from([0, 0, 0, 0]).into())
         });
-        Ok(Arc::new(Client { name, expected, config: Arc::new(config) }))
+        Ok(Arc::new(Client { name, expected, config: Arc::new(config), seen: verify::Seen::default() }))
     }
 }
 
@@ -149,6 +154,7 @@ pub struct Server {
     trust_domain: String,
     config: Arc<ServerConfig>,
     without_alpn: Arc<ServerConfig>,
+    seen: verify::Seen,
 }
 
 impl Server {
@@ -170,9 +176,17 @@ impl Server {
     /// # Errors
     /// When there is no certificate, one of the chain is not valid at `now`, or its identity is not that of
     /// a service of our trust domain.
-    pub fn authenticate(&self, chain: Option<&[CertificateDer<'_>]>, now: SystemTime) -> Result<SpiffeId, PeerError> {
-        let peer = verify::identify(chain.unwrap_or_default(), now)?.id;
-        if peer.trust_domain == self.trust_domain { Ok(peer) } else { Err(PeerError::TrustDomain(Box::new(peer))) }
+    pub fn authenticate(
+        &self,
+        chain: Option<&[CertificateDer<'_>]>,
+        now: SystemTime,
+    ) -> Result<Arc<SpiffeId>, PeerError> {
+        let peer = self.seen.identify(chain.unwrap_or_default(), now)?;
+        if peer.trust_domain == self.trust_domain {
+            Ok(peer)
+        } else {
+            Err(PeerError::TrustDomain(Box::new(SpiffeId::clone(&peer))))
+        }
     }
 }
 
@@ -187,6 +201,7 @@ pub struct Client {
     name: ServerName<'static>,
     expected: Arc<[SpiffeId]>,
     config: Arc<ClientConfig>,
+    seen: verify::Seen,
 }
 
 impl Client {
@@ -205,8 +220,13 @@ impl Client {
     ///
     /// # Errors
     /// When a certificate of the chain is not valid at `now`, or the identity is not one of those expected.
-    pub fn authenticate(&self, chain: Option<&[CertificateDer<'_>]>, now: SystemTime) -> Result<SpiffeId, PeerError> {
-        verify::expect(verify::identify(chain.unwrap_or_default(), now)?.id, &self.expected)
+    pub fn authenticate(
+        &self,
+        chain: Option<&[CertificateDer<'_>]>,
+        now: SystemTime,
+    ) -> Result<Arc<SpiffeId>, PeerError> {
+        let peer = self.seen.identify(chain.unwrap_or_default(), now)?;
+        verify::expect(&peer, &self.expected).map(|()| peer)
     }
 }
 

@@ -1,7 +1,8 @@
 //! Whom a certificate speaks for: its chain to the mesh's roots, then its SPIFFE id instead of a host name.
 
+use std::collections::HashMap;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -58,30 +59,90 @@ impl fmt::Display for PeerError {
 
 impl std::error::Error for PeerError {}
 
-/// What a valid chain says of its holder.
+/// What a chain says of its holder, and when that holds: while all of its certificates are valid.
+#[derive(Debug)]
 pub(super) struct Peer {
-    pub(super) id: SpiffeId,
-    /// The earliest end of validity in the chain.
+    pub(super) id: Arc<SpiffeId>,
+    not_before: SystemTime,
     pub(super) not_after: SystemTime,
+}
+
+impl Peer {
+    fn read(chain: &[CertificateDer<'_>]) -> Result<Self, PeerError> {
+        let leaf = chain.first().ok_or(PeerError::NoCertificate)?;
+        let (mut not_before, mut not_after) = validity(leaf).ok_or(PeerError::Malformed)?;
+        for certificate in &chain[1..] {
+            let (from, until) = validity(certificate).ok_or(PeerError::Malformed)?;
+            not_before = not_before.max(from);
+            not_after = not_after.min(until);
+        }
+        Ok(Self { id: Arc::new(uri(leaf)?), not_before, not_after })
+    }
+
+    fn valid(&self, now: SystemTime) -> Result<(), PeerError> {
+        if now < self.not_before {
+            Err(PeerError::NotYetValid)
+        } else if now > self.not_after {
+            Err(PeerError::Expired)
+        } else {
+            Ok(())
+        }
+    }
 }
 
 /// Reads the identity of a chain, leaf first, and checks that all of it is valid at `now`. Signatures are
 /// the handshake's matter; this is what has to hold for a resumed session too.
 pub(super) fn identify(chain: &[CertificateDer<'_>], now: SystemTime) -> Result<Peer, PeerError> {
-    let leaf = chain.first().ok_or(PeerError::NoCertificate)?;
-    let mut not_after = None;
-    for certificate in chain {
-        let (from, until) = validity(certificate).ok_or(PeerError::Malformed)?;
-        if now < from {
-            return Err(PeerError::NotYetValid);
-        }
-        if now > until {
-            return Err(PeerError::Expired);
-        }
-        not_after = Some(not_after.map_or(until, |earliest: SystemTime| earliest.min(until)));
+    let peer = Peer::read(chain)?;
+    peer.valid(now).map(|()| peer)
+}
+
+/// What chains that were seen before say. The same few peers come again and again, and reading a chain
+/// costs more than looking it up.
+#[derive(Debug, Default)]
+pub(super) struct Seen(Mutex<HashMap<Vec<u8>, Known>>);
+
+#[derive(Debug)]
+struct Known {
+    /// All of the chain but its leaf, which is the key.
+    rest: Vec<Vec<u8>>,
+    peer: Arc<Peer>,
+}
+
+/// Leaves remembered at a time. A peer renews its own every few days.
+const SEEN: usize = 512;
+
+impl Seen {
+    /// As [`identify`].
+    pub(super) fn identify(&self, chain: &[CertificateDer<'_>], now: SystemTime) -> Result<Arc<SpiffeId>, PeerError> {
+        let (leaf, rest) = chain.split_first().ok_or(PeerError::NoCertificate)?;
+        let known = self.lock().get(leaf.as_ref()).filter(|known| known.has(rest)).map(|known| Arc::clone(&known.peer));
+        let peer = match known {
+            Some(peer) => peer,
+            None => {
+                let peer = Arc::new(Peer::read(chain)?);
+                let rest = rest.iter().map(|certificate| certificate.to_vec()).collect();
+                let mut seen = self.lock();
+                if seen.len() >= SEEN {
+                    seen.clear();
+                }
+                seen.insert(leaf.to_vec(), Known { rest, peer: Arc::clone(&peer) });
+                peer
+            }
+        };
+        peer.valid(now)?;
+        Ok(Arc::clone(&peer.id))
     }
-    let not_after = not_after.ok_or(PeerError::NoCertificate)?;
-    Ok(Peer { id: uri(leaf)?, not_after })
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Vec<u8>, Known>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Known {
+    fn has(&self, rest: &[CertificateDer<'_>]) -> bool {
+        self.rest.iter().map(Vec::as_slice).eq(rest.iter().map(|certificate| certificate.as_ref()))
+    }
 }
 
 /// The single URI of the subject's alternative names, as a service's identity.
@@ -127,13 +188,12 @@ pub(super) fn chains_to(
     )
 }
 
-/// Passes `shown` if it is one of those expected.
-pub(super) fn expect(shown: SpiffeId, expected: &[SpiffeId]) -> Result<SpiffeId, PeerError> {
-    if expected.contains(&shown) {
-        Ok(shown)
-    } else {
-        Err(PeerError::Unexpected { shown: Box::new(shown), expected: expected.to_vec() })
+/// Checks that `shown` is one of those expected.
+pub(super) fn expect(shown: &SpiffeId, expected: &[SpiffeId]) -> Result<(), PeerError> {
+    if expected.contains(shown) {
+        return Ok(());
     }
+    Err(PeerError::Unexpected { shown: Box::new(shown.clone()), expected: expected.to_vec() })
 }
 
 /// Verifies the server of a target: chain to the roots, and the identity that was meant.
@@ -163,8 +223,8 @@ impl ServerCertVerifier for ServerIdentity {
         let certificate = ParsedCertificate::try_from(end_entity)?;
         verify_server_cert_signed_by_trust_anchor(&certificate, &self.roots, intermediates, now, algorithms)?;
         uri(end_entity)
-            .and_then(|shown| expect(shown, &self.expected))
-            .map(|_| ServerCertVerified::assertion())
+            .and_then(|shown| expect(&shown, &self.expected))
+            .map(|()| ServerCertVerified::assertion())
             .map_err(|e| rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(e)))))
     }
 
