@@ -157,9 +157,9 @@ def test_central_config_is_followed(own_mesh):
     server = mesh.service("server")
     client = mesh.service("client", [server])
     client.eventually_reaches()
-    mesh.agent.write("proxy-defaults", "global", Config={"max_inbound_connections": 1})
     with client.dial() as held:
         assert held.ask(b"held") == b"held"
+        mesh.agent.write("proxy-defaults", "global", Config={"max_inbound_connections": 1})
         client.eventually_refused()
         mesh.agent.delete("/v1/config/proxy-defaults/global")
         client.eventually_reaches()

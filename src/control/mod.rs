@@ -43,7 +43,8 @@ const TELL_AGAIN: Duration = Duration::from_secs(60);
 /// until the first whole snapshot.
 ///
 /// # Errors
-/// What [`resolve_proxy_id`] fails with, and flags that define no proxy.
+/// What [`resolve_proxy_id`] fails with, flags that define no proxy, and a token that the agent refuses before
+/// there was a first snapshot. Later a refusal changes nothing but the log.
 pub async fn run(
     watches: Watches,
     agent: &consul::Settings,
@@ -61,8 +62,7 @@ pub async fn run(
     };
     let (sender, news) = mpsc::channel(NEWS);
     let control = Control { watches, running: HashMap::new(), sender, draft, registration: Registration::Unknown };
-    control.run(news, publish).await;
-    Ok(())
+    control.run(news, publish).await
 }
 
 /// Finds the id of the only sidecar that is registered for the service with the id `service_id`, whatever
@@ -135,7 +135,11 @@ enum Registration {
 }
 
 impl Control {
-    async fn run(mut self, mut news: mpsc::Receiver<News>, publish: watch::Sender<Option<Arc<Snapshot>>>) {
+    async fn run(
+        mut self,
+        mut news: mpsc::Receiver<News>,
+        publish: watch::Sender<Option<Arc<Snapshot>>>,
+    ) -> anyhow::Result<()> {
         let mut pace = Pace::default();
         let mut retry = tokio::time::interval(RETRY);
         retry.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -154,14 +158,21 @@ impl Control {
                 continue;
             }
             tokio::select! {
-                () = publish.closed() => return,
+                () = publish.closed() => return Ok(()),
                 // The sender is ours, so there is always a next.
                 Some(first) = news.recv() => {
-                    self.take(first);
+                    let starting = publish.borrow().is_none();
                     // Whatever came with it is of the same burst.
-                    for _ in 0..news.len() {
-                        let Ok(next) = news.try_recv() else { break };
-                        self.take(next);
+                    let burst = std::iter::once(first).chain(std::iter::from_fn(|| news.try_recv().ok()));
+                    for news in burst.take(NEWS) {
+                        if let News::Failed(query, error) = &news
+                            && starting
+                            && query.is_essential()
+                            && error.is_forbidden()
+                        {
+                            bail!("the agent refuses the token: {error}");
+                        }
+                        self.take(news);
                     }
                 }
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => continue,

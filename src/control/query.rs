@@ -27,6 +27,13 @@ pub(super) struct PreparedQuery {
     pub(super) datacenter: Option<String>,
 }
 
+impl Query {
+    /// Whether nothing can be served without it.
+    pub(super) fn is_essential(&self) -> bool {
+        matches!(self, Self::Service(_) | Self::Roots | Self::Leaf(_) | Self::Intentions(_))
+    }
+}
+
 /// For the log: what is asked, in words.
 impl fmt::Display for Query {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
