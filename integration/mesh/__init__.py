@@ -7,9 +7,11 @@ from .gate import Gate
 from .identity import Authority, Identity, mtls_connect, mtls_server
 from .process import Process
 from .service import Mesh, Service, Upstream
+from .web import Answer, Browser, Web, ask
 from .wait import eventually, stays, NotInTime
 
 __all__ = [
-    "Agent", "ApiError", "Authority", "Conn", "Echo", "Envoy", "Gate", "HalfCloser", "Identity", "Mesh", "NotInTime",
-    "Process", "Resetter", "Service", "Silent", "Upstream", "dial", "eventually", "mtls_connect", "mtls_server", "stays",
+    "Agent", "Answer", "ApiError", "Authority", "Browser", "Conn", "Echo", "Envoy", "Gate", "HalfCloser", "Identity", "Mesh",
+    "NotInTime", "Process", "Resetter", "Service", "Silent", "Upstream", "Web", "ask", "dial", "eventually", "mtls_connect",
+    "mtls_server", "stays",
 ]

@@ -527,8 +527,7 @@ fn about_us(definition: &Definition) -> Vec<Query> {
 fn server_alpn(protocol: Protocol) -> &'static [&'static [u8]] {
     match protocol {
         Protocol::Tcp => &[],
-        Protocol::Http => &[b"http/1.1"],
-        Protocol::Http2 | Protocol::Grpc => &[b"h2", b"http/1.1"],
+        Protocol::Http | Protocol::Http2 | Protocol::Grpc => &[b"h2", b"http/1.1"],
     }
 }
 

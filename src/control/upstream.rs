@@ -9,7 +9,7 @@ use super::translate::chain::{ChainPlan, Prepared, Sni, TargetPlan};
 use super::translate::definition::{Source, UpstreamPlan};
 use super::translate::endpoints::{self, Instance, View};
 use super::translate::{Bad, Notes};
-use crate::snapshot::{Endpoints, Target, Upstream, UpstreamKey};
+use crate::snapshot::{Endpoints, Protocol, Target, Upstream, UpstreamKey};
 use crate::tls::{self, Credentials, SpiffeId};
 
 /// What upstreams are built from, besides their own plans.
@@ -84,7 +84,7 @@ impl UpstreamDraft {
         let Some(endpoints) = endpoints else { return };
         let mut targets = Vec::with_capacity(endpoints.len());
         for (plan, endpoints) in chain.targets.iter().zip(endpoints) {
-            match self.target(plan, endpoints, mesh.credentials) {
+            match self.target(plan, endpoints, chain.protocol, mesh.credentials) {
                 Ok(target) => targets.push(target),
                 Err(bad) => return mesh.notes.push(format!("upstream {}: {bad}", self.plan.name)),
             }
@@ -120,9 +120,11 @@ impl UpstreamDraft {
         &self,
         plan: &TargetPlan,
         endpoints: Arc<Endpoints>,
+        protocol: Protocol,
         credentials: &Arc<Credentials>,
     ) -> Result<Arc<Target>, Bad> {
-        let before = self.built.as_ref().filter(|built| Arc::ptr_eq(&built.credentials, credentials));
+        let same = |built: &&Built| Arc::ptr_eq(&built.credentials, credentials) && built.chain.protocol == protocol;
+        let before = self.built.as_ref().filter(same);
         let before = before.and_then(|built| {
             let mut targets = built.chain.targets.iter().zip(&built.targets);
             targets.find(|(before, _)| *before == plan).map(|(_, target)| target)
@@ -130,7 +132,7 @@ impl UpstreamDraft {
         match before {
             Some(target) if Arc::ptr_eq(&target.endpoints, &endpoints) => Ok(Arc::clone(target)),
             Some(target) => Ok(Arc::new(new_target(plan, Arc::clone(&target.tls), endpoints))),
-            None => Ok(Arc::new(new_target(plan, client(plan, credentials)?, endpoints))),
+            None => Ok(Arc::new(new_target(plan, client(plan, protocol, credentials)?, endpoints))),
         }
     }
 
@@ -208,7 +210,7 @@ fn new_target(plan: &TargetPlan, tls: Arc<tls::Client>, endpoints: Arc<Endpoints
 }
 
 /// Connects to the target alone: what its instances may be is decided by the chain, not by who answers.
-fn client(plan: &TargetPlan, credentials: &Credentials) -> Result<Arc<tls::Client>, Bad> {
+fn client(plan: &TargetPlan, protocol: Protocol, credentials: &Credentials) -> Result<Arc<tls::Client>, Bad> {
     let us = credentials.id();
     let sni = match &plan.sni {
         Sni::Given(name) => name.clone(),
@@ -224,6 +226,11 @@ fn client(plan: &TargetPlan, credentials: &Credentials) -> Result<Arc<tls::Clien
         datacenter: identity.datacenter.clone(),
         service: identity.service.clone(),
     });
-    // No ALPN: Consul's own proxies offer none, and servers differ in what they do with a name they don't know.
-    credentials.client(&sni, expected.collect(), &[]).map_err(|error| Bad(error.to_string()))
+    let alpn: &[&[u8]] = match protocol {
+        // Consul's own proxies offer none, and servers differ in what they do with a name they don't know.
+        Protocol::Tcp => &[],
+        Protocol::Http => &[b"h2", b"http/1.1"],
+        Protocol::Http2 | Protocol::Grpc => &[b"h2"],
+    };
+    credentials.client(&sni, expected.collect(), alpn).map_err(|error| Bad(error.to_string()))
 }

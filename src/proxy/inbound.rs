@@ -8,6 +8,8 @@ use std::time::SystemTime;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
+use super::http::inbound::Inbound;
+use super::http::pool::Pool;
 use super::listener::{Accepted, Live};
 use super::record::{Direction, Record, Shown};
 use super::relay::{self, Broken, Relay};
@@ -16,15 +18,19 @@ use crate::drain::{self, Stage};
 use crate::snapshot::{Decision, PublicListener};
 use crate::tls::{HandshakeError, SpiffeId, Stream};
 
-/// The connections that the public listener has open.
+/// What the connections of the public listener share.
 #[derive(Debug, Clone, Default)]
-pub struct Open(Arc<AtomicUsize>);
+pub struct Shared {
+    open: Arc<AtomicUsize>,
+    /// To the local app, for HTTP requests.
+    app: Arc<Pool>,
+}
 
-impl Open {
-    /// Counts one more until the guard is dropped, unless `limit` are open.
+impl Shared {
+    /// Counts one connection more until the guard is dropped, unless `limit` are open.
     fn enter(&self, limit: Option<usize>) -> Option<OpenGuard> {
-        let guard = OpenGuard(Arc::clone(&self.0));
-        let before = self.0.fetch_add(1, Ordering::Relaxed);
+        let guard = OpenGuard(Arc::clone(&self.open));
+        let before = self.open.fetch_add(1, Ordering::Relaxed);
         limit.is_none_or(|limit| before < limit).then_some(guard)
     }
 }
@@ -38,8 +44,8 @@ impl Drop for OpenGuard {
 }
 
 /// Serves one connection: learn who it is, decide, connect to the local app, relay, record.
-pub async fn serve(accepted: Accepted<PublicListener>, open: Open) {
-    if let Some(connection) = establish(accepted, &open).await {
+pub async fn serve(accepted: Accepted<PublicListener>, shared: Shared) {
+    if let Some(connection) = establish(accepted, &shared).await {
         // In a task of its own: an open connection keeps none of the memory that opening it took.
         tokio::spawn(connection.relay());
     }
@@ -57,11 +63,12 @@ struct Connection {
     _drain: drain::Watch,
 }
 
-async fn establish(accepted: Accepted<PublicListener>, open: &Open) -> Option<Connection> {
+/// `None` also for a connection of requests, which has a task of its own by then.
+async fn establish(accepted: Accepted<PublicListener>, shared: &Shared) -> Option<Connection> {
     let Accepted { socket, remote, mut live, drain } = accepted;
     let mut record = Record::new(Direction::Inbound, remote);
     let listener = Arc::clone(&live.borrow().part);
-    let Some(open) = open.enter(listener.max_connections) else {
+    let Some(open) = shared.enter(listener.max_connections) else {
         tracing::info!(
             target: "proxy.inbound",
             limit = listener.max_connections,
@@ -77,6 +84,17 @@ async fn establish(accepted: Accepted<PublicListener>, open: &Open) -> Option<Co
         return None;
     };
     record.peer(&peer);
+    if listener.protocol.is_http() {
+        // Each request is judged, so that a refused one gets an answer.
+        let certificate = None;
+        let connection = Inbound { peer, remote, live, drain, app: Arc::clone(&shared.app), certificate };
+        tokio::spawn(async move {
+            let ended = connection.serve(mesh).await;
+            record.finish(ended.as_ref().map_or_else(String::as_str, |()| "ended"));
+            drop(open);
+        });
+        return None;
+    }
 
     // From here on changes are noticed, so that none slips between the decision and the relay.
     let listener = Arc::clone(&live.borrow_and_update().part);
@@ -116,9 +134,15 @@ async fn shake(
     remote: Option<SocketAddr>,
     listener: &PublicListener,
 ) -> Option<(Stream<Socket>, Arc<SpiffeId>)> {
-    // Raw bytes have no application protocol to agree on, whatever the client offers.
-    let config = listener.tls.config([]);
-    let problem = match timeout(listener.handshake_timeout, Stream::accept(socket, config)).await {
+    let handshake = async {
+        if listener.protocol.is_http() {
+            Stream::accept_offer(socket, &listener.tls).await
+        } else {
+            // Raw bytes have no application protocol to agree on, whatever the client offers.
+            Stream::accept(socket, listener.tls.config([])).await
+        }
+    };
+    let problem = match timeout(listener.handshake_timeout, handshake).await {
         Ok(Ok(mesh)) => match listener.tls.authenticate(mesh.peer_certificates(), SystemTime::now()) {
             Ok(peer) => return Some((mesh, peer)),
             Err(e) => {

@@ -1,9 +1,11 @@
 //! The data plane: makes the running listeners match the snapshot.
 //!
 //! A connection is served on the thread that accepted it, from its first byte to its last:
-//! [`listener`] accepts, [`inbound`] or [`outbound`] serves, [`relay`] copies.
+//! [`listener`] accepts, [`inbound`] or [`outbound`] serves, and [`relay`] copies bytes or [`http`] carries
+//! requests.
 
 pub mod balance;
+mod http;
 mod inbound;
 mod listener;
 mod memory;
@@ -60,7 +62,7 @@ struct Proxy<'a> {
     workers: &'a Workers,
     drain: drain::Watch,
     clock: Clock,
-    open: inbound::Open,
+    inbound: inbound::Shared,
     listeners: Listeners,
     /// Binds that failed and are tried again.
     failed: BTreeMap<Bind, Failed>,
@@ -105,7 +107,7 @@ impl<'a> Proxy<'a> {
             workers,
             drain,
             clock: Clock::start(),
-            open: inbound::Open::default(),
+            inbound: inbound::Shared::default(),
             listeners: Listeners::default(),
             failed: BTreeMap::new(),
             memory: Memory::default(),
@@ -149,8 +151,8 @@ impl<'a> Proxy<'a> {
         if let Some(running) = &self.listeners.public {
             return running.update(public);
         }
-        let open = self.open.clone();
-        let serve = move |accepted| inbound::serve(accepted, open.clone());
+        let shared = self.inbound.clone();
+        let serve = move |accepted| inbound::serve(accepted, shared.clone());
         self.listeners.public = self.start("public listener", &public.bind, public, serve);
     }
 

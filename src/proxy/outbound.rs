@@ -7,6 +7,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
 use super::balance::{Balancer, Balancers, Clock, InFlight, Instance, Limit, Outcome, Permit};
+use super::http::outbound::Outbound;
 use super::listener::{Accepted, Live};
 use super::record::{Direction, Record};
 use super::relay::{self, Relay};
@@ -50,10 +51,19 @@ struct Connection {
     _drain: drain::Watch,
 }
 
+/// `None` also for a connection of requests, which has a task of its own by then.
 async fn establish(accepted: Accepted<Plan>, clock: Clock) -> Option<Connection> {
     let Accepted { socket: app, remote, mut live, drain } = accepted;
     let mut record = Record::new(Direction::Outbound, remote);
     let plan = Arc::clone(&live.borrow_and_update().part);
+    if plan.upstream.chain.protocol.is_http() {
+        let connection = Outbound { remote, live, drain, clock };
+        tokio::spawn(async move {
+            let ended = connection.serve(app).await;
+            record.finish(ended.as_ref().map_or_else(String::as_str, |()| "ended"));
+        });
+        return None;
+    }
     match connect(&plan, clock).await {
         Ok(Connected { mesh, peer, in_flight, permit }) => {
             record.peer(&peer);
@@ -121,7 +131,9 @@ async fn connect(plan: &Plan, clock: Clock) -> Result<Connected, String> {
     Err(reasons.join("; "))
 }
 
-fn described(target: &Target) -> String {
+/// A target, for the log.
+#[must_use]
+pub fn described(target: &Target) -> String {
     format!("service {:?} in {}", target.service, target.datacenter)
 }
 
@@ -138,7 +150,7 @@ async fn connect_target(target: &Target, balancer: &Arc<Balancer>, clock: Clock)
         let instance = Arc::clone(picked.instance());
         let others = balancer.len() - tried.len() > 1;
         let until = if others { deadline.min(Instant::now() + target.connect_timeout / SHARE) } else { deadline };
-        match attempt(target, &instance, until).await {
+        match attempt(target, &instance, until, Offer::All).await {
             Ok((mesh, peer)) => {
                 let in_flight = picked.connected(clock.now());
                 return Ok(Connected { mesh, peer, in_flight, permit });
@@ -156,18 +168,37 @@ async fn connect_target(target: &Target, balancer: &Arc<Balancer>, clock: Clock)
     })
 }
 
+/// The application protocols that a handshake is to offer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Offer {
+    /// What the target's credentials were made for.
+    All,
+    /// For what HTTP/2 can't carry.
+    Http1,
+}
+
 /// One connect and handshake with one instance.
-async fn attempt(
+///
+/// # Errors
+/// Why there is no connection, for the log.
+pub async fn attempt(
     target: &Target,
     instance: &Instance,
     until: Instant,
+    offer: Offer,
 ) -> Result<(Stream<Socket>, Arc<SpiffeId>), String> {
     let socket = match timeout_at(until, Socket::connect(&instance.address)).await {
         Ok(Ok(socket)) => socket,
         Ok(Err(e)) => return Err(e.to_string()),
         Err(_) => return Err("did not answer in time".into()),
     };
-    let problem = match timeout_at(until, Stream::connect(socket, &target.tls)).await {
+    let handshake = async {
+        match offer {
+            Offer::All => Stream::connect(socket, &target.tls).await,
+            Offer::Http1 => Stream::connect(socket, &target.tls.offering(&[b"http/1.1"])).await,
+        }
+    };
+    let problem = match timeout_at(until, handshake).await {
         Ok(Ok(mesh)) => match target.tls.authenticate(mesh.peer_certificates(), SystemTime::now()) {
             Ok(peer) => return Ok((mesh, peer)),
             Err(e) => e.to_string(),

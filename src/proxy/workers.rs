@@ -3,6 +3,7 @@
 //! A connection never leaves the thread that accepted it: no task is stolen, no wake-up crosses a core,
 //! and the working memory of [`crate::tls::with_scratch`] is the thread's.
 
+use std::cell::Cell;
 use std::future::Future;
 use std::io;
 use std::thread;
@@ -31,6 +32,7 @@ impl Workers {
             workers.handles.push(runtime.handle().clone());
             let mut stopped = stopped.clone();
             let run = move || {
+                NUMBER.set(number);
                 runtime.block_on(async { while stopped.changed().await.is_ok() {} });
                 // A name that is still being looked up in a thread of its own is not waited for.
                 runtime.shutdown_background();
@@ -51,6 +53,16 @@ impl Workers {
             handle.spawn(task);
         }
     }
+}
+
+thread_local! {
+    static NUMBER: Cell<usize> = const { Cell::new(0) };
+}
+
+/// The number of the worker that this thread is.
+#[must_use]
+pub fn current() -> usize {
+    NUMBER.get()
 }
 
 impl Drop for Workers {

@@ -216,6 +216,19 @@ impl Client {
         &self.name
     }
 
+    /// The same with other application protocols to offer.
+    #[must_use]
+    pub fn offering(&self, alpn: &[&[u8]]) -> Self {
+        let mut config = ClientConfig::clone(&self.config);
+        config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
+        Self {
+            name: self.name.clone(),
+            expected: Arc::clone(&self.expected),
+            config: Arc::new(config),
+            seen: verify::Seen::default(),
+        }
+    }
+
     /// Who the server is, as of `now`: asked after every handshake, full or resumed.
     ///
     /// # Errors

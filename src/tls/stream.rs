@@ -14,12 +14,12 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use rustls::client::UnbufferedClientConnection;
-use rustls::server::UnbufferedServerConnection;
+use rustls::server::{Acceptor, UnbufferedServerConnection};
 use rustls::unbuffered::{ConnectionState, EncodeError, EncodeTlsData, EncryptError, UnbufferedStatus};
 use rustls_pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::Client;
+use super::{Client, Server};
 
 /// Bytes read in one turn, of either kind: eight records, which is where larger reads stop paying.
 const TURN: usize = 128 * 1024;
@@ -135,7 +135,36 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
     /// See [`HandshakeError`]; the peer has been sent the alert that says why.
     pub async fn accept(io: IO, config: &Arc<rustls::ServerConfig>) -> Result<Self, HandshakeError> {
         let session = UnbufferedServerConnection::new(Arc::clone(config)).map_err(HandshakeError::Tls)?;
-        Self::shake(io, Session::Server(Box::new(session))).await
+        Self::shake(io, Session::Server(Box::new(session)), Vec::new()).await
+    }
+
+    /// Shakes hands as the server of a connection, by the configuration that `server` has for what the client
+    /// offers.
+    ///
+    /// # Errors
+    /// See [`HandshakeError`]; the peer has been sent the alert that says why.
+    pub async fn accept_offer(mut io: IO, server: &Server) -> Result<Self, HandshakeError> {
+        let mut heard = Vec::new();
+        let mut acceptor = Acceptor::default();
+        let config = loop {
+            let start = heard.len();
+            if !read_more(&mut io, &mut heard).await.map_err(HandshakeError::Io)? {
+                let left = HandshakeError::Io(io::ErrorKind::UnexpectedEof.into());
+                return Err(if heard.is_empty() { HandshakeError::Silent } else { left });
+            }
+            let mut news = &heard[start..];
+            let offer = acceptor.read_tls(&mut news).map_or(Ok(None), |_| acceptor.accept());
+            match offer {
+                Ok(Some(accepted)) => {
+                    break server.config(accepted.client_hello().alpn().into_iter().flatten());
+                }
+                Ok(None) if news.is_empty() && heard.len() < HELLO_LIMIT => {}
+                // The session comes to the same end, and tells the peer why.
+                _ => break server.config([]),
+            }
+        };
+        let session = UnbufferedServerConnection::new(Arc::clone(config)).map_err(HandshakeError::Tls)?;
+        Self::shake(io, Session::Server(Box::new(session)), heard).await
     }
 
     /// Shakes hands as the client of a connection.
@@ -144,21 +173,22 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
     /// See [`HandshakeError`]; the peer has been sent the alert that says why.
     pub async fn connect(io: IO, client: &Client) -> Result<Self, HandshakeError> {
         let session = UnbufferedClientConnection::new(Arc::clone(client.config()), client.name().clone());
-        Self::shake(io, Session::Client(Box::new(session.map_err(HandshakeError::Tls)?))).await
+        Self::shake(io, Session::Client(Box::new(session.map_err(HandshakeError::Tls)?)), Vec::new()).await
     }
 
-    async fn shake(io: IO, session: Session) -> Result<Self, HandshakeError> {
+    /// `incoming` was read already.
+    async fn shake(io: IO, session: Session, incoming: Vec<u8>) -> Result<Self, HandshakeError> {
         let mut stream = Self {
             io,
             session,
-            incoming: Vec::new(),
+            incoming,
             plain: Vec::new(),
             outgoing: Vec::new(),
             sent: 0,
             blocked: false,
             read: ReadSide::Open,
         };
-        let mut heard = matches!(stream.session, Session::Client(_));
+        let mut heard = matches!(stream.session, Session::Client(_)) || !stream.incoming.is_empty();
         let shaken = poll_fn(|cx| with_scratch(|scratch| stream.poll_shake(cx, scratch, &mut heard))).await;
         if let Err(HandshakeError::Tls(_)) = shaken {
             // The alert that says why: worth one try, not a wait.
@@ -201,9 +231,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
             }
             *heard = true;
             if self.incoming.len() + buffer.filled().len() > HANDSHAKE_LIMIT {
-                return Poll::Ready(Err(HandshakeError::Tls(rustls::Error::General(
-                    "the handshake is too large".into(),
-                ))));
+                return Poll::Ready(Err(too_large()));
             }
             self.incoming.extend_from_slice(buffer.filled());
         }
@@ -222,6 +250,14 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
         match &self.session {
             Session::Client(session) => session.handshake_kind(),
             Session::Server(session) => session.handshake_kind(),
+        }
+    }
+
+    /// The application protocol that was agreed on, if any.
+    pub fn alpn(&self) -> Option<&[u8]> {
+        match &self.session {
+            Session::Client(session) => session.alpn_protocol(),
+            Session::Server(session) => session.alpn_protocol(),
         }
     }
 
@@ -298,14 +334,26 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
         if plain.is_empty() {
             return Poll::Ready(Ok(Ok(0)));
         }
+        self.seal(cx, &mut scratch.sealed, plain)?;
+        Poll::Ready(Ok(Ok(plain.len())))
+    }
+
+    /// Seals `plain`, of at most 64 KiB, and writes it as [`Stream::poll_seal_from`] does what it reads.
+    ///
+    /// # Errors
+    /// Those of the TLS side.
+    pub fn poll_seal(&mut self, cx: &mut Context<'_>, scratch: &mut Scratch, plain: &[u8]) -> io::Result<()> {
+        self.seal(cx, &mut scratch.sealed, plain)
+    }
+
+    fn seal(&mut self, cx: &mut Context<'_>, room: &mut [u8], plain: &[u8]) -> io::Result<()> {
         if self.has_outgoing() {
             self.session.emit_behind(Emit::Data(plain), &mut self.incoming, &mut self.outgoing)?;
             let _ = self.poll_flush(cx)?;
-        } else {
-            let sealed = self.session.emit(Emit::Data(plain), &mut self.incoming, &mut scratch.sealed)?;
-            self.write_or_keep(cx, &scratch.sealed[..sealed])?;
+            return Ok(());
         }
-        Poll::Ready(Ok(Ok(plain.len())))
+        let sealed = self.session.emit(Emit::Data(plain), &mut self.incoming, room)?;
+        self.write_or_keep(cx, &room[..sealed])
     }
 
     /// Writes `sealed`, and keeps what the socket does not take.
@@ -352,8 +400,28 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
     }
 }
 
+/// Appends what the socket has; false at its end.
+async fn read_more<IO: AsyncRead + Unpin>(io: &mut IO, to: &mut Vec<u8>) -> io::Result<bool> {
+    poll_fn(|cx| {
+        with_scratch(|scratch| {
+            let mut buffer = ReadBuf::new(&mut scratch.wire);
+            ready!(Pin::new(&mut *io).poll_read(cx, &mut buffer))?;
+            to.extend_from_slice(buffer.filled());
+            Poll::Ready(Ok(!buffer.filled().is_empty()))
+        })
+    })
+    .await
+}
+
+fn too_large() -> HandshakeError {
+    HandshakeError::Tls(rustls::Error::General("the handshake is too large".into()))
+}
+
 /// More than any honest peer's handshake: a chain of certificates is a few KiB.
 const HANDSHAKE_LIMIT: usize = TURN;
+
+/// More than any honest client's first message.
+const HELLO_LIMIT: usize = 64 * 1024;
 
 /// Where a session stands when nothing is left to process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -15,7 +15,7 @@ use crate::snapshot::{
 /// A chain but for the credentials and the endpoints of its targets.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::control) struct ChainPlan {
-    protocol: Protocol,
+    pub(in crate::control) protocol: Protocol,
     /// Its resolvers are places in `resolvers`.
     start: Node<usize>,
     resolvers: Vec<ResolverPlan>,

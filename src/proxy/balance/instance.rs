@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::latency::Latency;
+use crate::proxy::http::pool::Pool;
 use crate::snapshot::{Address, PassiveHealthCheck};
 
 /// An instance of a target, with what is remembered of it across snapshots.
@@ -19,6 +20,8 @@ pub struct Instance {
 #[derive(Debug)]
 pub struct State {
     pub in_flight: AtomicU32,
+    /// Connections that HTTP requests share.
+    pool: Pool,
     /// So much may be in flight before others are preferred; grows with each success, so that an instance that is new
     /// or back is not run over.
     window: AtomicU32,
@@ -38,6 +41,12 @@ pub struct State {
 }
 
 impl Instance {
+    /// Connections to it that are kept for HTTP requests.
+    #[must_use]
+    pub fn pool(&self) -> &Pool {
+        &self.state.pool
+    }
+
     /// Whether it may be picked, be it to see whether it is back.
     pub(super) fn is_fit(&self, now: u64) -> bool {
         self.state.aside.lets_in(now) && self.state.circuit.lets_in(now)
@@ -144,6 +153,7 @@ impl Default for State {
     fn default() -> Self {
         Self {
             in_flight: AtomicU32::new(0),
+            pool: Pool::default(),
             window: AtomicU32::new(FIRST_WINDOW),
             latency: Latency::default(),
             aside: Gate::default(),

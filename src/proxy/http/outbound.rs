@@ -1,0 +1,388 @@
+//! Requests of the local app: each is routed by the chain of its moment and sent to an instance.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::header::SET_COOKIE;
+use http::{HeaderValue, Request, Response, StatusCode};
+use hyper::body::Incoming;
+use hyper::upgrade::OnUpgrade;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep};
+
+use super::body::{Body, Patience, Rest, Upload, UploadState};
+use super::inbound::within;
+use super::message::{self, Head, X_FORWARDED_CLIENT_CERT};
+use super::pool::{Dialled, Failed, Lent, MadeFor, Pool, Version};
+use super::reply::{Kind, Refusal, is_grpc};
+use super::wire::Wire;
+use super::{serve, upgrade};
+use crate::drain;
+use crate::proxy::balance::{Balancer, Clock, Instance, Limit, Outcome, Permit, Picked, Retry};
+use crate::proxy::listener::Live;
+use crate::proxy::outbound::{self, Plan};
+use crate::proxy::socket::Socket;
+use crate::snapshot::{Failure, Normalization, Protocol, RequestHash, Routed, Target, hash_request};
+
+/// One connection of the local app.
+pub struct Outbound {
+    pub remote: Option<SocketAddr>,
+    pub live: watch::Receiver<Live<Plan>>,
+    pub drain: drain::Watch,
+    pub clock: Clock,
+}
+
+impl Outbound {
+    /// Serves requests until the connection ends.
+    ///
+    /// # Errors
+    /// Why it ended otherwise than well, for the log.
+    pub async fn serve(self, app: Socket) -> Result<(), String> {
+        let live = self.live.clone();
+        let this = Arc::new(self);
+        serve::serve(Wire::plain(app), live, move |request| Arc::clone(&this).answer(request)).await
+    }
+
+    async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
+        let grpc = is_grpc(request.headers());
+        let plan = Arc::clone(&self.live.borrow().part);
+        match self.try_answer(&plan, request).await {
+            Ok(response) => response,
+            Err(refusal) => {
+                log(&plan, &refusal);
+                refusal.reply(grpc)
+            }
+        }
+    }
+
+    async fn try_answer(&self, plan: &Plan, mut request: Request<Incoming>) -> Result<Response<Body>, Refusal> {
+        let client = request.extensions_mut().remove::<OnUpgrade>();
+        let (parts, body) = request.into_parts();
+        let head = Head::check(parts, &Normalization::default())?;
+        let routed = plan
+            .upstream
+            .chain
+            .route(&head.view(), fastrand::u64(..))
+            .ok_or_else(|| Refusal::new(Kind::NoRoute, "no route of the service-router matches"))?;
+        let source = self.remote.map(|remote| remote.ip());
+        let RequestHash { hash, set_cookies } =
+            hash_request(routed.hash_policies, &head.view(), source, fastrand::u64(..));
+        let head = self.edit(head, &routed, client.is_some())?;
+        let upgrades = head.upgrade.is_some();
+        let (response, rest) = Exchange::new(plan, &routed, self.clock, hash).run(head, body).await?;
+        match client {
+            Some(client) if upgrades && response.status() == StatusCode::SWITCHING_PROTOCOLS => {
+                Ok(upgrade::join(client, response, rest, self.live.clone(), self.drain.clone()))
+            }
+            _ => {
+                let (mut parts, body) = response.into_parts();
+                message::strip(&mut parts.headers);
+                for edits in routed.response_edits {
+                    edits.apply(&mut parts.headers);
+                }
+                for cookie in set_cookies {
+                    parts.headers.append(SET_COOKIE, cookie);
+                }
+                Ok(Response::from_parts(parts, Body::stream(body).with(rest)))
+            }
+        }
+    }
+
+    fn edit(&self, mut head: Head, routed: &Routed<'_>, upgradable: bool) -> Result<Head, Refusal> {
+        if !upgradable {
+            head.upgrade = None;
+        }
+        head.headers.remove(X_FORWARDED_CLIENT_CERT);
+        message::annotate(&mut head.headers);
+        if let Some(path) = &routed.path {
+            head.rewrite(path)?;
+        }
+        for edits in routed.request_edits {
+            edits.apply(&mut head.headers);
+        }
+        Ok(head)
+    }
+}
+
+fn log(plan: &Plan, refusal: &Refusal) {
+    tracing::warn!(
+        target: "proxy.upstream",
+        upstream = plan.upstream.name,
+        flag = refusal.kind.flag(),
+        cause = &*refusal.cause,
+        "Request failed"
+    );
+}
+
+/// One request with all its tries.
+struct Exchange<'a> {
+    plan: &'a Plan,
+    routed: &'a Routed<'a>,
+    clock: Clock,
+    hash: Option<u64>,
+    /// Those that could not be used or have answered badly.
+    tried: Vec<Arc<Instance>>,
+    /// Why, one by one.
+    reasons: Vec<String>,
+    /// Configured retries that are left, and the one that is under way.
+    retries: u32,
+    retry: Option<Retry>,
+}
+
+/// What can be sent once more.
+struct Again<'a> {
+    head: Option<Head>,
+    /// `None`: the request has no body.
+    upload: Option<&'a UploadState>,
+}
+
+/// What came of one try.
+enum Tried {
+    Response(Response<Incoming>, Rest),
+    /// To be tried again, with this.
+    Again(Head, Body),
+}
+
+impl<'a> Exchange<'a> {
+    fn new(plan: &'a Plan, routed: &'a Routed<'a>, clock: Clock, hash: Option<u64>) -> Self {
+        let retries = routed.retries.map_or(0, |policy| policy.retries);
+        Self { plan, routed, clock, hash, tried: Vec::new(), reasons: Vec::new(), retries, retry: None }
+    }
+
+    async fn run(mut self, mut head: Head, body: Incoming) -> Result<(Response<Incoming>, Rest), Refusal> {
+        use http_body::Body as _;
+        self.plan.balancers.budget.request(self.clock.now());
+        let mut patience = Patience::new(self.routed.request_timeout, self.routed.idle_timeout);
+        let (mut body, upload) = if body.is_end_stream() {
+            (Body::empty(), None)
+        } else {
+            let (upload, state) = Upload::new(body);
+            if let Some(patience) = &mut patience {
+                patience.watch(&state);
+            }
+            (Body::upload(upload), Some(state))
+        };
+        loop {
+            let chosen = self.choose()?;
+            let connected = self.connection(&chosen, head.upgrade.is_some());
+            match within(&mut patience, connected).await? {
+                Ok(lent) => match self.send(chosen, lent, head, body, upload.as_ref(), &mut patience).await? {
+                    Tried::Response(response, mut rest) => {
+                        rest.patience = patience;
+                        return Ok((response, rest));
+                    }
+                    Tried::Again(again, rest) => (head, body) = (again, rest),
+                },
+                // A limit is no fault of the instance, and would be reached elsewhere too.
+                Err(refusal) if refusal.kind == Kind::Overflow => return Err(refusal),
+                Err(refusal) => {
+                    let instance = Arc::clone(chosen.picked.instance());
+                    chosen.picked.report(Outcome::Unreachable, Duration::ZERO, self.clock.now());
+                    self.give_up(instance, &refusal.cause);
+                }
+            }
+        }
+    }
+
+    /// The next instance to try: of the first target that has one, in the order of failover.
+    fn choose(&mut self) -> Result<Chosen<'a>, Refusal> {
+        if self.reasons.len() >= ATTEMPTS {
+            return Err(self.exhausted());
+        }
+        let now = self.clock.now();
+        let mut overflow = None;
+        for (target, balancer) in self.plan.balancers.in_order(&self.routed.resolver.targets, now) {
+            let permit = match balancer.admit(Limit::ConcurrentRequests) {
+                Ok(permit) => permit,
+                Err(reached) => {
+                    overflow = Some(reached);
+                    continue;
+                }
+            };
+            let pick = |tried: &[Arc<Instance>]| balancer.pick(now, self.hash, tried, |below| fastrand::u64(..below));
+            // What was asked to be tried again may go to the same instance, if there is no other.
+            let picked = pick(&self.tried).or_else(|| self.retry.as_ref().and_then(|_| pick(&[])));
+            if let Some(picked) = picked {
+                return Ok(Chosen { target, balancer, picked, permit });
+            }
+        }
+        Err(overflow.map_or_else(|| self.exhausted(), Refusal::from))
+    }
+
+    fn exhausted(&self) -> Refusal {
+        if !self.reasons.is_empty() {
+            let cause = format!("no instance could be used: {}", self.reasons.join(", "));
+            return Refusal::new(Kind::Unreachable, cause);
+        }
+        let targets = self.plan.balancers.in_order(&self.routed.resolver.targets, self.clock.now());
+        let told =
+            targets.iter().map(|(target, balancer)| format!("{}: {}", outbound::described(target), balancer.absence()));
+        Refusal::new(Kind::NoInstance, told.collect::<Vec<_>>().join("; "))
+    }
+
+    fn give_up(&mut self, instance: Arc<Instance>, why: &str) {
+        self.reasons.push(format!("{} {why}", instance.address));
+        self.tried.push(instance);
+    }
+
+    async fn connection(&self, chosen: &Chosen<'_>, alone: bool) -> Result<Lent, Refusal> {
+        let Chosen { target, balancer, picked, .. } = chosen;
+        let instance = picked.instance();
+        let made_for = MadeFor::Mesh(Arc::clone(&target.tls));
+        if !alone && let Some(lent) = instance.pool().reuse(&made_for) {
+            return Ok(lent);
+        }
+        let _pending = balancer.admit(Limit::PendingRequests)?;
+        let until = Instant::now() + target.connect_timeout;
+        if alone {
+            let permit = balancer.admit(Limit::Connections)?;
+            let (mesh, _) = outbound::attempt(target, instance, until, outbound::Offer::Http1).await?;
+            return Pool::connect_once(Wire::tls(mesh), Some(permit)).await.map_err(Refusal::from);
+        }
+        let always = self.plan.upstream.chain.protocol != Protocol::Http;
+        let dial = async {
+            let permit = balancer.admit(Limit::Connections)?;
+            let (mesh, _) = outbound::attempt(target, instance, until, outbound::Offer::All).await?;
+            let http2 = always || mesh.alpn() == Some(b"h2");
+            let version = if http2 { Version::Http2 } else { Version::Http1 };
+            Ok(Dialled { wire: Wire::tls(mesh), version, permit: Some(permit) })
+        };
+        instance.pool().connect(&made_for, dial).await
+    }
+
+    /// Sends the request and judges what comes of it.
+    async fn send(
+        &mut self,
+        chosen: Chosen<'a>,
+        lent: Lent,
+        head: Head,
+        body: Body,
+        upload: Option<&UploadState>,
+        patience: &mut Option<Patience>,
+    ) -> Result<Tried, Refusal> {
+        let Chosen { picked, permit, .. } = chosen;
+        let authority = head.authority.clone();
+        let reused = lent.reused;
+        // What may be sent twice: streams can be refused, idle connections can be closing, retries be asked for.
+        let may_go_again = lent.version() == Version::Http2 || self.retries > 0 || (reused && head.is_safe());
+        let again = Again { head: may_go_again.then(|| head.clone()), upload };
+        let request = head.into_request(lent.version(), body)?;
+        let sent = Instant::now();
+        let answered = within(patience, lent.send(request)).await;
+        let (latency, now) = (sent.elapsed(), self.clock.now());
+        match answered {
+            Ok(Ok((response, held))) => {
+                let error = is_server_error(&response);
+                let outcome = if error { Outcome::ServerError } else { Outcome::Success };
+                let in_flight = picked.report(outcome, latency, now);
+                let policy = self.routed.retries.filter(|_| self.retries > 0);
+                if policy.is_some_and(|policy| policy.retries_response(response.status(), response.headers()))
+                    && let Some((head, body)) = again.take()
+                    && self.retry(in_flight.instance(), &format!("answered {}", response.status())).await
+                {
+                    return Ok(Tried::Again(head, body));
+                }
+                Ok(Tried::Response(response, Rest::new(held, Some((in_flight, permit)))))
+            }
+            Ok(Err(failed)) => self.after_failure(picked, failed, again, authority, reused).await,
+            Err(expired) => {
+                drop(picked.report(Outcome::Reset, latency, now));
+                Err(expired)
+            }
+        }
+    }
+
+    async fn after_failure(
+        &mut self,
+        picked: Picked,
+        mut failed: Failed,
+        again: Again<'_>,
+        authority: Option<HeaderValue>,
+        reused: bool,
+    ) -> Result<Tried, Refusal> {
+        let (instance, now) = (Arc::clone(picked.instance()), self.clock.now());
+        let told = failed.told();
+        if again.upload.is_some_and(UploadState::is_broken) {
+            return Err(Refusal::new(Kind::BadRequest, format!("the request's body broke off: {told}")));
+        }
+        // Nothing of it has been sent: this is no retry, and no fault of the instance if the connection was old.
+        if let Some(request) = failed.request.take() {
+            self.reasons.push(format!("{} closed the connection: {told}", instance.address));
+            if !reused {
+                picked.report(Outcome::Unreachable, Duration::ZERO, now);
+                self.tried.push(instance);
+            }
+            let (head, body) = Head::from_request(*request, authority);
+            return Ok(Tried::Again(head, body));
+        }
+        let refused = failed.failure == Failure::Refused;
+        if !refused && !reused {
+            picked.report(Outcome::Reset, Duration::ZERO, now);
+        }
+        // What it has not looked at, and what changes nothing and met the end of an old connection.
+        let unseen = refused || (reused && failed.is_lost() && again.head.as_ref().is_some_and(Head::is_safe));
+        let asked = self.routed.retries.filter(|_| self.retries > 0);
+        let asked = asked.is_some_and(|policy| policy.retries_failure(failed.failure));
+        let broken = Refusal::new(Kind::Reset, format!("{} broke off: {told}", instance.address));
+        if self.reasons.len() >= ATTEMPTS || !(unseen || asked) {
+            return Err(broken);
+        }
+        let Some((head, body)) = again.take() else { return Err(broken) };
+        if unseen {
+            self.reasons.push(format!("{} {told}", instance.address));
+            if refused {
+                self.tried.push(instance);
+            }
+        } else if !self.retry(&instance, &told).await {
+            return Err(broken);
+        }
+        Ok(Tried::Again(head, body))
+    }
+
+    /// Makes ready for a configured retry; false if there are too many just now.
+    async fn retry(&mut self, instance: &Arc<Instance>, why: &str) -> bool {
+        // The last one is over.
+        self.retry = None;
+        self.retry = self.plan.balancers.budget.retry(self.clock.now());
+        if self.retry.is_none() {
+            return false;
+        }
+        self.retries -= 1;
+        self.give_up(Arc::clone(instance), why);
+        let step = u32::try_from(self.reasons.len()).unwrap_or(u32::MAX).min(4);
+        sleep(BACKOFF.mul_f32(fastrand::f32()) * step).await;
+        true
+    }
+}
+
+/// An instance of a target, to be tried.
+struct Chosen<'a> {
+    target: &'a Target,
+    balancer: &'a Arc<Balancer>,
+    picked: Picked,
+    permit: Permit,
+}
+
+impl Again<'_> {
+    /// The request once more, if it can be had.
+    fn take(self) -> Option<(Head, Body)> {
+        let body = match self.upload {
+            None => Body::empty(),
+            Some(upload) => Body::upload(upload.again()?),
+        };
+        Some((self.head?, body))
+    }
+}
+
+/// Whether an answer speaks against the instance: as Envoy judges, a 5xx, or a gRPC status that stands for one.
+fn is_server_error(response: &Response<Incoming>) -> bool {
+    let status = || response.headers().get("grpc-status")?.to_str().ok()?.parse::<u8>().ok();
+    // Unknown, deadline exceeded, unimplemented, internal, unavailable and data loss.
+    response.status().is_server_error() || status().is_some_and(|status| matches!(status, 2 | 4 | 12..=15))
+}
+
+/// Tries of one request that come to nothing at most.
+const ATTEMPTS: usize = 16;
+/// Before a configured retry, at most, and longer for each (Envoy's 25 ms base, without its doubling).
+const BACKOFF: Duration = Duration::from_millis(25);

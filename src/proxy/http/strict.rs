@@ -1,0 +1,215 @@
+//! Refuses HTTP/1 requests that two parties could read in two ways, before the codec sees them.
+//!
+//! The codec is lenient in places (RFC 9112 lets it be): lines that end with a bare LF, a length beside a
+//! transfer coding, a length said twice, spaces around chunk sizes. What it would make of them is sound, but
+//! whoever stands behind us may make something else of the same bytes. So a request that is not written the
+//! one way is refused: what follows the fault is replaced by bytes that the codec answers with 400.
+
+use std::mem;
+
+/// What is known of the requests on one connection as its bytes go by.
+#[derive(Debug, Default)]
+pub struct Strict {
+    place: Place,
+    /// The beginning of a line whose end has not come yet.
+    line: Vec<u8>,
+    head: Head,
+    /// Heads that are complete.
+    heads: u64,
+    refused: Option<&'static str>,
+    /// What takes the place of everything behind the fault.
+    spoil: u8,
+}
+
+/// What the next byte belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Place {
+    /// A request line, or the empty line that some clients send before one.
+    #[default]
+    Start,
+    Header,
+    /// A body of so many more bytes.
+    Length(u64),
+    ChunkSize,
+    /// A chunk with so many more bytes.
+    Chunk(u64),
+    /// The CR, then the LF, behind a chunk.
+    ChunkCr,
+    ChunkLf,
+    Trailer,
+    /// Whatever another protocol says: until the wire is released, or the connection closed.
+    Upgraded,
+}
+
+/// What the header lines of a request have said of its body.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct Head {
+    length: Option<u64>,
+    chunked: bool,
+    upgrade: bool,
+}
+
+/// A longer line is not looked into: the codec refuses heads of that size, and chunk sizes are short.
+const LINE_LIMIT: usize = 64 * 1024;
+const CHUNK_SIZE_LIMIT: usize = 256;
+
+impl Strict {
+    /// Why a request was refused. Nothing gets through after that.
+    #[must_use]
+    pub fn refused(&self) -> Option<&'static str> {
+        self.refused
+    }
+
+    /// The number, from one on, of the request whose head has begun to come and is not complete.
+    #[must_use]
+    pub fn begun_head(&self) -> Option<u64> {
+        let begun = self.place == Place::Header || (self.place == Place::Start && !self.line.is_empty());
+        begun.then_some(self.heads + 1)
+    }
+
+    /// Looks at the bytes that come next and spoils them from the first fault on.
+    pub fn judge(&mut self, bytes: &mut [u8]) {
+        let mut at = 0;
+        while at < bytes.len() && self.refused.is_none() {
+            let waits_for_lf = self.line.last() == Some(&b'\r');
+            match self.step(&bytes[at..]) {
+                Ok(used) => at += used,
+                Err(reason) => {
+                    self.refused = Some(reason);
+                    // A chunk extension may hold anything but an LF, and an LF ends it behind a CR.
+                    self.spoil = if self.place == Place::ChunkSize && !waits_for_lf { b'\n' } else { 0 };
+                }
+            }
+        }
+        if self.refused.is_some() {
+            bytes[at..].fill(self.spoil);
+        }
+    }
+
+    /// Judges some of the bytes and tells how many.
+    fn step(&mut self, bytes: &[u8]) -> Result<usize, &'static str> {
+        match self.place {
+            Place::Start | Place::Header | Place::ChunkSize | Place::Trailer => self.step_line(bytes),
+            Place::Length(left) => Ok(self.step_body(bytes, left, Place::Length, Place::Start)),
+            Place::Chunk(left) => Ok(self.step_body(bytes, left, Place::Chunk, Place::ChunkCr)),
+            Place::ChunkCr => self.step_byte(bytes, b'\r', Place::ChunkLf),
+            Place::ChunkLf => self.step_byte(bytes, b'\n', Place::ChunkSize),
+            Place::Upgraded => Ok(bytes.len()),
+        }
+    }
+
+    fn step_body(&mut self, bytes: &[u8], left: u64, more: fn(u64) -> Place, done: Place) -> usize {
+        let used = usize::try_from(left).unwrap_or(usize::MAX).min(bytes.len());
+        let left = left - used as u64;
+        self.place = if left == 0 { done } else { more(left) };
+        used
+    }
+
+    fn step_byte(&mut self, bytes: &[u8], wanted: u8, next: Place) -> Result<usize, &'static str> {
+        if bytes.first() != Some(&wanted) {
+            return Err("a chunk does not end where its size says");
+        }
+        self.place = next;
+        Ok(1)
+    }
+
+    fn step_line(&mut self, bytes: &[u8]) -> Result<usize, &'static str> {
+        let Some(end) = bytes.iter().position(|byte| *byte == b'\n') else {
+            let limit = if self.place == Place::ChunkSize { CHUNK_SIZE_LIMIT } else { LINE_LIMIT };
+            if self.line.len() + bytes.len() > limit {
+                return Err("a line is too long");
+            }
+            self.line.extend_from_slice(bytes);
+            return Ok(bytes.len());
+        };
+        let begun = mem::take(&mut self.line);
+        if begun.is_empty() {
+            self.take_line(&bytes[..end])?;
+        } else {
+            self.take_line(&[&begun, &bytes[..end]].concat())?;
+        }
+        Ok(end + 1)
+    }
+
+    fn take_line(&mut self, line: &[u8]) -> Result<(), &'static str> {
+        let line = line.strip_suffix(b"\r").ok_or("a line ends with a bare LF")?;
+        if line.contains(&b'\r') {
+            return Err("a CR stands alone");
+        }
+        self.place = match self.place {
+            Place::Start if line.is_empty() => Place::Start,
+            Place::Start => Place::Header,
+            Place::Header if line.is_empty() => self.end_head(),
+            Place::Header => {
+                self.head.take(line)?;
+                Place::Header
+            }
+            Place::ChunkSize => match chunk_size(line)? {
+                0 => Place::Trailer,
+                size => Place::Chunk(size),
+            },
+            Place::Trailer if line.is_empty() => Place::Start,
+            place => place,
+        };
+        Ok(())
+    }
+
+    fn end_head(&mut self) -> Place {
+        self.heads += 1;
+        match mem::take(&mut self.head) {
+            Head { upgrade: true, .. } => Place::Upgraded,
+            Head { chunked: true, .. } => Place::ChunkSize,
+            Head { length: None | Some(0), .. } => Place::Start,
+            Head { length: Some(length), .. } => Place::Length(length),
+        }
+    }
+}
+
+impl Head {
+    /// Takes in one header line. Names and values as such are the codec's to check.
+    fn take(&mut self, line: &[u8]) -> Result<(), &'static str> {
+        // Nearly all names are told apart by their first letter.
+        if !matches!(line.first(), Some(b'c' | b'C' | b't' | b'T' | b'u' | b'U')) {
+            return Ok(());
+        }
+        let mut parts = line.splitn(2, |byte| *byte == b':');
+        let name = parts.next().unwrap_or_default();
+        let value = parts.next().unwrap_or_default().trim_ascii();
+        if name.eq_ignore_ascii_case(b"content-length") {
+            if self.length.is_some() || self.chunked {
+                return Err("the length of the body is said twice");
+            }
+            self.length = Some(decimal(value).ok_or("content-length is no number")?);
+        } else if name.eq_ignore_ascii_case(b"transfer-encoding") {
+            if self.length.is_some() || self.chunked {
+                return Err("the length of the body is said twice");
+            }
+            if !value.eq_ignore_ascii_case(b"chunked") {
+                return Err("transfer-encoding is not chunked");
+            }
+            self.chunked = true;
+        } else if name.eq_ignore_ascii_case(b"upgrade") {
+            // HTTP/2 is not upgraded to, so that such a client goes on with HTTP/1.
+            self.upgrade |= !value.eq_ignore_ascii_case(b"h2c");
+        }
+        Ok(())
+    }
+}
+
+fn decimal(text: &[u8]) -> Option<u64> {
+    if text.is_empty() || !text.iter().all(u8::is_ascii_digit) {
+        return None;
+    }
+    std::str::from_utf8(text).ok()?.parse().ok()
+}
+
+/// The size before a chunk, with extensions or without (RFC 9112, 7.1).
+fn chunk_size(line: &[u8]) -> Result<u64, &'static str> {
+    const BAD: &str = "a chunk size is no number";
+    let digits = line.split(|byte| *byte == b';').next().unwrap_or_default();
+    if digits.is_empty() || digits.len() > 16 || !digits.iter().all(u8::is_ascii_hexdigit) {
+        return Err(BAD);
+    }
+    let digits = std::str::from_utf8(digits).map_err(|_| BAD)?;
+    u64::from_str_radix(digits, 16).map_err(|_| BAD)
+}

@@ -1,0 +1,65 @@
+//! Connections that leave HTTP behind: WebSocket and whatever else a client and an app agree on.
+
+use std::io;
+
+use http::header::{CONNECTION, UPGRADE};
+use http::{HeaderValue, Response};
+use hyper::body::Incoming;
+use hyper::upgrade::{OnUpgrade, Upgraded};
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncWriteExt, copy_bidirectional_with_sizes};
+use tokio::sync::watch;
+
+use super::body::{Body, Rest};
+use super::wire::Wire;
+use crate::drain::{self, Stage};
+use crate::proxy::listener::Live;
+
+/// Joins both connections after the response that says so, and gives that response.
+pub fn join<P: Send + Sync + 'static>(
+    client: OnUpgrade,
+    mut response: Response<Incoming>,
+    rest: Rest,
+    mut live: watch::Receiver<Live<P>>,
+    drain: drain::Watch,
+) -> Response<Body> {
+    let server = hyper::upgrade::on(&mut response);
+    tokio::spawn(async move {
+        let (_rest, _drain) = (rest, drain);
+        tokio::select! {
+            tunnelled = tunnel(client, server) => if let Err(error) = tunnelled {
+                tracing::debug!(target: "proxy", %error, "An upgraded connection broke off");
+            },
+            _ = live.wait_for(|live| live.stage >= Stage::Closing) => {}
+        }
+    });
+    let (mut parts, _) = response.into_parts();
+    let protocol = parts.headers.remove(UPGRADE);
+    super::message::strip(&mut parts.headers);
+    parts.headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+    if let Some(protocol) = protocol {
+        parts.headers.insert(UPGRADE, protocol);
+    }
+    Response::from_parts(parts, Body::empty())
+}
+
+async fn tunnel(client: OnUpgrade, server: OnUpgrade) -> io::Result<()> {
+    let (client, server) = tokio::try_join!(client, server).map_err(io::Error::other)?;
+    let (mut client, client_said) = take(client)?;
+    let (mut server, server_said) = take(server)?;
+    server.write_all(&client_said).await?;
+    client.write_all(&server_said).await?;
+    server.flush().await?;
+    client.flush().await?;
+    copy_bidirectional_with_sizes(&mut client, &mut server, BUFFER, BUFFER).await.map(drop)
+}
+
+/// The wire under a connection, and what the codec has read of it beyond its own.
+fn take(upgraded: Upgraded) -> io::Result<(Wire, bytes::Bytes)> {
+    let parts = upgraded.downcast::<TokioIo<Wire>>().map_err(|_| io::ErrorKind::Unsupported)?;
+    let wire = parts.io.into_inner();
+    wire.release();
+    Ok((wire, parts.read_buf))
+}
+
+const BUFFER: usize = 16 * 1024;

@@ -1,0 +1,372 @@
+//! The byte stream under an HTTP connection, plain or TLS, and how its writes are gathered.
+//!
+//! An HTTP codec writes frame by frame, above all in HTTP/2; sealed and sent one by one they would cost a
+//! record and a system call each. So a [`Wire`] keeps what is written until the codec has had its turn, and
+//! [`Turn`] then sends it all at once.
+
+use std::future::{Future, poll_fn};
+use std::io;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
+
+use pin_project_lite::pin_project;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use super::strict::Strict;
+use crate::proxy::socket::Socket;
+use crate::tls::{ReadSide, Stream, with_scratch};
+
+/// A stream that a codec reads and writes. The mutex is never contended, as all of a connection stays on one
+/// thread; it is there because both the codec and its [`Turn`] need the stream.
+#[derive(Clone)]
+pub struct Wire(Arc<Mutex<State>>);
+
+struct State {
+    io: Io,
+    /// Read from the socket; what lies before `taken` has been read from the wire.
+    incoming: Vec<u8>,
+    taken: usize,
+    /// Written to the wire; what lies before `sent` has gone to the socket.
+    outgoing: Vec<u8>,
+    sent: usize,
+    /// A flush waits for the end of the turn.
+    gathers: bool,
+    /// Why nothing can be sent any more.
+    broken: Option<io::ErrorKind>,
+    /// Counts reads and writes.
+    moved: u64,
+    /// Judges what an HTTP/1 client sends.
+    strict: Option<Strict>,
+}
+
+enum Io {
+    Plain(Socket),
+    Tls(Stream<Socket>),
+}
+
+/// Bytes gathered at most; then the socket has to take some.
+const GATHERED: usize = 64 * 1024;
+
+/// How an HTTP/2 client begins, whatever was said about protocols before (RFC 9113, 3.4).
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+impl Wire {
+    #[must_use]
+    pub fn plain(socket: Socket) -> Self {
+        Self::new(Io::Plain(socket))
+    }
+
+    #[must_use]
+    pub fn tls(stream: Stream<Socket>) -> Self {
+        Self::new(Io::Tls(stream))
+    }
+
+    fn new(io: Io) -> Self {
+        Self(Arc::new(Mutex::new(State {
+            io,
+            incoming: Vec::new(),
+            taken: 0,
+            outgoing: Vec::new(),
+            sent: 0,
+            gathers: true,
+            broken: None,
+            moved: 0,
+            strict: None,
+        })))
+    }
+
+    /// Whether the client speaks HTTP/2, as its first bytes tell. An end of the stream is an error.
+    ///
+    /// # Errors
+    /// Those of the socket.
+    pub async fn begins_http2(&self) -> io::Result<bool> {
+        poll_fn(|cx| self.state().poll_begins_http2(cx)).await
+    }
+
+    /// Lets nothing but unambiguous HTTP/1 requests through from here on.
+    pub fn be_strict(&self) {
+        self.state().strict = Some(Strict::default());
+    }
+
+    /// For an upgraded connection, which has no turns: a flush sends, and no requests are looked for.
+    pub fn release(&self) {
+        let mut state = self.state();
+        state.gathers = false;
+        state.strict = None;
+    }
+
+    /// Why a request was refused here, if one was.
+    #[must_use]
+    pub fn refused(&self) -> Option<&'static str> {
+        self.state().strict.as_ref().and_then(Strict::refused)
+    }
+
+    /// A number that changes whenever bytes move, and that of the HTTP/1 request whose head has begun to come
+    /// and is not complete.
+    #[must_use]
+    pub fn progress(&self) -> (u64, Option<u64>) {
+        let state = self.state();
+        (state.moved, state.strict.as_ref().and_then(Strict::begun_head))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn poll_begins_http2(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
+        loop {
+            let seen = self.incoming.len().min(PREFACE.len());
+            if self.incoming[..seen] != PREFACE[..seen] {
+                return Poll::Ready(Ok(false));
+            }
+            if seen == PREFACE.len() {
+                return Poll::Ready(Ok(true));
+            }
+            // What the handshake left to send must not wait for the client, which may wait for it.
+            let _ = self.poll_send(cx)?;
+            if ready!(self.poll_fill(cx))? == 0 {
+                return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into()));
+            }
+        }
+    }
+
+    /// Reads once, behind what is there. Zero is the end.
+    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let before = self.incoming.len();
+        match &mut self.io {
+            Io::Plain(socket) => {
+                let mut buffer = [0; 4096];
+                let mut buffer = ReadBuf::new(&mut buffer);
+                ready!(Pin::new(socket).poll_read(cx, &mut buffer))?;
+                self.incoming.extend_from_slice(buffer.filled());
+            }
+            Io::Tls(stream) => {
+                let incoming = &mut self.incoming;
+                ready!(poll_opened(stream, cx, |opened| incoming.extend_from_slice(opened)))?;
+            }
+        }
+        Poll::Ready(Ok(self.incoming.len() - before))
+    }
+
+    fn poll_read(&mut self, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.taken == self.incoming.len() {
+            match &mut self.io {
+                Io::Plain(socket) => return Pin::new(socket).poll_read(cx, buffer),
+                Io::Tls(stream) => {
+                    let incoming = &mut self.incoming;
+                    return poll_opened(stream, cx, |opened| {
+                        let (now, later) = opened.split_at(opened.len().min(buffer.remaining()));
+                        buffer.put_slice(now);
+                        incoming.extend_from_slice(later);
+                    });
+                }
+            }
+        }
+        let rest = &self.incoming[self.taken..];
+        let now = rest.len().min(buffer.remaining());
+        buffer.put_slice(&rest[..now]);
+        self.taken += now;
+        if self.taken == self.incoming.len() {
+            self.incoming = Vec::new();
+            self.taken = 0;
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_write(&mut self, cx: &mut Context<'_>, parts: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        if self.outgoing.len() >= GATHERED {
+            ready!(self.poll_send(cx))?;
+        }
+        if let Some(kind) = self.broken {
+            return Poll::Ready(Err(kind.into()));
+        }
+        if self.outgoing.capacity() == 0 {
+            self.outgoing = spare::take();
+        }
+        self.moved += 1;
+        let before = self.outgoing.len();
+        for part in parts {
+            let room = GATHERED.saturating_sub(self.outgoing.len());
+            self.outgoing.extend_from_slice(&part[..part.len().min(room)]);
+        }
+        Poll::Ready(Ok(self.outgoing.len() - before))
+    }
+
+    /// Sends what was written.
+    fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if let Some(kind) = self.broken {
+            return Poll::Ready(Err(kind.into()));
+        }
+        let sent = match &mut self.io {
+            Io::Plain(socket) => poll_send_plain(socket, cx, &self.outgoing, &mut self.sent),
+            Io::Tls(stream) => poll_send_tls(stream, cx, &self.outgoing, &mut self.sent),
+        };
+        if self.sent == self.outgoing.len() && self.outgoing.capacity() > 0 {
+            spare::give(std::mem::take(&mut self.outgoing));
+            self.sent = 0;
+        }
+        if let Poll::Ready(Err(error)) = &sent {
+            self.broken = Some(error.kind());
+        }
+        sent
+    }
+
+    fn poll_shutdown(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_send(cx))?;
+        match &mut self.io {
+            Io::Plain(socket) => Pin::new(socket).poll_shutdown(cx),
+            Io::Tls(stream) => {
+                stream.close();
+                ready!(stream.poll_flush(cx))?;
+                Pin::new(&mut stream.io).poll_shutdown(cx)
+            }
+        }
+    }
+}
+
+/// Reads until there is plaintext, or the end.
+fn poll_opened(stream: &mut Stream<Socket>, cx: &mut Context<'_>, take: impl FnOnce(&[u8])) -> Poll<io::Result<()>> {
+    with_scratch(|scratch| {
+        while stream.read_side() == ReadSide::Open {
+            ready!(stream.poll_open(cx, scratch))?;
+            if !scratch.opened.is_empty() {
+                take(&scratch.opened);
+                break;
+            }
+        }
+        Poll::Ready(Ok(()))
+    })
+}
+
+fn poll_send_plain(socket: &mut Socket, cx: &mut Context<'_>, bytes: &[u8], sent: &mut usize) -> Poll<io::Result<()>> {
+    while *sent < bytes.len() {
+        match ready!(Pin::new(&mut *socket).poll_write(cx, &bytes[*sent..]))? {
+            0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+            count => *sent += count,
+        }
+    }
+    Poll::Ready(Ok(()))
+}
+
+/// Once sealed, bytes are the stream's to send.
+fn poll_send_tls(
+    stream: &mut Stream<Socket>,
+    cx: &mut Context<'_>,
+    bytes: &[u8],
+    sent: &mut usize,
+) -> Poll<io::Result<()>> {
+    if stream.is_blocked() {
+        ready!(stream.poll_flush(cx))?;
+    }
+    if *sent < bytes.len() {
+        with_scratch(|scratch| stream.poll_seal(cx, scratch, &bytes[*sent..]))?;
+        *sent = bytes.len();
+    }
+    if stream.has_outgoing() { stream.poll_flush(cx) } else { Poll::Ready(Ok(())) }
+}
+
+impl AsyncRead for Wire {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let mut state = self.state();
+        let before = buffer.filled().len();
+        ready!(state.poll_read(cx, buffer))?;
+        state.moved += 1;
+        if let Some(strict) = &mut state.strict {
+            strict.judge(&mut buffer.filled_mut()[before..]);
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Wire {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.state().poll_write(cx, &[io::IoSlice::new(bytes)])
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        parts: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.state().poll_write(cx, parts)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut state = self.state();
+        match (state.broken, state.gathers) {
+            (Some(kind), _) => Poll::Ready(Err(kind.into())),
+            (None, true) => Poll::Ready(Ok(())),
+            (None, false) => state.poll_send(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.state().poll_shutdown(cx)
+    }
+}
+
+pin_project! {
+    /// A codec's connection with its wire: what the codec writes in one turn is sent at the end of it.
+    pub struct Turn<C> {
+        #[pin]
+        connection: C,
+        wire: Wire,
+    }
+}
+
+impl<C> Turn<C> {
+    pub fn new(connection: C, wire: Wire) -> Self {
+        Self { connection, wire }
+    }
+
+    pub fn connection(self: Pin<&mut Self>) -> Pin<&mut C> {
+        self.project().connection
+    }
+}
+
+impl<C: Future> Future for Turn<C> {
+    type Output = C::Output;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        let polled = this.connection.poll(cx);
+        let mut wire = this.wire.state();
+        if wire.broken.is_none() && matches!(wire.poll_send(cx), Poll::Ready(Err(_))) {
+            // The codec learns of it when it next reads or writes: now.
+            cx.waker().wake_by_ref();
+        }
+        polled
+    }
+}
+
+/// Emptied buffers of the thread, so that connections hold none while they are idle.
+mod spare {
+    use std::cell::RefCell;
+
+    const KEPT: usize = 16;
+    const FIRST: usize = 4096;
+
+    thread_local! {
+        static BUFFERS: RefCell<Vec<Vec<u8>>> = const { RefCell::new(Vec::new()) };
+    }
+
+    pub fn take() -> Vec<u8> {
+        BUFFERS.with_borrow_mut(Vec::pop).unwrap_or_else(|| Vec::with_capacity(FIRST))
+    }
+
+    pub fn give(mut buffer: Vec<u8>) {
+        buffer.clear();
+        BUFFERS.with_borrow_mut(|buffers| {
+            if buffers.len() < KEPT {
+                buffers.push(buffer);
+            }
+        });
+    }
+}
