@@ -30,7 +30,7 @@ pub(super) struct PreparedQuery {
 impl Query {
     /// Whether nothing can be served without it.
     pub(super) fn is_essential(&self) -> bool {
-        matches!(self, Self::Service(_) | Self::Roots | Self::Leaf(_) | Self::Intentions(_))
+        matches!(self, Self::Service(_) | Self::Roots | Self::Leaf(_) | Self::Intentions(_) | Self::DefaultPolicy(_))
     }
 }
 
