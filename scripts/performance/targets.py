@@ -1,0 +1,89 @@
+"""What Lictor is held to: ratios inside a round to Envoy and to Consul's built-in proxy."""
+
+import re
+from dataclasses import dataclass
+
+from report import good, ratios
+
+NAMES = {"envoy": "Envoy", "envoy-http": "Envoy", "consul": "built-in", "itself": "itself idle", "time": "the clock"}
+
+
+@dataclass(frozen=True)
+class Target:
+    work: str
+    title: str
+    key: str  # of the figure; "cN_" stands for the largest number of connections that was measured
+    theirs: str
+    must: float | None
+    aim: float | None = None
+    ours: str = "lictor"
+    more: bool = False  # more is better
+
+    @property
+    def against(self):
+        return NAMES[self.theirs]
+
+    def limit(self, value):
+        if value is None:
+            return "-"
+        return ("≥ " if self.more else "≤ ") + f"{value:g}" + (" ms" if self.theirs == "time" else "")
+
+    def judge(self, ours, theirs):
+        """The ratio (or figure) of each round."""
+        key = self.key
+        if key.startswith("cN_"):
+            sizes = [int(m[1]) for r in good(ours) for k in r if (m := re.match(r"c(\d+)_", k))]
+            key = key.replace("cN", f"c{max(sizes, default=0)}")
+        if self.theirs == "time":
+            return [r[key] for r in good(ours) if key in r]
+        if self.theirs == "itself":
+            return [r[key] / r["idle_rss_MB"] for r in good(ours) if key in r]
+        return ratios(ours, theirs, key)
+
+    def verdict(self, found):
+        if not found:
+            return "not measured"
+        value = sorted(found)[len(found) // 2] if len(found) % 2 else sum(sorted(found)[len(found) // 2 - 1:len(found) // 2 + 1]) / 2
+        within = (lambda limit: limit is not None and (value >= limit if self.more else value <= limit))
+        if within(self.aim):
+            return "aim met"
+        return "met" if within(self.must) or self.must is None else "MISSED"
+
+
+def against_both(work, title, key, envoy, builtin, aim=None, more=False):
+    """A figure of L4 with what is wanted of it against Envoy and against the built-in proxy."""
+    return [Target(work, title, key, "envoy", envoy, aim, more=more), Target(work, title, key, "consul", builtin, more=more)]
+
+
+def l7(work, title, key, must, aim=None, more=False):
+    return [Target(work, title, key, "envoy-http", must, aim, "lictor-http", more)]
+
+
+TARGETS = [
+    *against_both("W1", "CPU per GB", "cpu_s_per_GB", 0.70, 0.42, 0.60),
+    *against_both("W1", "GB/s", "GBps", 1.35, 2.2, 1.6, more=True),
+    *against_both("W2", "CPU per request", "cpu_us_per_req", 0.75, 0.72, 0.65),
+    *against_both("W2", "requests/s", "rps", 1.25, 1.40, 1.35, more=True),
+    *against_both("W2", "p99", "p99_us", 0.85, 0.70),
+    *against_both("W2b", "CPU per request", "cpu_us_per_req", 0.60, 0.45, 0.50),
+    *l7("W3", "CPU per request", "cpu_us_per_req", 0.50, 0.36),
+    *l7("W3", "requests/s", "rps", 1.9, 2.3, more=True),
+    *l7("W3b", "CPU per call", "cpu_us_per_req", 0.65, 0.45),
+    *l7("W3b", "calls/s", "rps", 1.2, more=True),
+    *against_both("W4", "connections/s", "conn_s", 1.25, 5, 1.5, more=True),
+    *against_both("W4", "CPU per connection", "cpu_ms_per_conn", 0.80, 0.20, 0.65),
+    *against_both("W5", "memory per idle connection", "cN_KB_per_conn", 0.25, 0.07, 0.10),
+    *against_both("W5", "RSS idle", "idle_rss_MB", 0.15, 0.21, 0.08),
+    *against_both("W5", "RSS with all connections open", "cN_rss_MB", 0.22, 0.08, 0.12),
+    Target("W5", "RSS after all have closed", "after_rss_MB", "itself", 1.5, 1.2),
+    *against_both("W6", "start to first answer", "warm_ms", 0.20, 0.25, 0.10),
+    *against_both("W6", "size of the binary", "binary_MB", 0.10, 0.15),
+    Target("W7", "deny reaches new connections", "deny_ms", "consul", 1.2, 0.9),
+    Target("W7", "allow reaches new connections", "allow_ms", "consul", 1.2, 0.9),
+    Target("W7", "deny cuts open connections", "cut_ms", "time", None, 50),
+    *against_both("W8", "added p50, L4", "added_p50_us", 0.80, 0.35, 0.73),
+    *l7("W8", "added p50, L7", "added_p50_us", 0.45, 0.33),
+    *against_both("W9", "start to traffic", "traffic_ms", 0.45, 1.3, 0.25),
+    *against_both("W9", "RSS", "rss_MB", 0.20, 0.45),
+    *against_both("W9", "idle CPU", "idle_cpu_pct", 0.2, 2),
+]

@@ -1,0 +1,384 @@
+"""The workloads, W1 to W9."""
+
+import json
+import os
+import socket
+import ssl
+import subprocess
+import tempfile
+import threading
+import time
+
+from peers import ConsulPeer, EnvoyPeer, Pair
+from proof import body_ok, http_get, mtls_get, tls_ctx, verify
+from system import NA, Bad, alive, cpu, listening, med, mem, now, tail
+
+
+def must_have_worked(pair, r, per=None):
+    """Both sidecars must have burnt CPU in proportion, else the traffic went elsewhere."""
+    if pair.client is None:
+        return
+    n = per or 1
+    for k in ("cpu_client", "cpu_server"):
+        if r[k] / n < 1e-6:
+            raise Bad(f"{k} hardly moved: the traffic did not pass this sidecar")
+
+
+# ------------------------------------------------------------------ workloads
+def w1(ctx, peer, pair):
+    out, moved, took, burnt = {}, 0, 0, 0
+    for d, nm in (("D", "down"), ("U", "up")):
+        r = ctx.run_load(["bulk", pair.upstream, ctx.args.streams, ctx.t(2.5), d], pair)
+        gb = r["bytes_total"] / 1e9
+        if r["origin_bulk"] < 0.5 * r["bytes_total"]:
+            raise Bad("the origin did not see these bytes")
+        if pair.client and min(r["cpu_client"], r["cpu_server"]) / gb < 0.01:
+            raise Bad("a sidecar hardly used CPU: bypassed")
+        out[f"{nm}_GBps"] = r["gbps"]
+        out[f"{nm}_cpu_s_per_GB"] = r["cpu"] / gb
+        out[f"{nm}_client_s_per_GB"] = r["cpu_client"] / gb
+        out[f"{nm}_server_s_per_GB"] = r["cpu_server"] / gb
+        out[f"{nm}_sys_share"] = r["sys_share"]
+        moved, took, burnt = moved + r["bytes_total"], took + r["bytes_total"] / 1e9 / r["gbps"], burnt + r["cpu"]
+        noise(out, r, pair)
+    out["GBps"] = moved / 1e9 / took
+    if pair.client:
+        out["cpu_s_per_GB"] = burnt / moved * 1e9
+    return out
+
+
+def noise(out, r, pair):
+    for k in ("steal_pct", "foreign_pct"):
+        out[k] = max(out.get(k, 0), r[k])
+    if pair.client is None:  # direct: there is no proxy whose CPU could be counted
+        for k in [k for k in out if "cpu" in k or "client" in k or "server" in k or k in ("sys_share", "cores", "agent_ms") or k.endswith("_sys_share")]:
+            del out[k]
+
+
+def http_out(pair, r):
+    must_have_worked(pair, r, r["total"])
+    if r["origin_requests"] < r["total"]:
+        raise Bad(f"the origin served {r['origin_requests']} of {r['total']} requests")
+    out = {"rps": r["rps"], "p50_us": r["p50_us"], "p99_us": r["p99_us"], "p999_us": r["p999_us"],
+           "cpu_us_per_req": 1e6 * r["cpu"] / r["total"], "client_us": 1e6 * r["cpu_client"] / r["total"],
+           "server_us": 1e6 * r["cpu_server"] / r["total"], "sys_share": r["sys_share"], "cores": r["cpu"] / r["wall"]}
+    noise(out, r, pair)
+    return out
+
+
+def w2(ctx, peer, pair, size=1024, secs=4):
+    return http_out(pair, ctx.run_load(["http", pair.upstream, 64, ctx.t(secs), size, 0], pair))
+
+
+def w2b(ctx, peer, pair):
+    return w2(ctx, peer, pair, 65536, 3)
+
+
+def w3b(ctx, peer, pair):
+    return http_out(pair, ctx.run_load(["h2", pair.upstream, 16, 4, ctx.t(4)], pair))
+
+
+def w4(ctx, peer, pair):
+    r = ctx.run_load(["churn", pair.upstream, ctx.args.churn, ctx.t(3), 1024], pair)
+    must_have_worked(pair, r, r["total"])
+    if r["origin_accepted"] < r["total"]:
+        raise Bad(f"the origin accepted {r['origin_accepted']} connections for {r['total']}: they were pooled")
+    out = {"conn_s": r["rps"], "p50_us": r["p50_us"], "p99_us": r["p99_us"], "cpu_ms_per_conn": 1e3 * r["cpu"] / r["total"],
+           "client_ms": 1e3 * r["cpu_client"] / r["total"], "server_ms": 1e3 * r["cpu_server"] / r["total"],
+           "agent_ms": 1e3 * r["cpu_agent"] / r["total"], "sys_share": r["sys_share"]}
+    noise(out, r, pair)
+    return out
+
+
+def w5(ctx, peer, _):
+    """Fresh pair; n idle connections held through it."""
+    pair = peer.start(peer.mode())
+    openers = []
+    try:
+        verify(ctx, peer, pair, peer.mode())
+        time.sleep(ctx.t(2))
+
+        def both():
+            m = [mem(p.pid) for p in pair.procs()]
+            return {k: sum(x[k] for x in m) for k in m[0]}, m
+
+        idle, each = both()
+        out = {"idle_rss_MB": idle["rss"] / 1e6, "idle_pss_MB": idle["pss"] / 1e6, "idle_anon_MB": idle["anon"] / 1e6}
+        held = 0
+        for n in ctx.args.idle:
+            p = subprocess.Popen([ctx.load, "idle", str(pair.upstream), str(n - held)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            killer = threading.Timer(120, p.kill)
+            killer.start()
+            try:
+                r = json.loads(p.stdout.readline() or b'{"ready":0,"why":"died or timed out"}')
+            finally:
+                killer.cancel()
+            openers.append(p)
+            if not r.get("ready"):
+                raise Bad(f"{n} idle connections: {r.get('why')}")
+            held = n
+            if ctx.stats()["open"] < n and peer.l4:
+                raise Bad("the origin holds fewer connections than the client")
+            time.sleep(ctx.t(3))
+            m, e = both()
+            out[f"c{n}_rss_MB"], out[f"c{n}_pss_MB"] = m["rss"] / 1e6, m["pss"] / 1e6
+            out[f"c{n}_KB_per_conn"] = (m["pss"] - idle["pss"]) / n / 1e3
+            out[f"c{n}_client_KB"] = (e[0]["pss"] - each[0]["pss"]) / n / 1e3
+            out[f"c{n}_server_KB"] = (e[1]["pss"] - each[1]["pss"]) / n / 1e3
+        for p in openers:  # every held connection must still answer
+            p.stdin.write(b"go\n")
+            p.stdin.flush()
+            r = json.loads(p.stdout.readline() or b'{"errors":1,"why":"died"}')
+            if r["errors"]:
+                raise Bad(f"idle: {r['why']}")
+        for p in openers:
+            p.wait(20)
+        time.sleep(ctx.t(3))
+        m, _e = both()
+        out["after_rss_MB"] = m["rss"] / 1e6
+        return out
+    finally:
+        for p in openers:
+            if p.poll() is None:
+                p.kill()
+            p.wait()
+        for p in pair.procs():
+            ctx.procs.stop(p)
+
+
+def first_answer(ctx, peer, pair, tls):
+    """Starts the server sidecar; returns the seconds from its exec to a complete mTLS request through it."""
+    began = now()
+    peer.start_server(pair)
+    while True:
+        try:
+            if not body_ok(mtls_get(pair, tls, timeout=5)[0], 1024):
+                raise Bad("wrong body at start-up")
+            return now() - began
+        except (OSError, ssl.SSLError):
+            alive(pair.server)
+            if now() - began > 60:
+                raise Bad(f"not ready after 60 s: {tail(pair.server)}")
+            time.sleep(0.001)
+
+
+def w6(ctx, peer, _):
+    pair = peer.prepare(peer.mode())
+    tls = tls_ctx(ctx, pair.agent, pair.agent.leaf(pair.cli))
+    out = {"binary_MB": peer.size() / 1e6}
+    # Cold: the agent has not issued this leaf yet (Consul peers). Warm starts are short and so taken several times.
+    for what, times in (("cold", 1), ("warm", 2 if ctx.args.quick else 5)):
+        took, burnt = [], []
+        for _ in range(times):
+            try:
+                took.append(1e3 * first_answer(ctx, peer, pair, tls))
+                burnt.append(1e3 * cpu(pair.server.pid))
+            finally:
+                if pair.server:
+                    ctx.procs.stop(pair.server)
+        out[f"{what}_ms"], out[f"{what}_cpu_ms"] = med(took), med(burnt)
+    return out
+
+
+def w7(ctx, peer, pair):
+    if not isinstance(peer, ConsulPeer):
+        raise NA("static configuration")
+    a, deny, allow, cuts = pair.agent, [], [], []
+
+    def ok():
+        try:
+            return body_ok(http_get(pair.upstream, "/64", 3), 64)
+        except (OSError, Bad):
+            return False
+
+    for _ in range(2 if ctx.args.quick else 4):
+        if not ok():
+            raise Bad("not allowed at the start")
+        held = socket.create_connection(("127.0.0.1", pair.upstream), 5)
+        if not body_ok(http_get(0, "/64", 5, held, keep=True), 64):
+            raise Bad("held connection")
+        ended = threading.Event()
+        watcher = threading.Thread(target=watch_end, args=(held, ended, cuts), daemon=True)
+        t0 = now()
+        watcher.start()
+        undo = a.intention(pair.cli, pair.app, "deny")
+        try:
+            while ok():
+                if now() - t0 > 15:
+                    raise Bad("a denied source still gets through after 15 s")
+            deny.append(1e3 * (now() - t0))
+            if ended.wait(3):
+                cuts[-1] = 1e3 * (cuts[-1] - t0)
+        finally:
+            if not ended.is_set():
+                held.shutdown(socket.SHUT_RDWR)
+                watcher.join()
+                cuts[-1] = None
+            held.close()
+            t1 = now()
+            undo()
+        while not ok():
+            if now() - t1 > 15:
+                raise Bad("still refused 15 s after the deny was taken away")
+            time.sleep(0.001)
+        allow.append(1e3 * (now() - t1))
+    out = {"deny_ms": med(deny), "deny_max_ms": max(deny), "allow_ms": med(allow), "open_ones_cut": f"{sum(c is not None for c in cuts)} of {len(cuts)}"}
+    if all(c is not None for c in cuts):
+        out["cut_ms"] = med(cuts)
+    return out
+
+
+def watch_end(held, ended, cuts):
+    """Appends the moment at which a connection that says nothing came to its end."""
+    held.settimeout(30)
+    try:
+        held.recv(1)
+    except OSError:
+        pass
+    cuts.append(now())
+    ended.set()
+
+
+def w8(ctx, peer, pair):
+    r = ctx.run_load(["http", pair.upstream, 1, ctx.t(2), 0, 0], pair)
+    o = http_out(pair, r)
+    return {k: o[k] for k in ("p50_us", "p99_us", "p999_us", "cpu_us_per_req", "steal_pct", "foreign_pct") if k in o}
+
+
+def w8r(ctx, peer, pair):
+    """Open loop at one fixed rate for all peers."""
+    rate = ctx.args.rate
+    r = ctx.run_load(["http", pair.upstream, 64, ctx.t(3), 1024, rate], pair)
+    o = http_out(pair, r)
+    if r["rps"] < 0.97 * rate:
+        raise Bad(f"could not keep {rate}/s: {r['rps']:.0f}/s")
+    return {k: o[k] for k in ("rps", "p50_us", "p99_us", "p999_us", "cpu_us_per_req", "steal_pct", "foreign_pct") if k in o}
+
+
+def w9(ctx, peer, _):
+    """One sidecar that has many upstreams, endpoints and intentions: its start, and its size."""
+    if not isinstance(peer, (ConsulPeer, EnvoyPeer)) or not peer.l4:
+        raise NA("not built for this peer")
+    upstreams, endpoints, intentions = ctx.args.control
+    hub = Hub(ctx, peer, "big", upstreams, endpoints // max(1, upstreams - 1), intentions)
+    try:
+        return {**hub.start(), **hub.settle(ctx.t(4), ctx.t(3))}
+    finally:
+        hub.stop()
+
+
+class Hub:
+    """One service whose sidecar has many upstreams, the last of which is the service itself, so that it can be
+    used. The others have `each` endpoints, none of which is alive."""
+
+    def __init__(self, ctx, peer, label, upstreams, each, intentions):
+        self.ctx, self.peer, self.agent = ctx, peer, peer.agent()
+        self.sid, self.each, self.intentions = peer.name(label), each, intentions
+        self.pair, self.proc = Pair(), None
+        self.pair.agent, self.pair.app, self.pair.cli = self.agent, f"{label}-web", f"{label}-cli"
+        self.pair.public = ctx.ports.take()
+        others = [f"{label}-{each}-{i}" for i in range(upstreams - 1)]
+        self.upstreams = [(name, ctx.ports.take()) for name in [*others, self.pair.app]]
+        self.pair.upstream = self.upstreams[-1][1]
+        self.agent.ensure_instances({name: [(f"127.9.{i % 250}.{k % 250 + 1}", 9000 + k) for k in range(each)] for i, name in enumerate(others)})
+        self.agent.ensure_denials(self.pair.app, intentions)
+        if isinstance(peer, ConsulPeer):
+            self.agent.register(self.pair.app, ctx.origin_port, self.pair.public, self.upstreams, sid=self.sid)
+            self.agent.wait_endpoint(self.pair.app, self.pair.public)
+        else:
+            self.pair.leaf_app, self.pair.dir = self.agent.leaf(self.pair.app), tempfile.mkdtemp(dir=ctx.tmp)
+
+    def argv(self, agent_port=None):
+        if isinstance(self.peer, ConsulPeer):
+            return self.peer.argv(agent_port or self.agent.http, self.sid)
+        return self.peer.big(self.pair, self.each, self.intentions, self.upstreams)
+
+    def start(self, agent_port=None, within=60):
+        """Starts the sidecar; returns the milliseconds to each of its marks."""
+        tls = tls_ctx(self.ctx, self.agent, self.agent.leaf(self.pair.cli))
+        argv = self.argv(agent_port)
+        self.agent_cpu, self.began = cpu(self.agent.proc.pid), now()
+        self.proc = self.ctx.procs.start(argv, f"{self.peer.label}-hub", self.ctx.pin_proxy)
+        marks = {
+            "public_ms": lambda: body_ok(mtls_get(self.pair, tls)[0], 1024),
+            "listen_ms": lambda: not {port for _, port in self.upstreams} - listening(),
+            "traffic_ms": lambda: body_ok(http_get(self.pair.upstream, "/1024", 3), 1024),
+        }
+        out = {}
+        while len(out) < len(marks):
+            alive(self.proc)
+            for mark, reached in marks.items():
+                if mark not in out and (mark != "traffic_ms" or len(out) == 2) and holds(reached):
+                    out[mark] = 1e3 * (now() - self.began)
+            if now() - self.began > within:
+                raise Bad(f"not there after {within} s: {', '.join(set(marks) - set(out))}; {tail(self.proc)}")
+            time.sleep(0.002)
+        return out
+
+    def settle(self, quiet, idle):
+        """What it has cost after `quiet` seconds more, and what it costs idle, measured over `idle` seconds."""
+        time.sleep(quiet)
+        m = mem(self.proc.pid)
+        out = {"rss_MB": m["rss"] / 1e6, "anon_MB": m["anon"] / 1e6, "cpu_ms": 1e3 * cpu(self.proc.pid),
+               "agent_cpu_ms": 1e3 * (cpu(self.agent.proc.pid) - self.agent_cpu)}
+        c0, t0 = cpu(self.proc.pid), now()
+        time.sleep(idle)
+        out["idle_cpu_pct"] = 100 * (cpu(self.proc.pid) - c0) / (now() - t0)
+        out["fds"] = len(os.listdir(f"/proc/{self.proc.pid}/fd"))
+        return out
+
+    def halt(self):
+        if self.proc:
+            self.ctx.procs.stop(self.proc)
+            self.proc = None
+
+    def stop(self):
+        self.halt()
+        if isinstance(self.peer, ConsulPeer):
+            self.agent.put(f"/v1/agent/service/deregister/{self.sid}")
+
+
+def holds(reached):
+    try:
+        return reached()
+    except (OSError, ssl.SSLError, Bad):
+        return False
+
+
+# key -> (title, function, the service protocol by layer; None leaves it to the peer)
+L4, L7 = "l4", "l7"
+WORKS = {
+    "W1": ("bulk TCP, both directions", w1, {L4: "tcp"}),
+    "W2": ("HTTP/1.1 keep-alive, 64 connections, 1 KiB, over L4", w2, {L4: "tcp"}),
+    "W2b": ("HTTP/1.1 keep-alive, 64 connections, 64 KiB, over L4", w2b, {L4: "tcp"}),
+    "W3": ("HTTP/1.1, 64 connections, 1 KiB, L7 (service protocol http)", w2, {L7: "http"}),
+    "W3b": ("gRPC shaped HTTP/2, 16 connections x 4 streams, 1 KiB, L7 (protocol grpc)", w3b, {L7: "grpc"}),
+    "W4": ("connection churn: a new connection per 1 KiB request", w4, {L4: "tcp"}),
+    "W5": ("memory with idle connections, both sidecars together", w5, {L4: None, L7: None}),
+    "W6": ("start-up of the server sidecar: exec to a complete mTLS request", w6, {L4: None, L7: None}),
+    "W7": ("intention deny: PUT to the first refused new connection", w7, {L4: "tcp"}),
+    "W8": ("latency, 1 connection, 0-byte body, closed loop", w8, {L4: "tcp", L7: "http"}),
+    "W8r": ("latency at a fixed rate, open loop, 64 connections, 1 KiB", w8r, {L4: "tcp", L7: "http"}),
+    "W9": ("control-plane scale", w9, {L4: None}),
+}
+FRESH = {"W5", "W6", "W9"}
+MAIN = {"W1": ["GBps", "cpu_s_per_GB", "down_GBps", "up_GBps", "down_cpu_s_per_GB", "up_cpu_s_per_GB"], "W2": ["rps", "p50_us", "p99_us", "p999_us", "cpu_us_per_req"],
+        "W4": ["conn_s", "p50_us", "p99_us", "cpu_ms_per_conn"], "W6": ["cold_ms", "warm_ms", "binary_MB"], "W7": ["deny_ms", "allow_ms", "cut_ms"],
+        "W8": ["p50_us", "added_p50_us", "p99_us", "cpu_us_per_req"], "W9": ["traffic_ms", "rss_MB", "anon_MB", "cpu_ms"]}
+for _k in ("W2b", "W3", "W3b"):
+    MAIN[_k] = MAIN["W2"]
+MAIN["W8r"] = ["p50_us", "added_p50_us", "p99_us", "cpu_us_per_req"]
+HIDE = {"steal_pct", "foreign_pct", "retries", "down_client_s_per_GB", "down_server_s_per_GB", "up_client_s_per_GB", "up_server_s_per_GB"}
+
+
+def applies(work, peer):
+    modes = WORKS[work][2]
+    if peer.kind == "none" or not peer.tls:
+        if work in ("W5", "W6", "W7", "W9"):
+            return None
+        return "grpc" if work == "W3b" else "tcp"
+    if peer.l4 and L4 in modes:
+        return modes[L4] or peer.mode()
+    if peer.l7 and L7 in modes:
+        return modes[L7] or peer.mode()
+    return None
