@@ -22,8 +22,8 @@ pub struct State {
     pub in_flight: AtomicU32,
     /// Connections that HTTP requests share.
     pool: Pool,
-    /// So much may be in flight before others are preferred; grows with each success, so that an instance that is new
-    /// or back is not run over.
+    /// So much may be in flight, times the weight, before others are preferred. It is small and grows with each success
+    /// where an instance comes new to others or is back, so that it is not run over.
     window: AtomicU32,
     pub latency: Latency,
     /// Shut for a while after it could not be reached.
@@ -60,8 +60,8 @@ impl Instance {
     /// long answers take where that differs clearly.
     pub(super) fn beats(&self, other: &Self, by_latency: Option<u64>) -> bool {
         let (mine, others) = (self.load(), other.load());
-        if self.state.is_full(mine) != other.state.is_full(others) {
-            return other.state.is_full(others);
+        if self.is_full(mine) != other.is_full(others) {
+            return other.is_full(others);
         }
         let estimates = by_latency
             .and_then(|now| Some((self.state.latency.estimate(now)?, other.state.latency.estimate(now)?)))
@@ -79,9 +79,18 @@ impl Instance {
     pub(super) fn load(&self) -> u32 {
         self.state.in_flight.load(Ordering::Relaxed)
     }
+
+    fn is_full(&self, in_flight: u32) -> bool {
+        in_flight >= self.state.window.load(Ordering::Relaxed).saturating_mul(self.weight)
+    }
 }
 
 impl State {
+    /// Of an instance that comes to others, which are at work already.
+    pub fn newcomer() -> Self {
+        Self { window: AtomicU32::new(FIRST_WINDOW), ..Self::default() }
+    }
+
     /// An answer of any kind: it can be reached.
     pub fn reached(&self) {
         if self.unreachable.load(Ordering::Relaxed) != 0 {
@@ -143,10 +152,6 @@ impl State {
         self.window.store(FIRST_WINDOW, Ordering::Relaxed);
         self.circuit.open();
     }
-
-    fn is_full(&self, in_flight: u32) -> bool {
-        in_flight >= self.window.load(Ordering::Relaxed)
-    }
 }
 
 impl Default for State {
@@ -154,7 +159,7 @@ impl Default for State {
         Self {
             in_flight: AtomicU32::new(0),
             pool: Pool::default(),
-            window: AtomicU32::new(FIRST_WINDOW),
+            window: AtomicU32::new(UNLIMITED),
             latency: Latency::default(),
             aside: Gate::default(),
             circuit: Gate::default(),
@@ -317,14 +322,13 @@ mod tests {
 
     #[test]
     fn successes_widen_the_window_until_there_is_none() {
-        let state = State::default();
-        assert!(state.is_full(FIRST_WINDOW) && !state.is_full(FIRST_WINDOW - 1));
-        for _ in 0..300 {
-            state.succeeded();
-        }
-        assert!(!state.is_full(1_000_000));
-        state.could_not_be_reached(0, false);
-        state.reached();
-        assert!(state.is_full(FIRST_WINDOW));
+        let address = Address { host: crate::snapshot::Host::Ip([127, 0, 0, 1].into()), port: 1 };
+        let instance = Instance { address, weight: 2, state: Arc::new(State::newcomer()) };
+        assert!(instance.is_full(2 * FIRST_WINDOW) && !instance.is_full(2 * FIRST_WINDOW - 1));
+        (0..300).for_each(|_| instance.state.succeeded());
+        assert!(!instance.is_full(1_000_000));
+        instance.state.could_not_be_reached(0, false);
+        instance.state.reached();
+        assert!(instance.is_full(2 * FIRST_WINDOW));
     }
 }

@@ -30,6 +30,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use self::instance::State;
 use self::limits::Counts;
 use crate::snapshot::{
     Address, Endpoint, Endpoints, HashTable, Limits, PassiveHealthCheck, Policy, Resolver, Target, Upstream,
@@ -166,8 +167,9 @@ impl Balancer {
         }
         let known: HashMap<&Address, &Arc<Instance>> =
             previous.iter().flat_map(|balancer| &balancer.instances).map(|i| (&i.address, i)).collect();
+        let new = || Arc::new(if known.is_empty() { State::default() } else { State::newcomer() });
         let instance = |endpoint: &Endpoint| {
-            let state = known.get(&endpoint.address).map(|known| Arc::clone(&known.state)).unwrap_or_default();
+            let state = known.get(&endpoint.address).map_or_else(new, |known| Arc::clone(&known.state));
             Arc::new(Instance { address: endpoint.address.clone(), weight: endpoint.weight.max(1), state })
         };
         let instances: Vec<Arc<Instance>> = endpoints.usable.iter().map(instance).collect();
