@@ -70,7 +70,7 @@ def test_a_token_can_be_given_by(pair, tmp_path, way):
 def test_a_token_that_the_agent_refuses_ends_the_start_with_a_sentence(pair):
     mesh, server, _ = pair
     without_rights = token_for(mesh)[0]
-    for token in ("00000000-dead-beef-0000-000000000000", without_rights):
+    for token in ("00000000-dead-beef-0000-000000000000", without_rights, token_for(mesh, "something-else")[0]):
         process = mesh.proxy("-proxy-id", server.proxy_id, env={"CONSUL_HTTP_TOKEN": token})
         assert process.wait() == 1
         last = process.err().strip().splitlines()
