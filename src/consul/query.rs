@@ -696,8 +696,17 @@ mod tests {
             agent.touch(ROOTS);
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
+        // Ten at once and then one each 10 ms: roots are of what is followed promptly.
         let asked = agent.requests(ROOTS).len();
-        assert!((40..=65).contains(&asked), "{asked} requests");
+        assert!((400..=515).contains(&asked), "{asked} requests");
+    }
+
+    #[test]
+    fn what_is_less_urgent_is_asked_ten_times_a_second() {
+        let mut bucket = Bucket::new(SPACING);
+        let free = (0..1000).filter(|_| bucket.take() == Duration::ZERO).count();
+        assert_eq!(free, BURST as usize);
+        assert!(bucket.take() > SPACING * 900);
     }
 
     #[tokio::test(start_paused = true)]
