@@ -9,6 +9,7 @@
 //!   blocking query open. It knows nothing about proxying.
 //! * [`tls`] is identity and mutual TLS: SPIFFE ids, credentials, verification.
 //! * [`jwt`] verifies tokens of requests.
+//! * [`access_log`] turns requests that are over into lines, and writes them.
 //! * [`snapshot`] holds what the data plane knows at one instant. Values only: no IO, no clock, no
 //!   randomness. Routing and intention decisions are pure functions here.
 //! * [`control`] is the only writer of snapshots: it gathers the agent's answers and publishes whole ones.
@@ -23,6 +24,7 @@
 //! * Unknown means no: no credentials, no handshake; no decision, no connection; not whole, not ready.
 //! * Every wait has a limit or is raced against [`drain`]. Every task has an owner.
 
+pub mod access_log;
 pub mod app;
 pub mod config;
 pub mod consul;

@@ -8,15 +8,19 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::identity::Identity;
+use super::keys::{Fetched, KeySource};
 use super::query::{ChainQuery, EndpointsQuery, PreparedQuery, Query};
+use super::tokens::Tokens;
 use super::translate::chain::{ChainPlan, Prepared};
 use super::translate::definition::{Definition, Source};
 use super::translate::endpoints::{instances, prepared};
-use super::translate::{Bad, Notes, chain, definition, intention};
+use super::translate::mesh::MeshSettings;
+use super::translate::{Bad, Notes, chain, definition, intention, jwt, mesh};
 use super::upstream::{Instances, Mesh, UpstreamDraft};
+use crate::access_log;
 use crate::consul::api;
 use crate::snapshot::{
-    DefaultPolicy, Intention, Intentions, Protocol, PublicListener, Snapshot, Upstream, UpstreamKey,
+    Bind, DefaultPolicy, Exposed, Intention, Intentions, Protocol, PublicListener, Snapshot, Upstream, UpstreamKey,
 };
 use crate::tls::{self, Credentials};
 
@@ -44,6 +48,9 @@ pub(super) enum Update {
         filtered_by_acls: bool,
     },
     PreparedQuery(PreparedQuery, Box<api::PreparedQueryResult>),
+    Mesh(Option<api::MeshConfig>),
+    JwtProvider(String, Option<Box<api::JwtProvider>>),
+    Keys(KeySource, Fetched),
     /// The query could not be answered; it goes on.
     Failed(Query),
 }
@@ -60,6 +67,9 @@ impl Update {
             Self::Chain(query, _) => Query::Chain(query.clone()),
             Self::Endpoints { query, .. } => Query::Endpoints(query.clone()),
             Self::PreparedQuery(query, _) => Query::PreparedQuery(query.clone()),
+            Self::Mesh(_) => Query::Mesh,
+            Self::JwtProvider(name, _) => Query::JwtProvider(name.clone()),
+            Self::Keys(source, _) => Query::Keys(source.clone()),
             Self::Failed(query) => query.clone(),
         }
     }
@@ -86,8 +96,11 @@ pub(super) struct Draft {
     /// Whether namespaces and partitions may be sent.
     enterprise: bool,
     definition: Option<Definition>,
+    /// `None` until the agent has said whether there is an entry.
+    mesh: Option<MeshSettings>,
     identity: Identity,
     rules: Rules,
+    tokens: Tokens,
     /// Chains and prepared queries, whose instances are beside.
     chains: HashMap<ChainQuery, Arc<ChainPlan>>,
     prepared: HashMap<PreparedQuery, Prepared>,
@@ -97,6 +110,8 @@ pub(super) struct Draft {
     /// that were given out.
     server: Option<(Arc<Credentials>, Protocol, Arc<tls::Server>)>,
     public: Option<Arc<PublicListener>>,
+    exposed: BTreeMap<Bind, Arc<Exposed>>,
+    access_log: Option<Arc<access_log::Settings>>,
     upstreams: BTreeMap<UpstreamKey, UpstreamDraft>,
     /// The upstreams that hang on a query. What nobody hangs on is not wanted.
     users: HashMap<Query, BTreeSet<UpstreamKey>>,
@@ -134,24 +149,31 @@ impl Draft {
     /// A draft for a proxy that is defined by flags.
     pub(super) fn ad_hoc(definition: Definition) -> Self {
         let mut draft = Self::new(None, false);
+        // As Consul's own proxy with flags, which knows no config entries.
+        draft.mesh = Some(MeshSettings::default());
         draft.define(definition);
         draft
     }
 
     /// Without an id, the definition comes from elsewhere and is not asked for.
     fn new(proxy_id: Option<String>, enterprise: bool) -> Self {
-        let first = proxy_id.map(Query::Service).into_iter().chain([Query::Roots]);
+        let registered = proxy_id.map(|id| [Query::Service(id), Query::Mesh]);
+        let first = registered.into_iter().flatten().chain([Query::Roots]);
         Self {
             wants: first.map(Want::Start).collect(),
             enterprise,
             definition: None,
+            mesh: None,
             identity: Identity::default(),
             rules: Rules::default(),
+            tokens: Tokens::default(),
             chains: HashMap::new(),
             prepared: HashMap::new(),
             instances: HashMap::new(),
             server: None,
             public: None,
+            exposed: BTreeMap::new(),
+            access_log: None,
             upstreams: BTreeMap::new(),
             users: HashMap::new(),
             unused: Vec::new(),
@@ -198,6 +220,12 @@ impl Draft {
                 self.endpoints(Query::Endpoints(query), &rows, filtered_by_acls);
             }
             Update::PreparedQuery(query, result) => self.prepared_query(query, &result),
+            Update::Mesh(entry) => self.mesh(entry.as_ref()),
+            Update::JwtProvider(name, entry) => return self.jwt_provider(name, entry.as_deref()),
+            Update::Keys(source, fetched) => {
+                self.tokens.set_keys(source, fetched);
+                self.refresh_tokens();
+            }
             Update::Failed(query) => self.failed(query),
         }
         Ok(())
@@ -253,6 +281,8 @@ impl Draft {
             version: self.last.as_ref().map_or(1, |last| last.version + 1),
             public: self.public.clone(),
             upstreams: self.upstreams.iter().filter_map(built).collect(),
+            exposed: self.exposed.clone(),
+            access_log: self.access_log.clone(),
         };
         if self.last.as_ref().is_some_and(|last| same(last, &next)) {
             return None;
@@ -277,13 +307,14 @@ impl Draft {
     fn whole(&self) -> Option<()> {
         let definition = self.definition.as_ref()?;
         self.identity.credentials()?;
+        self.mesh.as_ref()?;
         (self.rules.built.is_some() || definition.public.is_none()).then_some(())
     }
 
     fn public(&mut self) -> Result<Option<PublicListener>, Bad> {
         let Some(definition) = &self.definition else { return Ok(None) };
         let parts = definition.public.as_ref().zip(self.rules.built.as_ref()).zip(self.identity.credentials());
-        let Some(((plan, intentions), credentials)) = parts else { return Ok(None) };
+        let Some((((plan, intentions), credentials), mesh)) = parts.zip(self.mesh.as_ref()) else { return Ok(None) };
         let made = match &self.server {
             Some((of, protocol, server)) if Arc::ptr_eq(of, credentials) && *protocol == plan.protocol => {
                 Ok(Arc::clone(server))
@@ -312,6 +343,9 @@ impl Draft {
             max_connections: plan.max_connections,
             tls,
             intentions: Arc::clone(intentions),
+            normalization: mesh.normalization,
+            sanitize_forwarded_cert: mesh.sanitize_forwarded_cert,
+            token_providers: Arc::clone(self.tokens.built()),
         }))
     }
 
@@ -334,6 +368,15 @@ impl Draft {
             // Nobody keeps them up to date from here on.
             self.rules = Rules::default();
         }
+        let is_same = |access_log: &Arc<access_log::Settings>| Some(&**access_log) == new.access_log.as_ref();
+        if !self.access_log.as_ref().is_some_and(is_same) {
+            self.access_log = new.access_log.clone().map(Arc::new);
+        }
+        let kept = |exposed: &Exposed| {
+            let before = self.exposed.get(&exposed.bind).filter(|before| ***before == *exposed);
+            before.map_or_else(|| Arc::new(exposed.clone()), Arc::clone)
+        };
+        self.exposed = new.exposed.values().map(|exposed| (exposed.bind.clone(), kept(exposed))).collect();
         self.dirty.public |= old.is_none_or(|old| old.public != new.public || old.service != new.service);
         let gone: Vec<UpstreamKey> =
             self.upstreams.keys().filter(|key| !new.upstreams.contains_key(key)).cloned().collect();
@@ -352,6 +395,7 @@ impl Draft {
         }
         self.sweep();
         self.definition = Some(new);
+        self.want_tokens();
         self.touch(Urgency::Soon);
     }
 
@@ -381,8 +425,56 @@ impl Draft {
         }
         let known = self.rules.list.clone().zip(self.rules.default.clone());
         self.rules.built = known.map(|(list, default)| Arc::new(Intentions::new(list, default)));
+        self.want_tokens();
         self.dirty.public = true;
         self.touch(Urgency::Now);
+    }
+
+    fn mesh(&mut self, entry: Option<&api::MeshConfig>) {
+        let settings = mesh::settings(entry, &mut self.notes);
+        if self.mesh.as_ref() == Some(&settings) {
+            return;
+        }
+        if self.identity.set_policy(settings.tls.clone()) {
+            self.dirty.upstreams.extend(self.upstreams.keys().cloned());
+        }
+        self.mesh = Some(settings);
+        self.dirty.public = true;
+        self.touch(Urgency::Now);
+    }
+
+    /// An entry that cannot be used leaves the last good one in force.
+    fn jwt_provider(&mut self, name: String, entry: Option<&api::JwtProvider>) -> Result<(), Bad> {
+        let plan = entry.map(|entry| jwt::provider(entry, &mut self.notes)).transpose()?;
+        if plan.is_none() {
+            self.notes.push(format!(
+                "an intention requires a token of jwt-provider {name}, which there is none of (or the agent is older \
+                 than 1.16): such requests are denied"
+            ));
+        }
+        let before = self.tokens.queries();
+        self.tokens.set_provider(name, plan);
+        self.ask(before, self.tokens.queries());
+        self.refresh_tokens();
+        Ok(())
+    }
+
+    /// Makes the token providers those that the intentions name. Bytes carry no tokens.
+    fn want_tokens(&mut self) {
+        let http = |definition: &Definition| definition.public.as_ref().is_some_and(|public| public.protocol.is_http());
+        let list = self.rules.list.iter().flatten().filter(|_| self.definition.as_ref().is_some_and(http));
+        let names = list.flat_map(Intention::providers).map(str::to_owned).collect();
+        let before = self.tokens.queries();
+        self.tokens.want(names);
+        self.ask(before, self.tokens.queries());
+        self.refresh_tokens();
+    }
+
+    fn refresh_tokens(&mut self) {
+        if self.tokens.build() {
+            self.dirty.public = true;
+            self.touch(Urgency::Now);
+        }
     }
 
     fn chain(&mut self, query: ChainQuery, wire: &api::CompiledDiscoveryChain) -> Result<(), Bad> {
@@ -534,7 +626,12 @@ fn server_alpn(protocol: Protocol) -> &'static [&'static [u8]] {
 fn same(a: &Snapshot, b: &Snapshot) -> bool {
     let same_upstream =
         |((key_a, a), (key_b, b)): ((_, &Arc<Upstream>), (_, &Arc<Upstream>))| key_a == key_b && Arc::ptr_eq(a, b);
+    let same_exposed =
+        |((key_a, a), (key_b, b)): ((_, &Arc<Exposed>), (_, &Arc<Exposed>))| key_a == key_b && Arc::ptr_eq(a, b);
     a.public.as_ref().map(Arc::as_ptr) == b.public.as_ref().map(Arc::as_ptr)
+        && a.access_log.as_ref().map(Arc::as_ptr) == b.access_log.as_ref().map(Arc::as_ptr)
+        && a.exposed.len() == b.exposed.len()
+        && a.exposed.iter().zip(&b.exposed).all(same_exposed)
         && a.upstreams.len() == b.upstreams.len()
         && a.upstreams.iter().zip(&b.upstreams).all(same_upstream)
 }
@@ -570,6 +667,7 @@ mod tests {
         fn ready(ca: &Ca) -> Self {
             let mut stage = Self::new();
             stage.service(registration(&[]));
+            stage.mesh(None);
             stage.roots(&[ca]).unwrap();
             stage.leaf("web", ca.leaf("web")).unwrap();
             stage.intentions(json!([]));
@@ -599,6 +697,10 @@ mod tests {
 
         fn leaf(&mut self, service: &str, leaf: Value) -> Result<(), Bad> {
             self.apply(Update::Leaf { service: service.into(), leaf: Box::new(read(leaf)) })
+        }
+
+        fn mesh(&mut self, entry: Option<Value>) {
+            self.apply(Update::Mesh(entry.map(read))).unwrap();
         }
 
         fn intentions(&mut self, list: Value) {
@@ -658,8 +760,9 @@ mod tests {
         target.endpoints.usable.iter().map(|endpoint| endpoint.address.to_string()).collect()
     }
 
-    const PUBLIC: [&str; 5] = [
+    const PUBLIC: [&str; 6] = [
         "registration of web-sidecar-proxy",
+        "mesh config entry",
         "CA roots",
         "leaf certificate of web",
         "intentions of web",
@@ -675,7 +778,8 @@ mod tests {
         let ca = Ca::new();
         let mut stage = Stage::new();
         stage.apply(Update::Failed(Query::Roots)).unwrap();
-        stage.wants(&["registration of web-sidecar-proxy", "CA roots"]);
+        stage.wants(&["registration of web-sidecar-proxy", "mesh config entry", "CA roots"]);
+        stage.mesh(None);
         stage.service(registration(&[("db", 9191)]));
         stage.wants(&with_public(&["discovery chain of db"]));
         stage.publishes_nothing();
@@ -713,7 +817,8 @@ mod tests {
         let mut registration = registration(&[("db", 9191)]);
         registration["Port"] = 0.into();
         stage.service(registration);
-        stage.wants(&[PUBLIC[0], PUBLIC[1], PUBLIC[2], "discovery chain of db"]);
+        stage.wants(&[PUBLIC[0], PUBLIC[1], PUBLIC[2], PUBLIC[3], "discovery chain of db"]);
+        stage.mesh(None);
         stage.roots(&[&ca]).unwrap();
         stage.leaf("web", ca.leaf("web")).unwrap();
         assert!(stage.publishes().public.is_none());
@@ -956,6 +1061,7 @@ mod tests {
         stage.wants(&[
             PUBLIC[0],
             PUBLIC[1],
+            PUBLIC[2],
             "leaf certificate of shop",
             "intentions of shop",
             "default policy of shop",
@@ -1038,6 +1144,146 @@ mod tests {
     }
 
     #[test]
+    fn nothing_is_published_before_the_mesh_entry_is_known_and_its_changes_are() {
+        let ca = Ca::new();
+        let mut stage = Stage::new();
+        stage.service(registration(&[("db", 9191)]));
+        stage.roots(&[&ca]).unwrap();
+        stage.leaf("web", ca.leaf("web")).unwrap();
+        stage.intentions(json!([]));
+        stage.default_policy(Action::Deny);
+        stage.publishes_nothing();
+        stage.apply(Update::Failed(Query::Mesh)).unwrap();
+        stage.publishes_nothing();
+        stage.mesh(None);
+        let first = stage.publishes();
+        let public = first.public.as_ref().unwrap();
+        assert!(public.normalization.path && !public.sanitize_forwarded_cert);
+        stage.chain("db", chain(&["db.dc1"])).unwrap();
+        stage.endpoints("db.dc1", &[row("10.0.0.5", 21001)]);
+        let before = stage.publishes();
+
+        // What is about requests leaves TLS alone, and tickets with it.
+        stage.mesh(Some(json!({"HTTP": {"SanitizeXForwardedClientCert": true,
+            "Incoming": {"RequestNormalization": {"MergeSlashes": true}}}})));
+        assert_eq!(stage.draft.urgency(), Some(Urgency::Now));
+        let now = stage.publishes();
+        let public = now.public.as_ref().unwrap();
+        assert!(public.normalization.merge_slashes && public.sanitize_forwarded_cert);
+        assert!(Arc::ptr_eq(&public.tls, &before.public.as_ref().unwrap().tls));
+        assert!(Arc::ptr_eq(&targets(&now, "db")[0], &targets(&before, "db")[0]));
+
+        let tls = json!({"Incoming": {"TLSMinVersion": "TLSv1_3"}, "Outgoing": {"TLSMaxVersion": "TLSv1_2"}});
+        stage.mesh(Some(json!({ "TLS": tls })));
+        let strict = stage.publishes();
+        assert!(!Arc::ptr_eq(&strict.public.as_ref().unwrap().tls, &public.tls));
+        assert!(!Arc::ptr_eq(&targets(&strict, "db")[0].tls, &targets(&now, "db")[0].tls));
+        stage.mesh(Some(json!({ "TLS": tls })));
+        stage.publishes_nothing();
+        // A rotation keeps to it.
+        stage.leaf("web", ca.leaf("web")).unwrap();
+        stage.publishes();
+        stage.mesh(None);
+        stage.publishes();
+    }
+
+    /// A registration that speaks HTTP.
+    fn http_registration() -> Value {
+        let mut service = registration(&[]);
+        service["Proxy"]["Config"] = json!({"protocol": "http"});
+        service
+    }
+
+    fn provider(remote: bool) -> Option<Box<api::JwtProvider>> {
+        let set = if remote {
+            json!({"Remote": {"URI": "https://example.com/keys"}})
+        } else {
+            json!({"Local": {"JWKS": "eyJrZXlzIjpbXX0="}})
+        };
+        Some(Box::new(read(json!({"Name": "okta", "Issuer": "us", "JSONWebKeySet": set}))))
+    }
+
+    #[test]
+    fn token_providers_are_those_that_intentions_name() {
+        let ca = Ca::new();
+        let mut stage = Stage::ready(&ca);
+        stage.service(http_registration());
+        stage.publishes();
+        let jwt = |name: &str| json!({"Providers": [{"Name": name}]});
+        stage.intentions(json!([
+            {"SourceName": "api", "Action": "allow", "JWT": jwt("okta"), "Precedence": 9},
+            {"SourceName": "app", "Permissions": [{"Action": "allow", "JWT": jwt("other")}], "Precedence": 9},
+            {"SourceName": "cat", "Permissions": [{"Action": "deny", "JWT": jwt("okta")}], "Precedence": 9},
+        ]));
+        stage.wants(&with_public(&["jwt-provider okta", "jwt-provider other"]));
+        let names = |snapshot: &Snapshot| {
+            let providers = &snapshot.public.as_ref().unwrap().token_providers;
+            let name = |(name, provider): (&String, &crate::jwt::Provider)| (name.clone(), provider.keys.is_some());
+            providers.0.iter().map(name).collect::<Vec<_>>()
+        };
+        assert_eq!(names(&stage.publishes()), []);
+        let bring = |stage: &mut Stage, name: &str, entry| stage.apply(Update::JwtProvider(name.into(), entry));
+        bring(&mut stage, "okta", provider(false)).unwrap();
+        assert_eq!(stage.draft.urgency(), Some(Urgency::Now));
+        assert_eq!(names(&stage.publishes()), [("okta".into(), true)]);
+        bring(&mut stage, "other", None).unwrap();
+        assert!(stage.draft.notes().iter().any(|note| note.contains("jwt-provider other")));
+        stage.publishes_nothing();
+
+        // Keys that are elsewhere are asked for, and those that came last are kept.
+        bring(&mut stage, "okta", provider(true)).unwrap();
+        stage.wants(&with_public(&["jwt-provider okta", "jwt-provider other", "key set of https://example.com/keys"]));
+        assert_eq!(names(&stage.publishes()), [("okta".into(), false)]);
+        let Query::Keys(source) = stage.draft.tokens.queries().pop().unwrap() else { panic!("no keys are wanted") };
+        let keys = Arc::new(crate::jwt::KeySet::parse(br#"{"keys": []}"#).unwrap());
+        let fetched = || Fetched { keys: Arc::clone(&keys), refetch: crate::jwt::Refetch::default() };
+        stage.apply(Update::Keys(source.clone(), fetched())).unwrap();
+        assert_eq!(names(&stage.publishes()), [("okta".into(), true)]);
+        assert!(bring(&mut stage, "okta", Some(Box::new(read(json!({"Name": "okta"}))))).is_err());
+        stage.publishes_nothing();
+
+        // Gone is gone, and so it is for whoever speaks no HTTP.
+        bring(&mut stage, "okta", None).unwrap();
+        assert_eq!(names(&stage.publishes()), []);
+        bring(&mut stage, "okta", provider(true)).unwrap();
+        stage.publishes();
+        stage.service(registration(&[]));
+        stage.wants(&with_public(&[]));
+        assert_eq!(names(&stage.publishes()), []);
+        bring(&mut stage, "okta", provider(false)).unwrap();
+        stage.apply(Update::Keys(source, fetched())).unwrap();
+        stage.publishes_nothing();
+    }
+
+    #[test]
+    fn exposed_paths_and_access_logs_come_with_the_registration() {
+        let ca = Ca::new();
+        let mut stage = Stage::ready(&ca);
+        let mut service = registration(&[]);
+        let path = |port: u16, path: &str| json!({"ListenerPort": port, "Path": path, "LocalPathPort": 8080});
+        service["Proxy"]["Expose"] = json!({"Paths": [path(21500, "/health"), path(21501, "/metrics")]});
+        service["Proxy"]["AccessLogs"] = json!({"Enabled": true});
+        stage.service(service.clone());
+        let first = stage.publishes();
+        assert_eq!((first.exposed.len(), first.access_log.is_some()), (2, true));
+        service["Proxy"]["Expose"]["Paths"][1]["Path"] = "/stats".into();
+        stage.service(service.clone());
+        let second = stage.publishes();
+        let kept = |bind: &str| {
+            let bind = Bind::Tcp(bind.parse().unwrap());
+            Arc::ptr_eq(&first.exposed[&bind], &second.exposed[&bind])
+        };
+        assert_eq!((kept("0.0.0.0:21500"), kept("0.0.0.0:21501")), (true, false));
+        assert!(Arc::ptr_eq(first.access_log.as_ref().unwrap(), second.access_log.as_ref().unwrap()));
+        service["Proxy"]["AccessLogs"]["Type"] = "stderr".into();
+        stage.service(service);
+        assert_ne!(stage.publishes().access_log, first.access_log);
+        stage.service(registration(&[]));
+        let last = stage.publishes();
+        assert!(last.exposed.is_empty() && last.access_log.is_none());
+    }
+
+    #[test]
     fn no_json_makes_it_panic() {
         let ca = Ca::new();
         let samples = [
@@ -1048,6 +1294,8 @@ mod tests {
             chain(&["db.dc1", "db.dc2"]),
             json!([row("10.0.0.5", 21001), row("db.internal", 21001)]),
             json!({"Service": "db", "Nodes": [row("::1", 1)], "Datacenter": "dc1"}),
+            json!({"TLS": {"Incoming": {"TLSMinVersion": "TLSv1_3", "CipherSuites": ["x"]}}, "HTTP": {"Incoming": {}}}),
+            serde_json::from_str(include_str!("../consul/testdata/1.19-jwt_provider.json")).unwrap(),
         ];
         let mut random = 0x2545_f491_4f6c_dd1d_u64;
         let mut stage = Stage::ready(&ca);
@@ -1073,6 +1321,8 @@ mod tests {
                     rows,
                     filtered_by_acls: false,
                 }),
+                7 => serde_json::from_value(sample).ok().map(Update::Mesh),
+                8 => serde_json::from_value(sample).ok().map(|entry| Update::JwtProvider("okta".into(), entry)),
                 _ => serde_json::from_value(sample).ok().map(|result| {
                     Update::PreparedQuery(PreparedQuery { name: "dbq".into(), datacenter: None }, result)
                 }),

@@ -5,13 +5,14 @@ use std::time::SystemTime;
 
 use super::translate::Bad;
 use crate::consul::api;
-use crate::tls::Credentials;
+use crate::tls::{Credentials, Policy};
 
 #[derive(Debug, Default)]
 pub(super) struct Identity {
     roots: Option<Arc<api::CaRoots>>,
     leaf: Option<Arc<api::Leaf>>,
     good: Option<Good>,
+    policy: Policy,
 }
 
 #[derive(Debug)]
@@ -44,6 +45,17 @@ impl Identity {
         new
     }
 
+    /// Takes what the mesh asks of TLS; says whether that made other credentials of those that we have.
+    pub(super) fn set_policy(&mut self, policy: Policy) -> bool {
+        if self.policy == policy {
+            return false;
+        }
+        self.policy = policy.clone();
+        let Some(good) = &mut self.good else { return false };
+        good.credentials = Arc::new(good.credentials.under(policy));
+        true
+    }
+
     /// Drops all that is bound to the name of our service.
     pub(super) fn forget_service(&mut self) {
         self.leaf = None;
@@ -71,7 +83,8 @@ impl Identity {
             }
             match credentials(&roots, &leaf, service, now) {
                 Ok(credentials) => {
-                    self.good = Some(Good { roots, leaf, credentials: Arc::new(credentials) });
+                    self.good =
+                        Some(Good { roots, leaf, credentials: Arc::new(credentials.under(self.policy.clone())) });
                     return (true, refused);
                 }
                 Err(bad) => refused = refused.and(Err(bad)),

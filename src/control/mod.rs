@@ -7,7 +7,9 @@ mod draft;
 #[cfg(test)]
 mod fixture;
 mod identity;
+mod keys;
 mod query;
+mod tokens;
 mod translate;
 mod upstream;
 
@@ -20,6 +22,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use self::draft::{Draft, Update, Urgency, Want};
+use self::keys::{Keeper, KeySource};
 use self::query::Query;
 use crate::config::Mode;
 use crate::consul::query::{Event, Watch, Watches};
@@ -61,7 +64,8 @@ pub async fn run(
         }
     };
     let (sender, news) = mpsc::channel(NEWS);
-    let control = Control { watches, running: HashMap::new(), sender, draft, registration: Registration::Unknown };
+    let (running, keepers) = (HashMap::new(), HashMap::new());
+    let control = Control { watches, running, keepers, sender, draft, registration: Registration::Unknown };
     control.run(news, publish).await
 }
 
@@ -116,6 +120,8 @@ fn only_sidecar(services: &BTreeMap<String, api::AgentService>, service_id: &str
 struct Control {
     watches: Watches,
     running: HashMap<Query, Watch>,
+    /// Key sets do not come from the agent.
+    keepers: HashMap<KeySource, Keeper>,
     sender: mpsc::Sender<News>,
     draft: Draft,
     registration: Registration,
@@ -233,17 +239,29 @@ impl Control {
     fn ask_for_what_is_wanted(&mut self) {
         for want in self.draft.wants() {
             match want {
+                Want::Start(Query::Keys(source)) => {
+                    let keeper = self.keep(source.clone());
+                    self.keepers.insert(source, keeper);
+                }
+                Want::Stop(Query::Keys(source)) => drop(self.keepers.remove(&source)),
                 Want::Start(query) => {
-                    let watch = self.watch(&query);
-                    self.running.insert(query, watch);
+                    if let Some(watch) = self.watch(&query) {
+                        self.running.insert(query, watch);
+                    }
                 }
                 Want::Stop(query) => drop(self.running.remove(&query)),
             }
         }
     }
 
-    fn watch(&self, query: &Query) -> Watch {
-        match query.clone() {
+    fn keep(&self, source: KeySource) -> Keeper {
+        let named = source.clone();
+        keys::keep(source, self.sender.clone(), move |fetched| News::Update(Update::Keys(named.clone(), fetched)))
+    }
+
+    /// Watches what the agent knows; `None` for what it does not.
+    fn watch(&self, query: &Query) -> Option<Watch> {
+        Some(match query.clone() {
             Query::Service(id) => {
                 self.start(query, consul::Query::agent_service(&id), |answer| Update::Service(Box::new(answer.value)))
             }
@@ -275,7 +293,12 @@ impl Control {
                 let asked = consul::Query::prepared_query(&prepared.name, prepared.datacenter.as_deref());
                 self.start(query, asked, move |answer| Update::PreparedQuery(prepared.clone(), Box::new(answer.value)))
             }
-        }
+            Query::Mesh => self.start(query, consul::Query::mesh_config(), |answer| Update::Mesh(answer.value)),
+            Query::JwtProvider(name) => self.start(query, consul::Query::jwt_provider(&name), move |answer| {
+                Update::JwtProvider(name.clone(), answer.value.map(Box::new))
+            }),
+            Query::Keys(_) => return None,
+        })
     }
 
     fn start<T, F>(&self, query: &Query, asked: consul::Query<T>, update: F) -> Watch

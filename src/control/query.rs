@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use super::keys::KeySource;
+
 pub(super) use crate::consul::{Chain as ChainQuery, Instances as EndpointsQuery};
 
 /// One thing to keep watching. Equal queries are one.
@@ -19,6 +21,12 @@ pub(super) enum Query {
     Chain(ChainQuery),
     Endpoints(EndpointsQuery),
     PreparedQuery(PreparedQuery),
+    /// The config entry of that name.
+    Mesh,
+    /// A config entry, by its name.
+    JwtProvider(String),
+    /// A key set that is not in its config entry; not asked of the agent.
+    Keys(KeySource),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -49,6 +57,9 @@ impl fmt::Display for Query {
                 query.datacenter.iter().try_for_each(|datacenter| write!(f, " in {datacenter}"))
             }
             Self::PreparedQuery(query) => write!(f, "prepared query {}", query.name),
+            Self::Mesh => f.write_str("mesh config entry"),
+            Self::JwtProvider(name) => write!(f, "jwt-provider {name}"),
+            Self::Keys(source) => write!(f, "key set of {source}"),
         }
     }
 }

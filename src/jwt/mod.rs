@@ -16,6 +16,7 @@ use base64::Engine;
 use base64::engine::general_purpose::{URL_SAFE, URL_SAFE_NO_PAD};
 use http::header::{AUTHORIZATION, COOKIE};
 use http::{HeaderMap, HeaderName, HeaderValue};
+use tokio::sync::Notify;
 
 pub use keys::{BadKeySet, KeySet};
 use token::Checks;
@@ -36,11 +37,37 @@ pub struct Provider {
     pub audiences: Vec<String>,
     /// `None` while a remote set was not fetched yet: no token is valid.
     pub keys: Option<Arc<KeySet>>,
+    /// Told of tokens with a key that is not known, where newer keys can be fetched.
+    pub refetch: Option<Refetch>,
     /// Where to look, in order. Empty: [`Location::defaults`].
     pub locations: Vec<Location>,
     pub forwarding: Option<Forwarding>,
     pub clock_skew: Duration,
 }
+
+/// Asks whoever keeps a key set for a newer one. Clones ask the same; only those are equal.
+#[derive(Debug, Clone, Default)]
+pub struct Refetch(Arc<Notify>);
+
+impl Refetch {
+    /// Does not wait. To ask again before it was heard is to ask once.
+    pub fn ask(&self) {
+        self.0.notify_one();
+    }
+
+    /// Ends when somebody has asked since the last time.
+    pub async fn asked(&self) {
+        self.0.notified().await;
+    }
+}
+
+impl PartialEq for Refetch {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for Refetch {}
 
 /// Where a token may be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -126,7 +153,11 @@ impl Provider {
         if tokens.len() > MAX_TOKENS {
             return Err(Refusal::TooMany);
         }
-        let mut claims = tokens.iter().map(|token| checks.verify(token)).collect::<Result<Vec<_>, _>>()?;
+        let claims = tokens.iter().map(|token| checks.verify(token)).collect::<Result<Vec<_>, _>>();
+        if let (Err(Refusal::UnknownKey), Some(refetch)) = (&claims, &self.refetch) {
+            refetch.ask();
+        }
+        let mut claims = claims?;
         let first = tokens.first().ok_or(Refusal::Missing)?;
         let payload = first.split('.').nth(1).unwrap_or_default().to_owned();
         Ok(Token { provider: String::new(), claims: claims.swap_remove(0), payload })
@@ -329,6 +360,7 @@ mod tests {
             issuer: String::new(),
             audiences: Vec::new(),
             keys: Some(Arc::new(keys(list))),
+            refetch: None,
             locations: Vec::new(),
             forwarding: None,
             clock_skew: DEFAULT_CLOCK_SKEW,

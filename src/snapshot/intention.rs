@@ -3,10 +3,11 @@
 use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::fmt;
+use std::time::SystemTime;
 
 use super::permission::{Permission, Subject, Token, TokenRequirement};
 use super::request::RequestView;
-use crate::jwt::Verified;
+use crate::jwt::{Providers, Verified};
 use crate::tls::SpiffeId;
 
 /// Stands for any name, in a source's namespace and name and in a destination.
@@ -125,6 +126,24 @@ impl Intentions {
             Decision::EachRequest(intention) => self.judge(intention, &Subject::new(request, verified)),
             decision => decision,
         }
+    }
+
+    /// Verifies the tokens that matter for one request of such a peer, and decides about it. What is allowed
+    /// goes on with the headers that [`Providers::pass_on`] makes of it.
+    #[must_use]
+    pub fn verify_and_decide(
+        &self,
+        peer: &SpiffeId,
+        request: &RequestView<'_>,
+        providers: &Providers,
+        now: SystemTime,
+    ) -> (Decision<'_>, Verified) {
+        let Decision::EachRequest(intention) = self.decide(peer) else {
+            return (self.decide(peer), Verified::default());
+        };
+        let verified = providers.verify(intention.providers(), request.headers, request.query, now);
+        let decision = self.judge(intention, &Subject::new(request, &verified));
+        (decision, verified)
     }
 
     /// An intention with permissions uses up its source: what none of them matches is left to the default
@@ -353,6 +372,57 @@ mod tests {
         let list = [web, intention("*", "db", DENY, 8)];
         let expected = "left to requests by intention web => db (permissions, precedence 9)";
         assert_eq!(decide(&list, Action::Allow, "web"), expected);
+    }
+
+    #[test]
+    fn tokens_are_verified_of_those_who_need_them() {
+        use std::sync::Arc;
+        use std::time::{Duration, UNIX_EPOCH};
+
+        use aws_lc_rs::hmac;
+        use base64::Engine as _;
+        use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+
+        use crate::jwt::{KeySet, Provider, Refusal};
+        use crate::snapshot::ProviderRequirement;
+
+        let now = UNIX_EPOCH + Duration::from_secs(1000);
+        let signed =
+            format!("{}.{}", URL_SAFE_NO_PAD.encode(r#"{"alg":"HS256"}"#), URL_SAFE_NO_PAD.encode(r#"{"exp":1000}"#));
+        let signature = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, b"secret"), signed.as_bytes());
+        let token = format!("Bearer {signed}.{}", URL_SAFE_NO_PAD.encode(signature));
+        let keys = KeySet::parse(br#"{"keys": [{"kty": "oct", "k": "c2VjcmV0"}]}"#).unwrap();
+        let provider = Provider {
+            issuer: String::new(),
+            audiences: Vec::new(),
+            keys: Some(Arc::new(keys)),
+            refetch: None,
+            locations: Vec::new(),
+            forwarding: None,
+            clock_skew: Duration::from_secs(30),
+        };
+        let known = Providers([("okta".to_owned(), provider)].into());
+        let requirement = ProviderRequirement { name: "okta".to_owned(), claims: Vec::new() };
+        let token_needed = TokenRequirement { providers: vec![requirement] };
+        let web = Intention { token: Some(token_needed), ..intention("web", "db", None, 9) };
+        let default = DefaultPolicy { action: Action::Allow, source: "default policy".to_owned() };
+        let intentions = Intentions::new(vec![web, intention("api", "db", ALLOW, 9)], default);
+        let decide = |name: &str, token: Option<&str>, providers: &Providers, now| {
+            let headers =
+                token.map(|token| (http::header::AUTHORIZATION, token.parse().unwrap())).into_iter().collect();
+            let request = RequestView { method: "GET", path: "/", query: None, authority: "db", headers: &headers };
+            let (decision, verified) = intentions.verify_and_decide(&peer(name), &request, providers, now);
+            let refusal = verified.refusals().next().map(|(_, refusal)| refusal);
+            (matches!(decision, Decision::Allow(_)), refusal)
+        };
+        assert_eq!(decide("web", Some(&token), &known, now), (true, None));
+        assert_eq!(decide("web", None, &known, now), (false, Some(Refusal::Missing)));
+        let late = now + Duration::from_secs(30);
+        assert_eq!(decide("web", Some(&token), &known, late), (false, Some(Refusal::Expired)));
+        let unknown = (false, Some(Refusal::UnknownProvider));
+        assert_eq!(decide("web", Some(&token), &Providers::default(), now), unknown);
+        assert_eq!(decide("api", None, &known, now), (true, None));
+        assert_eq!(decide("api", Some("Bearer rubbish"), &known, now), (true, None));
     }
 
     #[test]

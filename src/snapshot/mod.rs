@@ -4,6 +4,7 @@
 //! keep their `Arc`, so that a reader tells by pointer what a change does not concern.
 
 mod chain;
+mod exposed;
 mod hash;
 mod intention;
 mod path;
@@ -20,6 +21,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use chain::{Chain, Resolver, Target};
+pub use exposed::{Exposed, ExposedPath};
 pub use hash::{
     CookieAttributes, CookieSource, HashPolicy, HashSource, HashTable, LoadBalancer, MAXIMUM_RING, MINIMUM_RING,
     Policy, RequestHash, hash_request,
@@ -34,7 +36,7 @@ pub use route::{
     RetryPolicy, Route, RouteMatch, Routed, Splitter,
 };
 
-use crate::tls;
+use crate::{access_log, jwt, tls};
 
 /// Everything that the data plane needs, as of one version.
 #[derive(Debug, Clone, Default)]
@@ -45,6 +47,10 @@ pub struct Snapshot {
     pub public: Option<Arc<PublicListener>>,
     /// By a key that names the destination and where it is bound: another address is another listener.
     pub upstreams: BTreeMap<UpstreamKey, Arc<Upstream>>,
+    /// Plaintext listeners for single paths of the local app. Whoever reaches them may ask.
+    pub exposed: BTreeMap<Bind, Arc<Exposed>>,
+    /// `None`: requests and connections have no log of their own.
+    pub access_log: Option<Arc<access_log::Settings>>,
 }
 
 /// Where a listener is bound.
@@ -78,6 +84,12 @@ pub struct PublicListener {
     pub max_connections: Option<usize>,
     pub tls: Arc<tls::Server>,
     pub intentions: Arc<Intentions>,
+    /// What requests look like before they are judged, HTTP only.
+    pub normalization: Normalization,
+    /// Whether `x-forwarded-client-cert` is removed rather than added to, HTTP only.
+    pub sanitize_forwarded_cert: bool,
+    /// Those that the intentions name, HTTP only. One that is not here has no valid token.
+    pub token_providers: Arc<jwt::Providers>,
 }
 
 /// Where the local app listens.

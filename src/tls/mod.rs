@@ -5,6 +5,7 @@
 //! ones, and with them go every ticket and cached session: a session never outlives the identity, the
 //! roots or the trust that it was made with.
 
+mod policy;
 mod spiffe;
 mod stream;
 #[cfg(test)]
@@ -24,6 +25,7 @@ use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 
+pub use policy::{Parameters, Policy, Versions, is_known_suite};
 pub use spiffe::{NotAService, SpiffeId};
 pub use stream::{HandshakeError, ReadSide, Scratch, Stream, with_scratch};
 pub use verify::PeerError;
@@ -35,6 +37,7 @@ pub struct Credentials {
     key: Arc<CertifiedKey>,
     roots: Arc<RootCertStore>,
     provider: Arc<CryptoProvider>,
+    policy: Policy,
 }
 
 impl Credentials {
@@ -77,7 +80,14 @@ impl Credentials {
         }
         verify::chains_to(&key.cert, &roots, &provider, now)
             .map_err(|e| Error::new(format!("the leaf certificate does not chain to the mesh's roots: {e}")))?;
-        Ok(Self { id, not_after: peer.not_after, key: Arc::new(key), roots, provider })
+        Ok(Self { id, not_after: peer.not_after, key: Arc::new(key), roots, provider, policy: Policy::default() })
+    }
+
+    /// The same credentials, used as the mesh's policy says.
+    #[must_use]
+    pub fn under(&self, policy: Policy) -> Self {
+        let (key, roots, provider) = (self.key.clone(), self.roots.clone(), self.provider.clone());
+        Self { id: self.id.clone(), not_after: self.not_after, key, roots, provider, policy }
     }
 
     /// Who we are.
@@ -101,8 +111,8 @@ impl Credentials {
         let verifier = WebPkiClientVerifier::builder_with_provider(self.roots.clone(), self.provider.clone())
             .build()
             .map_err(|e| Error::new(format!("the mesh's roots can't verify clients: {e}")))?;
-        let mut config = ServerConfig::builder_with_provider(self.provider.clone())
-            .with_protocol_versions(VERSIONS)
+        let mut config = ServerConfig::builder_with_provider(self.policy.incoming.restrict(&self.provider))
+            .with_protocol_versions(self.policy.incoming.versions.supported())
             .map_err(|e| Error::new(e.to_string()))?
             .with_client_cert_verifier(verifier)
             .with_cert_resolver(Arc::new(SingleCertAndKey::from(self.key.clone())));
@@ -127,8 +137,8 @@ impl Credentials {
     pub fn client(&self, sni: &str, expected: Vec<SpiffeId>, alpn: &[&[u8]]) -> Result<Arc<Client>, Error> {
         let expected: Arc<[SpiffeId]> = expected.into();
         let verifier = verify::ServerIdentity::new(self.roots.clone(), self.provider.clone(), Arc::clone(&expected));
-        let mut config = ClientConfig::builder_with_provider(self.provider.clone())
-            .with_protocol_versions(VERSIONS)
+        let mut config = ClientConfig::builder_with_provider(self.policy.outgoing.restrict(&self.provider))
+            .with_protocol_versions(self.policy.outgoing.versions.supported())
             .map_err(|e| Error::new(e.to_string()))?
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(verifier))
@@ -266,9 +276,6 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
-
-/// TLS 1.3, and 1.2 for Envoy, which as a client stops there unless told otherwise.
-const VERSIONS: &[&rustls::SupportedProtocolVersion] = &[&rustls::version::TLS13, &rustls::version::TLS12];
 
 /// aws-lc-rs with AES-128-GCM first, which is the fastest wherever the CPU has AES, and X25519 before the
 /// hybrid post-quantum group, which costs half a millisecond more for each full handshake.

@@ -261,6 +261,20 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
         }
     }
 
+    /// Version and cipher suite.
+    #[cfg(test)]
+    pub fn agreed(&self) -> (String, String) {
+        let (version, suite) = match &self.session {
+            Session::Client(session) => (session.protocol_version(), session.negotiated_cipher_suite()),
+            Session::Server(session) => (session.protocol_version(), session.negotiated_cipher_suite()),
+        };
+        let name = |suite: rustls::SupportedCipherSuite| suite.suite().as_str().unwrap_or_default().to_owned();
+        (
+            version.and_then(|version| version.as_str()).unwrap_or_default().to_owned(),
+            suite.map(name).unwrap_or_default(),
+        )
+    }
+
     /// How the peer's direction stands.
     pub fn read_side(&self) -> ReadSide {
         self.read

@@ -20,7 +20,15 @@ async fn shake(client: &Client, server: &Server) -> Shaken {
         }
         stream
     };
-    tokio::join!(connect, Stream::accept(far, server.config([])))
+    let accept = async {
+        let mut stream = Stream::accept(far, server.config([])).await;
+        if let Ok(stream) = &mut stream {
+            // A client of TLS 1.2 waits for what is sent last.
+            std::future::poll_fn(|cx| stream.poll_flush(cx)).await.unwrap();
+        }
+        stream
+    };
+    tokio::join!(connect, accept)
 }
 
 fn id(service: &str) -> SpiffeId {
@@ -189,4 +197,40 @@ fn nothing_secret_is_shown() {
     let credentials = ca.credentials("web");
     let shown = format!("{credentials:?} {:?}", credentials.client("x.consul", vec![id("db")], &[]).unwrap());
     assert!(!shown.contains("PRIVATE") && !shown.contains("key"), "{shown}");
+}
+
+#[tokio::test]
+async fn versions_and_suites_are_what_the_mesh_allows() {
+    const AES_256: &str = "TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384";
+    let ca = Ca::new();
+    let side = |versions, suites: &[&str]| Parameters {
+        versions,
+        cipher_suites: suites.iter().map(ToString::to_string).collect(),
+    };
+    let both = || side(Versions::Both, &[]);
+    for (server, client, agreed) in [
+        (both(), both(), Some(("TLSv1_3", "TLS13_AES_128_GCM_SHA256"))),
+        (side(Versions::Tls12, &[]), both(), Some(("TLSv1_2", "TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256"))),
+        (both(), side(Versions::Tls12, &[AES_256]), Some(("TLSv1_2", AES_256))),
+        (side(Versions::Tls12, &[AES_256]), both(), Some(("TLSv1_2", AES_256))),
+        (side(Versions::Both, &[AES_256]), both(), Some(("TLSv1_3", "TLS13_AES_128_GCM_SHA256"))),
+        (side(Versions::Tls13, &[]), side(Versions::Tls12, &[]), None),
+    ] {
+        let policy = |incoming: &Parameters, outgoing: &Parameters| Policy {
+            incoming: incoming.clone(),
+            outgoing: outgoing.clone(),
+        };
+        // What is asked of the other direction must not count.
+        let other = side(Versions::Tls12, &["TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256"]);
+        let far = ca.credentials("db").under(policy(&server, &other)).server(&[]).unwrap();
+        let near = ca.credentials("web").under(policy(&other, &client)).client("x", vec![id("db")], &[]).unwrap();
+        let got = match shake(&near, &far).await {
+            (Ok(near), Ok(_)) => Some(near.agreed()),
+            _ => None,
+        };
+        let agreed = agreed.map(|(version, suite)| (version.to_owned(), suite.to_owned()));
+        assert_eq!(got, agreed, "{server:?} {client:?}");
+    }
+    assert!(is_known_suite(AES_256) && !is_known_suite("TLS_RSA_WITH_AES_128_CBC_SHA"));
+    assert!(!is_known_suite("TLS13_AES_128_GCM_SHA256"));
 }

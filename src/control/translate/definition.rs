@@ -6,11 +6,14 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::opaque::Opaque;
-use super::{Bad, Notes, host, ip, tenancy};
+use super::{Bad, Notes, access_log, host, ip, tenancy};
+use crate::access_log::Settings as AccessLog;
 use crate::config::AdHoc;
 use crate::consul::api;
 use crate::control::query::{ChainQuery, PreparedQuery};
-use crate::snapshot::{Address, Bind, Limits, LocalApp, PassiveHealthCheck, Protocol, UpstreamKey};
+use crate::snapshot::{
+    Address, Bind, Exposed, ExposedPath, Limits, LocalApp, PassiveHealthCheck, Protocol, UpstreamKey,
+};
 
 /// Consul's default for connecting to the local app.
 const LOCAL_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -30,6 +33,8 @@ pub(in crate::control) struct Definition {
     pub(in crate::control) service: String,
     pub(in crate::control) public: Option<PublicPlan>,
     pub(in crate::control) upstreams: BTreeMap<UpstreamKey, UpstreamPlan>,
+    pub(in crate::control) exposed: BTreeMap<Bind, Exposed>,
+    pub(in crate::control) access_log: Option<AccessLog>,
 }
 
 /// The public listener but for credentials and intentions.
@@ -82,13 +87,13 @@ pub(in crate::control) fn registered(
     if proxy.mode == "transparent" {
         notes.push("transparent proxy mode is not supported: only upstreams with a local port or socket work".into());
     }
-    if proxy.expose.checks || !proxy.expose.paths.is_empty() {
-        notes.push("exposed paths are not supported: they have no listener".into());
-    }
+    let public = public(service, proxy, notes);
     Ok(Definition {
         service: proxy.destination_service_name.clone(),
-        public: public(service, proxy, notes),
+        exposed: exposed(service, proxy, public.as_ref(), notes),
+        public,
         upstreams: upstreams(proxy, enterprise, notes),
+        access_log: access_log::settings(proxy.access_logs.as_ref(), notes),
     })
 }
 
@@ -132,7 +137,13 @@ pub(in crate::control) fn ad_hoc(flags: &AdHoc) -> Result<Definition, Bad> {
         };
         (key, plan)
     });
-    Ok(Definition { service: flags.service.clone(), public, upstreams: upstreams.collect() })
+    Ok(Definition {
+        service: flags.service.clone(),
+        public,
+        upstreams: upstreams.collect(),
+        exposed: BTreeMap::new(),
+        access_log: None,
+    })
 }
 
 fn plain_public(bind: Bind, local_app: LocalApp) -> PublicPlan {
@@ -188,6 +199,11 @@ fn public_bind(service: &api::AgentService, config: Opaque<'_>, notes: &mut Note
         }
         None => service.port.get()?,
     };
+    Some(Bind::Tcp(SocketAddr::new(bind_address(service, config, notes), port)))
+}
+
+/// The address of every listener that is not an upstream's.
+fn bind_address(service: &api::AgentService, config: Opaque<'_>, notes: &mut Notes) -> IpAddr {
     let configured = config.text("bind_address", notes).filter(|address| !address.is_empty());
     let address = configured.and_then(|address| {
         let parsed = bind_ip(&address);
@@ -204,8 +220,68 @@ fn public_bind(service: &api::AgentService, config: Opaque<'_>, notes: &mut Note
         }
         parsed
     };
-    let address = address.or_else(registered).unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
-    Some(Bind::Tcp(SocketAddr::new(address, port)))
+    address.or_else(registered).unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED))
+}
+
+/// Listeners for exposed paths, one for each port.
+fn exposed(
+    service: &api::AgentService,
+    proxy: &api::Proxy,
+    public: Option<&PublicPlan>,
+    notes: &mut Notes,
+) -> BTreeMap<Bind, Exposed> {
+    if proxy.expose.checks {
+        notes.push(
+            "Expose.Checks is not supported, as the agent's HTTP API does not tell the paths of checks: list them in \
+             Expose.Paths"
+                .into(),
+        );
+    }
+    if proxy.expose.paths.is_empty() {
+        return BTreeMap::new();
+    }
+    let config = Opaque::new(Some(&proxy.config), "proxy config");
+    let address = bind_address(service, config, notes);
+    let mut listeners = BTreeMap::<Bind, Exposed>::new();
+    for wire in &proxy.expose.paths {
+        let Some((port, path)) = exposed_path(wire, proxy, notes) else { continue };
+        let bind = Bind::Tcp(SocketAddr::new(address, port));
+        if public.is_some_and(|public| public.bind == bind) {
+            notes
+                .push(format!("exposed path {:?}: port {port} is the public listener's, so it is left out", wire.path));
+            continue;
+        }
+        let listener = listeners.entry(bind.clone()).or_insert_with(|| Exposed {
+            bind,
+            paths: BTreeMap::new(),
+            connect_timeout: public.map_or(LOCAL_CONNECT_TIMEOUT, |public| public.local_connect_timeout),
+            request_timeout: public.map_or(Some(LOCAL_REQUEST_TIMEOUT), |public| public.local_request_timeout),
+        });
+        if listener.paths.contains_key(&wire.path) {
+            notes.push(format!("exposed path {:?}: port {port} has it twice, of which the first counts", wire.path));
+        } else {
+            listener.paths.insert(wire.path.clone(), path);
+        }
+    }
+    listeners
+}
+
+fn exposed_path(wire: &api::ExposePath, proxy: &api::Proxy, notes: &mut Notes) -> Option<(u16, ExposedPath)> {
+    let ports = wire.listener_port.get().zip(wire.local_path_port.get());
+    let Some((port, local_port)) = ports.filter(|_| wire.path.starts_with('/')) else {
+        notes.push(format!(
+            "exposed path {:?} lacks a port or does not begin with a slash, so it is left out",
+            wire.path
+        ));
+        return None;
+    };
+    let host = host(&proxy.local_service_address).or_else(|| host("127.0.0.1"))?;
+    let protocol = match Protocol::parse(&wire.protocol) {
+        Protocol::Http2 | Protocol::Grpc => Protocol::Http2,
+        Protocol::Http | Protocol::Tcp => Protocol::Http,
+    };
+    let app = LocalApp::Tcp(Address { host, port: local_port });
+    Some((port, ExposedPath { app, protocol }))
 }
 
 fn local_app(proxy: &api::Proxy, notes: &mut Notes) -> Option<LocalApp> {
@@ -524,6 +600,41 @@ mod tests {
             assert_eq!(public.map(|public| public.local_app), expected, "{proxy}");
             assert_eq!(notes.is_empty(), expected.is_some(), "{proxy}");
         }
+    }
+
+    #[test]
+    fn exposed_paths_are_gathered_by_port() {
+        let exposed = |service: Value, paths: Value| {
+            let (definition, notes) =
+                sidecar(service, json!({"LocalServicePort": 8080, "Expose": {"Paths": paths, "Checks": false}}));
+            let listener = |(bind, exposed): (&Bind, &Exposed)| {
+                let path = |(path, to): (&String, &ExposedPath)| format!("{path} {} {:?}", to.app, to.protocol);
+                (bind.to_string(), exposed.paths.iter().map(path).collect::<Vec<_>>())
+            };
+            (definition.exposed.iter().map(listener).collect::<Vec<_>>(), notes.len())
+        };
+        let path = |port: u16, path: &str, local: u16, protocol: &str| json!({"ListenerPort": port, "Path": path, "LocalPathPort": local, "Protocol": protocol});
+        let on = |port: u16, paths: &[&str]| {
+            (format!("0.0.0.0:{port}"), paths.iter().map(ToString::to_string).collect::<Vec<_>>())
+        };
+        for (paths, expected, noted) in [
+            (json!([]), vec![], 0),
+            (json!([path(1, "/a", 2, "")]), vec![on(1, &["/a 127.0.0.1:2 Http"])], 0),
+            (
+                json!([path(1, "/a", 2, "http"), path(3, "/a", 2, "http"), path(1, "/b", 4, "http2")]),
+                vec![on(1, &["/a 127.0.0.1:2 Http", "/b 127.0.0.1:4 Http2"]), on(3, &["/a 127.0.0.1:2 Http"])],
+                0,
+            ),
+            (json!([path(1, "/a", 2, ""), path(1, "/a", 3, "")]), vec![on(1, &["/a 127.0.0.1:2 Http"])], 1),
+            (json!([path(0, "/a", 2, ""), path(1, "/a", 0, ""), path(1, "a", 2, "")]), vec![], 3),
+            (json!([path(21000, "/a", 2, "")]), vec![], 1),
+        ] {
+            assert_eq!(exposed(json!({"Port": 21000}), paths.clone()), (expected, noted), "{paths}");
+        }
+        let one = json!([path(1, "/a", 2, "")]);
+        assert_eq!(exposed(json!({"Port": 0, "Address": "10.0.0.1"}), one).0[0].0, "10.0.0.1:1");
+        let (definition, notes) = sidecar(json!({}), json!({"LocalServicePort": 1, "Expose": {"Checks": true}}));
+        assert!(definition.exposed.is_empty() && notes.iter().any(|note| note.contains("Expose.Checks")));
     }
 
     #[test]

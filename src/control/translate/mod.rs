@@ -2,10 +2,13 @@
 //!
 //! Everything here is a pure function from what a stranger sent: it refuses or defaults, and never panics.
 
+mod access_log;
 pub(super) mod chain;
 pub(super) mod definition;
 pub(super) mod endpoints;
 pub(super) mod intention;
+pub(super) mod jwt;
+pub(super) mod mesh;
 mod opaque;
 mod permission;
 mod route;

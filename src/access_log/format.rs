@@ -1,0 +1,417 @@
+//! Formats: text or JSON with operators in it, read once and written for each record.
+
+use std::borrow::Cow;
+use std::fmt;
+
+use serde_json::{Map, Value as Json};
+
+use super::Record;
+use super::operator::{Operator, Value};
+use crate::telemetry;
+
+/// How a record becomes a line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Format {
+    shape: Shape,
+    unknown: Vec<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Shape {
+    Text(Pieces),
+    Json(Node),
+}
+
+/// A value of a JSON format.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Node {
+    Object(Vec<(String, Node)>),
+    List(Vec<Node>),
+    Text(Pieces),
+    /// Neither text nor of several parts: written as it is.
+    Fixed(Json),
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Pieces(Vec<Piece>);
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Piece {
+    Literal(String),
+    Operator(Operator),
+    /// One that can't be told here.
+    Unknown,
+}
+
+/// The text is no format.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BadFormat(&'static str);
+
+/// Stands for what is not known, in text.
+const NOTHING: &str = "-";
+
+/// Keys and operators of the format that Consul gives to Envoy where none is configured (1.15 and later).
+const DEFAULT: [(&str, &str); 24] = [
+    ("start_time", "%START_TIME%"),
+    ("route_name", "%ROUTE_NAME%"),
+    ("method", "%REQ(:METHOD)%"),
+    ("path", "%REQ(X-ENVOY-ORIGINAL-PATH?:PATH)%"),
+    ("protocol", "%PROTOCOL%"),
+    ("response_code", "%RESPONSE_CODE%"),
+    ("response_flags", "%RESPONSE_FLAGS%"),
+    ("response_code_details", "%RESPONSE_CODE_DETAILS%"),
+    ("connection_termination_details", "%CONNECTION_TERMINATION_DETAILS%"),
+    ("bytes_received", "%BYTES_RECEIVED%"),
+    ("bytes_sent", "%BYTES_SENT%"),
+    ("duration", "%DURATION%"),
+    ("upstream_service_time", "%RESP(X-ENVOY-UPSTREAM-SERVICE-TIME)%"),
+    ("x_forwarded_for", "%REQ(X-FORWARDED-FOR)%"),
+    ("user_agent", "%REQ(USER-AGENT)%"),
+    ("request_id", "%REQ(X-REQUEST-ID)%"),
+    ("authority", "%REQ(:AUTHORITY)%"),
+    ("upstream_host", "%UPSTREAM_HOST%"),
+    ("upstream_cluster", "%UPSTREAM_CLUSTER%"),
+    ("upstream_local_address", "%UPSTREAM_LOCAL_ADDRESS%"),
+    ("downstream_local_address", "%DOWNSTREAM_LOCAL_ADDRESS%"),
+    ("downstream_remote_address", "%DOWNSTREAM_REMOTE_ADDRESS%"),
+    ("requested_server_name", "%REQUESTED_SERVER_NAME%"),
+    ("upstream_transport_failure_reason", "%UPSTREAM_TRANSPORT_FAILURE_REASON%"),
+];
+
+impl Default for Format {
+    fn default() -> Self {
+        let mut unknown = Vec::new();
+        let nodes = DEFAULT.map(|(key, text)| {
+            let pieces = Pieces::read(text, &mut unknown).unwrap_or_default();
+            (key.to_owned(), Node::Text(pieces))
+        });
+        Self { shape: Shape::Json(Node::Object(nodes.into())), unknown }
+    }
+}
+
+impl Format {
+    /// Reads a text format. A line's end is added where there is none.
+    ///
+    /// # Errors
+    /// When percent signs don't pair up.
+    pub fn text(text: &str) -> Result<Self, BadFormat> {
+        let mut unknown = Vec::new();
+        let pieces = Pieces::read(text.strip_suffix('\n').unwrap_or(text), &mut unknown)?;
+        Ok(Self { shape: Shape::Text(pieces), unknown })
+    }
+
+    /// Reads a JSON format: an object whose texts have operators in them.
+    ///
+    /// # Errors
+    /// When it is not a JSON object, or percent signs don't pair up.
+    pub fn json(json: &str) -> Result<Self, BadFormat> {
+        let object: Map<String, Json> = serde_json::from_str(json).map_err(|_| BadFormat("it is not a JSON object"))?;
+        let mut unknown = Vec::new();
+        let node = Node::read(Json::Object(object), &mut unknown)?;
+        Ok(Self { shape: Shape::Json(node), unknown })
+    }
+
+    /// Operators that can't be told here, and so count as not known.
+    #[must_use]
+    pub fn unknown(&self) -> &[String] {
+        &self.unknown
+    }
+
+    /// The line for a record, with its end and no other: whatever a stranger sent is escaped.
+    #[must_use]
+    pub fn line(&self, record: &Record<'_>) -> String {
+        let mut line = match &self.shape {
+            Shape::Text(pieces) => pieces.text(record, telemetry::escape),
+            Shape::Json(node) => node.value(record).to_string(),
+        };
+        line.push('\n');
+        line
+    }
+}
+
+impl Node {
+    fn read(json: Json, unknown: &mut Vec<String>) -> Result<Self, BadFormat> {
+        Ok(match json {
+            Json::String(text) => Self::Text(Pieces::read(&text, unknown)?),
+            Json::Array(items) => {
+                Self::List(items.into_iter().map(|item| Self::read(item, unknown)).collect::<Result<_, _>>()?)
+            }
+            Json::Object(members) => {
+                let member = |(key, value)| Ok((key, Self::read(value, unknown)?));
+                Self::Object(members.into_iter().map(member).collect::<Result<_, _>>()?)
+            }
+            fixed => Self::Fixed(fixed),
+        })
+    }
+
+    fn value(&self, record: &Record<'_>) -> Json {
+        match self {
+            Self::Object(members) => {
+                members.iter().map(|(key, node)| (key.clone(), node.value(record))).collect::<Map<_, _>>().into()
+            }
+            Self::List(items) => items.iter().map(|node| node.value(record)).collect(),
+            Self::Text(pieces) => pieces.json(record),
+            Self::Fixed(json) => json.clone(),
+        }
+    }
+}
+
+impl Pieces {
+    fn read(text: &str, unknown: &mut Vec<String>) -> Result<Self, BadFormat> {
+        let mut pieces = Vec::new();
+        let mut literal = String::new();
+        let mut rest = text;
+        while let Some((before, after)) = rest.split_once('%') {
+            literal.push_str(before);
+            if let Some(after) = after.strip_prefix('%') {
+                literal.push('%');
+                rest = after;
+                continue;
+            }
+            let end = operator_end(after).ok_or(BadFormat("a percent sign has no other that ends its operator"))?;
+            if !literal.is_empty() {
+                pieces.push(Piece::Literal(std::mem::take(&mut literal)));
+            }
+            let (operator, after) = (&after[..end], &after[end + 1..]);
+            pieces.push(Operator::read(operator).map_or_else(
+                || {
+                    unknown.push(operator.to_owned());
+                    Piece::Unknown
+                },
+                Piece::Operator,
+            ));
+            rest = after;
+        }
+        literal.push_str(rest);
+        if !literal.is_empty() || pieces.is_empty() {
+            pieces.push(Piece::Literal(literal));
+        }
+        Ok(Self(pieces))
+    }
+
+    fn text(&self, record: &Record<'_>, escape: fn(&str) -> Cow<'_, str>) -> String {
+        let mut text = String::with_capacity(256);
+        for piece in &self.0 {
+            match piece.value(record) {
+                Some(Value::Text(value)) if matches!(piece, Piece::Literal(_)) => text.push_str(&value),
+                Some(Value::Text(value)) => text.push_str(&escape(&value)),
+                Some(Value::Number(number)) => text.push_str(&number.to_string()),
+                None => text.push_str(NOTHING),
+            }
+        }
+        text
+    }
+
+    /// A single operator keeps its type.
+    fn json(&self, record: &Record<'_>) -> Json {
+        match &self.0[..] {
+            [piece] => match piece.value(record) {
+                Some(Value::Text(text)) => text.into_owned().into(),
+                Some(Value::Number(number)) => number.into(),
+                None => Json::Null,
+            },
+            _ => self.text(record, |text| Cow::Borrowed(text)).into(),
+        }
+    }
+}
+
+impl Piece {
+    fn value<'a>(&'a self, record: &Record<'a>) -> Option<Value<'a>> {
+        match self {
+            Self::Literal(text) => Some(Value::Text(text.as_str().into())),
+            Self::Operator(operator) => operator.value(record),
+            Self::Unknown => None,
+        }
+    }
+}
+
+/// Where the operator ends that `text` begins with: at the first percent sign that is in no parentheses, as
+/// times have percent signs of their own.
+fn operator_end(text: &str) -> Option<usize> {
+    let mut depth = 0_usize;
+    for (at, byte) in text.bytes().enumerate() {
+        match byte {
+            b'(' => depth += 1,
+            b')' => depth = depth.saturating_sub(1),
+            b'%' if depth == 0 => return Some(at),
+            _ => {}
+        }
+    }
+    None
+}
+
+impl fmt::Display for BadFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0)
+    }
+}
+
+impl std::error::Error for BadFormat {}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, UNIX_EPOCH};
+
+    use http::HeaderMap;
+    use serde_json::json;
+
+    use super::*;
+    use crate::access_log::{Request, Response, Upstream};
+    use crate::tls::SpiffeId;
+
+    fn headers(list: &[(&'static str, &'static str)]) -> HeaderMap {
+        list.iter().map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap())).collect()
+    }
+
+    /// Everything that can be known of a request.
+    fn with_record(act: impl FnOnce(&Record<'_>)) {
+        let request = headers(&[("user-agent", "curl"), ("x-request-id", "abc"), ("x-long", "0123456789")]);
+        let response = headers(&[("x-envoy-upstream-service-time", "7"), ("server", "app")]);
+        let trailers = headers(&[("grpc-status", "5"), ("x-end", "yes")]);
+        let peer = SpiffeId::parse("spiffe://td.consul/ns/default/dc/dc1/svc/web").unwrap();
+        act(&Record {
+            duration: Duration::from_millis(12),
+            request_duration: Some(Duration::from_millis(2)),
+            response_duration: Some(Duration::from_millis(9)),
+            request: Some(Request {
+                protocol: "HTTP/1.1",
+                method: "GET",
+                path: "/a?b=c",
+                authority: "db.local",
+                headers: &request,
+            }),
+            response: Some(Response {
+                code: 200,
+                details: Some("via_upstream".into()),
+                headers: &response,
+                trailers: Some(&trailers),
+            }),
+            bytes_received: 3,
+            bytes_sent: 4,
+            upstream: Some(Upstream {
+                cluster: "local_app".into(),
+                route: Some("main".into()),
+                host: Some("127.0.0.1:8080".into()),
+                local: Some("127.0.0.1:5000".parse().unwrap()),
+                transport_failure: None,
+                attempts: 1,
+            }),
+            downstream_local: Some("10.0.0.1:21000".parse().unwrap()),
+            downstream_remote: Some("[::1]:40000".parse().unwrap()),
+            requested_server_name: Some("db.internal".into()),
+            peer: Some(&peer),
+            ..Record::new(UNIX_EPOCH + Duration::from_millis(1500))
+        });
+    }
+
+    /// Texts as formats, and what they become with everything known, and with nothing.
+    #[test]
+    fn operators_stand_for_what_envoy_has_them_stand_for() {
+        const CASES: [(&str, &str, &str); 40] = [
+            ("plain 100%%", "plain 100%", "plain 100%"),
+            ("%START_TIME%", "1970-01-01T00:00:01.500Z", "1970-01-01T00:00:00.000Z"),
+            ("%START_TIME(%s.%3f)% x", "1.500 x", "0.000 x"),
+            ("%REQ(:METHOD)% %REQ(X-ENVOY-ORIGINAL-PATH?:PATH)%", "GET /a?b=c", "- -"),
+            ("%REQ_WITHOUT_QUERY(:PATH)%", "/a", "-"),
+            ("%REQ(HOST)% %REQ(:authority)%", "db.local db.local", "- -"),
+            ("%REQ(X-NONE?USER-AGENT)%", "curl", "-"),
+            ("%REQ(X-LONG):4%|%REQ(x-long):40%", "0123|0123456789", "-|-"),
+            ("%REQ(X-NONE)%", "-", "-"),
+            ("%RESP(SERVER)% %RESP(:STATUS)%", "app 200", "- -"),
+            ("%TRAILER(X-END)%", "yes", "-"),
+            ("%GRPC_STATUS% %GRPC_STATUS(CAMEL_STRING)% %GRPC_STATUS_NUMBER%", "NotFound NotFound 5", "- - -"),
+            ("%PROTOCOL%", "HTTP/1.1", "-"),
+            ("%RESPONSE_CODE%", "200", "0"),
+            ("%RESPONSE_CODE_DETAILS%", "via_upstream", "-"),
+            ("%RESPONSE_FLAGS%", "-", "-"),
+            ("%CONNECTION_TERMINATION_DETAILS%", "-", "-"),
+            ("%BYTES_RECEIVED%/%BYTES_SENT%", "3/4", "0/0"),
+            ("%DURATION% %REQUEST_DURATION% %RESPONSE_DURATION% %RESPONSE_TX_DURATION%", "12 2 9 3", "0 - - -"),
+            ("%ROUTE_NAME%", "main", "-"),
+            ("%UPSTREAM_HOST% %UPSTREAM_REMOTE_ADDRESS%", "127.0.0.1:8080 127.0.0.1:8080", "- -"),
+            ("%UPSTREAM_CLUSTER%", "local_app", "-"),
+            ("%UPSTREAM_LOCAL_ADDRESS%", "127.0.0.1:5000", "-"),
+            ("%UPSTREAM_TRANSPORT_FAILURE_REASON%", "-", "-"),
+            ("%UPSTREAM_REQUEST_ATTEMPT_COUNT%", "1", "0"),
+            ("%DOWNSTREAM_LOCAL_ADDRESS%", "10.0.0.1:21000", "-"),
+            ("%DOWNSTREAM_LOCAL_ADDRESS_WITHOUT_PORT% %DOWNSTREAM_LOCAL_PORT%", "10.0.0.1 21000", "- -"),
+            ("%DOWNSTREAM_REMOTE_ADDRESS%", "[::1]:40000", "-"),
+            ("%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT% %DOWNSTREAM_REMOTE_PORT%", "::1 40000", "- -"),
+            ("%DOWNSTREAM_DIRECT_REMOTE_ADDRESS%", "[::1]:40000", "-"),
+            ("%REQUESTED_SERVER_NAME%", "db.internal", "-"),
+            ("%REQUESTED_SERVER_NAME:2%", "db", "-"),
+            ("%DOWNSTREAM_PEER_URI_SAN%", "spiffe://td.consul/ns/default/dc/dc1/svc/web", "-"),
+            ("%DYNAMIC_METADATA(consul:service)% %DYNAMIC_METADATA(consul:datacenter)%", "web dc1", "- -"),
+            ("%DYNAMIC_METADATA(consul:trust-domain)%", "td.consul", "-"),
+            ("%HOSTNAME% %REQ% %REQ(%", "- - ", ""),
+            ("%NO_SUCH(x):3%", "-", "-"),
+            ("%DYNAMIC_METADATA(other:x)%", "-", "-"),
+            ("", "", ""),
+            ("ends\n", "ends", "ends"),
+        ];
+        let nothing = Record::new(UNIX_EPOCH);
+        with_record(|record| {
+            for (text, full, empty) in CASES {
+                match Format::text(text) {
+                    Ok(format) => {
+                        assert_eq!(format.line(record), format!("{full}\n"), "{text}");
+                        assert_eq!(format.line(&nothing), format!("{empty}\n"), "{text}");
+                    }
+                    Err(_) => assert!(text.ends_with("(%"), "{text}"),
+                }
+            }
+        });
+    }
+
+    #[test]
+    fn the_default_is_consuls() {
+        let format = Format::default();
+        assert!(format.unknown().is_empty());
+        let line = |record: &Record<'_>| serde_json::from_str::<Json>(&format.line(record)).unwrap();
+        with_record(|record| {
+            let expected = json!({
+                "start_time": "1970-01-01T00:00:01.500Z", "route_name": "main", "method": "GET", "path": "/a?b=c",
+                "protocol": "HTTP/1.1", "response_code": 200, "response_flags": null,
+                "response_code_details": "via_upstream", "connection_termination_details": null, "bytes_received": 3,
+                "bytes_sent": 4, "duration": 12, "upstream_service_time": "7", "x_forwarded_for": null,
+                "user_agent": "curl", "request_id": "abc", "authority": "db.local", "upstream_host": "127.0.0.1:8080",
+                "upstream_cluster": "local_app", "upstream_local_address": "127.0.0.1:5000",
+                "downstream_local_address": "10.0.0.1:21000", "downstream_remote_address": "[::1]:40000",
+                "requested_server_name": "db.internal", "upstream_transport_failure_reason": null,
+            });
+            assert_eq!(line(record), expected);
+        });
+    }
+
+    #[test]
+    fn json_formats_keep_their_shape_and_the_types_of_lone_operators() {
+        let json = r#"{"n": "%BYTES_SENT%", "t": "%BYTES_SENT% b, %REQ(X-NONE)%", "none": "%REQ(X-NONE)%", "one": 1,
+            "deep": {"list": ["%PROTOCOL%", null, "%%"]}, "odd": "%HOSTNAME%"}"#;
+        let format = Format::json(json).unwrap();
+        assert_eq!(format.unknown(), ["HOSTNAME"]);
+        with_record(|record| {
+            let line: Json = serde_json::from_str(&format.line(record)).unwrap();
+            let deep = json!({"list": ["HTTP/1.1", null, "%"]});
+            assert_eq!(line, json!({"n": 4, "t": "4 b, -", "none": null, "one": 1, "deep": deep, "odd": null}));
+        });
+        for bad in ["", "[]", "\"x\"", "{", r#"{"a": "%b"}"#] {
+            assert!(Format::json(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_stranger_cannot_write_lines() {
+        let hostile: HeaderMap =
+            [("x-a".parse().unwrap(), http::HeaderValue::from_bytes(b"a\tb\xff\xc2\x85\"").unwrap())]
+                .into_iter()
+                .collect();
+        let request =
+            Request { protocol: "HTTP/2", method: "GET", path: "/\u{2028}", authority: "", headers: &hostile };
+        let record = Record { request: Some(request), ..Record::new(UNIX_EPOCH) };
+        let text = Format::text("%REQ(x-a)% %REQ(:PATH)%").unwrap().line(&record);
+        assert_eq!(text, "a\\tb\u{fffd}\\u{85}\" /\\u{2028}\n");
+        let json = Format::json(r#"{"a": "%REQ(x-a)%"}"#).unwrap().line(&record);
+        assert_eq!(json.matches('\n').count(), 1);
+        assert_eq!(serde_json::from_str::<Json>(&json).unwrap()["a"], "a\tb\u{fffd}\u{85}\"");
+    }
+}
