@@ -138,8 +138,9 @@ impl Intentions {
         providers: &Providers,
         now: SystemTime,
     ) -> (Decision<'_>, Verified) {
-        let Decision::EachRequest(intention) = self.decide(peer) else {
-            return (self.decide(peer), Verified::default());
+        let intention = match self.decide(peer) {
+            Decision::EachRequest(intention) => intention,
+            decision => return (decision, Verified::default()),
         };
         let verified = providers.verify(intention.providers(), request.headers, request.query, now);
         let decision = self.judge(intention, &Subject::new(request, &verified));

@@ -3,6 +3,7 @@
 use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use http::{HeaderValue, Request, Response, StatusCode};
 use hyper::body::Incoming;
@@ -21,7 +22,7 @@ use crate::jwt::Verified;
 use crate::proxy::listener::Live;
 use crate::proxy::record::Shown;
 use crate::proxy::socket::Socket;
-use crate::snapshot::{Decision, Failure, LocalApp, Normalization, Protocol, PublicListener};
+use crate::snapshot::{Decision, Failure, LocalApp, Protocol, PublicListener};
 use crate::tls::{SpiffeId, Stream};
 
 /// One connection from the mesh.
@@ -66,9 +67,10 @@ impl Inbound {
     ) -> Result<Response<Body>, Refusal> {
         let client = request.extensions_mut().remove::<OnUpgrade>();
         let (parts, body) = request.into_parts();
-        let mut head = Head::check(parts, &Normalization::default())?;
-        self.decide(listener, &head, &Verified::default())?;
-        self.annotate(listener.protocol, &mut head);
+        let mut head = Head::check(parts, &listener.normalization)?;
+        let verified = self.decide(listener, &head)?;
+        head.pass_tokens_on(&listener.token_providers, &verified);
+        self.annotate(listener, &mut head);
         let exchange = Exchange { listener, app: &self.app };
         let upgrades = head.upgrade.is_some() && client.is_some() && listener.protocol == Protocol::Http;
         if !upgrades {
@@ -87,20 +89,26 @@ impl Inbound {
         }
     }
 
-    fn decide(&self, listener: &PublicListener, head: &Head, verified: &Verified) -> Result<(), Refusal> {
-        match listener.intentions.decide_request(&self.peer, &head.view(), verified) {
-            Decision::Allow(_) => Ok(()),
-            Decision::Deny(decider) => Err(Refusal::new(Kind::Denied, decider.to_string())),
+    fn decide(&self, listener: &PublicListener, head: &Head) -> Result<Verified, Refusal> {
+        let providers = &listener.token_providers;
+        let now = SystemTime::now();
+        let (decision, verified) = listener.intentions.verify_and_decide(&self.peer, &head.view(), providers, now);
+        match decision {
+            Decision::Allow(_) => Ok(verified),
+            Decision::Deny(decider) => {
+                let tokens = verified.refusals().map(|(provider, refusal)| format!("; token of {provider}: {refusal}"));
+                Err(Refusal::new(Kind::Denied, format!("{decider}{}", tokens.collect::<String>())))
+            }
             // Requests are judged by what it asks of each.
             Decision::EachRequest(intention) => Err(Refusal::new(Kind::Denied, format!("{intention} was not judged"))),
         }
     }
 
-    fn annotate(&self, protocol: Protocol, head: &mut Head) {
+    fn annotate(&self, listener: &PublicListener, head: &mut Head) {
         message::annotate(&mut head.headers);
         // As Consul configures Envoy: gRPC services get none.
         match &self.certificate {
-            Some(element) if protocol != Protocol::Grpc => {
+            Some(element) if listener.protocol != Protocol::Grpc && !listener.sanitize_forwarded_cert => {
                 message::append_element(&mut head.headers, &X_FORWARDED_CLIENT_CERT, element);
             }
             _ => drop(head.headers.remove(X_FORWARDED_CLIENT_CERT)),

@@ -1,6 +1,8 @@
 //! Requests and responses on their way from one hop to the next: what is checked, what stays behind, and the
 //! form that each version of HTTP wants.
 
+use std::borrow::Cow;
+
 use bytes::Bytes;
 use http::header::{
     CONNECTION, COOKIE, HOST, HeaderName, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE,
@@ -12,6 +14,7 @@ use http::{HeaderMap, HeaderValue, Method, Request, Uri, Version};
 use super::body::Body;
 use super::pool;
 use super::reply::{Kind, Refusal};
+use crate::jwt::{Providers, Verified};
 use crate::snapshot::{NormalPath, Normalization, RequestView};
 
 pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -52,8 +55,8 @@ impl Head {
         let bad = |cause| Refusal::new(Kind::BadRequest, cause);
         let path = uri.into_parts().path_and_query.ok_or_else(|| bad("the request has no path"))?;
         let path = match normalization.path(path.as_str()) {
-            Ok(NormalPath::Forward(std::borrow::Cow::Borrowed(_))) => path,
-            Ok(NormalPath::Forward(std::borrow::Cow::Owned(normal))) => {
+            Ok(NormalPath::Forward(Cow::Borrowed(_))) => path,
+            Ok(NormalPath::Forward(Cow::Owned(normal))) => {
                 PathAndQuery::try_from(normal).map_err(|_| bad("the path can't be normalised"))?
             }
             Ok(NormalPath::Redirect(location)) => return Err(Refusal::new(Kind::Redirect, location)),
@@ -72,6 +75,19 @@ impl Head {
             query: self.path.query(),
             authority: self.authority.as_ref().and_then(|authority| authority.to_str().ok()).unwrap_or_default(),
             headers: &self.headers,
+        }
+    }
+
+    /// Takes out the tokens that the app is not to see, and adds what it is to know of them.
+    pub fn pass_tokens_on(&mut self, providers: &Providers, verified: &Verified) {
+        providers.pass_on(verified, &mut self.headers);
+        let Some(query) = self.path.query() else { return };
+        if let Cow::Owned(rest) = providers.query_for_app(verified, query) {
+            let mark = if rest.is_empty() { "" } else { "?" };
+            // Parts of what was a path and a query make another.
+            if let Ok(path) = PathAndQuery::try_from(format!("{}{mark}{rest}", self.path.path())) {
+                self.path = path;
+            }
         }
     }
 
