@@ -74,6 +74,10 @@ pub(super) fn bind(text: &str, unnamed: Ipv4Addr) -> anyhow::Result<SocketAddr> 
     if let Ok(ip) = host.parse::<IpAddr>() {
         return Ok((ip, port).into());
     }
+    // Known without being looked up (RFC 6761), also where no file says so.
+    if host.eq_ignore_ascii_case("localhost") {
+        return Ok((Ipv4Addr::LOCALHOST, port).into());
+    }
     let found = Some((host, port)).filter(|_| is_host(host)).and_then(|named| named.to_socket_addrs().ok());
     let found: Vec<_> = found.into_iter().flatten().collect();
     let first = found.iter().find(|address| address.is_ipv4()).or_else(|| found.first());
