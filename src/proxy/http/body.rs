@@ -4,7 +4,7 @@ use std::error::Error;
 use std::fmt;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -98,6 +98,7 @@ impl fmt::Display for Broken {
             Self::Source(error) => error.fmt(f),
             Self::TimedOut(Expired::Whole) => f.write_str("the time for the whole response is over"),
             Self::TimedOut(Expired::Idle) => f.write_str("nothing moved for the idle time"),
+            Self::TimedOut(Expired::Upload) => f.write_str("the request's body broke off"),
             Self::Superseded => f.write_str("the request is sent elsewhere"),
         }
     }
@@ -174,6 +175,8 @@ struct Shared {
     whole: bool,
     /// The source broke off: the client is gone, or what it sent is no HTTP.
     broken: bool,
+    /// Whoever wants to know when it breaks off.
+    waits: Option<Waker>,
     turn: u32,
     /// When a frame last came.
     moved: Option<Instant>,
@@ -198,6 +201,7 @@ impl Upload {
             ended: false,
             whole: true,
             broken: false,
+            waits: None,
             turn: 0,
             moved: None,
         }));
@@ -229,6 +233,9 @@ impl Upload {
             }
             Some(Err(error)) => {
                 shared.broken = true;
+                if let Some(waker) = shared.waits.take() {
+                    waker.wake();
+                }
                 Some(Err(Broken::Source(error)))
             }
             Some(Ok(frame)) => {
@@ -299,6 +306,19 @@ impl UploadState {
         lock(&self.0).broken
     }
 
+    /// Ready once it broke off.
+    fn poll_broken(&self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut shared = lock(&self.0);
+        if shared.broken {
+            return Poll::Ready(());
+        }
+        match &mut shared.waits {
+            Some(waker) => waker.clone_from(cx.waker()),
+            none => *none = Some(cx.waker().clone()),
+        }
+        Poll::Pending
+    }
+
     fn moved(&self) -> Option<Instant> {
         lock(&self.0).moved
     }
@@ -308,37 +328,36 @@ fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
     shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// How long an exchange is waited for: one timer for all of its limits.
+/// How long an exchange is waited for: one timer for all of its limits, and an eye on its upload.
 pub struct Patience {
-    sleep: Pin<Box<Sleep>>,
+    sleep: Option<Pin<Box<Sleep>>>,
     whole: Option<Instant>,
     idle: Option<Duration>,
     moved: Instant,
     upload: Option<UploadState>,
 }
 
+/// Why an exchange is not waited for any longer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Expired {
     /// The time for the whole exchange.
     Whole,
     /// The time in which nothing moved.
     Idle,
+    /// The client's body broke off.
+    Upload,
 }
 
 impl Patience {
-    /// `None`: there is no limit.
+    /// `None` is no limit.
     #[must_use]
-    pub fn new(whole: Option<Duration>, idle: Option<Duration>) -> Option<Self> {
+    pub fn new(whole: Option<Duration>, idle: Option<Duration>, upload: Option<&UploadState>) -> Self {
         let now = Instant::now();
         // A time too long to be counted is no limit.
         let whole = whole.and_then(|whole| now.checked_add(whole));
-        let first = whole.into_iter().chain(idle.and_then(|idle| now.checked_add(idle))).min()?;
-        Some(Self { sleep: Box::pin(sleep_until(first)), whole, idle, moved: now, upload: None })
-    }
-
-    /// Counts what moves in the upload as well.
-    pub fn watch(&mut self, upload: &UploadState) {
-        self.upload = Some(upload.clone());
+        let first = whole.into_iter().chain(idle.and_then(|idle| now.checked_add(idle))).min();
+        let sleep = first.map(|first| Box::pin(sleep_until(first)));
+        Self { sleep, whole, idle, moved: now, upload: upload.cloned() }
     }
 
     fn moved(&mut self) {
@@ -348,8 +367,14 @@ impl Patience {
     }
 
     pub fn poll_expired(&mut self, cx: &mut Context<'_>) -> Poll<Expired> {
+        if let Some(upload) = &self.upload
+            && upload.poll_broken(cx).is_ready()
+        {
+            return Poll::Ready(Expired::Upload);
+        }
+        let Some(sleep) = &mut self.sleep else { return Poll::Pending };
         loop {
-            ready!(self.sleep.as_mut().poll(cx));
+            ready!(sleep.as_mut().poll(cx));
             let now = Instant::now();
             if self.whole.is_some_and(|whole| whole <= now) {
                 return Poll::Ready(Expired::Whole);
@@ -361,7 +386,18 @@ impl Patience {
             }
             let next = self.whole.into_iter().chain(idle).min();
             let Some(next) = next else { return Poll::Pending };
-            self.sleep.as_mut().reset(next);
+            sleep.as_mut().reset(next);
         }
     }
+}
+
+/// The body of a request, and a hold on it if there is anything in it.
+#[must_use]
+pub fn upload(body: Incoming) -> (Body, Option<UploadState>) {
+    use http_body::Body as _;
+    if body.is_end_stream() {
+        return (Body::empty(), None);
+    }
+    let (upload, state) = Upload::new(body);
+    (Body::upload(upload), Some(state))
 }

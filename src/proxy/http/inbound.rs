@@ -11,7 +11,7 @@ use hyper::upgrade::OnUpgrade;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-use super::body::{Body, Patience, Rest};
+use super::body::{self, Body, Patience, Rest};
 use super::message::{self, Head, X_FORWARDED_CLIENT_CERT};
 use super::pool::{Dialled, Lent, MadeFor, Pool, Version};
 use super::reply::{Kind, Refusal, is_grpc};
@@ -135,9 +135,10 @@ struct Exchange<'a> {
 }
 
 impl Exchange<'_> {
-    async fn run(&self, head: Head, body: Incoming) -> Result<(Response<Incoming>, Rest), Refusal> {
-        let mut patience = Patience::new(self.listener.local_request_timeout, self.listener.local_idle_timeout);
-        let (mut head, mut body) = (head, Body::stream(body));
+    async fn run(&self, mut head: Head, body: Incoming) -> Result<(Response<Incoming>, Rest), Refusal> {
+        let (mut body, upload) = body::upload(body);
+        let limits = (self.listener.local_request_timeout, self.listener.local_idle_timeout);
+        let mut patience = Patience::new(limits.0, limits.1, upload.as_ref());
         for _ in 0..TRIES {
             let lent = self.connection(head.upgrade.is_some()).await?;
             let authority = head.authority.clone();
@@ -147,7 +148,7 @@ impl Exchange<'_> {
             match within(&mut patience, lent.send(request)).await? {
                 Ok((response, held)) => {
                     let mut rest = Rest::new(held, None);
-                    rest.patience = patience;
+                    rest.patience = Some(patience);
                     return Ok((response, rest));
                 }
                 Err(mut failed) => match (failed.request.take(), again) {
@@ -199,16 +200,13 @@ impl Exchange<'_> {
 }
 
 /// Waits for `act` as long as there is patience.
-pub async fn within<F: Future>(patience: &mut Option<Patience>, act: F) -> Result<F::Output, Refusal> {
+pub async fn within<F: Future>(patience: &mut Patience, act: F) -> Result<F::Output, Refusal> {
     let mut act = std::pin::pin!(act);
     poll_fn(|cx| {
         if let std::task::Poll::Ready(done) = act.as_mut().poll(cx) {
             return std::task::Poll::Ready(Ok(done));
         }
-        match patience {
-            Some(patience) => patience.poll_expired(cx).map(|expired| Err(expired.into())),
-            None => std::task::Poll::Pending,
-        }
+        patience.poll_expired(cx).map(|expired| Err(expired.into()))
     })
     .await
 }

@@ -225,6 +225,11 @@ fn upgrade(version: Version, headers: &HeaderMap) -> Option<HeaderValue> {
     (named && !wanted.as_bytes().eq_ignore_ascii_case(b"h2c")).then(|| wanted.clone())
 }
 
+/// Whether something other than HTTP may follow the request.
+pub fn leaves_http<B>(request: &Request<B>) -> bool {
+    request.headers().get_all(UPGRADE).iter().any(|upgrade| !upgrade.as_bytes().eq_ignore_ascii_case(b"h2c"))
+}
+
 /// What the `connection` header lists.
 fn options(headers: &HeaderMap) -> impl Iterator<Item = &[u8]> {
     let lines = headers.get_all(CONNECTION).iter().map(HeaderValue::as_bytes);

@@ -11,7 +11,7 @@ use hyper::upgrade::OnUpgrade;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 
-use super::body::{Body, Patience, Rest, Upload, UploadState};
+use super::body::{self, Body, Patience, Rest, UploadState};
 use super::inbound::within;
 use super::message::{self, Head, X_FORWARDED_CLIENT_CERT};
 use super::pool::{Dialled, Failed, Lent, MadeFor, Pool, Version};
@@ -151,25 +151,17 @@ impl<'a> Exchange<'a> {
     }
 
     async fn run(mut self, mut head: Head, body: Incoming) -> Result<(Response<Incoming>, Rest), Refusal> {
-        use http_body::Body as _;
         self.plan.balancers.budget.request(self.clock.now());
-        let mut patience = Patience::new(self.routed.request_timeout, self.routed.idle_timeout);
-        let (mut body, upload) = if body.is_end_stream() {
-            (Body::empty(), None)
-        } else {
-            let (upload, state) = Upload::new(body);
-            if let Some(patience) = &mut patience {
-                patience.watch(&state);
-            }
-            (Body::upload(upload), Some(state))
-        };
+        let (mut body, upload) = body::upload(body);
+        let limits = (self.routed.request_timeout, self.routed.idle_timeout);
+        let mut patience = Patience::new(limits.0, limits.1, upload.as_ref());
         loop {
             let chosen = self.choose()?;
             let connected = self.connection(&chosen, head.upgrade.is_some());
             match within(&mut patience, connected).await? {
                 Ok(lent) => match self.send(chosen, lent, head, body, upload.as_ref(), &mut patience).await? {
                     Tried::Response(response, mut rest) => {
-                        rest.patience = patience;
+                        rest.patience = Some(patience);
                         return Ok((response, rest));
                     }
                     Tried::Again(again, rest) => (head, body) = (again, rest),
@@ -259,7 +251,7 @@ impl<'a> Exchange<'a> {
         head: Head,
         body: Body,
         upload: Option<&UploadState>,
-        patience: &mut Option<Patience>,
+        patience: &mut Patience,
     ) -> Result<Tried, Refusal> {
         let Chosen { picked, permit, .. } = chosen;
         let authority = head.authority.clone();
@@ -287,7 +279,10 @@ impl<'a> Exchange<'a> {
             }
             Ok(Err(failed)) => self.after_failure(picked, failed, again, authority, reused).await,
             Err(expired) => {
-                drop(picked.report(Outcome::Reset, latency, now));
+                // What the client broke off says nothing of the instance.
+                if expired.kind != Kind::BadRequest {
+                    picked.report(Outcome::Reset, latency, now);
+                }
                 Err(expired)
             }
         }

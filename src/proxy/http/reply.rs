@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use http::header::{CONTENT_TYPE, HeaderName, LOCATION};
+use http::header::{CONNECTION, CONTENT_TYPE, HeaderName, LOCATION};
 use http::{HeaderMap, HeaderValue, Response, StatusCode};
 
 use super::body::{Body, Expired};
@@ -86,6 +86,10 @@ impl Refusal {
         if self.kind == Kind::Overflow {
             headers.insert(HeaderName::from_static("x-envoy-overloaded"), HeaderValue::from_static("true"));
         }
+        if self.kind == Kind::BadRequest {
+            // Nobody knows what the rest is.
+            headers.insert(CONNECTION, HeaderValue::from_static("close"));
+        }
         if self.kind == Kind::Redirect
             && let Ok(location) = HeaderValue::from_str(&self.cause)
         {
@@ -111,6 +115,7 @@ impl From<Expired> for Refusal {
         match expired {
             Expired::Whole => Self::new(Kind::Timeout, "no whole answer within the request timeout"),
             Expired::Idle => Self::new(Kind::Idle, "nothing moved for the idle timeout"),
+            Expired::Upload => Self::new(Kind::BadRequest, "the request's body broke off"),
         }
     }
 }

@@ -5,7 +5,8 @@ use std::future::Future;
 use std::pin::{Pin, pin};
 use std::time::Duration;
 
-use http::{Request, Response};
+use http::header::CONNECTION;
+use http::{HeaderValue, Request, Response, StatusCode};
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
@@ -14,6 +15,7 @@ use tokio::sync::watch;
 use tokio::time::{Interval, MissedTickBehavior, interval_at, timeout};
 
 use super::body::Body;
+use super::message;
 use super::wire::{Turn, Wire};
 use super::{CONNECTION_WINDOW, HEAD_SIZE, HEADERS, STREAM_WINDOW};
 use crate::drain::Stage;
@@ -37,9 +39,11 @@ where
         Ok(Err(error)) => return Err(error.to_string()),
         Err(_) => return Err(format!("nothing came within {FIRST_TIME:?}")),
     };
+    let upgradable = wire.clone();
     let service = service_fn(move |request| {
+        let leaves = (!http2 && message::leaves_http(&request)).then(|| upgradable.clone());
         let response = handle(request);
-        async { Ok::<_, Infallible>(response.await) }
+        async move { Ok::<_, Infallible>(finish(response.await, http2, leaves)) }
     });
     if http2 {
         let connection = http2::Builder::new(TokioExecutor::new())
@@ -62,8 +66,22 @@ where
             .half_close(true)
             .serve_connection(TokioIo::new(wire.clone()), service)
             .with_upgrades();
-        drive(connection, wire, live, http1::UpgradeableConnection::graceful_shutdown).await
+        let ended = drive(connection, wire.clone(), live, http1::UpgradeableConnection::graceful_shutdown).await;
+        wire.linger().await;
+        ended
     }
+}
+
+/// Says when the connection ends after this response. `leaves`: what follows the request was not looked at, as it
+/// may be of another protocol; the wire under it.
+fn finish(mut response: Response<Body>, http2: bool, leaves: Option<Wire>) -> Response<Body> {
+    match leaves {
+        Some(wire) if response.status() == StatusCode::SWITCHING_PROTOCOLS => wire.upgrade(),
+        Some(_) => drop(response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"))),
+        None if http2 => drop(response.headers_mut().remove(CONNECTION)),
+        None => {}
+    }
+    response
 }
 
 async fn drive<C, P>(

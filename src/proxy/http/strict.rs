@@ -3,7 +3,8 @@
 //! The codec is lenient in places (RFC 9112 lets it be): lines that end with a bare LF, a length beside a
 //! transfer coding, a length said twice, spaces around chunk sizes. What it would make of them is sound, but
 //! whoever stands behind us may make something else of the same bytes. So a request that is not written the
-//! one way is refused: what follows the fault is replaced by bytes that the codec answers with 400.
+//! one way is refused: what follows the fault is replaced by bytes that the codec answers with 400, and in a
+//! head, [`Strict::rest`] follows, for the codec does not look at a head before it is complete.
 
 use std::mem;
 
@@ -19,6 +20,8 @@ pub struct Strict {
     refused: Option<&'static str>,
     /// What takes the place of everything behind the fault.
     spoil: u8,
+    /// The rest has been read.
+    ended: bool,
 }
 
 /// What the next byte belongs to.
@@ -58,6 +61,11 @@ impl Strict {
     #[must_use]
     pub fn refused(&self) -> Option<&'static str> {
         self.refused
+    }
+
+    /// What is to be read after a refusal, whatever the client sends; then the end.
+    pub fn rest(&mut self) -> &'static [u8] {
+        if std::mem::replace(&mut self.ended, true) { b"" } else { b"\n\n" }
     }
 
     /// The number, from one on, of the request whose head has begun to come and is not complete.

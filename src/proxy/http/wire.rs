@@ -9,9 +9,11 @@ use std::io;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use pin_project_lite::pin_project;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::timeout;
 
 use super::strict::Strict;
 use crate::proxy::socket::Socket;
@@ -32,6 +34,7 @@ struct State {
     sent: usize,
     /// A flush waits for the end of the turn.
     gathers: bool,
+    upgraded: bool,
     /// Why nothing can be sent any more.
     broken: Option<io::ErrorKind>,
     /// Counts reads and writes.
@@ -44,6 +47,10 @@ enum Io {
     Plain(Socket),
     Tls(Stream<Socket>),
 }
+
+/// How long, and for how many bytes, a connection is read from that we have ended.
+const LINGER: Duration = Duration::from_secs(1);
+const LINGER_BYTES: usize = 1024 * 1024;
 
 /// Bytes gathered at most; then the socket has to take some.
 const GATHERED: usize = 64 * 1024;
@@ -70,6 +77,7 @@ impl Wire {
             outgoing: Vec::new(),
             sent: 0,
             gathers: true,
+            upgraded: false,
             broken: None,
             moved: 0,
             strict: None,
@@ -87,6 +95,11 @@ impl Wire {
     /// Lets nothing but unambiguous HTTP/1 requests through from here on.
     pub fn be_strict(&self) {
         self.state().strict = Some(Strict::default());
+    }
+
+    /// The codec is about to end and leave what follows to another.
+    pub fn upgrade(&self) {
+        self.state().upgraded = true;
     }
 
     /// For an upgraded connection, which has no turns: a flush sends, and no requests are looked for.
@@ -108,6 +121,16 @@ impl Wire {
     pub fn progress(&self) -> (u64, Option<u64>) {
         let state = self.state();
         (state.moved, state.strict.as_ref().and_then(Strict::begun_head))
+    }
+
+    /// After the end of what was written: reads on for a moment, as bytes that nobody has read make the kernel
+    /// reset the connection, and with it what the peer has not read yet.
+    pub async fn linger(&self) {
+        if self.state().upgraded {
+            return;
+        }
+        let mut left = LINGER_BYTES;
+        let _ = timeout(LINGER, poll_fn(|cx| self.state().poll_discard(cx, &mut left))).await;
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -214,6 +237,22 @@ impl State {
         sent
     }
 
+    fn poll_discard(&mut self, cx: &mut Context<'_>, left: &mut usize) -> Poll<()> {
+        let socket = match &mut self.io {
+            Io::Plain(socket) => socket,
+            Io::Tls(stream) => &mut stream.io,
+        };
+        let mut bytes = [0; 4096];
+        while *left > 0 {
+            let mut buffer = ReadBuf::new(&mut bytes);
+            match ready!(Pin::new(&mut *socket).poll_read(cx, &mut buffer)) {
+                Ok(()) if !buffer.filled().is_empty() => *left = left.saturating_sub(buffer.filled().len()),
+                _ => break,
+            }
+        }
+        Poll::Ready(())
+    }
+
     fn poll_shutdown(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         ready!(self.poll_send(cx))?;
         match &mut self.io {
@@ -271,6 +310,11 @@ fn poll_send_tls(
 impl AsyncRead for Wire {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let mut state = self.state();
+        if let Some(strict) = state.strict.as_mut().filter(|strict| strict.refused().is_some()) {
+            let rest = strict.rest();
+            buffer.put_slice(&rest[..rest.len().min(buffer.remaining())]);
+            return Poll::Ready(Ok(()));
+        }
         let before = buffer.filled().len();
         ready!(state.poll_read(cx, buffer))?;
         state.moved += 1;
