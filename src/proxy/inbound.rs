@@ -8,6 +8,7 @@ use std::time::SystemTime;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
+use super::http::certificate;
 use super::http::inbound::Inbound;
 use super::http::pool::Pool;
 use super::listener::{Accepted, Live};
@@ -86,7 +87,7 @@ async fn establish(accepted: Accepted<PublicListener>, shared: &Shared) -> Optio
     record.peer(&peer);
     if listener.protocol.is_http() {
         // Each request is judged, so that a refused one gets an answer.
-        let certificate = None;
+        let certificate = certificate::element(listener.tls.id(), mesh.peer_certificates().unwrap_or_default());
         let connection = Inbound { peer, remote, live, drain, app: Arc::clone(&shared.app), certificate };
         tokio::spawn(async move {
             let ended = connection.serve(mesh).await;

@@ -122,7 +122,7 @@ impl Credentials {
         let without_alpn = Arc::new(config.clone());
         config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
         Ok(Arc::new(Server {
-            trust_domain: self.id.trust_domain.clone(),
+            id: self.id.clone(),
             config: Arc::new(config),
             without_alpn,
             seen: verify::Seen::default(),
@@ -161,13 +161,19 @@ impl fmt::Debug for Credentials {
 
 /// Ready to accept connections from the mesh.
 pub struct Server {
-    trust_domain: String,
+    id: SpiffeId,
     config: Arc<ServerConfig>,
     without_alpn: Arc<ServerConfig>,
     seen: verify::Seen,
 }
 
 impl Server {
+    /// Who we are.
+    #[must_use]
+    pub fn id(&self) -> &SpiffeId {
+        &self.id
+    }
+
     /// The configuration for a client that offers the application protocols `offered`: ours are named only
     /// when one of them is among those, for a lack of overlap is no reason to refuse a peer (Envoy sends
     /// none, Consul's proxy up to 1.9 sends `h2` for raw TCP).
@@ -192,7 +198,7 @@ impl Server {
         now: SystemTime,
     ) -> Result<Arc<SpiffeId>, PeerError> {
         let peer = self.seen.identify(chain.unwrap_or_default(), now)?;
-        if peer.trust_domain == self.trust_domain {
+        if peer.trust_domain == self.id.trust_domain {
             Ok(peer)
         } else {
             Err(PeerError::TrustDomain(Box::new(SpiffeId::clone(&peer))))
@@ -202,7 +208,7 @@ impl Server {
 
 impl fmt::Debug for Server {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Server").field("trust_domain", &self.trust_domain).finish_non_exhaustive()
+        f.debug_struct("Server").field("id", &self.id).finish_non_exhaustive()
     }
 }
 

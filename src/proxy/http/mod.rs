@@ -6,6 +6,7 @@
 //! lie the [`wire`], which gathers writes, and on the server side [`strict`].
 
 mod body;
+pub mod certificate;
 pub mod inbound;
 mod message;
 pub mod outbound;
@@ -13,6 +14,8 @@ pub mod pool;
 mod reply;
 mod serve;
 mod strict;
+#[cfg(test)]
+mod tests;
 mod upgrade;
 mod wire;
 

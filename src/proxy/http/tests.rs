@@ -1,0 +1,660 @@
+//! Two sidecars in this process, with an app behind one and a client before the other.
+
+use std::convert::Infallible;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, LazyLock};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::{CONNECTION, CONTENT_TYPE, TE, UPGRADE};
+use http::{HeaderValue, Method, Request, Response, StatusCode, Version};
+use http_body::Frame;
+use http_body_util::combinators::BoxBody;
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use hyper::client::conn::{http1, http2};
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+use crate::drain::{self, Stage};
+use crate::jwt::Providers;
+use crate::proxy::{self, Workers};
+use crate::snapshot::*;
+use crate::testing::ca::{Ca, uri};
+use crate::tls::SpiffeId;
+
+type AnyBody = BoxBody<Bytes, hyper::Error>;
+
+static CA: LazyLock<Ca> = LazyLock::new(Ca::new);
+
+/// For everything that a test waits for.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A data plane of its own, with what it goes by.
+struct Sidecar {
+    snapshot: watch::Sender<Option<Arc<Snapshot>>>,
+    trigger: drain::Trigger,
+    _running: JoinHandle<()>,
+}
+
+impl Sidecar {
+    fn start(snapshot: Snapshot) -> Self {
+        let (snapshot, snapshots) = watch::channel(Some(Arc::new(snapshot)));
+        let (trigger, drain) = drain::channel();
+        let running = tokio::spawn(async move {
+            let workers = Workers::start(1).unwrap();
+            proxy::run(snapshots, &workers, drain).await;
+            // A runtime must not wait for another's threads on one of its own.
+            tokio::task::spawn_blocking(move || drop(workers));
+        });
+        Self { snapshot, trigger, _running: running }
+    }
+}
+
+/// A free port, for listeners that have to be told one.
+fn free() -> SocketAddr {
+    std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap()
+}
+
+fn address(to: SocketAddr) -> Address {
+    Address { host: Host::Ip(to.ip()), port: to.port() }
+}
+
+/// Everybody may.
+fn allowing(action: Action) -> Arc<Intentions> {
+    Arc::new(Intentions::new(vec![], DefaultPolicy { action, source: "test".into() }))
+}
+
+fn public(protocol: Protocol, bind: SocketAddr, app: SocketAddr) -> PublicListener {
+    let alpn: &[&[u8]] = &[b"h2", b"http/1.1"];
+    PublicListener {
+        bind: Bind::Tcp(bind),
+        service: "db".into(),
+        protocol,
+        local_app: LocalApp::Tcp(address(app)),
+        local_connect_timeout: Duration::from_secs(5),
+        local_request_timeout: Some(Duration::from_secs(15)),
+        local_idle_timeout: Some(Duration::from_secs(300)),
+        handshake_timeout: Duration::from_secs(10),
+        max_connections: None,
+        tls: CA.credentials("db").server(alpn).unwrap(),
+        intentions: allowing(Action::Allow),
+        normalization: Normalization::default(),
+        sanitize_forwarded_cert: false,
+        token_providers: Arc::new(Providers::default()),
+    }
+}
+
+fn upstream(protocol: Protocol, bind: SocketAddr, instances: &[SocketAddr]) -> Upstream {
+    let alpn: &[&[u8]] = if protocol == Protocol::Http { &[b"h2", b"http/1.1"] } else { &[b"h2"] };
+    let expected = vec![SpiffeId::parse(&uri("db")).unwrap()];
+    let usable: Vec<Endpoint> = instances.iter().map(|to| Endpoint { address: address(*to), weight: 1 }).collect();
+    let target = Arc::new(Target {
+        id: "db".into(),
+        service: "db".into(),
+        datacenter: "dc1".into(),
+        tls: CA.credentials("web").client("db.x.consul", expected, alpn).unwrap(),
+        connect_timeout: Duration::from_secs(5),
+        endpoints: Arc::new(Endpoints { registered: usable.len(), usable }),
+    });
+    let resolver = Arc::new(Resolver::new(vec![target]));
+    Upstream {
+        key: UpstreamKey { destination: "service:db".into(), bind: Bind::Tcp(bind) },
+        name: "db".into(),
+        chain: Chain { protocol, start: Node::Resolver(resolver) },
+        limits: Limits::default(),
+        passive_health_check: PassiveHealthCheck::default(),
+    }
+}
+
+/// All requests by one route with these settings.
+fn routed(mut upstream: Upstream, change: impl FnOnce(&mut Route)) -> Upstream {
+    let Node::Resolver(resolver) = upstream.chain.start else { unreachable!("it was built so") };
+    let mut route = Route {
+        name: "all".into(),
+        matches: RouteMatch::default(),
+        prefix_rewrite: None,
+        request_timeout: Some(REQUEST_TIMEOUT),
+        idle_timeout: Some(IDLE_TIMEOUT),
+        retries: None,
+        request_edits: Edits::default(),
+        response_edits: Edits::default(),
+        next: Next::Resolver(resolver),
+    };
+    change(&mut route);
+    upstream.chain.start = Node::Router(vec![route]);
+    upstream
+}
+
+fn with_public(public: PublicListener) -> Snapshot {
+    Snapshot { version: 1, public: Some(Arc::new(public)), ..Snapshot::default() }
+}
+
+fn with_upstream(upstream: Upstream) -> Snapshot {
+    Snapshot { version: 1, upstreams: [(upstream.key.clone(), Arc::new(upstream))].into(), ..Snapshot::default() }
+}
+
+/// A sidecar before the app, one before the client, and where the client connects.
+struct Pair {
+    server: Sidecar,
+    client: Sidecar,
+    at: SocketAddr,
+}
+
+async fn pair(protocol: Protocol, app: SocketAddr) -> Pair {
+    pair_with(protocol, app, |upstream| upstream).await
+}
+
+async fn pair_with(protocol: Protocol, app: SocketAddr, change: impl FnOnce(Upstream) -> Upstream) -> Pair {
+    let (mesh, at) = (free(), free());
+    let server = Sidecar::start(with_public(public(protocol, mesh, app)));
+    let client = Sidecar::start(with_upstream(change(upstream(protocol, at, &[mesh]))));
+    listening(mesh).await;
+    listening(at).await;
+    Pair { server, client, at }
+}
+
+async fn listening(at: SocketAddr) {
+    let connect = async {
+        while TcpStream::connect(at).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(PATIENCE, connect).await.expect("it listens in time");
+}
+
+/// An app of either version of HTTP.
+async fn app<F, R>(http2: bool, answer: F) -> SocketAddr
+where
+    F: Fn(Request<Incoming>) -> R + Clone + Send + Sync + 'static,
+    R: Future<Output = Response<AnyBody>> + Send + 'static,
+{
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let at = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            let answer = answer.clone();
+            let service = service_fn(move |request| {
+                let answered = answer(request);
+                async move { Ok::<_, Infallible>(answered.await) }
+            });
+            tokio::spawn(async move {
+                let io = TokioIo::new(stream);
+                if http2 {
+                    let server = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+                    let _ = server.serve_connection(io, service).await;
+                } else {
+                    let server = hyper::server::conn::http1::Builder::new();
+                    let _ = server.serve_connection(io, service).with_upgrades().await;
+                }
+            });
+        }
+    });
+    at
+}
+
+fn text(text: impl Into<Bytes>) -> AnyBody {
+    Full::new(text.into()).map_err(|never| match never {}).boxed()
+}
+
+fn ok(body: AnyBody) -> Response<AnyBody> {
+    Response::new(body)
+}
+
+fn get(path: &str) -> Request<AnyBody> {
+    request(Method::GET, path, text(""))
+}
+
+fn request(method: Method, path: &str, body: AnyBody) -> Request<AnyBody> {
+    let uri = format!("http://shop.example{path}");
+    Request::builder().method(method).uri(uri).header("host", "shop.example").body(body).unwrap()
+}
+
+/// A body whose frames are sent through a channel.
+struct Frames(mpsc::UnboundedReceiver<Frame<Bytes>>);
+
+impl http_body::Body for Frames {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        self.0.poll_recv(cx).map(|frame| frame.map(Ok))
+    }
+}
+
+fn channel() -> (mpsc::UnboundedSender<Frame<Bytes>>, AnyBody) {
+    let (send, frames) = mpsc::unbounded_channel();
+    (send, Frames(frames).boxed())
+}
+
+fn data(bytes: &'static str) -> Frame<Bytes> {
+    Frame::data(bytes.into())
+}
+
+fn trailers(name: &'static str, value: &'static str) -> Frame<Bytes> {
+    Frame::trailers([(name.parse().unwrap(), HeaderValue::from_static(value))].into_iter().collect())
+}
+
+/// A client of either version of HTTP, on one connection.
+#[derive(Clone)]
+enum Client {
+    Http1(Arc<tokio::sync::Mutex<http1::SendRequest<AnyBody>>>),
+    Http2(http2::SendRequest<AnyBody>),
+}
+
+impl Client {
+    async fn http1(to: SocketAddr) -> Self {
+        let io = TokioIo::new(TcpStream::connect(to).await.unwrap());
+        let (sender, connection) = http1::handshake(io).await.unwrap();
+        tokio::spawn(connection.with_upgrades());
+        Self::Http1(Arc::new(tokio::sync::Mutex::new(sender)))
+    }
+
+    async fn http2(to: SocketAddr) -> Self {
+        let io = TokioIo::new(TcpStream::connect(to).await.unwrap());
+        let (sender, connection) = http2::handshake(TokioExecutor::new(), io).await.unwrap();
+        tokio::spawn(connection);
+        Self::Http2(sender)
+    }
+
+    async fn of(protocol: Protocol, to: SocketAddr) -> Self {
+        if protocol == Protocol::Http { Self::http1(to).await } else { Self::http2(to).await }
+    }
+
+    async fn try_send(&self, request: Request<AnyBody>) -> hyper::Result<Response<Incoming>> {
+        let sent = async {
+            match self {
+                Self::Http1(sender) => {
+                    let mut sender = sender.lock().await;
+                    sender.ready().await?;
+                    sender.send_request(request).await
+                }
+                Self::Http2(sender) => sender.clone().send_request(request).await,
+            }
+        };
+        timeout(PATIENCE, sent).await.expect("an answer comes in time")
+    }
+
+    async fn send(&self, request: Request<AnyBody>) -> Response<Incoming> {
+        self.try_send(request).await.unwrap()
+    }
+
+    /// Status and whole body.
+    async fn ask(&self, request: Request<AnyBody>) -> (StatusCode, Bytes) {
+        let (head, body) = self.send(request).await.into_parts();
+        (head.status, body.collect().await.unwrap().to_bytes())
+    }
+}
+
+const ALL: [Protocol; 3] = [Protocol::Http, Protocol::Http2, Protocol::Grpc];
+
+#[tokio::test]
+async fn bodies_and_trailers_stream_both_ways_in_every_version() {
+    for protocol in ALL {
+        let http2 = protocol != Protocol::Http;
+        // Sends back each piece as it comes, and the trailers.
+        let app = app(http2, |request| async move {
+            assert!(request.headers().get(TE).is_some_and(|te| te == "trailers"));
+            let (send, body) = channel();
+            tokio::spawn(async move {
+                let mut body = request.into_body();
+                while let Some(Ok(frame)) = body.frame().await {
+                    let _ = send.send(frame);
+                }
+            });
+            let mut response = ok(body);
+            response.headers_mut().insert("trailer", HeaderValue::from_static("x-end"));
+            response
+        })
+        .await;
+        let pair = pair(protocol, app).await;
+        let client = Client::of(protocol, pair.at).await;
+        let (send, body) = channel();
+        let mut request = request(Method::POST, "/echo", body);
+        request.headers_mut().insert(TE, HeaderValue::from_static("trailers"));
+        request.headers_mut().insert("trailer", HeaderValue::from_static("x-end"));
+        send.send(data("first")).unwrap();
+        let response = client.send(request).await;
+        let mut body = response.into_body();
+        for piece in ["first", "second", "third"] {
+            if piece != "first" {
+                send.send(data(piece)).unwrap();
+            }
+            let frame = timeout(PATIENCE, body.frame()).await.unwrap().unwrap().unwrap();
+            assert_eq!(frame.into_data().unwrap(), piece, "{protocol:?}");
+        }
+        send.send(trailers("x-end", "well")).unwrap();
+        drop(send);
+        let end = timeout(PATIENCE, body.frame()).await.unwrap().unwrap().unwrap();
+        assert_eq!(end.into_trailers().unwrap()["x-end"], "well", "{protocol:?}");
+        assert!(body.frame().await.is_none());
+    }
+}
+
+#[tokio::test]
+async fn one_listener_takes_both_versions_and_the_app_gets_its_own() {
+    for (protocol, version) in [(Protocol::Http, Version::HTTP_11), (Protocol::Grpc, Version::HTTP_2)] {
+        let app = app(protocol != Protocol::Http, |request| async move {
+            let host = request.headers().get("host").map(|host| host.to_str().unwrap().to_owned());
+            let host = host.or_else(|| request.uri().authority().map(ToString::to_string));
+            ok(text(format!("{:?} {} {}", request.version(), host.unwrap(), request.uri().path())))
+        })
+        .await;
+        let pair = pair(protocol, app).await;
+        for client in [Client::http1(pair.at).await, Client::http2(pair.at).await] {
+            let (status, body) = client.ask(get("/where")).await;
+            assert_eq!((status, body), (StatusCode::OK, format!("{version:?} shop.example /where").into()));
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_is_for_one_hop_stays_there_and_what_the_app_must_know_is_added() {
+    let app = app(false, |request| async move {
+        let headers = request.headers();
+        for gone in ["keep-alive", "proxy-connection", "x-hop", "upgrade", "http2-settings", "te"] {
+            assert!(!headers.contains_key(gone), "{gone}");
+        }
+        assert_eq!(headers["x-forwarded-proto"], "http");
+        assert_eq!(headers["x-request-id"].len(), 36);
+        assert_eq!(headers.get_all("cookie").iter().collect::<Vec<_>>(), ["a=1; b=2"]);
+        let element = headers["x-forwarded-client-cert"].to_str().unwrap();
+        assert!(element.starts_with(&format!("By={}", uri("db"))) && element.ends_with(&format!("URI={}", uri("web"))));
+        let mut response = ok(text("fine"));
+        for (name, value) in [("connection", "x-hop, keep-alive"), ("x-hop", "1"), ("keep-alive", "timeout=5")] {
+            response.headers_mut().insert(name, HeaderValue::from_static(value));
+        }
+        response
+    })
+    .await;
+    let pair = pair(Protocol::Http, app).await;
+    let client = Client::http1(pair.at).await;
+    let mut request = get("/");
+    for (name, value) in [
+        ("connection", "x-hop, upgrade, http2-settings"),
+        ("x-hop", "1"),
+        ("keep-alive", "timeout=5"),
+        ("proxy-connection", "keep-alive"),
+        ("upgrade", "h2c"),
+        ("http2-settings", "AAMAAABkAAQAAP__"),
+        ("te", "gzip"),
+        ("cookie", "a=1"),
+        ("x-forwarded-client-cert", "By=spiffe://made/up"),
+    ] {
+        request.headers_mut().append(name, HeaderValue::from_static(value));
+    }
+    request.headers_mut().append("cookie", HeaderValue::from_static("b=2"));
+    let response = client.send(request).await;
+    assert_eq!(response.status(), StatusCode::OK);
+    for gone in ["connection", "x-hop", "keep-alive", "server", "date"] {
+        assert!(gone == "date" || !response.headers().contains_key(gone), "{gone}");
+    }
+}
+
+#[tokio::test]
+async fn an_upgraded_connection_carries_whatever_both_sides_say() {
+    let app = app(false, |mut request| async move {
+        assert_eq!(request.headers()[UPGRADE], "echo");
+        let upgraded = hyper::upgrade::on(&mut request);
+        tokio::spawn(async move {
+            let mut io = TokioIo::new(upgraded.await.unwrap());
+            io.write_all(b"hello").await.unwrap();
+            let (mut reader, mut writer) = tokio::io::split(io);
+            tokio::io::copy(&mut reader, &mut writer).await.unwrap();
+            writer.shutdown().await.unwrap();
+        });
+        let mut response = ok(text(""));
+        *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("upgrade"));
+        response.headers_mut().insert(UPGRADE, HeaderValue::from_static("echo"));
+        response
+    })
+    .await;
+    let pair = pair(Protocol::Http, app).await;
+    let mut stream = TcpStream::connect(pair.at).await.unwrap();
+    let head = b"GET /chat HTTP/1.1\r\nHost: shop\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n\0first";
+    stream.write_all(head).await.unwrap();
+    let mut answer = Vec::new();
+    let read = async {
+        while !answer.ends_with(b"hello\0first") {
+            assert!(stream.read_buf(&mut answer).await.unwrap() > 0);
+        }
+        assert!(answer.starts_with(b"HTTP/1.1 101 "), "{}", String::from_utf8_lossy(&answer));
+        stream.write_all(b"second").await.unwrap();
+        stream.shutdown().await.unwrap();
+        let mut rest = Vec::new();
+        stream.read_to_end(&mut rest).await.unwrap();
+        assert_eq!(rest, b"second");
+    };
+    timeout(PATIENCE, read).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_upgrade_that_the_app_declines_is_an_ordinary_request_and_the_last_one() {
+    let app = app(false, |_| async { ok(text("no")) }).await;
+    let pair = pair(Protocol::Http, app).await;
+    let mut stream = TcpStream::connect(pair.at).await.unwrap();
+    let head = "GET /chat HTTP/1.1\r\nHost: shop\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n";
+    stream.write_all(format!("{head}GET /smuggled HTTP/1.1\nHost: shop\n\n").as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    timeout(PATIENCE, stream.read_to_string(&mut answer)).await.unwrap().unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("\r\n\r\nno"), "{answer}");
+}
+
+#[tokio::test]
+async fn an_instance_that_is_gone_costs_no_request() {
+    for protocol in ALL {
+        let http2 = protocol != Protocol::Http;
+        let app = app(http2, |_| async { ok(text("here")) }).await;
+        let (gone, mesh, at) = (free(), free(), free());
+        let _server = Sidecar::start(with_public(public(protocol, mesh, app)));
+        let _client = Sidecar::start(with_upstream(upstream(protocol, at, &[gone, mesh])));
+        listening(mesh).await;
+        listening(at).await;
+        let client = Client::of(protocol, at).await;
+        for _ in 0..20 {
+            assert_eq!(client.ask(request(Method::POST, "/", text("once"))).await.0, StatusCode::OK, "{protocol:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_sidecar_that_ends_between_requests_costs_none() {
+    for protocol in ALL {
+        let http2 = protocol != Protocol::Http;
+        let app = app(http2, |_| async { ok(text("here")) }).await;
+        let (first, second, at) = (free(), free(), free());
+        let servers = [first, second].map(|mesh| Sidecar::start(with_public(public(protocol, mesh, app))));
+        let _client = Sidecar::start(with_upstream(upstream(protocol, at, &[first, second])));
+        for listener in [first, second, at] {
+            listening(listener).await;
+        }
+        let client = Client::of(protocol, at).await;
+        for turn in 0..60 {
+            if turn == 20 {
+                servers[0].trigger.advance(Stage::Draining);
+            }
+            assert_eq!(client.ask(request(Method::POST, "/", text("once"))).await.0, StatusCode::OK, "{protocol:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_may_have_been_received_is_sent_again_only_when_asked_for() {
+    for (asked, expected) in [(false, 1), (true, 3)] {
+        let count = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&count);
+        let app = app(false, move |request| {
+            let count = Arc::clone(&counted);
+            async move {
+                let body = request.into_body().collect().await.unwrap().to_bytes();
+                assert_eq!(body, "kept");
+                let mut response = ok(text("answer"));
+                if count.fetch_add(1, Ordering::SeqCst) < 2 {
+                    *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
+                }
+                response
+            }
+        })
+        .await;
+        let policy = RetryPolicy::new(3, vec![], vec![503]).filter(|_| asked);
+        let pair = pair_with(Protocol::Http, app, |upstream| routed(upstream, |route| route.retries = policy)).await;
+        let status = Client::http1(pair.at).await.ask(request(Method::POST, "/", text("kept"))).await.0;
+        let wanted = if asked { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+        assert_eq!((status, count.load(Ordering::SeqCst)), (wanted, expected));
+    }
+}
+
+#[tokio::test]
+async fn a_slow_answer_is_a_504_and_a_deadline_to_grpc() {
+    for protocol in [Protocol::Http, Protocol::Grpc] {
+        let app = app(protocol != Protocol::Http, |_| std::future::pending()).await;
+        let limit = Some(Duration::from_millis(100));
+        let pair = pair_with(protocol, app, |upstream| routed(upstream, |route| route.request_timeout = limit)).await;
+        let mut request = get("/");
+        let grpc = protocol == Protocol::Grpc;
+        if grpc {
+            request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc+proto"));
+        }
+        let response = Client::of(protocol, pair.at).await.send(request).await;
+        if grpc {
+            assert_eq!(response.status(), StatusCode::OK);
+            assert_eq!(response.headers()["grpc-status"], "14");
+            assert_eq!(response.headers()["grpc-message"], "upstream request timeout");
+        } else {
+            assert_eq!(response.status(), StatusCode::GATEWAY_TIMEOUT);
+            assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "upstream request timeout");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_new_denial_reaches_the_next_request_on_an_open_connection() {
+    for protocol in ALL {
+        let app = app(protocol != Protocol::Http, |_| async { ok(text("here")) }).await;
+        let (mesh, at) = (free(), free());
+        let server = Sidecar::start(with_public(public(protocol, mesh, app)));
+        let _client = Sidecar::start(with_upstream(upstream(protocol, at, &[mesh])));
+        listening(mesh).await;
+        listening(at).await;
+        let client = Client::of(protocol, at).await;
+        assert_eq!(client.ask(get("/")).await.0, StatusCode::OK);
+        let denying = PublicListener { intentions: allowing(Action::Deny), ..public(protocol, mesh, app) };
+        server.snapshot.send_replace(Some(Arc::new(with_public(denying))));
+        let denied = async {
+            loop {
+                let (status, body) = client.ask(get("/")).await;
+                if status == StatusCode::FORBIDDEN {
+                    return body;
+                }
+            }
+        };
+        assert_eq!(timeout(PATIENCE, denied).await.unwrap(), "RBAC: access denied");
+        server.snapshot.send_replace(Some(Arc::new(with_public(public(protocol, mesh, app)))));
+        let allowed = async { while client.ask(get("/")).await.0 != StatusCode::OK {} };
+        timeout(PATIENCE, allowed).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn requests_in_flight_are_answered_when_both_sidecars_end_together() {
+    for protocol in ALL {
+        let (begun, mut begin) = mpsc::unbounded_channel();
+        let go = Arc::new(tokio::sync::Notify::new());
+        let gate = Arc::clone(&go);
+        let app = app(protocol != Protocol::Http, move |_| {
+            let (begun, gate) = (begun.clone(), Arc::clone(&gate));
+            async move {
+                let _ = begun.send(());
+                gate.notified().await;
+                ok(text("answered"))
+            }
+        })
+        .await;
+        let mut pair = pair(protocol, app).await;
+        let client = Client::of(protocol, pair.at).await;
+        let asked = tokio::spawn(async move { client.ask(get("/slow")).await });
+        begin.recv().await.unwrap();
+        pair.server.trigger.advance(Stage::Draining);
+        pair.client.trigger.advance(Stage::Draining);
+        let refused = async { while TcpStream::connect(pair.at).await.is_ok() {} };
+        timeout(PATIENCE, refused).await.expect("nothing new is accepted");
+        go.notify_one();
+        assert_eq!(asked.await.unwrap(), (StatusCode::OK, "answered".into()), "{protocol:?}");
+        timeout(PATIENCE, pair.client.trigger.drained()).await.expect("the client's sidecar is done");
+        timeout(PATIENCE, pair.server.trigger.drained()).await.expect("the server's sidecar is done");
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_waits_for_a_go_ahead_gets_it() {
+    let app =
+        app(false, |request| async move { ok(text(request.into_body().collect().await.unwrap().to_bytes())) }).await;
+    let pair = pair(Protocol::Http, app).await;
+    let mut stream = TcpStream::connect(pair.at).await.unwrap();
+    let head =
+        b"POST / HTTP/1.1\r\nHost: shop\r\nExpect: 100-continue\r\nContent-Length: 4\r\nConnection: close\r\n\r\n";
+    stream.write_all(head).await.unwrap();
+    let mut answer = Vec::new();
+    let talk = async {
+        while !answer.ends_with(b"\r\n\r\n") {
+            assert!(stream.read_buf(&mut answer).await.unwrap() > 0);
+        }
+        assert_eq!(answer, b"HTTP/1.1 100 Continue\r\n\r\n");
+        stream.write_all(b"body").await.unwrap();
+        answer.clear();
+        stream.read_to_end(&mut answer).await.unwrap();
+    };
+    timeout(PATIENCE, talk).await.unwrap();
+    assert!(answer.starts_with(b"HTTP/1.1 200") && answer.ends_with(b"\r\n\r\nbody"));
+}
+
+#[tokio::test]
+async fn a_reader_that_stops_stops_the_writer() {
+    for protocol in ALL {
+        let sent = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&sent);
+        let app = app(protocol != Protocol::Http, move |_| {
+            let sent = Arc::clone(&counted);
+            async move { ok(Endless(sent).boxed()) }
+        })
+        .await;
+        let pair = pair(protocol, app).await;
+        let client = Client::of(protocol, pair.at).await;
+        let response = client.send(get("/endless")).await;
+        // It goes on for as long as buffers take it, then stands still.
+        let mut before = usize::MAX;
+        let still = async {
+            while before != sent.load(Ordering::SeqCst) {
+                before = sent.load(Ordering::SeqCst);
+                tokio::time::sleep(Duration::from_millis(300)).await;
+            }
+        };
+        timeout(PATIENCE, still).await.unwrap();
+        assert!(before < 64 << 20, "{protocol:?}: {before} bytes are on their way");
+        drop(response);
+    }
+}
+
+/// Zeros without end, counted.
+struct Endless(Arc<AtomicUsize>);
+
+impl http_body::Body for Endless {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        const PIECE: &[u8] = &[0; 16 * 1024];
+        self.0.fetch_add(PIECE.len(), Ordering::SeqCst);
+        Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(PIECE)))))
+    }
+}
