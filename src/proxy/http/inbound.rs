@@ -51,7 +51,7 @@ impl Inbound {
     async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
         let grpc = is_grpc(request.headers());
         let listener = Arc::clone(&self.live.borrow().part);
-        match self.try_answer(&listener, request).await {
+        match Arc::clone(&self).try_answer(&listener, request).await {
             Ok(response) => response,
             Err(refusal) => {
                 self.log(&listener, &refusal);
@@ -61,7 +61,7 @@ impl Inbound {
     }
 
     async fn try_answer(
-        &self,
+        self: Arc<Self>,
         listener: &PublicListener,
         mut request: Request<Incoming>,
     ) -> Result<Response<Body>, Refusal> {
@@ -69,6 +69,8 @@ impl Inbound {
         let (parts, body) = request.into_parts();
         let mut head = Head::check(parts, &listener.normalization)?;
         let verified = self.decide(listener, &head)?;
+        // To be judged again whenever the intentions change, for as long as an upgraded connection is open.
+        let judged = head.upgrade.is_some().then(|| head.clone());
         head.pass_tokens_on(&listener.token_providers, &verified);
         self.annotate(listener, &mut head);
         let exchange = Exchange { listener, app: &self.app };
@@ -77,9 +79,14 @@ impl Inbound {
             head.upgrade = None;
         }
         let (response, rest) = exchange.run(head, body).await?;
-        match client {
-            Some(client) if upgrades && response.status() == StatusCode::SWITCHING_PROTOCOLS => {
-                Ok(upgrade::join(client, response, rest, self.live.clone(), self.drain.clone()))
+        match (client, judged) {
+            (Some(client), Some(head)) if upgrades && response.status() == StatusCode::SWITCHING_PROTOCOLS => {
+                let this = Arc::clone(&self);
+                let may_stay = move |listener: &PublicListener| {
+                    let decided = this.decide(listener, &head);
+                    decided.inspect_err(|refusal| this.log(listener, refusal)).is_ok()
+                };
+                Ok(upgrade::join(client, response, rest, self.live.clone(), self.drain.clone(), may_stay))
             }
             _ => {
                 let (mut parts, body) = response.into_parts();
@@ -168,8 +175,8 @@ impl Exchange<'_> {
     async fn connection(&self, alone: bool) -> Result<Lent, Refusal> {
         let made_for = MadeFor::App(self.listener.local_app.clone());
         if alone {
-            let wire = self.dial().await?;
-            return Pool::connect_once(wire, None).await.map_err(Refusal::from);
+            let open = self.app.enter(None);
+            return Pool::connect_once(self.dial().await?, open).await.map_err(Refusal::from);
         }
         if let Some(lent) = self.app.reuse(&made_for) {
             return Ok(lent);
@@ -178,7 +185,10 @@ impl Exchange<'_> {
             Protocol::Http2 | Protocol::Grpc => Version::Http2,
             Protocol::Http | Protocol::Tcp => Version::Http1,
         };
-        let dial = async { Ok(Dialled { wire: self.dial().await?, version, permit: None }) };
+        let dial = async {
+            let open = self.app.enter(None);
+            Ok(Dialled { wire: self.dial().await?, version, open })
+        };
         self.app.connect(&made_for, dial).await
     }
 

@@ -11,6 +11,7 @@ use http::request::Parts;
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderMap, HeaderValue, Method, Request, Uri, Version};
 
+use super::HEADERS;
 use super::body::Body;
 use super::pool;
 use super::reply::{Kind, Refusal};
@@ -49,6 +50,9 @@ impl Head {
         let Parts { method, uri, version, mut headers, .. } = parts;
         if method == Method::CONNECT {
             return Err(Refusal::new(Kind::Method, "CONNECT is not served"));
+        }
+        if headers.len() > HEADERS {
+            return Err(Refusal::new(Kind::TooLarge, "the request has too many headers"));
         }
         let authority = authority(&uri, version, &headers)?;
         normalization.headers(&mut headers).map_err(|bad| Refusal::new(Kind::BadRequest, bad.to_string()))?;

@@ -14,12 +14,12 @@ use tokio::time::{Instant, sleep};
 use super::body::{self, Body, Patience, Rest, UploadState};
 use super::inbound::within;
 use super::message::{self, Head, X_FORWARDED_CLIENT_CERT};
-use super::pool::{Dialled, Failed, Lent, MadeFor, Pool, Version};
+use super::pool::{Borrowed, Dialled, Failed, Lent, MadeFor, Pool, Version};
 use super::reply::{Kind, Refusal, is_grpc};
 use super::wire::Wire;
 use super::{serve, upgrade};
 use crate::drain;
-use crate::proxy::balance::{Balancer, Clock, Instance, Limit, Outcome, Permit, Picked, Retry};
+use crate::proxy::balance::{Balancer, Clock, Instance, Limit, Outcome, Overflow, Permit, Picked, Retry};
 use crate::proxy::listener::Live;
 use crate::proxy::outbound::{self, Plan};
 use crate::proxy::socket::Socket;
@@ -68,12 +68,14 @@ impl Outbound {
         let source = self.remote.map(|remote| remote.ip());
         let RequestHash { hash, set_cookies } =
             hash_request(routed.hash_policies, &head.view(), source, fastrand::u64(..));
-        let head = self.edit(head, &routed, client.is_some())?;
+        // HTTP/2 apps are not upgraded to anything.
+        let upgradable = client.is_some() && plan.upstream.chain.protocol == Protocol::Http;
+        let head = self.edit(head, &routed, upgradable)?;
         let upgrades = head.upgrade.is_some();
         let (response, rest) = Exchange::new(plan, &routed, self.clock, hash).run(head, body).await?;
         match client {
             Some(client) if upgrades && response.status() == StatusCode::SWITCHING_PROTOCOLS => {
-                Ok(upgrade::join(client, response, rest, self.live.clone(), self.drain.clone()))
+                Ok(upgrade::join(client, response, rest, self.live.clone(), self.drain.clone(), |_| true))
             }
             _ => {
                 let (mut parts, body) = response.into_parts();
@@ -226,21 +228,42 @@ impl<'a> Exchange<'a> {
             return Ok(lent);
         }
         let _pending = balancer.admit(Limit::PendingRequests)?;
-        let until = Instant::now() + target.connect_timeout;
         if alone {
-            let permit = balancer.admit(Limit::Connections)?;
+            let open = instance.pool().enter(Some(balancer.admit(Limit::Connections)?));
+            let until = Instant::now() + target.connect_timeout;
             let (mesh, _) = outbound::attempt(target, instance, until, outbound::Offer::Http1).await?;
-            return Pool::connect_once(Wire::tls(mesh), Some(permit)).await.map_err(Refusal::from);
+            return Pool::connect_once(Wire::tls(mesh), open).await.map_err(Refusal::from);
         }
+        let dialled = self.dial(target, instance, &made_for, || balancer.admit(Limit::Connections).map(Some)).await;
+        match dialled {
+            // As in Envoy, requests wait for one of the connections, and each instance may have one.
+            Err(refusal) if refusal.kind == Kind::Overflow && self.plan.upstream.limits.max_connections != Some(0) => {
+                match instance.pool().borrow(&made_for).await {
+                    Borrowed::Lent(lent) => Ok(*lent),
+                    Borrowed::None => self.dial(target, instance, &made_for, || Ok(None)).await,
+                }
+            }
+            dialled => dialled,
+        }
+    }
+
+    async fn dial(
+        &self,
+        target: &Target,
+        instance: &Instance,
+        made_for: &MadeFor,
+        permit: impl FnOnce() -> Result<Option<Permit>, Overflow>,
+    ) -> Result<Lent, Refusal> {
         let always = self.plan.upstream.chain.protocol != Protocol::Http;
         let dial = async {
-            let permit = balancer.admit(Limit::Connections)?;
+            let open = instance.pool().enter(permit()?);
+            let until = Instant::now() + target.connect_timeout;
             let (mesh, _) = outbound::attempt(target, instance, until, outbound::Offer::All).await?;
             let http2 = always || mesh.alpn() == Some(b"h2");
             let version = if http2 { Version::Http2 } else { Version::Http1 };
-            Ok(Dialled { wire: Wire::tls(mesh), version, permit: Some(permit) })
+            Ok(Dialled { wire: Wire::tls(mesh), version, open })
         };
-        instance.pool().connect(&made_for, dial).await
+        instance.pool().connect(made_for, dial).await
     }
 
     /// Sends the request and judges what comes of it.

@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::future::Future;
+use std::pin::pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
@@ -13,6 +14,7 @@ use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::body::Body;
@@ -27,11 +29,41 @@ use crate::tls;
 #[derive(Default)]
 pub struct Pool {
     slots: Mutex<Vec<Arc<Slot>>>,
+    shared: Arc<Count>,
+}
+
+/// What all workers know of a pool.
+#[derive(Default)]
+struct Count {
+    /// Connections, whoever uses them.
+    open: AtomicUsize,
+    /// Tells whoever waits that a connection or a stream is free.
+    freed: Notify,
+}
+
+/// One connection, counted until it ends.
+pub struct Open {
+    count: Arc<Count>,
+    _permit: Option<Permit>,
+}
+
+impl Open {
+    fn new(count: &Arc<Count>, permit: Option<Permit>) -> Self {
+        count.open.fetch_add(1, Ordering::Relaxed);
+        Self { count: Arc::clone(count), _permit: permit }
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.count.open.fetch_sub(1, Ordering::Relaxed);
+        self.count.freed.notify_waiters();
+    }
 }
 
 /// One worker's connections.
-#[derive(Default)]
 struct Slot {
+    count: Arc<Count>,
     kept: Mutex<Kept>,
     /// Held while a connection is made that others could share.
     dialling: tokio::sync::Mutex<()>,
@@ -75,7 +107,7 @@ struct Idle {
 #[derive(Clone)]
 struct Shared {
     sender: http2::SendRequest<Body>,
-    streams: Arc<AtomicUsize>,
+    streams: Arc<Load>,
     made: Instant,
 }
 
@@ -109,20 +141,35 @@ pub struct Lease {
     home: Option<Home>,
 }
 
+/// The streams of one connection.
+struct Load {
+    taken: AtomicUsize,
+    count: Arc<Count>,
+}
+
 /// One of a connection's streams, counted until dropped.
-pub struct Streams(Arc<AtomicUsize>);
+pub struct Streams(Arc<Load>);
 
 impl Streams {
-    fn enter(count: &Arc<AtomicUsize>) -> Self {
-        count.fetch_add(1, Ordering::Relaxed);
-        Self(Arc::clone(count))
+    fn enter(load: &Arc<Load>) -> Self {
+        load.taken.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(load))
     }
 }
 
 impl Drop for Streams {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        if self.0.taken.fetch_sub(1, Ordering::Relaxed) == STREAMS {
+            self.0.count.freed.notify_waiters();
+        }
     }
+}
+
+/// What there is of connections that others made.
+pub enum Borrowed {
+    Lent(Box<Lent>),
+    /// There is none at all.
+    None,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -135,8 +182,7 @@ pub enum Version {
 pub struct Dialled {
     pub wire: Wire,
     pub version: Version,
-    /// Counts the connection until it ends.
-    pub permit: Option<Permit>,
+    pub open: Open,
 }
 
 /// A request that brought no response.
@@ -183,16 +229,47 @@ impl Pool {
     ///
     /// # Errors
     /// None that depends on the far end.
-    pub async fn connect_once(wire: Wire, permit: Option<Permit>) -> Result<Lent, hyper::Error> {
-        let sender = http1(wire, permit).await?;
+    pub async fn connect_once(wire: Wire, open: Open) -> Result<Lent, hyper::Error> {
+        let sender = http1(wire, open).await?;
         Ok(Lent { connection: Connection::Http1(sender, None), reused: false })
+    }
+
+    /// Counts a connection that is about to be made.
+    #[must_use]
+    pub fn enter(&self, permit: Option<Permit>) -> Open {
+        Open::new(&self.shared, permit)
+    }
+
+    /// A connection for whom no more may be made: one of any worker, or the first of all. It is waited for if all
+    /// are taken.
+    pub async fn borrow(&self, made_for: &MadeFor) -> Borrowed {
+        loop {
+            let mut freed = pin!(self.shared.freed.notified());
+            freed.as_mut().enable();
+            let slots = self.slots().clone();
+            if let Some(lent) = slots.iter().find_map(|slot| slot.reuse(made_for)) {
+                return Borrowed::Lent(Box::new(lent));
+            }
+            if self.shared.open.load(Ordering::Relaxed) == 0 {
+                return Borrowed::None;
+            }
+            freed.await;
+        }
+    }
+
+    fn slots(&self) -> MutexGuard<'_, Vec<Arc<Slot>>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn slot(&self) -> Arc<Slot> {
         let worker = workers::current();
-        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut slots = self.slots();
         while slots.len() <= worker {
-            slots.push(Arc::default());
+            slots.push(Arc::new(Slot {
+                count: Arc::clone(&self.shared),
+                kept: Mutex::default(),
+                dialling: tokio::sync::Mutex::default(),
+            }));
         }
         Arc::clone(&slots[worker])
     }
@@ -218,7 +295,7 @@ impl Slot {
             }
         }
         kept.shared.retain(|shared| !shared.sender.is_closed());
-        let free = |shared: &&Shared| shared.streams.load(Ordering::Relaxed) < STREAMS;
+        let free = |shared: &&Shared| shared.streams.taken.load(Ordering::Relaxed) < STREAMS;
         let shared = kept.shared.iter().find(free)?;
         Some(Lent {
             connection: Connection::Http2(shared.sender.clone(), Streams::enter(&shared.streams)),
@@ -227,7 +304,7 @@ impl Slot {
     }
 
     async fn add_http1(self: &Arc<Self>, dialled: Dialled, made_for: &MadeFor) -> Result<Lent, hyper::Error> {
-        let sender = http1(dialled.wire, dialled.permit).await?;
+        let sender = http1(dialled.wire, dialled.open).await?;
         let mut kept = self.kept();
         kept.renew(made_for);
         kept.speaks = Some(Version::Http1);
@@ -239,7 +316,7 @@ impl Slot {
     }
 
     async fn add_http2(self: &Arc<Self>, dialled: Dialled, made_for: &MadeFor) -> Result<Lent, hyper::Error> {
-        let Dialled { wire, permit, .. } = dialled;
+        let Dialled { wire, open, .. } = dialled;
         let (sender, connection) = http2::Builder::new(Parts::of(wire.clone()))
             .timer(TokioTimer::new())
             .keep_alive_interval(PING_INTERVAL)
@@ -249,8 +326,9 @@ impl Slot {
             .max_header_list_size(u32::try_from(HEAD_SIZE).unwrap_or(u32::MAX))
             .handshake(TokioIo::new(wire.clone()))
             .await?;
-        tokio::spawn(run(connection, permit));
-        let shared = Shared { sender, streams: Arc::default(), made: Instant::now() };
+        tokio::spawn(run(connection, open));
+        let streams = Arc::new(Load { taken: AtomicUsize::new(0), count: Arc::clone(&self.count) });
+        let shared = Shared { sender, streams, made: Instant::now() };
         let connection = Connection::Http2(shared.sender.clone(), Streams::enter(&shared.streams));
         let mut kept = self.kept();
         kept.renew(made_for);
@@ -271,6 +349,8 @@ impl Slot {
         }
         kept.idle.push(Idle { sender, since: Instant::now() });
         self.sweep_later(&mut kept);
+        drop(kept);
+        self.count.freed.notify_waiters();
     }
 
     /// Sees to it that what nobody uses is closed in time.
@@ -286,7 +366,7 @@ impl Slot {
                 let mut kept = slot.kept();
                 kept.idle.retain(|idle| !idle.sender.is_closed() && idle.since.elapsed() < IDLE_TIME);
                 kept.shared.retain(|shared| {
-                    let used = shared.streams.load(Ordering::Relaxed) > 0 || shared.made.elapsed() < IDLE_TIME;
+                    let used = shared.streams.taken.load(Ordering::Relaxed) > 0 || shared.made.elapsed() < IDLE_TIME;
                     !shared.sender.is_closed() && used
                 });
                 if kept.idle.is_empty() && kept.shared.is_empty() {
@@ -395,13 +475,13 @@ fn http2_error(error: &hyper::Error) -> Option<&h2::Error> {
     std::error::Error::source(error)?.downcast_ref()
 }
 
-async fn http1(wire: Wire, permit: Option<Permit>) -> Result<http1::SendRequest<Body>, hyper::Error> {
+async fn http1(wire: Wire, open: Open) -> Result<http1::SendRequest<Body>, hyper::Error> {
     let (sender, connection) = http1::Builder::new()
         .max_headers(HEADERS)
         .max_header_size(HEAD_SIZE)
         .handshake(TokioIo::new(wire.clone()))
         .await?;
-    tokio::spawn(run(Turn::new(connection.with_upgrades(), wire), permit));
+    tokio::spawn(run(Turn::new(connection.with_upgrades(), wire), open));
     Ok(sender)
 }
 
@@ -429,9 +509,9 @@ where
 }
 
 /// Whoever sent a request learns how the connection ended.
-async fn run(connection: impl Future<Output = hyper::Result<()>>, permit: Option<Permit>) {
+async fn run(connection: impl Future<Output = hyper::Result<()>>, open: Open) {
     let _ = connection.await;
-    drop(permit);
+    drop(open);
 }
 
 /// Idle HTTP/1 connections kept for each worker.

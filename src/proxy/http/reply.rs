@@ -20,6 +20,8 @@ pub struct Refusal {
 pub enum Kind {
     /// Not HTTP, or such that two readers may see two requests.
     BadRequest,
+    /// The head.
+    TooLarge,
     /// CONNECT.
     Method,
     Denied,
@@ -42,6 +44,7 @@ impl Kind {
         const UNAVAILABLE: StatusCode = StatusCode::SERVICE_UNAVAILABLE;
         match self {
             Self::BadRequest => (StatusCode::BAD_REQUEST, "", "DPE"),
+            Self::TooLarge => (StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "", "DPE"),
             Self::Method => (StatusCode::METHOD_NOT_ALLOWED, "", "-"),
             Self::Denied => (StatusCode::FORBIDDEN, "RBAC: access denied", "-"),
             Self::Redirect => (StatusCode::TEMPORARY_REDIRECT, "", "-"),

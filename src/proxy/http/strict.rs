@@ -221,3 +221,104 @@ fn chunk_size(line: &[u8]) -> Result<u64, &'static str> {
     let digits = std::str::from_utf8(digits).map_err(|_| BAD)?;
     u64::from_str_radix(digits, 16).map_err(|_| BAD)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// The bytes as they come through in pieces of a size, and why they were refused.
+    fn judged(bytes: &[u8], piece: usize) -> (Vec<u8>, Option<&'static str>) {
+        let mut strict = Strict::default();
+        let mut through = bytes.to_vec();
+        through.chunks_mut(piece).for_each(|piece| strict.judge(piece));
+        (through, strict.refused())
+    }
+
+    fn refusal(request: &str) -> Option<&'static str> {
+        let (through, refused) = judged(request.as_bytes(), usize::MAX);
+        assert_eq!(refused.is_none(), through == request.as_bytes(), "{request:?}");
+        refused
+    }
+
+    #[test]
+    fn clear_requests_go_through_one_after_the_other() {
+        let head = "POST / HTTP/1.1\r\nHost: a\r\n";
+        let requests = [
+            format!("{head}\r\n"),
+            format!("\r\n{head}content-length:  5 \r\n\r\n\n\r\n\n\n"),
+            format!(
+                "{head}Transfer-Encoding: CHUNKED\r\n\r\n5;a=\"b\"\r\n\n\r\n\n\n\r\n0a\r\n0123456789\r\n0\r\nX: 1\r\n\r\n"
+            ),
+            format!("{head}Content-Length: 0\r\n\r\n"),
+            format!("{head}Connection: upgrade\r\nUpgrade: h2c\r\n\r\n"),
+        ];
+        assert_eq!(refusal(&requests.concat()), None);
+        assert!(refusal(&format!("{}GET / HTTP/1.1\n", requests.concat())).is_some());
+    }
+
+    #[test]
+    fn what_follows_an_upgrade_is_not_looked_at() {
+        assert_eq!(refusal("GET / HTTP/1.1\r\nUpgrade: websocket\r\n\r\n\n\n\r\r"), None);
+    }
+
+    #[test]
+    fn nothing_after_a_fault_gets_through() {
+        let (through, refused) = judged(b"GET / HTTP/1.1\r\nA: b\nHost: a\r\n\r\nGET /smuggled HTTP/1.1\r\n\r\n", 7);
+        assert!(refused.is_some() && !String::from_utf8_lossy(&through).contains("smuggled"));
+        let mut strict = Strict::default();
+        strict.judge(&mut b"\n".to_vec());
+        assert_eq!((strict.rest(), strict.rest()), (&b"\n\n"[..], &b""[..]));
+    }
+
+    #[test]
+    fn a_head_is_begun_until_its_last_byte() {
+        let mut strict = Strict::default();
+        strict.judge(&mut b"GET / HTTP/1.1\r\n\r\n".to_vec());
+        assert_eq!(strict.begun_head(), None);
+        strict.judge(&mut b"GE".to_vec());
+        assert_eq!(strict.begun_head(), Some(2));
+        strict.judge(&mut b"T / HTTP/1.1\r\nHost: a\r\n".to_vec());
+        assert_eq!(strict.begun_head(), Some(2));
+        strict.judge(&mut b"\r\n".to_vec());
+        assert_eq!(strict.begun_head(), None);
+    }
+
+    proptest! {
+        #[test]
+        fn it_does_not_matter_how_bytes_are_cut(
+            parts in prop::collection::vec(prop::sample::select(&PARTS[..]), 0..24),
+            piece in 1usize..40,
+        ) {
+            let bytes = parts.concat();
+            let whole = judged(bytes.as_bytes(), usize::MAX);
+            let cut = judged(bytes.as_bytes(), piece);
+            prop_assert_eq!(whole.1, cut.1);
+            if whole.1.is_none() {
+                prop_assert_eq!(whole.0, cut.0);
+            }
+        }
+    }
+
+    const PARTS: [&str; 18] = [
+        "GET / HTTP/1.1\r\n",
+        "Host: a\r\n",
+        "\r\n",
+        "\r",
+        "\n",
+        "Content-Length: 3\r\n",
+        "content-length: 0\r\n",
+        "Transfer-Encoding: chunked\r\n",
+        "abc",
+        "3\r\n",
+        "0\r\n",
+        "3;x=y\r\n",
+        " ",
+        "Upgrade: x\r\n",
+        "X-A: b\r\n",
+        "fff\r\n",
+        "\0",
+        "transfer-encoding : chunked\r\n",
+    ];
+}

@@ -50,7 +50,7 @@ impl Sidecar {
         let (snapshot, snapshots) = watch::channel(Some(Arc::new(snapshot)));
         let (trigger, drain) = drain::channel();
         let running = tokio::spawn(async move {
-            let workers = Workers::start(1).unwrap();
+            let workers = Workers::start(2).unwrap();
             proxy::run(snapshots, &workers, drain).await;
             // A runtime must not wait for another's threads on one of its own.
             tokio::task::spawn_blocking(move || drop(workers));
@@ -436,6 +436,92 @@ async fn an_upgraded_connection_carries_whatever_both_sides_say() {
         assert_eq!(rest, b"second");
     };
     timeout(PATIENCE, read).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_upgraded_connection_is_cut_when_its_source_is_denied() {
+    let app = app(false, |mut request| async move {
+        let upgraded = hyper::upgrade::on(&mut request);
+        tokio::spawn(async move {
+            std::future::pending::<()>().await;
+            drop(upgraded.await)
+        });
+        let mut response = ok(text(""));
+        *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("upgrade"));
+        response.headers_mut().insert(UPGRADE, HeaderValue::from_static("echo"));
+        response
+    })
+    .await;
+    let (mesh, at) = (free(), free());
+    let server = Sidecar::start(with_public(public(Protocol::Http, mesh, app)));
+    let _client = Sidecar::start(with_upstream(upstream(Protocol::Http, at, &[mesh])));
+    listening(mesh).await;
+    listening(at).await;
+    let mut stream = TcpStream::connect(at).await.unwrap();
+    stream.write_all(b"GET / HTTP/1.1\r\nHost: shop\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n").await.unwrap();
+    let mut answer = Vec::new();
+    let talk = async {
+        while !answer.ends_with(b"\r\n\r\n") {
+            assert!(stream.read_buf(&mut answer).await.unwrap() > 0);
+        }
+        assert!(answer.starts_with(b"HTTP/1.1 101 "));
+        let denying = PublicListener { intentions: allowing(Action::Deny), ..public(Protocol::Http, mesh, app) };
+        server.snapshot.send_replace(Some(Arc::new(with_public(denying))));
+        assert_eq!(stream.read_buf(&mut answer).await.unwrap_or(0), 0);
+    };
+    timeout(PATIENCE, talk).await.expect("the connection ends");
+}
+
+#[tokio::test]
+async fn connections_are_used_again_and_a_limit_of_them_makes_requests_wait() {
+    let (tell, mut connections) = mpsc::unbounded_channel();
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let at = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            tell.send(()).unwrap();
+            let service = service_fn(|_| async { Ok::<_, Infallible>(ok(text("here"))) });
+            tokio::spawn(hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service));
+        }
+    });
+    for max_connections in [None, Some(1)] {
+        let limits = Limits { max_connections, ..Limits::default() };
+        let pair = pair_with(Protocol::Http, at, |upstream| Upstream { limits, ..upstream }).await;
+        let clients = [Client::http1(pair.at).await, Client::http1(pair.at).await, Client::http1(pair.at).await];
+        for _ in 0..50 {
+            for client in &clients {
+                assert_eq!(client.ask(get("/")).await.0, StatusCode::OK);
+            }
+            let [a, b, c] = &clients;
+            let together = tokio::join!(a.ask(get("/")), b.ask(get("/")), c.ask(get("/")));
+            assert!([together.0, together.1, together.2].iter().all(|(status, _)| *status == StatusCode::OK));
+        }
+    }
+    let mut made = 0;
+    while connections.try_recv().is_ok() {
+        made += 1;
+    }
+    assert!(made <= 12, "{made} connections to the app for six clients");
+}
+
+#[tokio::test]
+async fn no_connection_at_all_is_an_overflow() {
+    let app = app(false, |_| async { ok(text("here")) }).await;
+    for limits in [
+        Limits { max_connections: Some(0), ..Limits::default() },
+        Limits { max_concurrent_requests: Some(0), ..Limits::default() },
+        Limits { max_pending_requests: Some(0), ..Limits::default() },
+    ] {
+        let pair = pair_with(Protocol::Http, app, |upstream| Upstream { limits, ..upstream }).await;
+        let response = Client::http1(pair.at).await.send(get("/")).await;
+        assert_eq!(
+            (response.status(), &response.headers()["x-envoy-overloaded"]),
+            (StatusCode::SERVICE_UNAVAILABLE, &HeaderValue::from_static("true"))
+        );
+        assert!(response.into_body().collect().await.unwrap().to_bytes().ends_with(b"reset reason: overflow"));
+    }
 }
 
 #[tokio::test]

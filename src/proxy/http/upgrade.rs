@@ -15,13 +15,15 @@ use super::wire::Wire;
 use crate::drain::{self, Stage};
 use crate::proxy::listener::Live;
 
-/// Joins both connections after the response that says so, and gives that response.
+/// Joins both connections after the response that says so, and gives that response. They are cut at the end of a
+/// drain, or when `may_stay` says no of a newer configuration.
 pub fn join<P: Send + Sync + 'static>(
     client: OnUpgrade,
     mut response: Response<Incoming>,
     rest: Rest,
     mut live: watch::Receiver<Live<P>>,
     drain: drain::Watch,
+    may_stay: impl Fn(&P) -> bool + Send + Sync + 'static,
 ) -> Response<Body> {
     let server = hyper::upgrade::on(&mut response);
     tokio::spawn(async move {
@@ -30,7 +32,7 @@ pub fn join<P: Send + Sync + 'static>(
             tunnelled = tunnel(client, server) => if let Err(error) = tunnelled {
                 tracing::debug!(target: "proxy", %error, "An upgraded connection broke off");
             },
-            _ = live.wait_for(|live| live.stage >= Stage::Closing) => {}
+            _ = live.wait_for(|live| live.stage >= Stage::Closing || !may_stay(&live.part)) => {}
         }
     });
     let (mut parts, _) = response.into_parts();
