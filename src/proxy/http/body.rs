@@ -14,12 +14,23 @@ use hyper::body::Incoming;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::pool::Held;
+use super::wire::Wire;
 use crate::proxy::balance::{InFlight, Permit};
 
 /// The body of a request or response that we send.
 pub struct Body {
     source: Source,
     rest: Option<Box<Rest>>,
+    _answer: Option<Answer>,
+}
+
+/// Tells the wire when the response that goes over it has been given to the codec, whole or broken off.
+struct Answer(Wire);
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        self.0.answered();
+    }
 }
 
 enum Source {
@@ -46,7 +57,7 @@ impl Rest {
 impl Body {
     #[must_use]
     pub fn text(text: impl Into<Bytes>) -> Self {
-        Self { source: Source::Text(text.into()), rest: None }
+        Self { source: Source::Text(text.into()), rest: None, _answer: None }
     }
 
     #[must_use]
@@ -56,12 +67,19 @@ impl Body {
 
     #[must_use]
     pub fn stream(incoming: Incoming) -> Self {
-        Self { source: Source::Stream(incoming), rest: None }
+        Self { source: Source::Stream(incoming), rest: None, _answer: None }
     }
 
     #[must_use]
     pub fn upload(upload: Upload) -> Self {
-        Self { source: Source::Upload(upload), rest: None }
+        Self { source: Source::Upload(upload), rest: None, _answer: None }
+    }
+
+    /// For the body of a response that goes over `wire`.
+    #[must_use]
+    pub fn answers(mut self, wire: Wire) -> Self {
+        self._answer = Some(Answer(wire));
+        self
     }
 
     /// Whether there is nothing in it for sure.

@@ -5,7 +5,8 @@ use std::borrow::Cow;
 
 use bytes::Bytes;
 use http::header::{
-    CONNECTION, COOKIE, HOST, HeaderName, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE,
+    CONNECTION, CONTENT_LENGTH, COOKIE, HOST, HeaderName, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE,
+    TRANSFER_ENCODING, UPGRADE,
 };
 use http::request::Parts;
 use http::uri::{Authority, PathAndQuery, Scheme};
@@ -42,7 +43,7 @@ pub struct Head {
 }
 
 impl Head {
-    /// Checks and normalises. Beyond what codecs check: one host, of the form of one, and a path.
+    /// Checks and normalises. Beyond what codecs check: one length, one host, of the form of one, and a path.
     ///
     /// # Errors
     /// The request is to be answered so.
@@ -53,6 +54,9 @@ impl Head {
         }
         if headers.len() > HEADERS {
             return Err(Refusal::new(Kind::TooLarge, "the request has too many headers"));
+        }
+        if headers.get_all(CONTENT_LENGTH).iter().nth(1).is_some() {
+            return Err(Refusal::new(Kind::BadRequest, "the length of the body is said twice"));
         }
         let authority = authority(&uri, version, &headers)?;
         normalization.headers(&mut headers).map_err(|bad| Refusal::new(Kind::BadRequest, bad.to_string()))?;
@@ -273,7 +277,7 @@ pub fn strip(headers: &mut HeaderMap) {
 const KEPT_IF_NAMED: [HeaderName; 9] = [
     HOST,
     TE,
-    http::header::CONTENT_LENGTH,
+    CONTENT_LENGTH,
     http::header::AUTHORIZATION,
     COOKIE,
     PROXY_AUTHENTICATE,

@@ -1,8 +1,9 @@
 //! The server side of one connection, of either version of HTTP.
 
 use std::convert::Infallible;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
+use std::task::Poll;
 use std::time::Duration;
 
 use http::header::CONNECTION;
@@ -11,8 +12,9 @@ use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::io::AsyncWriteExt;
 use tokio::sync::watch;
-use tokio::time::{Interval, MissedTickBehavior, interval_at, timeout};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, timeout};
 
 use super::body::Body;
 use super::message;
@@ -24,7 +26,7 @@ use crate::proxy::listener::Live;
 /// Serves requests until the connection ends, is idle for too long, or a drain is over.
 pub async fn serve<P, H, F>(wire: Wire, live: watch::Receiver<Live<P>>, handle: H) -> Result<(), String>
 where
-    H: Fn(Request<Incoming>) -> F,
+    H: Fn(Request<Incoming>) -> F + Clone,
     F: Future<Output = Response<Body>> + Send + 'static,
 {
     let mut drain = live.clone();
@@ -39,25 +41,49 @@ where
         Ok(Err(error)) => return Err(error.to_string()),
         Err(_) => return Err(format!("nothing came within {FIRST_TIME:?}")),
     };
-    let upgradable = wire.clone();
+    if http2 { serve_http2(wire, live, handle).await } else { serve_http1(wire, live, handle).await }
+}
+
+async fn serve_http2<P, H, F>(wire: Wire, live: watch::Receiver<Live<P>>, handle: H) -> Result<(), String>
+where
+    H: Fn(Request<Incoming>) -> F,
+    F: Future<Output = Response<Body>> + Send + 'static,
+{
     let service = service_fn(move |request| {
-        let leaves = (!http2 && message::leaves_http(&request)).then(|| upgradable.clone());
         let response = handle(request);
-        async move { Ok::<_, Infallible>(finish(response.await, http2, leaves)) }
+        async move { Ok::<_, Infallible>(finish(response.await, true, None)) }
     });
-    if http2 {
-        let connection = http2::Builder::new(TokioExecutor::new())
-            .auto_date_header(false)
-            .max_concurrent_streams(STREAMS)
-            .max_pending_accept_reset_streams(PENDING_RESETS)
-            .max_local_error_reset_streams(LOCAL_RESETS)
-            .max_header_list_size(u32::try_from(HEAD_SIZE).unwrap_or(u32::MAX))
-            .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW)
-            .serve_connection(TokioIo::new(wire.clone()), service);
-        drive(connection, wire, live, http2::Connection::graceful_shutdown).await
-    } else {
-        wire.be_strict();
+    let connection = http2::Builder::new(TokioExecutor::new())
+        .auto_date_header(false)
+        .max_concurrent_streams(STREAMS)
+        .max_pending_accept_reset_streams(PENDING_RESETS)
+        .max_local_error_reset_streams(LOCAL_RESETS)
+        .max_header_list_size(u32::try_from(HEAD_SIZE).unwrap_or(u32::MAX))
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .serve_connection(TokioIo::new(wire.clone()), service);
+    Box::pin(drive(connection, wire, live, http2::Connection::graceful_shutdown, false)).await.map(drop)
+}
+
+/// The codec of an idle connection holds some 20 KB, so it is ended where the client does not come back soon, and
+/// another one is begun with the next request.
+async fn serve_http1<P, H, F>(wire: Wire, live: watch::Receiver<Live<P>>, handle: H) -> Result<(), String>
+where
+    H: Fn(Request<Incoming>) -> F + Clone,
+    F: Future<Output = Response<Body>> + Send + 'static,
+{
+    if wire.agreed_on_http2() {
+        return Err("the client agreed on HTTP/2 and does not speak it".into());
+    }
+    wire.be_strict();
+    let mut comes_back = false;
+    let ended = loop {
+        let (handle, on) = (handle.clone(), wire.clone());
+        let service = service_fn(move |request| {
+            let leaves = message::leaves_http(&request).then(|| on.clone());
+            let (response, on) = (handle(request), on.clone());
+            async move { Ok::<_, Infallible>(finish(response.await, false, leaves).map(|body| body.answers(on))) }
+        });
         let connection = http1::Builder::new()
             .auto_date_header(false)
             .header_read_timeout(None)
@@ -66,10 +92,33 @@ where
             .half_close(true)
             .serve_connection(TokioIo::new(wire.clone()), service)
             .with_upgrades();
-        let ended = drive(connection, wire.clone(), live, http1::UpgradeableConnection::graceful_shutdown).await;
-        wire.linger().await;
-        ended
+        let shut_down = http1::UpgradeableConnection::graceful_shutdown;
+        match Box::pin(drive(connection, wire.clone(), live.clone(), shut_down, !comes_back)).await {
+            Ok(Ended::AtRest) => {}
+            Ok(Ended::Over) => break Ok(()),
+            Err(error) => break Err(error),
+        }
+        let since = Instant::now();
+        if !wakes(&wire, live.clone()).await {
+            break Ok(());
+        }
+        comes_back = since.elapsed() < SOON;
+    };
+    wire.linger().await;
+    ended
+}
+
+/// Waits for more on a connection between two requests; false once there will be none, and the wire is shut down.
+async fn wakes<P>(wire: &Wire, mut live: watch::Receiver<Live<P>>) -> bool {
+    let more = tokio::select! {
+        biased;
+        more = timeout(IDLE_TIME, wire.has_more()) => matches!(more, Ok(Ok(true))),
+        _ = live.wait_for(|live| live.stage >= Stage::Draining) => false,
+    };
+    if !more {
+        let _ = timeout(HEAD_TIME, wire.clone().shutdown()).await;
     }
+    more
 }
 
 /// Says when the connection ends after this response. `leaves`: what follows the request was not looked at, as it
@@ -84,31 +133,59 @@ fn finish(mut response: Response<Body>, http2: bool, leaves: Option<Wire>) -> Re
     response
 }
 
+/// How a codec's connection ended well.
+enum Ended {
+    Over,
+    /// The wire is still open, and nothing is under way on it.
+    AtRest,
+}
+
+/// `rests`: it is to end as soon as nothing is under way, not only after a while.
 async fn drive<C, P>(
     connection: C,
     wire: Wire,
     mut live: watch::Receiver<Live<P>>,
     shut_down: fn(Pin<&mut C>),
-) -> Result<(), String>
+    rests: bool,
+) -> Result<Ended, String>
 where
     C: Future<Output = hyper::Result<()>>,
 {
     let mut observed = live.clone();
     let mut connection = pin!(Turn::new(connection, wire.clone()));
     let mut draining = pin!(live.wait_for(|live| live.stage >= Stage::Draining));
-    let mut watchman = Watchman::new(wire);
-    tokio::select! {
+    let mut watchman = Watchman::new(wire.clone());
+    let turns = poll_fn(|cx| match connection.as_mut().poll(cx) {
+        Poll::Ready(ended) => Poll::Ready(Some(ended)),
+        Poll::Pending if rests && wire.is_at_rest() => Poll::Ready(None),
+        Poll::Pending => Poll::Pending,
+    });
+    let at_rest = tokio::select! {
         biased;
-        ended = &mut connection => return ended.map_err(|error| described(&error)),
-        _ = &mut draining => {}
-        verdict = watchman.verdict() => if let Verdict::Slow = verdict {
-            return Err(format!("a request head took longer than {HEAD_TIME:?}"));
+        ended = turns => match ended {
+            Some(ended) => return ended.map(|()| Ended::Over).map_err(|error| described(&error)),
+            None => true,
         },
-    }
+        _ = &mut draining => false,
+        verdict = watchman.verdict() => match verdict {
+            Verdict::Slow => return Err(format!("a request head took longer than {HEAD_TIME:?}")),
+            Verdict::AtRest => true,
+            Verdict::Idle => false,
+        },
+    };
+    wire.outlives_codec(at_rest);
     shut_down(connection.as_mut().connection());
+    if at_rest {
+        // Whether nothing is under way the codec knows best. If something is, it is the last on this connection.
+        let ended = poll_fn(|cx| Poll::Ready(connection.as_mut().poll(cx))).await;
+        wire.outlives_codec(false);
+        if let Poll::Ready(ended) = ended {
+            return ended.map(|()| Ended::AtRest).map_err(|error| described(&error));
+        }
+    }
     tokio::select! {
         biased;
-        ended = &mut connection => ended.map_err(|error| described(&error)),
+        ended = &mut connection => ended.map(|()| Ended::Over).map_err(|error| described(&error)),
         _ = observed.wait_for(|live| live.stage >= Stage::Closing) => Err("the drain time is over".into()),
     }
 }
@@ -132,12 +209,14 @@ struct Watchman {
 
 enum Verdict {
     Idle,
+    /// Nothing is under way, and nothing has moved in the last round.
+    AtRest,
     Slow,
 }
 
 impl Watchman {
     fn new(wire: Wire) -> Self {
-        let mut rounds = interval_at(tokio::time::Instant::now() + HEAD_TIME, HEAD_TIME);
+        let mut rounds = interval_at(Instant::now() + HEAD_TIME, HEAD_TIME);
         rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Self { wire, rounds, moved: 0, heads: 0, still: 0 }
     }
@@ -157,6 +236,9 @@ impl Watchman {
             if self.still >= IDLE_ROUNDS {
                 return Verdict::Idle;
             }
+            if self.still > 0 && self.wire.is_at_rest() {
+                return Verdict::AtRest;
+            }
         }
     }
 }
@@ -166,7 +248,10 @@ const FIRST_TIME: Duration = Duration::from_secs(600);
 /// For a request head, from its first byte to its last, and up to twice that.
 const HEAD_TIME: Duration = Duration::from_secs(15);
 /// A connection on which nothing has moved for an hour is ended, as by Envoy.
+const IDLE_TIME: Duration = Duration::from_secs(3600);
 const IDLE_ROUNDS: u32 = 240;
+/// A client that sends the next request within this time is taken to go on doing so.
+const SOON: Duration = Duration::from_secs(1);
 
 /// Requests at a time on one HTTP/2 connection.
 const STREAMS: u32 = 256;

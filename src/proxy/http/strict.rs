@@ -22,6 +22,7 @@ pub struct Strict {
     spoil: u8,
     /// The rest has been read.
     ended: bool,
+    foreign: bool,
 }
 
 /// What the next byte belongs to.
@@ -63,6 +64,13 @@ impl Strict {
         self.refused
     }
 
+    /// Whether the first line is of another protocol, which an answer in HTTP means nothing to. A broken preface
+    /// of HTTP/2 is one (RFC 9113, 3.4).
+    #[must_use]
+    pub fn is_foreign(&self) -> bool {
+        self.foreign
+    }
+
     /// What is to be read after a refusal, whatever the client sends; then the end.
     pub fn rest(&mut self) -> &'static [u8] {
         if std::mem::replace(&mut self.ended, true) { b"" } else { b"\n\n" }
@@ -73,6 +81,12 @@ impl Strict {
     pub fn begun_head(&self) -> Option<u64> {
         let begun = self.place == Place::Header || (self.place == Place::Start && !self.line.is_empty());
         begun.then_some(self.heads + 1)
+    }
+
+    /// The number of requests that have come whole, if nothing of another has.
+    #[must_use]
+    pub fn whole_requests(&self) -> Option<u64> {
+        (self.place == Place::Start && self.line.is_empty()).then_some(self.heads)
     }
 
     /// Looks at the bytes that come next and spoils them from the first fault on.
@@ -146,7 +160,10 @@ impl Strict {
         }
         self.place = match self.place {
             Place::Start if line.is_empty() => Place::Start,
-            Place::Start => Place::Header,
+            Place::Start => {
+                self.foreign = self.heads == 0 && names_another_protocol(line);
+                Place::Header
+            }
             Place::Header if line.is_empty() => self.end_head(),
             Place::Header => {
                 self.head.take(line)?;
@@ -202,6 +219,13 @@ impl Head {
         }
         Ok(())
     }
+}
+
+/// Whether a line has three words, as a request line does, of which the last is no version of HTTP.
+fn names_another_protocol(line: &[u8]) -> bool {
+    let mut words = line.split(|byte| *byte == b' ');
+    let version = words.nth(2);
+    words.next().is_none() && version.is_some_and(|version| !version.starts_with(b"HTTP/"))
 }
 
 fn decimal(text: &[u8]) -> Option<u64> {

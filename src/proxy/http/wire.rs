@@ -41,6 +41,12 @@ struct State {
     moved: u64,
     /// Judges what an HTTP/1 client sends.
     strict: Option<Strict>,
+    /// Responses that the codec has been given.
+    answered: u64,
+    /// The codec waits to write.
+    blocked: bool,
+    /// Shutting down is not for the codec to do.
+    outlives_codec: bool,
 }
 
 enum Io {
@@ -81,6 +87,9 @@ impl Wire {
             broken: None,
             moved: 0,
             strict: None,
+            answered: 0,
+            blocked: false,
+            outlives_codec: false,
         })))
     }
 
@@ -95,6 +104,42 @@ impl Wire {
     /// Lets nothing but unambiguous HTTP/1 requests through from here on.
     pub fn be_strict(&self) {
         self.state().strict = Some(Strict::default());
+    }
+
+    /// Whether the handshake said that the client speaks HTTP/2.
+    #[must_use]
+    pub fn agreed_on_http2(&self) -> bool {
+        matches!(&self.state().io, Io::Tls(stream) if stream.alpn() == Some(b"h2"))
+    }
+
+    /// The codec has been given one more response.
+    pub fn answered(&self) {
+        self.state().answered += 1;
+    }
+
+    /// Whether every HTTP/1 request that came has been answered, and nothing of another one is there.
+    #[must_use]
+    pub fn is_at_rest(&self) -> bool {
+        let state = self.state();
+        let requests =
+            state.strict.as_ref().filter(|strict| strict.refused().is_none()).and_then(Strict::whole_requests);
+        requests.is_some_and(|requests| requests > 0 && requests == state.answered)
+            && state.outgoing.is_empty()
+            && state.incoming.is_empty()
+            && !(state.blocked || state.upgraded || state.broken.is_some())
+    }
+
+    /// Whether the codec may end without shutting the wire down.
+    pub fn outlives_codec(&self, outlives: bool) {
+        self.state().outlives_codec = outlives;
+    }
+
+    /// Waits for bytes; false at the end of the stream.
+    ///
+    /// # Errors
+    /// Those of the socket.
+    pub async fn has_more(&self) -> io::Result<bool> {
+        poll_fn(|cx| self.state().poll_more(cx)).await.map(|count| count > 0)
     }
 
     /// The codec is about to end and leave what follows to another.
@@ -148,12 +193,17 @@ impl State {
             if seen == PREFACE.len() {
                 return Poll::Ready(Ok(true));
             }
-            // What the handshake left to send must not wait for the client, which may wait for it.
-            let _ = self.poll_send(cx)?;
-            if ready!(self.poll_fill(cx))? == 0 {
+            if ready!(self.poll_more(cx))? == 0 {
                 return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into()));
             }
         }
+    }
+
+    /// Reads once, without a codec.
+    fn poll_more(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        // What the handshake left to send must not wait for the client, which may wait for it.
+        let _ = self.poll_send(cx)?;
+        self.poll_fill(cx)
     }
 
     /// Reads once, behind what is there. Zero is the end.
@@ -201,7 +251,9 @@ impl State {
 
     fn poll_write(&mut self, cx: &mut Context<'_>, parts: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
         if self.outgoing.len() >= GATHERED {
+            self.blocked = true;
             ready!(self.poll_send(cx))?;
+            self.blocked = false;
         }
         if let Some(kind) = self.broken {
             return Poll::Ready(Err(kind.into()));
@@ -254,6 +306,9 @@ impl State {
     }
 
     fn poll_shutdown(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.outlives_codec {
+            return Poll::Ready(Ok(()));
+        }
         ready!(self.poll_send(cx))?;
         match &mut self.io {
             Io::Plain(socket) => Pin::new(socket).poll_shutdown(cx),
@@ -320,6 +375,9 @@ impl AsyncRead for Wire {
         state.moved += 1;
         if let Some(strict) = &mut state.strict {
             strict.judge(&mut buffer.filled_mut()[before..]);
+            if strict.is_foreign() {
+                return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, "the client does not speak HTTP")));
+            }
         }
         Poll::Ready(Ok(()))
     }
