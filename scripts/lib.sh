@@ -76,6 +76,17 @@ consul_binary() {
     printf '%s\n' "$cache/consul/usr/bin/consul"
 }
 
+# Prints the path of h2spec, built once. The newest version that Go's module proxy can give is 2.2.1.
+h2spec_binary() {
+    local built=$cache/go/h2spec
+    if ! [ -x "$built" ]; then
+        command -v go >/dev/null || return 1
+        say "Building h2spec ..."
+        GOBIN=$cache/go go install github.com/summerwind/h2spec/cmd/h2spec@v2.2.1+incompatible >"$cache/go.log" 2>&1 || return 1
+    fi
+    printf '%s\n' "$built"
+}
+
 # program PATH VARIABLE: prints the absolute path of an executable that a variable names.
 program() {
     if ! [ -f "$1" ] || ! [ -x "$1" ]; then
