@@ -7,11 +7,11 @@ from .gate import Gate
 from .identity import Authority, Identity, mtls_connect, mtls_server
 from .process import Process
 from .service import Mesh, Service, Upstream
-from .web import Answer, Browser, Web, ask
+from .web import Answer, Browser, Web, ask, who
 from .wait import eventually, stays, NotInTime
 
 __all__ = [
     "Agent", "Answer", "ApiError", "Authority", "Browser", "Conn", "Echo", "Envoy", "Gate", "HalfCloser", "Identity", "Mesh",
     "NotInTime", "Process", "Resetter", "Service", "Silent", "Upstream", "Web", "ask", "dial", "eventually", "mtls_connect",
-    "mtls_server", "stays",
+    "mtls_server", "stays", "who",
 ]

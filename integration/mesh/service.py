@@ -8,6 +8,7 @@ from .apps import Echo, dial
 from .envoy import Envoy
 from .ports import is_listening
 from .process import Process
+from .web import Web
 from .wait import eventually
 
 NUMBERS = itertools.count(1)
@@ -41,18 +42,28 @@ class Mesh:
         """A service name that no other scenario on this agent has."""
         return f"{what}-{self.tag}{next(NUMBERS)}"
 
-    def service(self, what, upstreams=(), app=Echo, sidecar="lictor", **more):
+    def service(self, what, upstreams=(), app=Echo, sidecar="lictor", of=None, protocol=None, **more):
         """Registers a service with its sidecar, and runs both until they are ready.
 
-        `upstreams` are services or names. `sidecar` is "lictor", "consul", or None for none.
+        `upstreams` are services or names. `sidecar` is "lictor", "consul", or None for none. With `of` it is one more
+        instance of that service, `what` telling them apart. `protocol` is what the service's defaults are to say.
         """
-        service = Service(self, self.name(what), upstreams, **more)
+        name = of.name if of else self.name(what)
+        if of:
+            more["id"] = f"{name}-{what}"
+        if protocol:
+            self.agent.write("service-defaults", name, Protocol=protocol)
+        service = Service(self, name, upstreams, **more)
         if app:
             service.app = self.keep(app(service.port))
         service.register()
         if sidecar:
             service.start(sidecar)
         return service
+
+    def web(self, what, upstreams=(), protocol="http", **more):
+        """A service that speaks HTTP, whose app says `what` as its name."""
+        return self.service(what, upstreams, **{"app": lambda port: Web(port, name=what), "protocol": protocol, **more})
 
     def keep(self, closable):
         """Closes it when the scenario ends."""

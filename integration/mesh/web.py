@@ -3,16 +3,20 @@
 import http.client
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from .wait import PATIENCE
 
 
 class Web:
-    """Answers each request with what it saw of it, as JSON; `answer` may be replaced to answer otherwise."""
+    """Answers each request with what it saw of it and its own name, as JSON, after a `delay` and with a `status`.
 
-    def __init__(self, port, host="127.0.0.1"):
-        self.port, self.requests = port, []
+    Those may be changed at any time, and `answer` replaced to answer otherwise.
+    """
+
+    def __init__(self, port, host="127.0.0.1", name=""):
+        self.port, self.name, self.requests, self.status, self.delay = port, name, [], 200, 0
         app = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -41,7 +45,9 @@ class Web:
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def answer(self, request):
-        self.show(request, self.take(request))
+        body = self.take(request)
+        time.sleep(self.delay)
+        self.show(request, body, self.status)
 
     def take(self, request):
         """The body, whole."""
@@ -56,7 +62,7 @@ class Web:
         return request.rfile.read(int(request.headers.get("content-length", 0)))
 
     def show(self, request, body, status=200, headers=()):
-        seen = {"method": request.command, "path": request.path, "headers": [[k.lower(), v] for k, v in request.headers.items()],
+        seen = {"app": self.name, "method": request.command, "path": request.path, "headers": [[k.lower(), v] for k, v in request.headers.items()],
                 "body": body.decode("latin-1")}
         self.requests.append(seen)
         self.say(request, json.dumps(seen).encode(), status, headers)
@@ -120,3 +126,9 @@ def ask(port, path="/", method="GET", body=None, headers=None, within=PATIENCE):
     """One request on a connection of its own."""
     with Browser(port, within) as browser:
         return browser.ask(path, method, body, headers)
+
+
+def who(port, path="/", **more):
+    """Which app answered, or the status and the text of an answer that is none of an app's."""
+    answer = ask(port, path, **more)
+    return answer.seen()["app"] if answer.status == 200 else f"{answer.status} {answer.body.decode()}"
