@@ -1,5 +1,6 @@
 """Fixtures: the binaries, one shared agent for each worker, and a `Mesh` for each scenario."""
 
+import concurrent.futures
 import contextlib
 import os
 import pathlib
@@ -79,6 +80,13 @@ def known(request, known_root, binaries, ports, tmp_path, stack):
 def stack():
     with contextlib.ExitStack() as stack:
         yield stack
+
+
+@pytest.fixture
+def workers():
+    """What does things beside the scenario: `workers.submit(what, …)`."""
+    with concurrent.futures.ThreadPoolExecutor(64) as pool:
+        yield pool
 
 
 @pytest.fixture

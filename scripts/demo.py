@@ -20,6 +20,8 @@ import urllib.request
 TOP = pathlib.Path(__file__).resolve().parent.parent
 LICTOR, CONSUL = os.environ["LICTOR_BIN"], os.environ["CONSUL_BIN"]
 SERVICES = ("order", "invoice", "tax")
+# Which version of tax an invoice of 100 was made with.
+VERSIONS = {25: "v1", 20: "v2"}
 
 
 class Failed(Exception):
@@ -69,6 +71,9 @@ class Demo:
         self.chain_works("The order app asks invoice, which asks tax; every hop goes through two sidecars.", within=40)
         self.deny_cuts()
         self.delete_restores()
+        self.second_version_starts()
+        self.canary_is_split()
+        self.canary_gets_all()
         print("\nAll of it went as told.")
 
     # Steps
@@ -78,6 +83,7 @@ class Demo:
         self.app_ports = {name: self.port(port) for name, port in zip(SERVICES, (5000, 5001, 5002))}
         self.upstream_ports = {"order": self.port(6001), "invoice": self.port(6002)}
         self.sidecar_ports = {name: self.port(port) for name, port in zip(SERVICES, (21000, 21001, 21002))}
+        self.app_ports["tax-v2"], self.sidecar_ports["tax-v2"] = self.port(5003), self.port(21003)
 
     def start_agent(self):
         self.step(f"Starting a Consul agent in development mode on port {self.http}, with the three services in service-defs/.")
@@ -85,7 +91,8 @@ class Demo:
         config.mkdir()
         for name in SERVICES:
             (config / f"{name}.json").write_text(json.dumps(self.definition(name)))
-        (config / "ports.json").write_text(json.dumps({"ports": {
+        # What config entries say of a service reaches its sidecar: newer agents do that without being told.
+        (config / "agent.json").write_text(json.dumps({"enable_central_service_config": True, "ports": {
             "http": self.http, "dns": -1, "grpc": -1, "server": self.port(8300), "serf_lan": self.port(8301), "serf_wan": self.port(8302),
             **({"grpc_tls": -1} if newer_than_1_13() else {}),
         }}))
@@ -144,13 +151,44 @@ class Demo:
         self.consul("intention", "delete", "invoice", "tax")
         self.chain_works("And the call works again.", within=10)
 
+    def second_version_starts(self):
+        self.step("Making tax an HTTP service while everything runs, and starting a second version of it, which taxes less.")
+        self.entry("tax-protocol", {"Kind": "service-defaults", "Name": "tax", "Protocol": "http"})
+        self.entry("tax-versions", {"Kind": "service-resolver", "Name": "tax", "DefaultSubset": "v1", "Subsets": {
+            "v1": {"Filter": 'Service.Meta.version != "v2"'}, "v2": {"Filter": 'Service.Meta.version == "v2"'},
+        }})
+        definition = self.directory / "tax-v2.json"
+        definition.write_text(json.dumps(self.definition_of_v2()))
+        self.consul("services", "register", definition, shown="tax-v2.json")
+        self.start("tax-v2 app", [sys.executable, TOP / "scripts/demo_app.py", "tax-v2", self.app_ports["tax-v2"]])
+        self.wait("the tax-v2 app listens", lambda: listens(self.app_ports["tax-v2"]), 20)
+        say("$ lictor connect proxy -sidecar-for tax-v2")
+        self.start("tax-v2 sidecar", [LICTOR, "connect", "proxy", "-sidecar-for", "tax-v2"])
+        self.wait("tax-v2 passes its health check", self.second_version_passes, 20)
+        self.wait("tax v1 still answers", lambda: self.answered(200), 20)
+
+    def canary_is_split(self):
+        self.step("A canary: nine of ten requests for tax to the first version, one to the second.")
+        self.split(90, 10)
+        self.wait("the second version gets requests", lambda: self.version() == "v2", 20)
+        counts = self.counted(200)
+        if not 2 <= counts["v2"] <= 60:
+            raise Failed(f"of 200 requests, {counts['v2']} went to the second version")
+
+    def canary_gets_all(self):
+        self.step("It does well: from now on, all requests to the second version.")
+        self.split(0, 100)
+        self.wait("the second version gets all requests", lambda: all(self.version() == "v2" for _ in range(20)), 20)
+        if self.counted(100)["v1"]:
+            raise Failed("the first version still gets requests")
+
     def keep(self):
         address = "" if self.http == 8500 else f" -http-addr=127.0.0.1:{self.http}"
         print("\nStill running (Ctrl-C ends it). Things to try in another terminal:")
         for command, what in (
             (f"curl localhost:{self.app_ports['order']}", "the whole chain"),
-            (f"curl -N localhost:{self.app_ports['invoice']}/follow", "a connection that stays open"),
-            (f"{CONSUL} intention create{address} -deny invoice tax", "cuts it"),
+            (f"{CONSUL} config delete{address} -kind service-splitter -name tax", "back to the first version of tax"),
+            (f"{CONSUL} intention create{address} -deny invoice tax", "refuses the next request"),
             (f"{CONSUL} intention delete{address} invoice tax", "the way back"),
             (f"kill {self.programs['consul agent'].pid}", "the agent goes away, traffic goes on"),
         ):
@@ -171,6 +209,44 @@ class Demo:
         for upstream in sidecar.get("proxy", {}).get("upstreams", []):
             upstream["local_bind_port"] = self.upstream_ports[name]
         return whole
+
+    def definition_of_v2(self):
+        whole = self.definition("tax")
+        service = whole["service"]
+        service |= {"id": "tax-v2", "port": self.app_ports["tax-v2"], "meta": {"version": "v2"}}
+        # The check that Consul makes by itself looks every ten seconds only.
+        port = self.sidecar_ports["tax-v2"]
+        check = {"name": "sidecar", "tcp": f"127.0.0.1:{port}", "interval": "1s"}
+        service["connect"]["sidecar_service"] |= {"port": port, "checks": [check]}
+        return whole
+
+    def second_version_passes(self):
+        _, body = self.ask(self.http, "/v1/health/connect/tax?passing")
+        return any(row["Service"]["ID"].startswith("tax-v2") for row in json.loads(body))
+
+    def entry(self, name, content):
+        """Writes a config entry, and shows it."""
+        file = self.directory / f"{name}.json"
+        file.write_text(json.dumps(content))
+        self.consul("config", "write", file, shown=f"{name}.json")
+        say(f"    {json.dumps(content)}")
+
+    def split(self, v1, v2):
+        legs = [{"Weight": v1, "ServiceSubset": "v1"}, {"Weight": v2, "ServiceSubset": "v2"}]
+        self.entry("tax-canary", {"Kind": "service-splitter", "Name": "tax", "Splits": legs})
+
+    def version(self):
+        """Which version of tax the next order's invoice was made with."""
+        status, body = self.ask(self.app_ports["order"], "/")
+        return VERSIONS[round(json.loads(body)["invoice"]["tax"])] if status == 200 else body
+
+    def counted(self, requests):
+        got = [self.version() for _ in range(requests)]
+        counts = {version: got.count(version) for version in VERSIONS.values()}
+        if sum(counts.values()) != requests:
+            raise Failed(f"a call failed: {next(each for each in got if each not in counts)}")
+        say(f"of {requests} orders, {counts['v1']} were taxed by the first version (25 of 100), {counts['v2']} by the second (20 of 100)")
+        return counts
 
     def port(self, usual):
         port = usual
@@ -194,8 +270,10 @@ class Demo:
         self.programs[name] = program
         self.stack.callback(end, program)
 
-    def consul(self, *words):
-        self.command_shown("consul " + " ".join(words))
+    def consul(self, *words, shown=None):
+        """Runs the command; `shown` is what it is to show in place of a file's whole path."""
+        words = [str(word) for word in words]
+        self.command_shown("consul " + " ".join([*words[:-1], shown or words[-1]]))
         environment = {**os.environ, "CONSUL_HTTP_ADDR": f"127.0.0.1:{self.http}"}
         done = subprocess.run([CONSUL, *words], capture_output=True, text=True, timeout=20, env=environment)
         if done.returncode != 0:

@@ -2,6 +2,8 @@
 
 demo_app.py NAME PORT [UPSTREAM_PORT]
 
+The second version of tax is named tax-v2.
+
 Each app knows nothing of the mesh: it calls what it depends on at a port of its own machine, in plain HTTP, and
 listens only there too (BIND names another address).
 """
@@ -31,10 +33,18 @@ def call(what, path):
         with urllib.request.urlopen(UPSTREAM + path, timeout=5) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
-        raise Unreachable(f"{what} answered {error.code}: {json.load(error)['error']}")
+        raise Unreachable(f"{what} answered {error.code}: {reason_in(error.read().decode())}")
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise Unreachable(f"the connection to {what} was closed without an answer ({reason})")
+
+
+def reason_in(text):
+    # Our apps say it in JSON, a sidecar in plain words.
+    try:
+        return json.loads(text)["error"]
+    except ValueError:
+        return text
 
 
 @app.errorhandler(Unreachable)
@@ -49,7 +59,7 @@ def answer():
     if NAME == "invoice":
         rate = call("tax", "/")["rate"]
         return {"net": 100, "tax": 100 * rate, "gross": 100 + 100 * rate}
-    return {"rate": 0.25}
+    return {"rate": 0.2 if NAME == "tax-v2" else 0.25}
 
 
 @app.get("/rates")

@@ -6,12 +6,13 @@ from .envoy import Envoy
 from .gate import Gate
 from .identity import Authority, Identity, mtls_connect, mtls_server
 from .process import Process
+from .rpc import Caller, Rpc
 from .service import Mesh, Service, Upstream
 from .web import Answer, Browser, Web, ask, who
 from .wait import eventually, stays, NotInTime
 
 __all__ = [
-    "Agent", "Answer", "ApiError", "Authority", "Browser", "Conn", "Echo", "Envoy", "Gate", "HalfCloser", "Identity", "Mesh",
-    "NotInTime", "Process", "Resetter", "Service", "Silent", "Upstream", "Web", "ask", "dial", "eventually", "mtls_connect",
+    "Agent", "Answer", "ApiError", "Authority", "Browser", "Caller", "Conn", "Echo", "Envoy", "Gate", "HalfCloser", "Identity", "Mesh",
+    "NotInTime", "Process", "Resetter", "Rpc", "Service", "Silent", "Upstream", "Web", "ask", "dial", "eventually", "mtls_connect",
     "mtls_server", "stays", "who",
 ]

@@ -32,6 +32,8 @@ class Agent:
             "node_name": f"{label}-{self.port}", "datacenter": datacenter, "bind_addr": "127.0.0.1", "client_addr": "127.0.0.1", "ports": taken,
             # The limit is shared by all sidecars that the scenarios of one worker run.
             "limits": {"http_max_conns_per_client": 4000},
+            # Newer agents do that without being told: what config entries say of a service reaches its sidecar.
+            "enable_central_service_config": True,
             **(config or {}),
             # After a change of root, agents renew leaves within 30 s; the scenarios want to see it sooner.
             "connect": {"enabled": True, "test_ca_leaf_root_change_spread": "1s", **(config or {}).get("connect", {})},

@@ -1,4 +1,4 @@
-"""A statically configured Envoy as a sidecar: what Consul would send it over xDS for a tcp service."""
+"""A statically configured Envoy as a sidecar: what Consul would send it over xDS."""
 
 import importlib.util
 import json
@@ -12,6 +12,10 @@ from .wait import eventually
 TYPES = "type.googleapis.com/envoy.extensions."
 
 
+# What Consul has Envoy offer and take, by the protocol of the service.
+ALPN = {"tcp": [], "http": ["http/1.1"], "http2": ["h2", "http/1.1"], "grpc": ["h2", "http/1.1"]}
+
+
 def envoy_binary():
     found = importlib.util.find_spec("envoy")
     return pathlib.Path(found.submodule_search_locations[0]) / "_bin" / "envoy"
@@ -20,17 +24,17 @@ def envoy_binary():
 class Envoy(Process):
     """The sidecar of `service`: its public listener (with denied sources) and its upstreams to fixed endpoints."""
 
-    def __init__(self, service, directory, denied=(), endpoints=None, tls=None):
+    def __init__(self, service, directory, denied=(), endpoints=None, tls=None, protocol="tcp"):
         agent = service.mesh.agent
-        self._agent, self._leaf, self._tls = agent, agent.leaf(service.name), tls
+        self._agent, self._leaf, self._tls, self._protocol = agent, agent.leaf(service.name), tls, protocol
         listeners, clusters = [], []
         if service.public:
-            listeners.append(self._listener("public", service.public, [rbac(denied), tcp_proxy("app")], self._server_tls()))
-            clusters.append(cluster("app", [service.port]))
+            listeners.append(self._listener("public", service.public, filters("app", protocol, denied), self._server_tls()))
+            clusters.append(cluster("app", [service.port], protocol=protocol))
         for upstream in service.upstreams:
             name, ports = upstream.to, (endpoints or {}).get(upstream.to)
-            listeners.append(self._listener(name, upstream.port, [tcp_proxy(name)]))
-            clusters.append(cluster(name, ports, self._client_tls(name)))
+            listeners.append(self._listener(name, upstream.port, filters(name, protocol)))
+            clusters.append(cluster(name, ports, self._client_tls(name), protocol))
         file = directory / f"envoy-{service.name}.json"
         file.write_text(json.dumps({
             "node": {"id": service.name, "cluster": service.name},
@@ -50,7 +54,7 @@ class Envoy(Process):
             trust["match_typed_subject_alt_names"] = [{"san_type": "URI", "matcher": {"exact": uri}} for uri in uris]
         own = {"certificate_chain": {"inline_string": self._leaf.cert_pem}, "private_key": {"inline_string": self._leaf.key_pem}}
         limits = {"tls_minimum_protocol_version": self._tls, "tls_maximum_protocol_version": self._tls} if self._tls else {}
-        return {"tls_certificates": [own], "validation_context": trust, "tls_params": limits}
+        return {"tls_certificates": [own], "validation_context": trust, "tls_params": limits, "alpn_protocols": ALPN[self._protocol]}
 
     def _server_tls(self):
         return {"@type": TYPES + "transport_sockets.tls.v3.DownstreamTlsContext", "common_tls_context": self._common_tls(), "require_client_certificate": True}
@@ -66,13 +70,34 @@ class Envoy(Process):
         return {"name": name, "address": {"socket_address": {"address": "127.0.0.1", "port_value": port}}, "filter_chains": [chain]}
 
 
-def cluster(name, ports, tls=None):
+def cluster(name, ports, tls=None, protocol="tcp"):
     endpoints = [{"endpoint": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": port}}}} for port in ports]
     made = {"name": name, "type": "STATIC", "connect_timeout": "5s",
             "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": endpoints}]}}
     if tls:
         made["transport_socket"] = {"name": "tls", "typed_config": tls}
+    if protocol in ("http2", "grpc"):
+        made["typed_extension_protocol_options"] = {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
+            "@type": TYPES + "upstreams.http.v3.HttpProtocolOptions", "explicit_http_config": {"http2_protocol_options": {}}}}
     return made
+
+
+def filters(name, protocol, denied=None):
+    """What carries to the cluster of this name; with `denied`, after the intentions."""
+    if protocol == "tcp":
+        return [*([] if denied is None else [network_rbac(denied)]), tcp_proxy(name)]
+    http = [] if protocol != "grpc" else [
+        {"name": "envoy.filters.http.grpc_stats",
+         "typed_config": {"@type": TYPES + "filters.http.grpc_stats.v3.FilterConfig", "stats_for_all_methods": True}},
+        {"name": "envoy.filters.http.grpc_http1_bridge", "typed_config": {"@type": TYPES + "filters.http.grpc_http1_bridge.v3.Config"}},
+    ]
+    if denied is not None:
+        http.append({"name": "envoy.filters.http.rbac", "typed_config": {"@type": TYPES + "filters.http.rbac.v3.RBAC", "rules": rules(denied)}})
+    http.append({"name": "envoy.filters.http.router", "typed_config": {"@type": TYPES + "filters.http.router.v3.Router"}})
+    hosts = [{"name": name, "domains": ["*"], "routes": [{"match": {"prefix": "/"}, "route": {"cluster": name}}]}]
+    manager = {"@type": TYPES + "filters.network.http_connection_manager.v3.HttpConnectionManager", "stat_prefix": name, "codec_type": "AUTO",
+               "upgrade_configs": [{"upgrade_type": "websocket"}], "http_filters": http, "route_config": {"name": name, "virtual_hosts": hosts}}
+    return [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]
 
 
 def tcp_proxy(name):
@@ -80,9 +105,12 @@ def tcp_proxy(name):
             "typed_config": {"@type": TYPES + "filters.network.tcp_proxy.v3.TcpProxy", "stat_prefix": name, "cluster": name}}
 
 
-def rbac(denied):
+def network_rbac(denied):
+    return {"name": "envoy.filters.network.rbac",
+            "typed_config": {"@type": TYPES + "filters.network.rbac.v3.RBAC", "stat_prefix": "intentions", "rules": rules(denied)}}
+
+
+def rules(denied):
     principals = [{"authenticated": {"principal_name": {"safe_regex": {"regex": f"^spiffe://[^/]+/ns/default/dc/[^/]+/svc/{name}$"}}}}
                   for name in denied] or [{"not_id": {"any": True}}]
-    rules = {"action": "DENY", "policies": {"intentions": {"permissions": [{"any": True}], "principals": principals}}}
-    return {"name": "envoy.filters.network.rbac",
-            "typed_config": {"@type": TYPES + "filters.network.rbac.v3.RBAC", "stat_prefix": "intentions", "rules": rules}}
+    return {"action": "DENY", "policies": {"intentions": {"permissions": [{"any": True}], "principals": principals}}}

@@ -1,7 +1,9 @@
 """Apps that speak HTTP/1.1, and a client for them that shows what really goes over the wire."""
 
+import contextlib
 import http.client
 import json
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +19,8 @@ class Web:
 
     def __init__(self, port, host="127.0.0.1", name=""):
         self.port, self.name, self.requests, self.status, self.delay = port, name, [], 200, 0
+        # Requests that are looked at and not answered yet.
+        self.waiting, self._lock = 0, threading.Lock()
         app = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -40,14 +44,22 @@ class Web:
             def log_message(self, *_):
                 pass
 
-        self._server = ThreadingHTTPServer((host, port), Handler)
+        self._server = Server((host, port), Handler)
         self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def answer(self, request):
         body = self.take(request)
-        time.sleep(self.delay)
-        self.show(request, body, self.status)
+        self._count(1)
+        try:
+            time.sleep(self.delay)
+            self.show(request, body, self.status)
+        finally:
+            self._count(-1)
+
+    def _count(self, more):
+        with self._lock:
+            self.waiting += more
 
     def take(self, request):
         """The body, whole."""
@@ -77,8 +89,32 @@ class Web:
             request.wfile.write(body)
 
     def close(self):
+        """Ends the listener and every connection."""
         self._server.shutdown()
         self._server.server_close()
+
+
+class Server(ThreadingHTTPServer):
+    # Many connections may come at once; the usual 5 would have most of them wait for a second.
+    request_queue_size = 1024
+
+    def __init__(self, *how):
+        self._open = set()
+        super().__init__(*how)
+
+    def process_request(self, request, address):
+        self._open.add(request)
+        super().process_request(request, address)
+
+    def shutdown_request(self, request):
+        self._open.discard(request)
+        super().shutdown_request(request)
+
+    def server_close(self):
+        super().server_close()
+        for each in list(self._open):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
 
 
 class Answer:

@@ -1,0 +1,157 @@
+"""Which instance a request goes to: policies, stickiness, slow, dead and failing instances."""
+
+import collections
+
+import pytest
+
+from mesh import Browser, Upstream, ask, eventually, who
+
+NAMES = ["1", "2", "3"]
+
+
+def instances(mesh, names=NAMES, **more):
+    first = mesh.web(names[0], **more)
+    return [first, *(mesh.web(name, of=first, **more) for name in names[1:])]
+
+
+def client_of(mesh, service, **config):
+    client = mesh.web("client", [Upstream(service.name, mesh.ports.take(), {"Config": config} if config else {})])
+    return client.upstreams[0].port
+
+
+def counted(port, requests, **more):
+    return collections.Counter(who(port, **more) for _ in range(requests))
+
+
+def balance(mesh, service, policy, **more):
+    mesh.agent.needs((1, 9), "LoadBalancer")
+    mesh.agent.write("service-resolver", service.name, LoadBalancer={"Policy": policy, **more})
+
+
+def meets_all(port, names=NAMES):
+    eventually(lambda: set(counted(port, 20)) == set(names), what="every instance gets requests")
+
+
+def test_requests_of_one_connection_are_spread(mesh):
+    first, *_ = instances(mesh)
+    port = client_of(mesh, first)
+    meets_all(port)
+    with Browser(port) as browser:
+        # An instance that began slowly gets nothing for a moment.
+        eventually(lambda: {browser.ask().seen()["app"] for _ in range(30)} == set(NAMES))
+
+
+@pytest.mark.parametrize("policy, more", [("round_robin", {}), ("random", {}), ("least_request", {"LeastRequestConfig": {"ChoiceCount": 3}})])
+def test_policies_spread_evenly(mesh, policy, more):
+    first, *_ = instances(mesh)
+    balance(mesh, first, policy, **more)
+    port = client_of(mesh, first)
+    meets_all(port)
+    got = counted(port, 180)
+    assert set(got) == set(NAMES)
+    if policy == "round_robin":
+        assert max(got.values()) - min(got.values()) <= 6, got
+    else:
+        assert min(got.values()) >= 25, got
+
+
+def test_round_robin_follows_weights(mesh):
+    first = mesh.web("heavy", sidecar_fields={"Weights": {"Passing": 9, "Warning": 1}})
+    mesh.web("light", of=first, sidecar_fields={"Weights": {"Passing": 1, "Warning": 1}})
+    balance(mesh, first, "round_robin")
+    port = client_of(mesh, first)
+    meets_all(port, ["heavy", "light"])
+    got = counted(port, 200)
+    assert 8 <= got["light"] <= 32, got
+
+
+@pytest.mark.parametrize("policy", ["ring_hash", "maglev"])
+def test_a_header_sticks_to_an_instance(mesh, policy):
+    first, *_ = instances(mesh)
+    balance(mesh, first, policy, HashPolicies=[{"Field": "header", "FieldValue": "x-user"}])
+    port = client_of(mesh, first)
+    meets_all(port)
+    homes = {user: counted(port, 5, headers={"x-user": user}) for user in map(str, range(30))}
+    assert all(len(met) == 1 for met in homes.values()), homes
+    assert {name for met in homes.values() for name in met} == set(NAMES)
+
+
+def test_users_of_a_dead_instance_move_and_the_others_stay(mesh):
+    first, *rest = instances(mesh)
+    balance(mesh, first, "ring_hash", HashPolicies=[{"Field": "header", "FieldValue": "x-user"}])
+    port = client_of(mesh, first)
+    meets_all(port)
+    users = {user: who(port, headers={"x-user": user}) for user in map(str, range(30))}
+    rest[1].process.kill()
+    now = {user: who(port, headers={"x-user": user}) for user in users}
+    assert all(now[user] == home for user, home in users.items() if home != "3") and set(now.values()) == {"1", "2"}
+
+
+def test_a_session_cookie_is_given_and_sticks(mesh):
+    first, *_ = instances(mesh)
+    balance(mesh, first, "ring_hash", HashPolicies=[{"Field": "cookie", "FieldValue": "home", "CookieConfig": {"Session": True, "Path": "/"}}])
+    port = client_of(mesh, first)
+    eventually(lambda: ask(port).header("set-cookie"))
+    met = set()
+    for _ in range(12):
+        answer = ask(port)
+        cookie = answer.header("set-cookie")
+        assert cookie.startswith("home=") and "Path=/" in cookie and "HttpOnly" in cookie and "Max-Age" not in cookie, cookie
+        again = [ask(port, headers={"cookie": cookie.split(";")[0]}) for _ in range(5)]
+        assert all(each.header("set-cookie") is None for each in again)
+        assert {each.seen()["app"] for each in again} == {answer.seen()["app"]}
+        met.add(answer.seen()["app"])
+    assert len(met) > 1
+
+
+def test_a_query_parameter_and_the_source_stick(mesh):
+    first, *_ = instances(mesh)
+    balance(mesh, first, "maglev", HashPolicies=[{"Field": "query_parameter", "FieldValue": "id", "Terminal": True}, {"SourceIP": True}])
+    port = client_of(mesh, first)
+    # All the scenario's connections come from one address.
+    eventually(lambda: len(counted(port, 20)) == 1)
+    homes = [counted(port, 4, path=f"/?id={number}") for number in range(20)]
+    assert all(len(met) == 1 for met in homes) and len({name for met in homes for name in met}) == 3
+
+
+def test_an_instance_whose_sidecar_is_gone_costs_no_request(mesh):
+    first, second = instances(mesh, NAMES[:2])
+    port = client_of(mesh, first)
+    meets_all(port, NAMES[:2])
+    # The agent goes on saying that it passes, and no retry is configured.
+    second.process.kill()
+    assert counted(port, 30) == {"1": 30}
+    assert [ask(port, "/", "POST", b"the body").status for _ in range(30)] == [200] * 30
+
+
+def test_a_slow_instance_gets_less(mesh, workers):
+    quick, slow = instances(mesh, ["quick", "slow"])
+    port = client_of(mesh, quick)
+    meets_all(port, ["quick", "slow"])
+    slow.app.delay = 0.3
+    futures = [workers.submit(counted, port, 60) for _ in range(4)]
+    got = sum((future.result(60) for future in futures), collections.Counter())
+    assert set(got) == {"quick", "slow"} and got["slow"] <= 60, got
+
+
+def test_an_instance_that_fails_is_ejected_for_a_while(mesh):
+    good, bad = instances(mesh, ["good", "bad"])
+    check = {"max_failures": 3, "interval": "100ms", "base_ejection_time": "2s", "max_ejection_percent": 50}
+    port = client_of(mesh, good, passive_health_check=check)
+    meets_all(port, ["good", "bad"])
+    bad.app.status = 500
+    eventually(lambda: counted(port, 20) == {"good": 20})
+    seen = len(bad.app.requests)
+    assert counted(port, 20) == {"good": 20} and len(bad.app.requests) == seen
+    bad.app.status = 200
+    eventually(lambda: set(counted(port, 20)) == {"good", "bad"}, 30, "it is used again")
+
+
+def test_a_failing_check_takes_an_instance_out(mesh):
+    first, second = instances(mesh, NAMES[:2])
+    port = client_of(mesh, first)
+    meets_all(port, NAMES[:2])
+    second.passing("fail")
+    eventually(lambda: counted(port, 20) == {"1": 20})
+    second.passing("pass")
+    meets_all(port, NAMES[:2])
