@@ -102,6 +102,16 @@ def test_a_websocket_talks_both_ways(mesh, pair):
         assert conn.ask(PIECE[:100_000]) == PIECE[:100_000]
 
 
+def test_an_open_websocket_ends_within_a_second_of_a_deny(mesh, pair):
+    server, client = pair
+    with client.dial() as conn:
+        conn.send(b"GET /socket HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: x\r\n\r\n")
+        assert "101" in head(conn)[0]
+        assert conn.ask(b"before") == b"before"
+        mesh.deny(client, server)
+        assert conn.end(1) in ("fin", "reset")
+
+
 def test_events_come_one_by_one(pair):
     server, client = pair
     server.app.next = threading.Event()

@@ -32,6 +32,14 @@ def test_over_a_limit_the_answer_is_503_and_says_so(mesh, workers, limit):
         eventually(lambda: who(port) == "server")
 
 
+def test_requests_wait_for_one_of_few_connections(mesh, workers):
+    server, _, port = pair(mesh, limits={"max_connections": 1})
+    eventually(lambda: who(port) == "server")
+    server.app.delay = 0.2
+    held = [workers.submit(who, port) for _ in range(20)]
+    assert [each.result(30) for each in held] == ["server"] * 20
+
+
 def test_without_limits_there_is_none(mesh, workers):
     server, _, port = pair(mesh)
     eventually(lambda: who(port) == "server")
