@@ -118,10 +118,13 @@ class ConsulPeer(Peer):
     def start_server(self, p):
         p.server = self.spawn(p.agent, p.app, "server")
 
+    def start_client(self, p):
+        p.client = self.spawn(p.agent, p.cli, "client")
+
     def start(self, mode):
         p = self.prepare(mode)
         self.start_server(p)
-        p.client = self.spawn(p.agent, p.cli, "client")
+        self.start_client(p)
         for port, pr in ((p.public, p.server), (p.upstream, p.client)):
             self.wait_port(port, pr)
         return p
@@ -150,13 +153,16 @@ class LeafPeer(Peer):
     def start(self, mode):
         p = self.prepare(mode)
         self.start_server(p)
-        p.client = self.ctx.procs.start(self.client_argv(p), f"{self.label}-client", self.ctx.pin_proxy)
+        self.start_client(p)
         for port, pr in ((p.public, p.server), (p.upstream, p.client)):
             self.wait_port(port, pr)
         return p
 
     def start_server(self, p):
         p.server = self.ctx.procs.start(self.server_argv(p), f"{self.label}-server", self.ctx.pin_proxy)
+
+    def start_client(self, p):
+        p.client = self.ctx.procs.start(self.client_argv(p), f"{self.label}-client", self.ctx.pin_proxy)
 
 
 class EnvoyPeer(LeafPeer):
@@ -254,7 +260,7 @@ class EnvoyPeer(LeafPeer):
         """One sidecar with upstreams of `each` endpoints and as many denied sources as `intentions`."""
         a, ls, cs = p.agent, [], []
         tls = {"common_tls_context": self.common_tls(a, p.leaf_app), "require_client_certificate": True}
-        ls.append(self.listener("public_listener", "127.0.0.1", p.public, self.filters(a, "tcp", "local_app", "public_listener", [f"src-{i}" for i in range(intentions)]), tls))
+        ls.append(self.listener("public_listener", "127.0.0.1", p.public, self.filters(a, "tcp", "local_app", "public_listener", [f"src-{i}" for i in range(intentions)] or ["denied"]), tls))
         cs.append(self.cluster("local_app", [("127.0.0.1", self.ctx.origin_port)]))
         for i, (svc, port) in enumerate(ups):
             eps = [("127.0.0.1", p.public)] if svc == p.app else [(f"127.9.{i % 250}.{k % 250 + 1}", 9000 + k) for k in range(each)]
