@@ -124,6 +124,15 @@ class Agent:
         finally:
             connection.close()
 
+    def headers(self, path):
+        """The headers of an answer."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        try:
+            connection.request("GET", path, headers={"X-Consul-Token": self.token} if self.token else {})
+            return dict(connection.getresponse().getheaders())
+        finally:
+            connection.close()
+
     def consul(self, *words):
         """Runs the `consul` command against this agent; returns its output, and fails when it does."""
         status, out, err = run([self.binary, *words], env=self.env)

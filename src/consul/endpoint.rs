@@ -297,13 +297,14 @@ impl Query<DefaultPolicy> {
     /// What becomes of a connection to `service` that no intention decides on.
     ///
     /// No endpoint tells, so the agent is asked to decide on a source that nobody made an intention for,
-    /// and its reason says whether the default decided. Where an intention with a wildcard did, the header
-    /// that newer agents send with every answer must do; it leaves `default_intention_policy` (1.18 and
-    /// later) out. Neither: deny.
+    /// and its reason says whether the default decided. The source is of a namespace that there is none of,
+    /// so that in the community edition not even `*` matches it (Consul 1.8.7, 1.19.2 and 1.22). Where an
+    /// intention of the Enterprise edition for all namespaces did, the header that newer agents send with
+    /// every answer must do; it leaves `default_intention_policy` (1.18 and later) out. Neither: deny.
     pub fn default_policy(service: &str) -> Self {
         let probe = serde_json::json!({
             "Target": service,
-            "ClientCertURI": "spiffe://probe.consul/ns/default/dc/dc1/svc/lictor-default-policy-probe",
+            "ClientCertURI": "spiffe://probe.consul/ns/lictor-default-policy-probe/dc/dc1/svc/lictor-default-policy-probe",
             "ClientCertSerial": "01",
         });
         let request = Request::new(Method::POST, &["agent", "connect", "authorize"]).body(&probe);
