@@ -16,10 +16,12 @@ use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType}
 use tokio::sync::watch;
 
 use lictor::drain;
+use lictor::jwt::Providers;
 use lictor::proxy::{self, Workers};
 use lictor::snapshot::{
     Action, Address, Bind, Chain, DefaultPolicy, Endpoint, Endpoints, Host, Intention, Intentions, Limits, LocalApp,
-    Node, PassiveHealthCheck, Protocol, PublicListener, Resolver, Snapshot, Target, Upstream, UpstreamKey,
+    Node, Normalization, PassiveHealthCheck, Protocol, PublicListener, Resolver, Snapshot, Target, Upstream,
+    UpstreamKey,
 };
 use lictor::tls::{Client, Credentials, Server, Stream};
 
@@ -264,6 +266,9 @@ impl Mesh {
             max_connections: None,
             tls: self.server(protocol)?,
             intentions: Arc::new(intentions()),
+            normalization: Normalization::default(),
+            sanitize_forwarded_cert: false,
+            token_providers: Arc::new(Providers::default()),
         };
         Ok(Snapshot { version: 1, public: Some(Arc::new(listener)), ..Snapshot::default() })
     }
