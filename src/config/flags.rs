@@ -106,7 +106,7 @@ pub(super) struct AgentFlags {
     #[arg(long, value_name = "name")]
     pub(super) partition: Option<String>,
     /// Most connections to the agent at one time, 4 to 128. An agent serves 200 to all programs of a host together.
-    /// The default is 24.
+    /// The default is 32.
     #[arg(long, value_name = "number")]
     pub(super) agent_connections: Option<String>,
 }

@@ -186,7 +186,7 @@ impl<'a> Reader<'a> {
     fn config(mut self, flags: flags::Flags) -> anyhow::Result<Config> {
         let process = self.process(flags.process)?;
         let max_connections = flags.agent.agent_connections.clone();
-        let max_connections = self.number("agent-connections", max_connections, 4..=128)?.unwrap_or(24);
+        let max_connections = self.number("agent-connections", max_connections, 4..=128)?.unwrap_or(32);
         let agent = self.agent(flags.agent, max_connections).context("Error connecting to Consul agent")?;
         let mode = self.mode(flags.mode, flags.ad_hoc).context("Error preparing configuration")?;
         let (log, drain_time, workers) = process;

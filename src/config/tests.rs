@@ -185,7 +185,7 @@ fn the_rest_of_the_agents_settings() {
     let plain = config("-service web", "").agent;
     assert!(plain.tls.verify && !plain.stale);
     assert_eq!((plain.basic_auth, plain.datacenter, plain.namespace, plain.partition), (None, None, None, None));
-    assert_eq!(plain.max_connections, 24);
+    assert_eq!(plain.max_connections, 32);
     let variables = "CONSUL_CACERT={here}/Cargo.toml CONSUL_CAPATH={here}/src CONSUL_CLIENT_CERT={here}/Cargo.toml \
         CONSUL_CLIENT_KEY={here}/Cargo.lock CONSUL_TLS_SERVER_NAME=agent.example:8501 CONSUL_HTTP_AUTH=me:a:b \
         CONSUL_NAMESPACE=ns CONSUL_PARTITION=part CONSUL_HTTP_SSL_VERIFY=0 LICTOR_AGENT_CONNECTIONS=4";

@@ -3,6 +3,10 @@
 //! The agent counts the connections of all programs on a host together, so the bound that was configured
 //! may be more than there is to have. Each time the agent refuses a connection for that reason, one slot is
 //! put away for a while ([`Slot::withhold`]).
+//!
+//! Walking away from a request that blocks does not end its connection at the agent's end: the handler stays
+//! until its wait is over (seen from 1.8.7 to 1.22). So a part of the bound is spare, for connections of that
+//! kind, and where there are more of them, the slot itself is put away until then.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -39,6 +43,8 @@ pub(super) enum Claim {
 
 pub(super) struct Slots {
     total: usize,
+    /// So many connections that were walked away from do not count against `total`.
+    spare: usize,
     state: Mutex<State>,
 }
 
@@ -48,8 +54,10 @@ struct State {
     waiting: [VecDeque<oneshot::Sender<Slot>>; 3],
     /// Slots that can be asked for, the longest held first.
     askable: VecDeque<Arc<Notify>>,
-    /// When each of the slots that are put away is back, the first first.
-    withheld: VecDeque<Instant>,
+    /// When each of the slots that are put away is back.
+    withheld: Vec<Instant>,
+    /// When the agent is done with each of the requests that were walked away from.
+    abandoned: Vec<Instant>,
     /// Watches that keep a slot, and those that take turns.
     always: usize,
     turns: usize,
@@ -60,6 +68,8 @@ pub(super) struct Slot {
     /// `None` once the slot has been passed on.
     slots: Option<Arc<Slots>>,
     asked: Option<Arc<Notify>>,
+    /// Until when the agent is busy with the request that is under way.
+    busy: Option<Instant>,
 }
 
 /// A watch that is counted.
@@ -69,9 +79,11 @@ pub(super) struct Member {
 }
 
 impl Slots {
-    pub(super) fn new(total: usize) -> Arc<Self> {
-        let total = total.max(1);
-        Arc::new(Self { total, state: Mutex::new(State { free: total, ..State::default() }) })
+    /// For `bound` connections, a quarter of which is spare.
+    pub(super) fn new(bound: usize) -> Arc<Self> {
+        let spare = bound.div_ceil(4);
+        let total = (bound - spare).max(1);
+        Arc::new(Self { total, spare, state: Mutex::new(State { free: total, ..State::default() }) })
     }
 
     pub(super) fn join(self: &Arc<Self>, always: bool) -> Member {
@@ -88,8 +100,10 @@ impl Slots {
             state.waiting[claim as usize].push_back(grant);
             self.settle(&mut state);
             let waits = state.waiting[claim as usize].back().is_some_and(|last| !last.is_closed());
+            // Without a spare connection, whoever is asked would make no room.
             if waits
                 && claim != Claim::Turn
+                && state.abandoned.len() < self.spare
                 && let Some(asked) = state.askable.pop_front()
             {
                 asked.notify_one();
@@ -106,17 +120,17 @@ impl Slots {
     /// Hands free slots to those who wait for one.
     fn settle(self: &Arc<Self>, state: &mut State) {
         let now = Instant::now();
-        while state.withheld.front().is_some_and(|back| *back <= now) {
-            state.withheld.pop_front();
-            state.free += 1;
-        }
+        let away = state.withheld.len();
+        state.withheld.retain(|back| *back > now);
+        state.free += away - state.withheld.len();
+        state.abandoned.retain(|done| *done > now);
         while state.free > 0 {
             let next = [Claim::Always, Claim::Prompt, Claim::Turn]
                 .into_iter()
                 .find_map(|claim| state.waiting[claim as usize].pop_front().map(|grant| (claim, grant)));
             let Some((claim, grant)) = next else { return };
             let asked = (claim == Claim::Turn).then(Arc::<Notify>::default);
-            match grant.send(Slot { slots: Some(self.clone()), asked: asked.clone() }) {
+            match grant.send(Slot { slots: Some(self.clone()), asked: asked.clone(), busy: None }) {
                 Ok(()) => {
                     state.free -= 1;
                     state.askable.extend(asked);
@@ -124,6 +138,16 @@ impl Slots {
                 // Nobody waits there any more. The slot must not come back here while the lock is held.
                 Err(mut slot) => slot.slots = None,
             }
+        }
+    }
+
+    /// A slot that is not to be had before `back`; but for the last few.
+    fn put_away(self: &Arc<Self>, state: &mut State, back: Instant) {
+        if self.total - state.withheld.len() > FEWEST {
+            state.withheld.push(back);
+        } else {
+            state.free += 1;
+            self.settle(state);
         }
     }
 
@@ -178,17 +202,23 @@ impl Slot {
 }
 
 impl Slot {
+    /// A request that blocks for as long as `wait` is sent.
+    pub(super) fn begin(&mut self, wait: Duration) {
+        // The agent adds up to a sixteenth, so that requests do not wake together.
+        self.busy = Some(Instant::now() + wait + wait / 16);
+    }
+
+    /// The request was answered.
+    pub(super) fn end(&mut self) {
+        self.busy = None;
+    }
+
     /// Gives the slot back later than now, since the agent has no connection for it.
     pub(super) fn withhold(mut self) {
         let Some(slots) = self.slots.take() else { return };
         let mut state = slots.lock();
         state.forget(self.asked.take());
-        if slots.total - state.withheld.len() > FEWEST {
-            state.withheld.push_back(Instant::now() + WITHHELD);
-        } else {
-            state.free += 1;
-            slots.settle(&mut state);
-        }
+        slots.put_away(&mut state, Instant::now() + WITHHELD);
     }
 }
 
@@ -197,8 +227,14 @@ impl Drop for Slot {
         let Some(slots) = self.slots.take() else { return };
         let mut state = slots.lock();
         state.forget(self.asked.take());
-        state.free += 1;
-        slots.settle(&mut state);
+        match self.busy {
+            Some(done) if state.abandoned.len() >= slots.spare => slots.put_away(&mut state, done),
+            done => {
+                state.abandoned.extend(done);
+                state.free += 1;
+                slots.settle(&mut state);
+            }
+        }
     }
 }
 
@@ -237,7 +273,7 @@ mod tests {
 
     #[tokio::test]
     async fn whoever_blocks_is_asked_to_make_room() {
-        let slots = Slots::new(2);
+        let slots = Slots::new(3);
         let kept = slots.acquire(Claim::Always).await;
         let turn = slots.acquire(Claim::Turn).await;
         let waiting = tokio::spawn({
@@ -273,7 +309,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn slots_that_the_agent_has_no_connection_for_are_put_away_for_a_while() {
-        let slots = Slots::new(6);
+        let slots = Slots::new(8);
         let _members: Vec<_> = (0..6).map(|number| slots.join(number < 4)).collect();
         assert!(slots.always_fits() && slots.wait(Claim::Turn) == LONG_WAIT);
         for _ in 0..10 {
@@ -295,9 +331,42 @@ mod tests {
         assert_eq!(slots.lock().free, 6);
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn requests_that_were_walked_away_from_count_until_the_agent_is_done() {
+        let slots = Slots::new(8);
+        let mut held = Vec::new();
+        for _ in 0..6 {
+            let mut slot = slots.acquire(Claim::Turn).await;
+            slot.begin(LONG_WAIT);
+            held.push(slot);
+        }
+        held[5].end();
+        held.truncate(2);
+        // Two connections are spare, and one request was answered; the fourth keeps its slot away.
+        let state = slots.lock();
+        assert_eq!((state.free, state.abandoned.len(), state.withheld.len()), (3, 2, 1));
+        drop(state);
+        for _ in 0..3 {
+            held.push(slots.acquire(Claim::Turn).await);
+        }
+        // Nobody is asked for a slot that would not come.
+        let waiting = tokio::spawn({
+            let slots = slots.clone();
+            async move { slots.acquire(Claim::Prompt).await }
+        });
+        tokio::time::sleep(LONG_WAIT).await;
+        assert!(!waiting.is_finished());
+        assert_eq!(slots.lock().askable.len(), 5);
+        tokio::time::sleep(LONG_WAIT / 16).await;
+        drop(held.pop());
+        let _prompt = waiting.await.expect("no panics");
+        let state = slots.lock();
+        assert_eq!((state.free, state.abandoned.len(), state.withheld.len()), (1, 0, 0));
+    }
+
     #[test]
     fn waits_shorten_so_that_everyone_has_a_turn() {
-        let slots = Slots::new(22);
+        let slots = Slots::new(30);
         let mut members: Vec<_> = (0..4).map(|_| slots.join(true)).collect();
         members.extend((0..18).map(|_| slots.join(false)));
         assert_eq!(slots.wait(Claim::Turn), LONG_WAIT);

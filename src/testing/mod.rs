@@ -249,7 +249,7 @@ pub(crate) fn settings(address: Address) -> Settings {
         stale: false,
         namespace: None,
         partition: None,
-        max_connections: 24,
+        max_connections: 32,
     }
 }
 
