@@ -9,6 +9,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
+use crate::access_log::AccessLog;
 use crate::config::{Config, Mode};
 use crate::consul::Client;
 use crate::consul::query::Watches;
@@ -35,10 +36,13 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let (publish, snapshots) = watch::channel(None);
     let (trigger, drained) = drain::channel();
 
+    let access_log = AccessLog::default();
+    let logged = access_log.clone();
+
     let mut tasks = JoinSet::new();
     tasks.spawn(tell_ready(snapshots.clone()));
     tasks.spawn(async move {
-        proxy::run(snapshots, &workers, drained).await;
+        proxy::run(snapshots, &workers, logged, drained).await;
         Ok(())
     });
     tasks.spawn(async move { control::run(Watches::new(client), &agent, &mode, publish).await });
@@ -57,6 +61,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         error = first_error(&mut tasks) => Err(error),
     };
     drop(tasks);
+    access_log.close(CLOSE_TIME).await;
     if let Some(registration) = registration {
         registration.end().await;
     }
@@ -82,7 +87,7 @@ async fn drain(mut trigger: drain::Trigger, time: Duration, signals: &mut Signal
     let _ = timeout(CLOSE_TIME, trigger.drained()).await;
 }
 
-/// For connections to say goodbye once they must.
+/// For connections to say goodbye once they must, and for the access log to be written.
 const CLOSE_TIME: Duration = Duration::from_millis(1500);
 
 /// Waits for the first task that fails; one that ends well leaves the others to go on.

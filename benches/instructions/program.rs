@@ -15,6 +15,7 @@ use anyhow::{Context, Result, bail, ensure};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
 use tokio::sync::watch;
 
+use lictor::access_log::AccessLog;
 use lictor::drain;
 use lictor::jwt::Providers;
 use lictor::proxy::{self, Workers};
@@ -206,7 +207,10 @@ fn run(snapshots: [Snapshot; 2]) -> Result<()> {
     let [(_keep_server, server), (_keep_client, client)] =
         snapshots.map(|snapshot| watch::channel(Some(Arc::new(snapshot))));
     runtime.block_on(async {
-        tokio::join!(proxy::run(server, &workers, drain.clone()), proxy::run(client, &workers, drain.clone()))
+        tokio::join!(
+            proxy::run(server, &workers, AccessLog::default(), drain.clone()),
+            proxy::run(client, &workers, AccessLog::default(), drain.clone())
+        )
     });
     Ok(())
 }

@@ -6,8 +6,8 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, PoisonError, RwLock};
-use std::thread;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::{Record, Settings, Sink};
@@ -16,6 +16,8 @@ use super::{Record, Settings, Sink};
 const QUEUE: usize = 4096;
 /// How often it is looked at whether another file has the name by now, and a failed one is opened again.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// How often it is looked at whether all is written, at the end.
+const POLL: Duration = Duration::from_millis(5);
 /// How often dropped lines are told of.
 const TELL_AGAIN: Duration = Duration::from_secs(10);
 
@@ -28,6 +30,8 @@ struct Shared {
     /// Spares most requests the lock where nothing is logged.
     on: AtomicBool,
     active: RwLock<Option<Arc<Active>>>,
+    /// Those that may still write.
+    writers: Mutex<Vec<JoinHandle<()>>>,
 }
 
 /// A log that is written.
@@ -46,29 +50,37 @@ impl AccessLog {
             Some(active) if Arc::ptr_eq(&active.settings, settings) => Some(Arc::clone(active)),
             // Two writers of one file would both write its end.
             Some(active) if active.settings.sink == settings.sink => Some(Arc::new(active.with(settings))),
-            _ => Active::start(settings).map(Arc::new),
+            _ => self.start(settings).map(Arc::new),
         });
         self.0.on.store(next.is_some(), Ordering::Relaxed);
         *self.0.active.write().unwrap_or_else(PoisonError::into_inner) = next;
     }
 
-    /// What to log a request with, if it is to be logged at all.
     #[must_use]
-    pub fn active(&self) -> Option<Arc<Active>> {
-        if !self.0.on.load(Ordering::Relaxed) {
-            return None;
-        }
-        self.0.active.read().unwrap_or_else(PoisonError::into_inner).clone()
+    pub fn is_on(&self) -> bool {
+        self.0.on.load(Ordering::Relaxed)
     }
-}
 
-impl Active {
-    fn start(settings: &Arc<Settings>) -> Option<Self> {
+    /// Logs no more, and waits until what was logged is written, for `limit` at most.
+    pub async fn close(&self, limit: Duration) {
+        self.set(None);
+        let end = tokio::time::Instant::now() + limit;
+        while self.writers().iter().any(|writer| !writer.is_finished()) && tokio::time::Instant::now() < end {
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    fn start(&self, settings: &Arc<Settings>) -> Option<Active> {
         let (queue, lines) = sync_channel(QUEUE);
         let dropped = Arc::<AtomicU64>::default();
         let writer = Writer { output: Output::new(&settings.sink), dropped: Arc::clone(&dropped), told: None };
         match thread::Builder::new().name("access-log".into()).spawn(move || writer.run(&lines)) {
-            Ok(_) => Some(Self { settings: Arc::clone(settings), queue, dropped }),
+            Ok(thread) => {
+                let mut writers = self.writers();
+                writers.retain(|writer| !writer.is_finished());
+                writers.push(thread);
+                Some(Active { settings: Arc::clone(settings), queue, dropped })
+            }
             Err(error) => {
                 tracing::error!(target: "proxy", %error, "The access log has no thread to be written by");
                 None
@@ -76,6 +88,21 @@ impl Active {
         }
     }
 
+    fn writers(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+        self.0.writers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What to log a request with, if it is to be logged at all.
+    #[must_use]
+    pub fn active(&self) -> Option<Arc<Active>> {
+        if !self.is_on() {
+            return None;
+        }
+        self.0.active.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl Active {
     fn with(&self, settings: &Arc<Settings>) -> Self {
         Self { settings: Arc::clone(settings), queue: self.queue.clone(), dropped: Arc::clone(&self.dropped) }
     }
@@ -234,6 +261,18 @@ mod tests {
         until(|| std::fs::read_to_string(file.path()).unwrap() == "before\none 0\ntwo\n");
         log.set(None);
         assert!(log.active().is_none());
+    }
+
+    #[tokio::test]
+    async fn what_was_logged_is_written_before_the_end() {
+        let file = TempFile::new("");
+        let log = AccessLog::default();
+        log.set(Some(&settings(file.path(), "line")));
+        for _ in 0..1000 {
+            log.active().unwrap().log(&record());
+        }
+        log.close(SOON).await;
+        assert_eq!(std::fs::read_to_string(file.path()).unwrap().lines().count(), 1000);
     }
 
     #[test]

@@ -10,11 +10,13 @@ use tokio::time::timeout;
 
 use super::http::certificate;
 use super::http::inbound::Inbound;
+use super::http::note::Caller;
 use super::http::pool::Pool;
 use super::listener::{Accepted, Live};
 use super::record::{Direction, Record, Shown};
 use super::relay::{self, Broken, Relay};
 use super::socket::Socket;
+use crate::access_log::AccessLog;
 use crate::drain::{self, Stage};
 use crate::snapshot::{Decision, PublicListener};
 use crate::tls::{HandshakeError, SpiffeId, Stream};
@@ -25,9 +27,15 @@ pub struct Shared {
     open: Arc<AtomicUsize>,
     /// To the local app, for HTTP requests.
     app: Arc<Pool>,
+    access_log: AccessLog,
 }
 
 impl Shared {
+    #[must_use]
+    pub fn new(access_log: AccessLog) -> Self {
+        Self { access_log, ..Self::default() }
+    }
+
     /// Counts one connection more until the guard is dropped, unless `limit` are open.
     fn enter(&self, limit: Option<usize>) -> Option<OpenGuard> {
         let guard = OpenGuard(Arc::clone(&self.open));
@@ -67,6 +75,7 @@ struct Connection {
 /// `None` also for a connection of requests, which has a task of its own by then.
 async fn establish(accepted: Accepted<PublicListener>, shared: &Shared) -> Option<Connection> {
     let Accepted { socket, remote, mut live, drain } = accepted;
+    let local = if shared.access_log.is_on() { socket.local_address() } else { None };
     let mut record = Record::new(Direction::Inbound, remote);
     let listener = Arc::clone(&live.borrow().part);
     let Some(open) = shared.enter(listener.max_connections) else {
@@ -88,7 +97,8 @@ async fn establish(accepted: Accepted<PublicListener>, shared: &Shared) -> Optio
     if listener.protocol.is_http() {
         // Each request is judged, so that a refused one gets an answer.
         let certificate = certificate::element(listener.tls.id(), mesh.peer_certificates().unwrap_or_default());
-        let connection = Inbound { peer, remote, live, drain, app: Arc::clone(&shared.app), certificate };
+        let caller = Caller { access_log: shared.access_log.clone(), remote, local, peer: Some(Arc::clone(&peer)) };
+        let connection = Inbound { peer, remote, live, drain, app: Arc::clone(&shared.app), certificate, caller };
         tokio::spawn(async move {
             let ended = connection.serve(mesh).await;
             record.finish(ended.as_ref().map_or_else(String::as_str, |()| "ended"));
@@ -97,6 +107,7 @@ async fn establish(accepted: Accepted<PublicListener>, shared: &Shared) -> Optio
         return None;
     }
 
+    record.log_to(&shared.access_log, local, Some(&peer));
     // From here on changes are noticed, so that none slips between the decision and the relay.
     let listener = Arc::clone(&live.borrow_and_update().part);
     if let Some(reason) = denial(&listener, &peer) {
@@ -107,7 +118,10 @@ async fn establish(accepted: Accepted<PublicListener>, shared: &Shared) -> Optio
     }
 
     match connect_app(&listener).await {
-        Ok(app) => Some(Connection { app, mesh, peer, remote, live, record, _open: open, _drain: drain }),
+        Ok(app) => {
+            record.leads_to("local_app", &listener.local_app);
+            Some(Connection { app, mesh, peer, remote, live, record, _open: open, _drain: drain })
+        }
         Err(error) => {
             tracing::warn!(
                 target: "proxy.inbound",

@@ -5,6 +5,7 @@
 //! requests.
 
 pub mod balance;
+mod expose;
 mod http;
 mod inbound;
 mod listener;
@@ -23,8 +24,9 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 
+use crate::access_log::AccessLog;
 use crate::drain::{self, Stage};
-use crate::snapshot::{Bind, PublicListener, Snapshot, Upstream, UpstreamKey};
+use crate::snapshot::{Bind, Exposed, PublicListener, Snapshot, Upstream, UpstreamKey};
 use balance::Clock;
 use listener::Live;
 use memory::Memory;
@@ -33,9 +35,14 @@ use outbound::Plan;
 pub use workers::Workers;
 
 /// Runs the data plane until every listener and connection is done after a drain.
-pub async fn run(mut snapshots: watch::Receiver<Option<Arc<Snapshot>>>, workers: &Workers, drain: drain::Watch) {
+pub async fn run(
+    mut snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
+    workers: &Workers,
+    access_log: AccessLog,
+    drain: drain::Watch,
+) {
     let mut stage = drain.observer();
-    let mut proxy = Proxy::new(workers, drain);
+    let mut proxy = Proxy::new(workers, access_log, drain);
     let mut tidy = tokio::time::interval(TIDY);
     tidy.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -62,6 +69,7 @@ struct Proxy<'a> {
     workers: &'a Workers,
     drain: drain::Watch,
     clock: Clock,
+    access_log: AccessLog,
     inbound: inbound::Shared,
     listeners: Listeners,
     /// Binds that failed and are tried again.
@@ -73,9 +81,11 @@ struct Proxy<'a> {
 struct Listeners {
     public: Option<Running<PublicListener>>,
     upstreams: BTreeMap<UpstreamKey, Running<Plan>>,
+    exposed: BTreeMap<Bind, Running<expose::Plan>>,
     /// No longer wanted, while their connections go on.
     retired_public: Vec<Running<PublicListener>>,
     retired_upstreams: Vec<Running<Plan>>,
+    retired_exposed: Vec<Running<expose::Plan>>,
 }
 
 /// A listener that accepts, or did and still has connections.
@@ -102,12 +112,13 @@ struct Failed {
 }
 
 impl<'a> Proxy<'a> {
-    fn new(workers: &'a Workers, drain: drain::Watch) -> Self {
+    fn new(workers: &'a Workers, access_log: AccessLog, drain: drain::Watch) -> Self {
         Self {
             workers,
             drain,
             clock: Clock::start(),
-            inbound: inbound::Shared::default(),
+            inbound: inbound::Shared::new(access_log.clone()),
+            access_log,
             listeners: Listeners::default(),
             failed: BTreeMap::new(),
             memory: Memory::default(),
@@ -119,12 +130,16 @@ impl<'a> Proxy<'a> {
         let Some(snapshot) = snapshot else {
             return Instant::now() + NOTHING_FAILED;
         };
+        self.access_log.set(snapshot.access_log.as_ref());
         self.retire(snapshot);
         if let Some(public) = &snapshot.public {
             self.run_public(public);
         }
         for (key, upstream) in &snapshot.upstreams {
             self.run_upstream(key, upstream);
+        }
+        for (bind, exposed) in &snapshot.exposed {
+            self.run_exposed(bind, exposed);
         }
         self.failed.values().map(|failed| failed.next).min().unwrap_or_else(|| Instant::now() + NOTHING_FAILED)
     }
@@ -141,9 +156,15 @@ impl<'a> Proxy<'a> {
             running.stop(&key.destination);
             listeners.retired_upstreams.push(running);
         }
+        for (_, mut running) in listeners.exposed.extract_if(.., |bind, _| !snapshot.exposed.contains_key(bind)) {
+            running.stop("exposed paths");
+            listeners.retired_exposed.push(running);
+        }
         listeners.retired_public.retain(Running::is_in_use);
         listeners.retired_upstreams.retain(Running::is_in_use);
-        let is_wanted = |bind: &Bind| Some(bind) == wanted || snapshot.upstreams.keys().any(|key| key.bind == *bind);
+        listeners.retired_exposed.retain(Running::is_in_use);
+        let is_upstream = |bind: &Bind| snapshot.upstreams.keys().any(|key| key.bind == *bind);
+        let is_wanted = |bind: &Bind| Some(bind) == wanted || is_upstream(bind) || snapshot.exposed.contains_key(bind);
         self.failed.retain(|bind, _| is_wanted(bind));
     }
 
@@ -165,10 +186,26 @@ impl<'a> Proxy<'a> {
             return;
         }
         let plan = Arc::new(Plan::new(Arc::clone(upstream), None));
-        let clock = self.clock;
-        let serve = move |accepted| outbound::serve(accepted, clock);
+        let (clock, access_log) = (self.clock, self.access_log.clone());
+        let serve = move |accepted| outbound::serve(accepted, clock, access_log.clone());
         if let Some(running) = self.start(&key.destination, &key.bind, &plan, serve) {
             self.listeners.upstreams.insert(key.clone(), running);
+        }
+    }
+
+    fn run_exposed(&mut self, bind: &Bind, exposed: &Arc<Exposed>) {
+        let plan = || Arc::new(expose::Plan::new(Arc::clone(exposed)));
+        if let Some(running) = self.listeners.exposed.get(bind) {
+            let changed = !Arc::ptr_eq(&running.live.borrow().part.exposed, exposed);
+            if changed {
+                running.update(&plan());
+            }
+            return;
+        }
+        let access_log = self.access_log.clone();
+        let serve = move |accepted| expose::serve(accepted, access_log.clone());
+        if let Some(running) = self.start("exposed paths", bind, &plan(), serve) {
+            self.listeners.exposed.insert(bind.clone(), running);
         }
     }
 
@@ -224,7 +261,8 @@ impl Listeners {
     fn users(&self) -> usize {
         let public = self.public.iter().chain(&self.retired_public).map(Running::users);
         let upstreams = self.upstreams.values().chain(&self.retired_upstreams).map(Running::users);
-        public.chain(upstreams).sum()
+        let exposed = self.exposed.values().chain(&self.retired_exposed).map(Running::users);
+        public.chain(upstreams).chain(exposed).sum()
     }
 
     fn advance(&self, stage: Stage) {
@@ -232,6 +270,9 @@ impl Listeners {
             running.advance(stage);
         }
         for running in self.upstreams.values().chain(&self.retired_upstreams) {
+            running.advance(stage);
+        }
+        for running in self.exposed.values().chain(&self.retired_exposed) {
             running.advance(stage);
         }
     }

@@ -7,11 +7,13 @@ use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
 use super::balance::{Balancer, Balancers, Clock, InFlight, Instance, Limit, Outcome, Permit};
+use super::http::note::Caller;
 use super::http::outbound::Outbound;
 use super::listener::{Accepted, Live};
 use super::record::{Direction, Record};
 use super::relay::{self, Relay};
 use super::socket::Socket;
+use crate::access_log::AccessLog;
 use crate::drain::{self, Stage};
 use crate::snapshot::{Target, Upstream};
 use crate::tls::{HandshakeError, SpiffeId, Stream};
@@ -33,8 +35,8 @@ impl Plan {
 }
 
 /// Serves one connection: choose the target, connect to an instance of it, relay, record.
-pub async fn serve(accepted: Accepted<Plan>, clock: Clock) {
-    if let Some(connection) = establish(accepted, clock).await {
+pub async fn serve(accepted: Accepted<Plan>, clock: Clock, access_log: AccessLog) {
+    if let Some(connection) = establish(accepted, clock, access_log).await {
         // In a task of its own: an open connection keeps none of the memory that opening it took.
         tokio::spawn(connection.relay());
     }
@@ -52,21 +54,25 @@ struct Connection {
 }
 
 /// `None` also for a connection of requests, which has a task of its own by then.
-async fn establish(accepted: Accepted<Plan>, clock: Clock) -> Option<Connection> {
+async fn establish(accepted: Accepted<Plan>, clock: Clock, access_log: AccessLog) -> Option<Connection> {
     let Accepted { socket: app, remote, mut live, drain } = accepted;
     let mut record = Record::new(Direction::Outbound, remote);
+    let local = if access_log.is_on() { app.local_address() } else { None };
     let plan = Arc::clone(&live.borrow_and_update().part);
     if plan.upstream.chain.protocol.is_http() {
-        let connection = Outbound { remote, live, drain, clock };
+        let caller = Caller { access_log, remote, local, ..Caller::default() };
+        let connection = Outbound { remote, live, drain, clock, caller };
         tokio::spawn(async move {
             let ended = connection.serve(app).await;
             record.finish(ended.as_ref().map_or_else(String::as_str, |()| "ended"));
         });
         return None;
     }
+    record.log_to(&access_log, local, None);
     match connect(&plan, clock).await {
         Ok(Connected { mesh, peer, in_flight, permit }) => {
             record.peer(&peer);
+            record.leads_to(&plan.upstream.name, &in_flight.instance().address);
             Some(Connection { app, mesh, live, record, _in_flight: in_flight, _permit: permit, _drain: drain })
         }
         Err(reason) => {

@@ -1,9 +1,12 @@
 //! One line per connection, written once, whatever becomes of it.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::net::SocketAddr;
-use std::time::Instant;
+use std::sync::Arc;
+use std::time::{Instant, SystemTime};
 
+use crate::access_log::{self, AccessLog, Active};
 use crate::tls::SpiffeId;
 
 /// What is to be told of a connection when it is over. One that is dropped unfinished tells that too.
@@ -17,6 +20,17 @@ pub struct Record {
     from_app: u64,
     started: Instant,
     finished: bool,
+    access: Option<Box<Access>>,
+}
+
+/// What the access log is told besides, of a connection that carries bytes.
+struct Access {
+    log: Arc<Active>,
+    start: SystemTime,
+    local: Option<SocketAddr>,
+    peer: Option<Arc<SpiffeId>>,
+    /// Cluster and host.
+    upstream: Option<(String, String)>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -28,13 +42,35 @@ pub enum Direction {
 impl Record {
     #[must_use]
     pub fn new(direction: Direction, remote: Option<SocketAddr>) -> Self {
-        Self { direction, remote, peer: None, to_app: 0, from_app: 0, started: Instant::now(), finished: false }
+        Self {
+            direction,
+            remote,
+            peer: None,
+            to_app: 0,
+            from_app: 0,
+            started: Instant::now(),
+            finished: false,
+            access: None,
+        }
     }
 
     pub fn peer(&mut self, peer: &SpiffeId) {
         // Only a line that will be written is worth the text.
         if tracing::enabled!(target: "proxy", tracing::Level::DEBUG) {
             self.peer = Some(peer.to_string());
+        }
+    }
+
+    /// Has the connection told to the access log too, if there is one.
+    pub fn log_to(&mut self, log: &AccessLog, local: Option<SocketAddr>, peer: Option<&Arc<SpiffeId>>) {
+        let (start, peer) = (SystemTime::now(), peer.cloned());
+        self.access = log.active().map(|log| Box::new(Access { log, start, local, peer, upstream: None }));
+    }
+
+    /// Where it leads to.
+    pub fn leads_to(&mut self, cluster: impl ToString, host: impl ToString) {
+        if let Some(access) = &mut self.access {
+            access.upstream = Some((cluster.to_string(), host.to_string()));
         }
     }
 
@@ -46,6 +82,9 @@ impl Record {
     /// Writes the line.
     pub fn finish(&mut self, outcome: &str) {
         self.finished = true;
+        if let Some(access) = self.access.take() {
+            self.tell(&access, outcome);
+        }
         let (src, peer) = (Shown(self.remote), self.peer.as_deref().unwrap_or("-"));
         let (to_app, from_app, ms) = (self.to_app, self.from_app, self.started.elapsed().as_millis());
         match self.direction {
@@ -56,6 +95,36 @@ impl Record {
                 tracing::debug!(target: "proxy.upstream", src = %src, peer, bytes_to_app = to_app, bytes_from_app = from_app, duration_ms = ms, outcome, "Connection");
             }
         }
+    }
+}
+
+impl Record {
+    fn tell(&self, access: &Access, outcome: &str) {
+        let (received, sent) = match self.direction {
+            Direction::Inbound => (self.to_app, self.from_app),
+            Direction::Outbound => (self.from_app, self.to_app),
+        };
+        let upstream = access.upstream.as_ref().map(|(cluster, host)| access_log::Upstream {
+            cluster: Cow::Borrowed(cluster),
+            route: None,
+            host: Some(Cow::Borrowed(host)),
+            local: None,
+            transport_failure: None,
+            attempts: 1,
+        });
+        let flags = if upstream.is_none() && outcome != "denied" { "UF" } else { "" };
+        access.log.log(&access_log::Record {
+            duration: self.started.elapsed(),
+            flags: Cow::Borrowed(flags),
+            bytes_received: received,
+            bytes_sent: sent,
+            connection_termination: (outcome != "ended").then_some(Cow::Borrowed(outcome)),
+            upstream,
+            downstream_local: access.local,
+            downstream_remote: self.remote,
+            peer: access.peer.as_deref(),
+            ..access_log::Record::new(access.start)
+        });
     }
 }
 

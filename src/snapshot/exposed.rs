@@ -15,6 +15,8 @@ pub struct Exposed {
     pub connect_timeout: Duration,
     /// Whole answer of the local app; `None` is no limit; Consul's default is 15 s.
     pub request_timeout: Option<Duration>,
+    /// Idle time of a stream to it; `None` is no limit; Consul's default is 5 min.
+    pub idle_timeout: Option<Duration>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

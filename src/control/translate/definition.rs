@@ -256,6 +256,7 @@ fn exposed(
             paths: BTreeMap::new(),
             connect_timeout: public.map_or(LOCAL_CONNECT_TIMEOUT, |public| public.local_connect_timeout),
             request_timeout: public.map_or(Some(LOCAL_REQUEST_TIMEOUT), |public| public.local_request_timeout),
+            idle_timeout: public.map_or(Some(LOCAL_IDLE_TIMEOUT), |public| public.local_idle_timeout),
         });
         if listener.paths.contains_key(&wire.path) {
             notes.push(format!("exposed path {:?}: port {port} has it twice, of which the first counts", wire.path));

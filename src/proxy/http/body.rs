@@ -13,6 +13,7 @@ use http_body::{Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::time::{Instant, Sleep, sleep_until};
 
+use super::note::Note;
 use super::pool::Held;
 use super::wire::Wire;
 use crate::proxy::balance::{InFlight, Permit};
@@ -22,6 +23,8 @@ pub struct Body {
     source: Source,
     rest: Option<Box<Rest>>,
     _answer: Option<Answer>,
+    /// For the access log.
+    note: Option<Box<Note>>,
 }
 
 /// Tells the wire when the response that goes over it has been given to the codec, whole or broken off.
@@ -57,7 +60,7 @@ impl Rest {
 impl Body {
     #[must_use]
     pub fn text(text: impl Into<Bytes>) -> Self {
-        Self { source: Source::Text(text.into()), rest: None, _answer: None }
+        Self { source: Source::Text(text.into()), rest: None, _answer: None, note: None }
     }
 
     #[must_use]
@@ -67,12 +70,12 @@ impl Body {
 
     #[must_use]
     pub fn stream(incoming: Incoming) -> Self {
-        Self { source: Source::Stream(incoming), rest: None, _answer: None }
+        Self { source: Source::Stream(incoming), rest: None, _answer: None, note: None }
     }
 
     #[must_use]
     pub fn upload(upload: Upload) -> Self {
-        Self { source: Source::Upload(upload), rest: None, _answer: None }
+        Self { source: Source::Upload(upload), rest: None, _answer: None, note: None }
     }
 
     /// For the body of a response that goes over `wire`.
@@ -97,6 +100,31 @@ impl Body {
             self.rest = Some(Box::new(rest));
         }
         self
+    }
+
+    /// Tells `note` what becomes of it.
+    #[must_use]
+    pub fn noted(mut self, mut note: Box<Note>) -> Self {
+        if self.is_empty() {
+            note.complete();
+        } else {
+            self.note = Some(note);
+        }
+        self
+    }
+
+    fn tell(&mut self, polled: &Poll<Option<Result<Frame<Bytes>, Broken>>>) {
+        let over = self.is_empty();
+        let Some(note) = &mut self.note else { return };
+        match polled {
+            Poll::Ready(Some(Ok(frame))) => note.frame(frame),
+            Poll::Ready(Some(Err(broken))) => note.broken(broken),
+            Poll::Ready(None) => note.complete(),
+            Poll::Pending => return,
+        }
+        if over {
+            note.complete();
+        }
     }
 }
 
@@ -137,21 +165,9 @@ impl http_body::Body for Body {
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
         let this = self.get_mut();
-        let polled = match &mut this.source {
-            Source::Text(text) if text.is_empty() => Poll::Ready(None),
-            Source::Text(text) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(text))))),
-            Source::Stream(incoming) => Pin::new(incoming).poll_frame(cx).map_err(Broken::Source),
-            Source::Upload(upload) => upload.poll_frame(cx),
-        };
-        let patience = this.rest.as_mut().and_then(|rest| rest.patience.as_mut());
-        match (&polled, patience) {
-            (Poll::Ready(Some(Ok(_))), Some(patience)) => patience.moved(),
-            (Poll::Pending, Some(patience)) => {
-                let expired = ready!(patience.poll_expired(cx));
-                return Poll::Ready(Some(Err(Broken::TimedOut(expired))));
-            }
-            (Poll::Ready(None), _) => this.rest = None,
-            _ => {}
+        let polled = this.poll_source(cx);
+        if this.note.is_some() {
+            this.tell(&polled);
         }
         polled
     }
@@ -170,6 +186,29 @@ impl http_body::Body for Body {
             Source::Stream(incoming) => incoming.size_hint(),
             Source::Upload(upload) => upload.size_hint(),
         }
+    }
+}
+
+impl Body {
+    fn poll_source(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        use http_body::Body as _;
+        let polled = match &mut self.source {
+            Source::Text(text) if text.is_empty() => Poll::Ready(None),
+            Source::Text(text) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(text))))),
+            Source::Stream(incoming) => Pin::new(incoming).poll_frame(cx).map_err(Broken::Source),
+            Source::Upload(upload) => upload.poll_frame(cx),
+        };
+        let patience = self.rest.as_mut().and_then(|rest| rest.patience.as_mut());
+        match (&polled, patience) {
+            (Poll::Ready(Some(Ok(_))), Some(patience)) => patience.moved(),
+            (Poll::Pending, Some(patience)) => {
+                let expired = ready!(patience.poll_expired(cx));
+                return Poll::Ready(Some(Err(Broken::TimedOut(expired))));
+            }
+            (Poll::Ready(None), _) => self.rest = None,
+            _ => {}
+        }
+        polled
     }
 }
 
@@ -196,6 +235,8 @@ struct Shared {
     /// Whoever wants to know when it breaks off.
     waits: Option<Waker>,
     turn: u32,
+    /// Data bytes that came.
+    received: u64,
     /// When a frame last came.
     moved: Option<Instant>,
 }
@@ -221,6 +262,7 @@ impl Upload {
             broken: false,
             waits: None,
             turn: 0,
+            received: 0,
             moved: None,
         }));
         (Self { shared: Arc::clone(&shared), turn: 0, given: 0 }, UploadState(shared))
@@ -257,6 +299,7 @@ impl Upload {
                 Some(Err(Broken::Source(error)))
             }
             Some(Ok(frame)) => {
+                shared.received += frame.data_ref().map_or(0, |data| data.len() as u64);
                 self.given += shared.keep(&frame);
                 Some(Ok(frame))
             }
@@ -316,6 +359,12 @@ impl UploadState {
         }
         shared.turn += 1;
         Some(Upload { shared: Arc::clone(&self.0), turn: shared.turn, given: 0 })
+    }
+
+    /// Data bytes that came of it so far.
+    #[must_use]
+    pub fn received(&self) -> u64 {
+        lock(&self.0).received
     }
 
     /// What the client sent broke off.

@@ -5,10 +5,13 @@
 //! send it over a connection of a [`pool`]. Bodies pass through frame by frame ([`body`]). Below the codecs
 //! lie the [`wire`], which gathers writes, and on the server side [`strict`].
 
+mod app;
 mod body;
 pub mod certificate;
+pub mod expose;
 pub mod inbound;
 mod message;
+pub mod note;
 pub mod outbound;
 pub mod pool;
 mod reply;

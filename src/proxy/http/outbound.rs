@@ -11,9 +11,10 @@ use hyper::upgrade::OnUpgrade;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 
+use super::app::within;
 use super::body::{self, Body, Patience, Rest, UploadState};
-use super::inbound::within;
 use super::message::{self, Head, X_FORWARDED_CLIENT_CERT};
+use super::note::{Caller, Note};
 use super::pool::{Borrowed, Dialled, Failed, Lent, MadeFor, Pool, Version};
 use super::reply::{Kind, Refusal, is_grpc};
 use super::wire::Wire;
@@ -31,6 +32,8 @@ pub struct Outbound {
     pub live: watch::Receiver<Live<Plan>>,
     pub drain: drain::Watch,
     pub clock: Clock,
+    /// For the access log.
+    pub caller: Caller,
 }
 
 impl Outbound {
@@ -47,16 +50,26 @@ impl Outbound {
     async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
         let grpc = is_grpc(request.headers());
         let plan = Arc::clone(&self.live.borrow().part);
-        match self.try_answer(&plan, request).await {
-            Ok(response) => response,
+        let mut note = self.caller.note(&request);
+        let (response, refusal) = match self.try_answer(&plan, request, note.as_deref_mut()).await {
+            Ok(response) => (response, None),
             Err(refusal) => {
                 log(&plan, &refusal);
-                refusal.reply(grpc)
+                (refusal.reply(grpc), Some(refusal))
             }
+        };
+        match note {
+            Some(note) => note.follow(response, refusal.as_ref()),
+            None => response,
         }
     }
 
-    async fn try_answer(&self, plan: &Plan, mut request: Request<Incoming>) -> Result<Response<Body>, Refusal> {
+    async fn try_answer(
+        &self,
+        plan: &Plan,
+        mut request: Request<Incoming>,
+        note: Option<&mut Note>,
+    ) -> Result<Response<Body>, Refusal> {
         let client = request.extensions_mut().remove::<OnUpgrade>();
         let (parts, body) = request.into_parts();
         let head = Head::check(parts, &Normalization::default())?;
@@ -72,7 +85,7 @@ impl Outbound {
         let upgradable = client.is_some() && plan.upstream.chain.protocol == Protocol::Http;
         let head = self.edit(head, &routed, upgradable)?;
         let upgrades = head.upgrade.is_some();
-        let (response, rest) = Exchange::new(plan, &routed, self.clock, hash).run(head, body).await?;
+        let (response, rest) = Exchange::new(plan, &routed, self.clock, hash).run(head, body, note).await?;
         match client {
             Some(client) if upgrades && response.status() == StatusCode::SWITCHING_PROTOCOLS => {
                 Ok(upgrade::join(client, response, rest, self.live.clone(), self.drain.clone(), |_| true))
@@ -152,13 +165,24 @@ impl<'a> Exchange<'a> {
         Self { plan, routed, clock, hash, tried: Vec::new(), reasons: Vec::new(), retries, retry: None }
     }
 
-    async fn run(mut self, mut head: Head, body: Incoming) -> Result<(Response<Incoming>, Rest), Refusal> {
+    async fn run(
+        mut self,
+        mut head: Head,
+        body: Incoming,
+        mut note: Option<&mut Note>,
+    ) -> Result<(Response<Incoming>, Rest), Refusal> {
         self.plan.balancers.budget.request(self.clock.now());
         let (mut body, upload) = body::upload(body);
+        if let Some(note) = &mut note {
+            note.uploads(upload.as_ref());
+        }
         let limits = (self.routed.request_timeout, self.routed.idle_timeout);
         let mut patience = Patience::new(limits.0, limits.1, upload.as_ref());
         loop {
             let chosen = self.choose()?;
+            if let Some(note) = &mut note {
+                note.sent_to(chosen.target.tls.name().to_str(), &chosen.picked.instance().address);
+            }
             let connected = self.connection(&chosen, head.upgrade.is_some());
             match within(&mut patience, connected).await? {
                 Ok(lent) => match self.send(chosen, lent, head, body, upload.as_ref(), &mut patience).await? {

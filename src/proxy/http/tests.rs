@@ -24,10 +24,12 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
+use crate::access_log::{self, AccessLog};
 use crate::drain::{self, Stage};
 use crate::jwt::Providers;
 use crate::proxy::{self, Workers};
 use crate::snapshot::*;
+use crate::testing::TempFile;
 use crate::testing::ca::{Ca, uri};
 use crate::tls::SpiffeId;
 
@@ -51,7 +53,7 @@ impl Sidecar {
         let (trigger, drain) = drain::channel();
         let running = tokio::spawn(async move {
             let workers = Workers::start(2).unwrap();
-            proxy::run(snapshots, &workers, drain).await;
+            proxy::run(snapshots, &workers, AccessLog::default(), drain).await;
             // A runtime must not wait for another's threads on one of its own.
             tokio::task::spawn_blocking(move || drop(workers));
         });
@@ -742,5 +744,137 @@ impl http_body::Body for Endless {
         const PIECE: &[u8] = &[0; 16 * 1024];
         self.0.fetch_add(PIECE.len(), Ordering::SeqCst);
         Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(PIECE)))))
+    }
+}
+
+fn exposed(bind: SocketAddr, paths: &[(&str, SocketAddr, Protocol)]) -> Snapshot {
+    let path = |(path, to, protocol): &(&str, SocketAddr, Protocol)| {
+        let app = LocalApp::Tcp(address(*to));
+        ((*path).to_owned(), ExposedPath { app, protocol: *protocol })
+    };
+    let bind = Bind::Tcp(bind);
+    let exposed = Arc::new(Exposed {
+        bind: bind.clone(),
+        paths: paths.iter().map(path).collect(),
+        connect_timeout: Duration::from_secs(5),
+        request_timeout: Some(Duration::from_secs(15)),
+        idle_timeout: None,
+    });
+    Snapshot { version: 1, exposed: [(bind, exposed)].into(), ..Snapshot::default() }
+}
+
+#[tokio::test]
+async fn exposed_paths_and_no_others_are_reached_without_the_mesh() {
+    let shown = |request: Request<Incoming>| async move {
+        let certificate = request.headers().contains_key("x-forwarded-client-cert");
+        ok(text(format!(
+            "{} {} {certificate}",
+            request.uri().path_and_query().unwrap(),
+            request.headers().contains_key("upgrade")
+        )))
+    };
+    let (plain, second) = (app(false, shown).await, app(true, shown).await);
+    let at = free();
+    let http = Protocol::Http;
+    let sidecar = Sidecar::start(exposed(at, &[("/health", plain, http), ("/grpc", second, Protocol::Http2)]));
+    listening(at).await;
+    for client in [Client::http1(at).await, Client::http2(at).await] {
+        for (path, expected) in [
+            ("/health", Some("/health false false")),
+            ("/health?full=1", Some("/health?full=1 false false")),
+            ("/x/../health", Some("/health false false")),
+            ("/grpc", Some("/grpc false false")),
+            ("/health/", None),
+            ("/healthy", None),
+            ("/Health", None),
+            ("/", None),
+            ("/health/../admin", None),
+        ] {
+            let mut request = get(path);
+            request.headers_mut().insert("x-forwarded-client-cert", HeaderValue::from_static("URI=spiffe://x/forged"));
+            let (status, body) = client.ask(request).await;
+            let wanted = expected.map_or((StatusCode::NOT_FOUND, ""), |text| (StatusCode::OK, text));
+            assert_eq!((status, &body[..]), (wanted.0, wanted.1.as_bytes()), "{path}");
+        }
+    }
+    // Another path takes the place of one on an open connection.
+    let client = Client::http1(at).await;
+    assert_eq!(client.ask(get("/health")).await.0, StatusCode::OK);
+    sidecar.snapshot.send_replace(Some(Arc::new(exposed(at, &[("/ready", plain, http)]))));
+    timeout(PATIENCE, async { while client.ask(get("/ready")).await.0 != StatusCode::OK {} }).await.unwrap();
+    assert_eq!(client.ask(get("/health")).await.0, StatusCode::NOT_FOUND);
+}
+
+fn logged(snapshot: Snapshot, file: &TempFile) -> Snapshot {
+    const FORMAT: &str = "%REQ(:METHOD)% %REQ(:PATH)% %PROTOCOL% %RESPONSE_CODE% %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% \
+         in=%BYTES_RECEIVED% out=%BYTES_SENT% %UPSTREAM_CLUSTER% %DYNAMIC_METADATA(consul:service)% %TRAILER(X-END)%";
+    let settings = access_log::Settings {
+        sink: access_log::Sink::File(file.path().into()),
+        format: access_log::Format::text(FORMAT).unwrap(),
+        refused_connections: true,
+    };
+    Snapshot { access_log: Some(Arc::new(settings)), ..snapshot }
+}
+
+#[tokio::test]
+async fn requests_are_logged_on_both_sides_when_they_are_over() {
+    let app = app(false, |request| async move {
+        let (send, body) = channel();
+        let fails = request.uri().path() == "/slow";
+        let _ = request.into_body().collect().await;
+        send.send(data("12345")).unwrap();
+        if fails {
+            std::future::pending::<()>().await;
+        }
+        ok(body)
+    })
+    .await;
+    let (mesh, at) = (free(), free());
+    let (near, far) = (TempFile::new(""), TempFile::new(""));
+    let mut listener = public(Protocol::Http, mesh, app);
+    listener.local_request_timeout = Some(Duration::from_millis(100));
+    let server = Sidecar::start(logged(with_public(listener), &far));
+    let client = Sidecar::start(logged(with_upstream(upstream(Protocol::Http, at, &[mesh])), &near));
+    listening(mesh).await;
+    listening(at).await;
+    let asker = Client::http1(at).await;
+    assert_eq!(asker.ask(request(Method::POST, "/a?b=c", text("abc"))).await.0, StatusCode::OK);
+    assert_eq!(asker.ask(get("/slow")).await.0, StatusCode::GATEWAY_TIMEOUT);
+    server.snapshot.send_modify(|snapshot| {
+        let mut listener = public(Protocol::Http, mesh, app);
+        listener.intentions = allowing(Action::Deny);
+        let denying = Snapshot { version: 2, ..with_public(listener) };
+        *snapshot = Some(Arc::new(logged(denying, &far)));
+    });
+    timeout(PATIENCE, async { while asker.ask(get("/denied")).await.0 != StatusCode::FORBIDDEN {} }).await.unwrap();
+    drop((client, asker));
+
+    let slow = "upstream request timeout".len();
+    let denied = "RBAC: access denied".len();
+    let (at_server, at_client) = ("local_app web -", "db.x.consul - -");
+    let expected = |place: &str, server: bool| {
+        let answered = if server { "UT response_timeout" } else { "- via_upstream" };
+        let refused = if server { "- rbac_access_denied_matched_policy[none]" } else { "- via_upstream" };
+        let denied_to = if server { "- web -" } else { place };
+        let version = if server { "HTTP/2" } else { "HTTP/1.1" };
+        [
+            format!("POST /a?b=c {version} 200 - via_upstream in=3 out=5 {place}"),
+            format!("GET /slow {version} 504 {answered} in=0 out={slow} {place}"),
+            format!("GET /denied {version} 403 {refused} in=0 out={denied} {denied_to}"),
+        ]
+    };
+    for (file, place, server) in [(&near, at_client, false), (&far, at_server, true)] {
+        let wanted = expected(place, server);
+        let written = async {
+            loop {
+                let text = std::fs::read_to_string(file.path()).unwrap();
+                if wanted.iter().all(|line| text.lines().any(|written| written == line)) {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let in_time = timeout(PATIENCE, written).await;
+        assert!(in_time.is_ok(), "{wanted:#?} not in {}", std::fs::read_to_string(file.path()).unwrap());
     }
 }

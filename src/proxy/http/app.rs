@@ -1,0 +1,123 @@
+//! The local app, as a place to send requests to.
+
+use std::future::poll_fn;
+use std::time::Duration;
+
+use http::Response;
+use hyper::body::Incoming;
+use tokio::time::timeout;
+
+use super::body::{self, Body, Patience, Rest};
+use super::message::Head;
+use super::note::Note;
+use super::pool::{Dialled, Lent, MadeFor, Pool, Version};
+use super::reply::{Kind, Refusal};
+use super::wire::Wire;
+use crate::proxy::socket::Socket;
+use crate::snapshot::{Failure, LocalApp, Protocol};
+
+/// Where requests go, and for how long they are waited for.
+pub struct App<'a> {
+    pub address: &'a LocalApp,
+    pub protocol: Protocol,
+    pub connect_timeout: Duration,
+    pub request_timeout: Option<Duration>,
+    pub idle_timeout: Option<Duration>,
+    /// Connections to it.
+    pub pool: &'a Pool,
+}
+
+impl App<'_> {
+    /// Sends one request there.
+    ///
+    /// # Errors
+    /// Why there is no answer.
+    pub async fn exchange(
+        &self,
+        mut head: Head,
+        body: Incoming,
+        note: Option<&mut Note>,
+    ) -> Result<(Response<Incoming>, Rest), Refusal> {
+        let (mut body, upload) = body::upload(body);
+        if let Some(note) = note {
+            note.sent_to("local_app", self.address);
+            note.uploads(upload.as_ref());
+        }
+        let mut patience = Patience::new(self.request_timeout, self.idle_timeout, upload.as_ref());
+        for _ in 0..TRIES {
+            let lent = self.connection(head.upgrade.is_some()).await?;
+            let authority = head.authority.clone();
+            // A connection that was idle may be closing just now; then a request that changes nothing goes again.
+            let again = (lent.reused && head.is_safe() && body.is_empty()).then(|| head.clone());
+            let request = head.into_request(lent.version(), body)?;
+            match within(&mut patience, lent.send(request)).await? {
+                Ok((response, held)) => {
+                    let mut rest = Rest::new(held, None);
+                    rest.patience = Some(patience);
+                    return Ok((response, rest));
+                }
+                Err(mut failed) => match (failed.request.take(), again) {
+                    (Some(request), _) => (head, body) = Head::from_request(*request, authority),
+                    (None, Some(again)) if failed.failure == Failure::Reset && failed.is_lost() => {
+                        (head, body) = (again, Body::empty());
+                    }
+                    _ => {
+                        return Err(Refusal::new(Kind::Reset, format!("the local app broke off: {}", failed.told())));
+                    }
+                },
+            }
+        }
+        Err(Refusal::new(Kind::Reset, "the local app closes connections before it takes a request"))
+    }
+
+    async fn connection(&self, alone: bool) -> Result<Lent, Refusal> {
+        let made_for = MadeFor::App(self.address.clone());
+        if alone {
+            let open = self.pool.enter(None);
+            return Pool::connect_once(self.dial().await?, open).await.map_err(Refusal::from);
+        }
+        if let Some(lent) = self.pool.reuse(&made_for) {
+            return Ok(lent);
+        }
+        let version = match self.protocol {
+            Protocol::Http2 | Protocol::Grpc => Version::Http2,
+            Protocol::Http | Protocol::Tcp => Version::Http1,
+        };
+        let dial = async {
+            let open = self.pool.enter(None);
+            Ok(Dialled { wire: self.dial().await?, version, open })
+        };
+        self.pool.connect(&made_for, dial).await
+    }
+
+    async fn dial(&self) -> Result<Wire, Refusal> {
+        let app = self.address;
+        let problem = match timeout(self.connect_timeout, Socket::connect_app(app)).await {
+            Ok(Ok(socket)) => return Ok(Wire::plain(socket)),
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("no answer within {:?}", self.connect_timeout),
+        };
+        Err(Refusal::new(
+            Kind::Unreachable,
+            format!(
+                "failed to dial the local app at {app}: {problem}; is it listening there? (LocalServiceAddress and \
+                 LocalServicePort of the registration)"
+            ),
+        ))
+    }
+}
+
+/// Waits for `act` as long as there is patience.
+pub async fn within<F: Future>(patience: &mut Patience, act: F) -> Result<F::Output, Refusal> {
+    let mut act = std::pin::pin!(act);
+    poll_fn(|cx| {
+        if let std::task::Poll::Ready(done) = act.as_mut().poll(cx) {
+            return std::task::Poll::Ready(Ok(done));
+        }
+        patience.poll_expired(cx).map(|expired| Err(expired.into()))
+    })
+    .await
+}
+
+/// Connections to the app that one request tries, where the app closes each before it takes the request.
+const TRIES: usize = 3;

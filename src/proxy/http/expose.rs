@@ -1,0 +1,88 @@
+//! Requests for exposed paths: only those, and from anybody.
+
+use std::sync::Arc;
+
+use http::{Request, Response};
+use hyper::body::Incoming;
+use tokio::sync::watch;
+
+use super::app::App;
+use super::body::Body;
+use super::message::{self, Head, X_FORWARDED_CLIENT_CERT};
+use super::note::{Caller, Note};
+use super::reply::{Kind, Refusal, is_grpc};
+use super::serve;
+use super::wire::Wire;
+use crate::proxy::expose::Plan;
+use crate::proxy::listener::Live;
+use crate::proxy::socket::Socket;
+use crate::snapshot::Normalization;
+
+/// One connection of whoever checks or scrapes.
+pub struct Exposure {
+    pub live: watch::Receiver<Live<Plan>>,
+    pub caller: Caller,
+}
+
+impl Exposure {
+    /// Serves requests until the connection ends.
+    ///
+    /// # Errors
+    /// Why it ended otherwise than well, for the log.
+    pub async fn serve(self, socket: Socket) -> Result<(), String> {
+        let live = self.live.clone();
+        let this = Arc::new(self);
+        serve::serve(Wire::plain(socket), live, move |request| Arc::clone(&this).answer(request)).await
+    }
+
+    async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
+        let grpc = is_grpc(request.headers());
+        let plan = Arc::clone(&self.live.borrow().part);
+        let mut note = self.caller.note(&request);
+        let (response, refusal) = match try_answer(&plan, request, note.as_deref_mut()).await {
+            Ok(response) => (response, None),
+            Err(refusal) => {
+                tracing::debug!(
+                    target: "proxy.inbound",
+                    listener = %plan.exposed.bind,
+                    flag = refusal.kind.flag(),
+                    cause = &*refusal.cause,
+                    "Request for an exposed path failed"
+                );
+                (refusal.reply(grpc), Some(refusal))
+            }
+        };
+        match note {
+            Some(note) => note.follow(response, refusal.as_ref()),
+            None => response,
+        }
+    }
+}
+
+async fn try_answer(
+    plan: &Plan,
+    request: Request<Incoming>,
+    note: Option<&mut Note>,
+) -> Result<Response<Body>, Refusal> {
+    let (parts, body) = request.into_parts();
+    let mut head = Head::check(parts, &Normalization::default())?;
+    let path = head.path.path();
+    let found = plan.exposed.path(path).zip(plan.pools.get(path));
+    let (to, pool) = found.ok_or_else(|| Refusal::new(Kind::NoRoute, "the path is not exposed"))?;
+    head.upgrade = None;
+    // Nobody has proved anything here.
+    head.headers.remove(X_FORWARDED_CLIENT_CERT);
+    message::annotate(&mut head.headers);
+    let app = App {
+        address: &to.app,
+        protocol: to.protocol,
+        connect_timeout: plan.exposed.connect_timeout,
+        request_timeout: plan.exposed.request_timeout,
+        idle_timeout: plan.exposed.idle_timeout,
+        pool,
+    };
+    let (response, rest) = app.exchange(head, body, note).await?;
+    let (mut parts, body) = response.into_parts();
+    message::strip(&mut parts.headers);
+    Ok(Response::from_parts(parts, Body::stream(body).with(rest)))
+}

@@ -1,0 +1,183 @@
+//! What the access log is told of one request, gathered on its way and written when the response is over.
+
+use std::borrow::Cow;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Instant, SystemTime};
+
+use bytes::Bytes;
+use http::{HeaderMap, Method, Request, Response, Uri, Version};
+use http_body::Frame;
+
+use super::body::{Body, Broken, Expired, UploadState};
+use super::reply::{Kind, Refusal};
+use crate::access_log::{self, AccessLog, Active, Record};
+use crate::tls::SpiffeId;
+
+/// Who asks, the same for all requests of a connection.
+#[derive(Debug, Clone, Default)]
+pub struct Caller {
+    pub access_log: AccessLog,
+    pub remote: Option<SocketAddr>,
+    pub local: Option<SocketAddr>,
+    pub peer: Option<Arc<SpiffeId>>,
+}
+
+/// Writes its line when it is dropped.
+pub struct Note {
+    log: Arc<Active>,
+    caller: Caller,
+    start: SystemTime,
+    began: Instant,
+    answered: Option<Instant>,
+    version: Version,
+    method: Method,
+    uri: Uri,
+    headers: HeaderMap,
+    status: u16,
+    response_headers: HeaderMap,
+    trailers: Option<HeaderMap>,
+    details: Option<&'static str>,
+    flag: &'static str,
+    upstream: Option<Upstream>,
+    upload: Option<UploadState>,
+    sent: u64,
+    complete: bool,
+}
+
+struct Upstream {
+    cluster: String,
+    host: String,
+    attempts: u32,
+}
+
+impl Caller {
+    /// `None` where nothing is logged.
+    #[must_use]
+    pub fn note<B>(&self, request: &Request<B>) -> Option<Box<Note>> {
+        let log = self.access_log.active()?;
+        Some(Box::new(Note {
+            log,
+            caller: self.clone(),
+            start: SystemTime::now(),
+            began: Instant::now(),
+            answered: None,
+            version: request.version(),
+            method: request.method().clone(),
+            uri: request.uri().clone(),
+            headers: request.headers().clone(),
+            status: 0,
+            response_headers: HeaderMap::new(),
+            trailers: None,
+            details: None,
+            flag: "",
+            upstream: None,
+            upload: None,
+            sent: 0,
+            complete: false,
+        }))
+    }
+}
+
+impl Note {
+    /// Where it is sent now.
+    pub fn sent_to(&mut self, cluster: impl ToString, host: impl ToString) {
+        let attempts = self.upstream.as_ref().map_or(1, |upstream| upstream.attempts + 1);
+        self.upstream = Some(Upstream { cluster: cluster.to_string(), host: host.to_string(), attempts });
+    }
+
+    pub fn uploads(&mut self, upload: Option<&UploadState>) {
+        self.upload = upload.cloned();
+    }
+
+    /// Goes with the response until that is over.
+    #[must_use]
+    pub fn follow(mut self: Box<Self>, response: Response<Body>, refusal: Option<&Refusal>) -> Response<Body> {
+        self.answered = Some(Instant::now());
+        self.status = response.status().as_u16();
+        self.response_headers = response.headers().clone();
+        self.details = Some(refusal.map_or("via_upstream", |refusal| details(refusal.kind)));
+        self.flag = refusal.map_or("", |refusal| refusal.kind.flag());
+        response.map(|body| body.noted(self))
+    }
+
+    pub fn frame(&mut self, frame: &Frame<Bytes>) {
+        if let Some(data) = frame.data_ref() {
+            self.sent += data.len() as u64;
+        } else if let Some(trailers) = frame.trailers_ref() {
+            self.trailers = Some(trailers.clone());
+        }
+    }
+
+    /// All of the response was given.
+    pub fn complete(&mut self) {
+        self.complete = true;
+    }
+
+    pub fn broken(&mut self, broken: &Broken) {
+        self.complete = true;
+        self.flag = match broken {
+            Broken::Source(_) | Broken::Superseded => "UC",
+            Broken::TimedOut(Expired::Whole) => "UT",
+            Broken::TimedOut(Expired::Idle) => "SI",
+            Broken::TimedOut(Expired::Upload) => "DC",
+        };
+    }
+}
+
+impl Drop for Note {
+    fn drop(&mut self) {
+        let authority = self.uri.authority().map(|authority| authority.as_str());
+        let host = || self.headers.get(http::header::HOST).and_then(|host| host.to_str().ok());
+        // Not all was taken: whoever asked is gone.
+        let flag = if self.complete { self.flag } else { "DC" };
+        self.log.log(&Record {
+            duration: self.began.elapsed(),
+            response_duration: self.answered.map(|at| at - self.began),
+            request: Some(access_log::Request {
+                protocol: if self.version == Version::HTTP_2 { "HTTP/2" } else { "HTTP/1.1" },
+                method: self.method.as_str(),
+                path: self.uri.path_and_query().map_or("", |path| path.as_str()),
+                authority: authority.or_else(host).unwrap_or_default(),
+                headers: &self.headers,
+            }),
+            response: (self.status > 0).then(|| access_log::Response {
+                code: self.status,
+                details: self.details.map(Cow::Borrowed),
+                headers: &self.response_headers,
+                trailers: self.trailers.as_ref(),
+            }),
+            flags: Cow::Borrowed(if flag == "-" { "" } else { flag }),
+            bytes_received: self.upload.as_ref().map_or(0, UploadState::received),
+            bytes_sent: self.sent,
+            upstream: self.upstream.as_ref().map(|upstream| access_log::Upstream {
+                cluster: Cow::Borrowed(&upstream.cluster),
+                route: None,
+                host: Some(Cow::Borrowed(&upstream.host)),
+                local: None,
+                transport_failure: None,
+                attempts: upstream.attempts,
+            }),
+            downstream_local: self.caller.local,
+            downstream_remote: self.caller.remote,
+            peer: self.caller.peer.as_deref(),
+            ..Record::new(self.start)
+        });
+    }
+}
+
+/// Envoy's words for an answer that is not the app's.
+fn details(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Denied => "rbac_access_denied_matched_policy[none]",
+        Kind::NoRoute => "route_not_found",
+        Kind::NoInstance => "no_healthy_upstream",
+        Kind::Unreachable => "upstream_reset_before_response_started{remote_connection_failure}",
+        Kind::Reset => "upstream_reset_before_response_started{connection_termination}",
+        Kind::Overflow => "upstream_reset_before_response_started{overflow}",
+        Kind::Timeout => "response_timeout",
+        Kind::Idle => "stream_idle_timeout",
+        Kind::Redirect => "path_normalization_failed",
+        _ => "bad_request",
+    }
+}
