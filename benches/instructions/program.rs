@@ -21,8 +21,8 @@ use lictor::jwt::Providers;
 use lictor::proxy::{self, Workers};
 use lictor::snapshot::{
     Action, Address, Bind, Chain, DefaultPolicy, Endpoint, Endpoints, Host, Intention, Intentions, Limits, LocalApp,
-    Node, Normalization, PassiveHealthCheck, Protocol, PublicListener, Resolver, Snapshot, Target, Upstream,
-    UpstreamKey,
+    Node, Normalization, PassiveHealthCheck, Protocol, PublicListener, RequestSettings, Resolver, Snapshot, Target,
+    Upstream, UpstreamKey,
 };
 use lictor::tls::{Client, Credentials, Server, Stream};
 
@@ -272,6 +272,7 @@ impl Mesh {
             intentions: Arc::new(intentions()),
             normalization: Normalization::default(),
             sanitize_forwarded_cert: false,
+            tells_cause: false,
             token_providers: Arc::new(Providers::default()),
         };
         Ok(Snapshot { version: 1, public: Some(Arc::new(listener)), ..Snapshot::default() })
@@ -294,6 +295,7 @@ impl Mesh {
             chain: Chain { protocol, start: Node::Resolver(Arc::new(Resolver::new(vec![Arc::new(target)]))) },
             limits: Limits::default(),
             passive_health_check: PassiveHealthCheck::default(),
+            requests: RequestSettings::default(),
         };
         Ok(Snapshot { version: 1, upstreams: [(key, Arc::new(upstream))].into(), ..Snapshot::default() })
     }

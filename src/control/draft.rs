@@ -345,6 +345,7 @@ impl Draft {
             intentions: Arc::clone(intentions),
             normalization: mesh.normalization,
             sanitize_forwarded_cert: mesh.sanitize_forwarded_cert,
+            tells_cause: plan.tells_cause,
             token_providers: Arc::clone(self.tokens.built()),
         }))
     }

@@ -98,6 +98,7 @@ impl UpstreamDraft {
             chain: chain.build(&targets),
             limits: self.plan.limits,
             passive_health_check: self.plan.passive_health_check,
+            requests: self.plan.requests,
         });
         let (plan, credentials) = (self.plan.clone(), Arc::clone(mesh.credentials));
         self.built = Some(Built { upstream, plan, chain, credentials, targets });

@@ -88,6 +88,8 @@ pub struct PublicListener {
     pub normalization: Normalization,
     /// Whether `x-forwarded-client-cert` is removed rather than added to, HTTP only.
     pub sanitize_forwarded_cert: bool,
+    /// Answers of ours say why in a header, HTTP only: `lictor_tell_cause`.
+    pub tells_cause: bool,
     /// Those that the intentions name, HTTP only. One that is not here has no valid token.
     pub token_providers: Arc<jwt::Providers>,
 }
@@ -130,6 +132,16 @@ pub struct Upstream {
     /// Connections open to one target at a time, `limits.max_connections`; `None` is no limit.
     pub limits: Limits,
     pub passive_health_check: PassiveHealthCheck,
+    pub requests: RequestSettings,
+}
+
+/// Settings of our own, HTTP only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct RequestSettings {
+    /// One try, from the instance's choice to the head of its answer: `lictor_per_try_timeout_ms`; `None` is no limit.
+    pub per_try_timeout: Option<Duration>,
+    /// Answers of ours say why in a header: `lictor_tell_cause`.
+    pub tells_cause: bool,
 }
 
 /// Upstream limits; each `None` is no limit and zero is zero.

@@ -12,7 +12,7 @@ use crate::config::AdHoc;
 use crate::consul::api;
 use crate::control::query::{ChainQuery, PreparedQuery};
 use crate::snapshot::{
-    Address, Bind, Exposed, ExposedPath, Limits, LocalApp, PassiveHealthCheck, Protocol, UpstreamKey,
+    Address, Bind, Exposed, ExposedPath, Limits, LocalApp, PassiveHealthCheck, Protocol, RequestSettings, UpstreamKey,
 };
 
 /// Consul's default for connecting to the local app.
@@ -48,6 +48,8 @@ pub(in crate::control) struct PublicPlan {
     pub(in crate::control) local_idle_timeout: Option<Duration>,
     pub(in crate::control) handshake_timeout: Duration,
     pub(in crate::control) max_connections: Option<usize>,
+    /// Answers of ours say why in a header.
+    pub(in crate::control) tells_cause: bool,
 }
 
 /// An upstream but for its chain.
@@ -57,6 +59,7 @@ pub(in crate::control) struct UpstreamPlan {
     pub(in crate::control) source: Source,
     pub(in crate::control) limits: Limits,
     pub(in crate::control) passive_health_check: PassiveHealthCheck,
+    pub(in crate::control) requests: RequestSettings,
 }
 
 /// What tells an upstream's targets.
@@ -134,6 +137,7 @@ pub(in crate::control) fn ad_hoc(flags: &AdHoc) -> Result<Definition, Bad> {
             source,
             limits: Limits::default(),
             passive_health_check: PassiveHealthCheck::default(),
+            requests: RequestSettings::default(),
         };
         (key, plan)
     });
@@ -156,6 +160,7 @@ fn plain_public(bind: Bind, local_app: LocalApp) -> PublicPlan {
         local_idle_timeout: Some(LOCAL_IDLE_TIMEOUT),
         handshake_timeout: HANDSHAKE_TIMEOUT,
         max_connections: None,
+        tells_cause: false,
     }
 }
 
@@ -184,6 +189,7 @@ fn public(service: &api::AgentService, proxy: &api::Proxy, notes: &mut Notes) ->
         handshake_timeout: above_zero(config.milliseconds("handshake_timeout_ms", notes))
             .unwrap_or(plain.handshake_timeout),
         max_connections: config.count("max_inbound_connections", notes).filter(|max| *max > 0).map(saturate),
+        tells_cause: tells_cause(config, notes),
         ..plain
     })
 }
@@ -348,6 +354,10 @@ fn upstream(
         source,
         limits: limits(config, notes),
         passive_health_check: passive_health_check(config, notes),
+        requests: RequestSettings {
+            per_try_timeout: above_zero(config.milliseconds("lictor_per_try_timeout_ms", notes)),
+            tells_cause: tells_cause(config, notes),
+        },
     };
     Some((key, plan))
 }
@@ -425,6 +435,11 @@ fn query_source(wire: &api::Upstream, config: Opaque<'_>, notes: &mut Notes) -> 
         protocol: config.text("protocol", notes).map_or(Protocol::Tcp, |protocol| Protocol::parse(&protocol)),
         connect_timeout: above_zero(config.milliseconds("connect_timeout_ms", notes)).unwrap_or(CONNECT_TIMEOUT),
     }
+}
+
+/// Off by default: a cause names addresses of instances and rules.
+fn tells_cause(config: Opaque<'_>, notes: &mut Notes) -> bool {
+    config.count("lictor_tell_cause", notes).is_some_and(|on| on > 0)
 }
 
 fn limits(config: Opaque<'_>, notes: &mut Notes) -> Limits {
@@ -730,11 +745,13 @@ mod tests {
             "limits": {"max_connections": 7, "max_pending_requests": 0, "max_concurrent_requests": "9"},
             "passive_health_check": {"interval": "30s", "max_failures": 3, "enforcing_consecutive_5xx": 50,
                 "max_ejection_percent": 250, "base_ejection_time": "1m"},
+            "lictor_per_try_timeout_ms": 250, "lictor_tell_cause": true,
         });
         let merged = json!({
             "limits": {"MaxConnections": 7, "MaxPendingRequests": 0, "MaxConcurrentRequests": 9},
             "passive_health_check": {"Interval": 30_000_000_000_u64, "MaxFailures": 3, "EnforcingConsecutive5xx": 50,
                 "MaxEjectionPercent": 250, "BaseEjectionTime": 60_000_000_000_u64},
+            "LictorPerTryTimeoutMs": "250", "LictorTellCause": 1,
         });
         for config in [registered, merged] {
             let wire = json!({"DestinationName": "db", "LocalBindPort": 1, "Config": config});
@@ -750,6 +767,8 @@ mod tests {
                 base_ejection_time: Duration::from_secs(60),
             };
             assert_eq!((plan.limits, plan.passive_health_check), (limits, check));
+            let requests = RequestSettings { per_try_timeout: Some(Duration::from_millis(250)), tells_cause: true };
+            assert_eq!(plan.requests, requests);
             assert_eq!(notes, Vec::<String>::new());
         }
         let (upstream, notes) = upstream_of(json!({"DestinationName": "db", "LocalBindPort": 1, "Config": {
@@ -757,6 +776,7 @@ mod tests {
         }}));
         let (_, plan) = upstream.unwrap();
         assert_eq!((plan.limits, plan.passive_health_check), (Limits::default(), PassiveHealthCheck::default()));
+        assert_eq!(plan.requests, RequestSettings::default());
         assert_eq!(notes.len(), 2, "{notes:?}");
     }
 

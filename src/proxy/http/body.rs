@@ -143,6 +143,7 @@ impl fmt::Display for Broken {
         match self {
             Self::Source(error) => error.fmt(f),
             Self::TimedOut(Expired::Whole) => f.write_str("the time for the whole response is over"),
+            Self::TimedOut(Expired::Try) => f.write_str("the time for one try is over"),
             Self::TimedOut(Expired::Idle) => f.write_str("nothing moved for the idle time"),
             Self::TimedOut(Expired::Upload) => f.write_str("the request's body broke off"),
             Self::Superseded => f.write_str("the request is sent elsewhere"),
@@ -399,6 +400,7 @@ fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
 pub struct Patience {
     sleep: Option<Pin<Box<Sleep>>>,
     whole: Option<Instant>,
+    one_try: Option<Instant>,
     idle: Option<Duration>,
     moved: Instant,
     upload: Option<UploadState>,
@@ -409,6 +411,8 @@ pub struct Patience {
 pub enum Expired {
     /// The time for the whole exchange.
     Whole,
+    /// The time for one try.
+    Try,
     /// The time in which nothing moved.
     Idle,
     /// The client's body broke off.
@@ -424,7 +428,19 @@ impl Patience {
         let whole = whole.and_then(|whole| now.checked_add(whole));
         let first = whole.into_iter().chain(idle.and_then(|idle| now.checked_add(idle))).min();
         let sleep = first.map(|first| Box::pin(sleep_until(first)));
-        Self { sleep, whole, idle, moved: now, upload: upload.cloned() }
+        Self { sleep, whole, one_try: None, idle, moved: now, upload: upload.cloned() }
+    }
+
+    /// Begins the time of one try, or ends it.
+    pub fn try_for(&mut self, time: Option<Duration>) {
+        self.one_try = time.and_then(|time| Instant::now().checked_add(time));
+        if let Some(end) = self.one_try {
+            match &mut self.sleep {
+                Some(sleep) if sleep.deadline() > end => sleep.as_mut().reset(end),
+                Some(_) => {}
+                none => *none = Some(Box::pin(sleep_until(end))),
+            }
+        }
     }
 
     fn moved(&mut self) {
@@ -446,12 +462,15 @@ impl Patience {
             if self.whole.is_some_and(|whole| whole <= now) {
                 return Poll::Ready(Expired::Whole);
             }
+            if self.one_try.is_some_and(|end| end <= now) {
+                return Poll::Ready(Expired::Try);
+            }
             let moved = self.upload.as_ref().and_then(UploadState::moved).map_or(self.moved, |m| m.max(self.moved));
             let idle = self.idle.and_then(|idle| moved.checked_add(idle));
             if idle.is_some_and(|idle| idle <= now) {
                 return Poll::Ready(Expired::Idle);
             }
-            let next = self.whole.into_iter().chain(idle).min();
+            let next = self.whole.into_iter().chain(self.one_try).chain(idle).min();
             let Some(next) = next else { return Poll::Pending };
             sleep.as_mut().reset(next);
         }

@@ -49,7 +49,7 @@ impl Exposure {
                     cause = &*refusal.cause,
                     "Request for an exposed path failed"
                 );
-                (refusal.reply(grpc), Some(refusal))
+                (refusal.reply(grpc, false), Some(refusal))
             }
         };
         match note {

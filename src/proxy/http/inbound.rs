@@ -58,7 +58,7 @@ impl Inbound {
             Ok(response) => (response, None),
             Err(refusal) => {
                 self.log(&listener, &refusal);
-                (refusal.reply(grpc), Some(refusal))
+                (refusal.reply(grpc, listener.tells_cause), Some(refusal))
             }
         };
         match note {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::header::SET_COOKIE;
-use http::{HeaderValue, Request, Response, StatusCode};
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 use tokio::sync::watch;
@@ -55,7 +55,7 @@ impl Outbound {
             Ok(response) => (response, None),
             Err(refusal) => {
                 log(&plan, &refusal);
-                (refusal.reply(grpc), Some(refusal))
+                (refusal.reply(grpc, plan.upstream.requests.tells_cause), Some(refusal))
             }
         };
         match note {
@@ -183,10 +183,17 @@ impl<'a> Exchange<'a> {
             if let Some(note) = &mut note {
                 note.sent_to(chosen.target.tls.name().to_str(), &chosen.picked.instance().address);
             }
+            patience.try_for(self.plan.upstream.requests.per_try_timeout);
             let connected = self.connection(&chosen, head.upgrade.is_some());
-            match within(&mut patience, connected).await? {
+            let connected = match within(&mut patience, connected).await {
+                // That one instance took too long to connect to.
+                Err(refusal) if refusal.kind == Kind::TryTimeout => Err(refusal),
+                connected => connected?,
+            };
+            match connected {
                 Ok(lent) => match self.send(chosen, lent, head, body, upload.as_ref(), &mut patience).await? {
                     Tried::Response(response, mut rest) => {
+                        patience.try_for(None);
                         rest.patience = Some(patience);
                         return Ok((response, rest));
                     }
@@ -326,9 +333,17 @@ impl<'a> Exchange<'a> {
             }
             Ok(Err(failed)) => self.after_failure(picked, failed, again, authority, reused).await,
             Err(expired) => {
+                let instance = Arc::clone(picked.instance());
                 // What the client broke off says nothing of the instance.
                 if expired.kind != Kind::BadRequest {
                     picked.report(Outcome::Reset, latency, now);
+                }
+                let policy = self.routed.retries.filter(|_| expired.kind == Kind::TryTimeout && self.retries > 0);
+                if policy.is_some_and(|policy| policy.retries_response(StatusCode::GATEWAY_TIMEOUT, &HeaderMap::new()))
+                    && let Some((head, body)) = again.take()
+                    && self.retry(&instance, &expired.cause).await
+                {
+                    return Ok(Tried::Again(head, body));
                 }
                 Err(expired)
             }

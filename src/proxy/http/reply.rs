@@ -8,6 +8,8 @@ use http::{HeaderMap, HeaderValue, Response, StatusCode};
 use super::body::{Body, Expired};
 use crate::proxy::balance::Overflow;
 
+const X_LICTOR_CAUSE: HeaderName = HeaderName::from_static("x-lictor-cause");
+
 /// Why a request gets an answer of ours.
 #[derive(Debug)]
 pub struct Refusal {
@@ -35,6 +37,8 @@ pub enum Kind {
     Reset,
     Overflow,
     Timeout,
+    /// One try of perhaps several.
+    TryTimeout,
     Idle,
 }
 
@@ -63,7 +67,7 @@ impl Kind {
             Self::Overflow => {
                 (UNAVAILABLE, "upstream connect error or disconnect/reset before headers. reset reason: overflow", "UO")
             }
-            Self::Timeout => (StatusCode::GATEWAY_TIMEOUT, "upstream request timeout", "UT"),
+            Self::Timeout | Self::TryTimeout => (StatusCode::GATEWAY_TIMEOUT, "upstream request timeout", "UT"),
             Self::Idle => (StatusCode::REQUEST_TIMEOUT, "stream timeout", "SI"),
         }
     }
@@ -80,14 +84,20 @@ impl Refusal {
         Self { kind, cause: cause.into() }
     }
 
-    /// The answer; `grpc` says that the request was one of gRPC.
+    /// The answer, with the cause in a header if `tells_cause`. `grpc` says that the request was one of gRPC.
     #[must_use]
-    pub fn reply(&self, grpc: bool) -> Response<Body> {
+    pub fn reply(&self, grpc: bool, tells_cause: bool) -> Response<Body> {
         let (status, text, _) = self.kind.told();
         let mut response = Response::new(Body::empty());
         let headers = response.headers_mut();
         if self.kind == Kind::Overflow {
             headers.insert(HeaderName::from_static("x-envoy-overloaded"), HeaderValue::from_static("true"));
+        }
+        if tells_cause {
+            let cause: String = self.cause.chars().map(|c| if c.is_ascii_graphic() { c } else { ' ' }).collect();
+            if let Ok(cause) = HeaderValue::try_from(cause) {
+                headers.insert(X_LICTOR_CAUSE, cause);
+            }
         }
         if self.kind == Kind::BadRequest {
             // Nobody knows what the rest is.
@@ -117,6 +127,7 @@ impl From<Expired> for Refusal {
     fn from(expired: Expired) -> Self {
         match expired {
             Expired::Whole => Self::new(Kind::Timeout, "no whole answer within the request timeout"),
+            Expired::Try => Self::new(Kind::TryTimeout, "no answer within lictor_per_try_timeout_ms"),
             Expired::Idle => Self::new(Kind::Idle, "nothing moved for the idle timeout"),
             Expired::Upload => Self::new(Kind::BadRequest, "the request's body broke off"),
         }

@@ -91,6 +91,7 @@ fn public(protocol: Protocol, bind: SocketAddr, app: SocketAddr) -> PublicListen
         intentions: allowing(Action::Allow),
         normalization: Normalization::default(),
         sanitize_forwarded_cert: false,
+        tells_cause: false,
         token_providers: Arc::new(Providers::default()),
     }
 }
@@ -114,6 +115,7 @@ fn upstream(protocol: Protocol, bind: SocketAddr, instances: &[SocketAddr]) -> U
         chain: Chain { protocol, start: Node::Resolver(resolver) },
         limits: Limits::default(),
         passive_health_check: PassiveHealthCheck::default(),
+        requests: RequestSettings::default(),
     }
 }
 
@@ -622,6 +624,34 @@ async fn a_slow_answer_is_a_504_and_a_deadline_to_grpc() {
             assert_eq!(response.status(), StatusCode::GATEWAY_TIMEOUT);
             assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "upstream request timeout");
         }
+    }
+}
+
+#[tokio::test]
+async fn a_try_has_a_time_of_its_own_and_the_next_goes_elsewhere() {
+    let slow = app(false, |_| std::future::pending()).await;
+    let quick = app(false, |_| async { ok(text("quick")) }).await;
+    let (first, second) = (free(), free());
+    let _servers = [(first, slow), (second, quick)]
+        .map(|(mesh, app)| Sidecar::start(with_public(public(Protocol::Http, mesh, app))));
+    let requests = RequestSettings { per_try_timeout: Some(Duration::from_millis(100)), tells_cause: true };
+    for asked in [false, true] {
+        let at = free();
+        let upstream = Upstream { requests, ..upstream(Protocol::Http, at, &[first, second]) };
+        let policy = RetryPolicy::new(1, vec![RetryOn::GatewayError], vec![]).filter(|_| asked);
+        let _client = Sidecar::start(with_upstream(routed(upstream, |route| route.retries = policy)));
+        listening(at).await;
+        let client = Client::http1(at).await;
+        let mut late = 0;
+        for _ in 0..8 {
+            let response = client.send(get("/")).await;
+            if response.status() == StatusCode::GATEWAY_TIMEOUT {
+                assert!(response.headers()["x-lictor-cause"].to_str().unwrap().contains("per_try_timeout"));
+                late += 1;
+            }
+            response.into_body().collect().await.unwrap();
+        }
+        assert_eq!(late > 0, !asked, "{late} were late");
     }
 }
 
