@@ -343,9 +343,11 @@ mod tests {
         held[5].end();
         held.truncate(2);
         // Two connections are spare, and one request was answered; the fourth keeps its slot away.
-        let state = slots.lock();
-        assert_eq!((state.free, state.abandoned.len(), state.withheld.len()), (3, 2, 1));
-        drop(state);
+        let counts = || {
+            let state = slots.lock();
+            (state.free, state.abandoned.len(), state.withheld.len())
+        };
+        assert_eq!(counts(), (3, 2, 1));
         for _ in 0..3 {
             held.push(slots.acquire(Claim::Turn).await);
         }
@@ -360,8 +362,7 @@ mod tests {
         tokio::time::sleep(LONG_WAIT / 16).await;
         drop(held.pop());
         let _prompt = waiting.await.expect("no panics");
-        let state = slots.lock();
-        assert_eq!((state.free, state.abandoned.len(), state.withheld.len()), (1, 0, 0));
+        assert_eq!(counts(), (1, 0, 0));
     }
 
     #[test]
