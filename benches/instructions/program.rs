@@ -6,13 +6,12 @@
 
 use std::future::poll_fn;
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail, ensure};
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
 use tokio::sync::watch;
 
 use lictor::access_log::AccessLog;
@@ -20,13 +19,15 @@ use lictor::drain;
 use lictor::jwt::Providers;
 use lictor::proxy::{self, Workers};
 use lictor::snapshot::{
-    Action, Address, Bind, Chain, DefaultPolicy, Endpoint, Endpoints, Host, Intention, Intentions, Limits, LocalApp,
-    Node, Normalization, PassiveHealthCheck, Protocol, PublicListener, RequestSettings, Resolver, Snapshot, Target,
-    Upstream, UpstreamKey,
+    Action, DefaultPolicy, Intention, Intentions, LocalApp, Normalization, Protocol, PublicListener, Snapshot,
 };
-use lictor::tls::{Client, Credentials, Server, Stream};
+use lictor::tls::{Client, Server, Stream};
 
-const TRUST_DOMAIN: &str = "11111111-2222-3333-4444-555555555555.consul";
+use mesh::{Mesh, PATIENCE, address, local};
+
+#[path = "../mesh/mod.rs"]
+mod mesh;
+
 const REQUEST: &[u8] =
     b"GET /orders/17?detail=full HTTP/1.1\r\nHost: web\r\nUser-Agent: instructions\r\nAccept: */*\r\n\r\n";
 const RESPONSE_HEAD: &[u8] =
@@ -36,7 +37,6 @@ const RESPONSE_BODY: [u8; 1024] = [b'x'; 1024];
 const CHUNK: usize = 64 * 1024;
 /// Intentions that do not match, beside the one that does.
 const INTENTIONS: usize = 100;
-const PATIENCE: Duration = Duration::from_secs(120);
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -176,7 +176,7 @@ impl Pair {
             }
         });
         let (public, port) = (free_port()?, free_port()?);
-        let server = mesh.server_side(protocol, public, app_port)?;
+        let server = server_side(&mesh, protocol, public, app_port)?;
         let client = mesh.client_side(protocol, port, public)?;
         thread::spawn(move || run([server, client]));
         Ok(Self { port })
@@ -219,100 +219,25 @@ fn free_port() -> Result<u16> {
     Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
 }
 
-fn local(port: u16) -> Bind {
-    Bind::Tcp(SocketAddr::from((Ipv4Addr::LOCALHOST, port)))
-}
-
-fn address(port: u16) -> Address {
-    Address { host: Host::Ip(IpAddr::V4(Ipv4Addr::LOCALHOST)), port }
-}
-
-/// A mesh of two services, `web` and `shop`, which calls it.
-struct Mesh {
-    web: Credentials,
-    shop: Credentials,
-}
-
-impl Mesh {
-    fn new() -> Result<Self> {
-        let key = KeyPair::generate()?;
-        let mut params = CertificateParams::default();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.subject_alt_names = vec![SanType::URI(format!("spiffe://{TRUST_DOMAIN}").try_into()?)];
-        let root = [params.self_signed(&key)?.pem()];
-        let issuer = Issuer::new(params, key);
-        let credentials = |service: &str| -> Result<Credentials> {
-            let (leaf, key) = leaf(service, &issuer)?;
-            Ok(Credentials::new(TRUST_DOMAIN, &root, &leaf, &key, service, SystemTime::now())?)
-        };
-        Ok(Self { web: credentials("web")?, shop: credentials("shop")? })
-    }
-
-    fn server(&self, protocol: Protocol) -> Result<Arc<Server>> {
-        Ok(self.web.server(alpn(protocol))?)
-    }
-
-    fn client(&self, protocol: Protocol) -> Result<Arc<Client>> {
-        let sni = format!("web.default.dc1.internal.{TRUST_DOMAIN}");
-        Ok(self.shop.client(&sni, vec![self.web.id().clone()], alpn(protocol))?)
-    }
-
-    fn server_side(&self, protocol: Protocol, public: u16, app: u16) -> Result<Snapshot> {
-        let listener = PublicListener {
-            bind: local(public),
-            service: "web".into(),
-            protocol,
-            local_app: LocalApp::Tcp(address(app)),
-            local_connect_timeout: PATIENCE,
-            local_request_timeout: Some(PATIENCE),
-            local_idle_timeout: Some(PATIENCE),
-            handshake_timeout: PATIENCE,
-            max_connections: None,
-            tls: self.server(protocol)?,
-            intentions: Arc::new(intentions()),
-            normalization: Normalization::default(),
-            sanitize_forwarded_cert: false,
-            tells_cause: false,
-            token_providers: Arc::new(Providers::default()),
-        };
-        Ok(Snapshot { version: 1, public: Some(Arc::new(listener)), ..Snapshot::default() })
-    }
-
-    fn client_side(&self, protocol: Protocol, port: u16, public: u16) -> Result<Snapshot> {
-        let endpoint = Endpoint { address: address(public), weight: 1 };
-        let target = Target {
-            id: "web.default.dc1".into(),
-            service: "web".into(),
-            datacenter: "dc1".into(),
-            tls: self.client(protocol)?,
-            connect_timeout: PATIENCE,
-            endpoints: Arc::new(Endpoints { usable: vec![endpoint], registered: 1 }),
-        };
-        let key = UpstreamKey { destination: "service:web".into(), bind: local(port) };
-        let upstream = Upstream {
-            key: key.clone(),
-            name: "web".into(),
-            chain: Chain { protocol, start: Node::Resolver(Arc::new(Resolver::new(vec![Arc::new(target)]))) },
-            limits: Limits::default(),
-            passive_health_check: PassiveHealthCheck::default(),
-            requests: RequestSettings::default(),
-        };
-        Ok(Snapshot { version: 1, upstreams: [(key, Arc::new(upstream))].into(), ..Snapshot::default() })
-    }
-}
-
-/// A certificate and its key.
-fn leaf(service: &str, issuer: &Issuer<'_, KeyPair>) -> Result<(String, String)> {
-    let key = KeyPair::generate()?;
-    let mut params = CertificateParams::default();
-    let uri = format!("spiffe://{TRUST_DOMAIN}/ns/default/dc/dc1/svc/{service}");
-    params.subject_alt_names = vec![SanType::URI(uri.try_into()?)];
-    Ok((params.signed_by(&key, issuer)?.pem(), key.serialize_pem()))
-}
-
-/// What Consul's sidecars offer each other.
-fn alpn(protocol: Protocol) -> &'static [&'static [u8]] {
-    if protocol.is_http() { &[b"http/1.1"] } else { &[] }
+fn server_side(mesh: &Mesh, protocol: Protocol, public: u16, app: u16) -> Result<Snapshot> {
+    let listener = PublicListener {
+        bind: local(public),
+        service: "web".into(),
+        protocol,
+        local_app: LocalApp::Tcp(address(app)),
+        local_connect_timeout: PATIENCE,
+        local_request_timeout: Some(PATIENCE),
+        local_idle_timeout: Some(PATIENCE),
+        handshake_timeout: PATIENCE,
+        max_connections: None,
+        tls: mesh.server(protocol)?,
+        intentions: Arc::new(intentions()),
+        normalization: Normalization::default(),
+        sanitize_forwarded_cert: false,
+        tells_cause: false,
+        token_providers: Arc::new(Providers::default()),
+    };
+    Ok(Snapshot { version: 1, public: Some(Arc::new(listener)), ..Snapshot::default() })
 }
 
 fn intentions() -> Intentions {
