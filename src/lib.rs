@@ -2,7 +2,8 @@
 //!
 //! # A bird's-eye view
 //!
-//! **agent → [`consul`] → [`control`] → [`snapshot`] → [`proxy`] → wire**, and data flows rightward only.
+//! **agent → [`consul`] → [`control`] → [`snapshot`] → [`proxy`] → wire**, and data flows rightward only. One bit
+//! goes the other way: that a connection waits for an upstream which is not known yet ([`demand`]).
 //!
 //! * [`config`] turns the command line and the environment into checked settings.
 //! * [`consul`] speaks the agent's HTTP API: one method per endpoint, and the loop that keeps a
@@ -18,8 +19,8 @@
 //!
 //! # Invariants
 //!
-//! * The data plane never calls the agent and never waits for `control`: with the agent gone, traffic
-//!   goes on with what is known.
+//! * The data plane never calls the agent, and waits for `control` only where an upstream was never known: with
+//!   the agent gone, traffic goes on with what is known.
 //! * Wire types stay in [`consul`] and `control::translate`. Keys and tokens are never printed.
 //! * Unknown means no: no credentials, no handshake; no decision, no connection; not whole, not ready.
 //! * Every wait has a limit or is raced against [`drain`]. Every task has an owner.
@@ -29,6 +30,7 @@ pub mod app;
 pub mod config;
 pub mod consul;
 pub mod control;
+pub mod demand;
 pub mod drain;
 pub mod jwt;
 pub mod proxy;

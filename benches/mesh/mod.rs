@@ -64,6 +64,7 @@ impl Mesh {
             limits: Limits::default(),
             passive_health_check: PassiveHealthCheck::default(),
             requests: RequestSettings::default(),
+            awaited: None,
         };
         Ok(Snapshot { version: 1, upstreams: [(key, Arc::new(upstream))].into(), ..Snapshot::default() })
     }

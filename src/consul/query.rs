@@ -78,6 +78,14 @@ pub enum Event<T> {
 #[derive(Debug)]
 pub struct Watch {
     task: AbortHandle,
+    hurry: Arc<Notify>,
+}
+
+impl Watch {
+    /// Its first answer is waited for: it is asked before those of others.
+    pub fn hurry(&self) {
+        self.hurry.notify_one();
+    }
 }
 
 impl Drop for Watch {
@@ -111,8 +119,10 @@ impl Watches {
         U: Send + 'static,
         F: Fn(Event<T>) -> U + Send + 'static,
     {
+        let hurry = Arc::<Notify>::default();
         let worker = Worker {
             shared: self.shared.clone(),
+            hurry: hurry.clone(),
             bucket: Bucket::new(if query.always { PROMPT_SPACING } else { SPACING }),
             query,
             events,
@@ -125,12 +135,14 @@ impl Watches {
             backoff: Backoff::default(),
             failing: None,
         };
-        Watch { task: tokio::spawn(worker.run()).abort_handle() }
+        Watch { task: tokio::spawn(worker.run()).abort_handle(), hurry }
     }
 }
 
 struct Worker<T, U, F> {
     shared: Arc<Shared>,
+    /// Notified when its first answer is waited for.
+    hurry: Arc<Notify>,
     query: Query<T>,
     events: mpsc::Sender<U>,
     wrap: F,
@@ -179,7 +191,7 @@ where
         let claim = self.claim();
         let mut slot = match kept.take().filter(|_| claim == Claim::Always) {
             Some(slot) => slot,
-            None => shared.slots.acquire(claim).await,
+            None => self.acquire(claim).await,
         };
         let wait = shared.slots.wait(claim);
         let asked = Instant::now();
@@ -220,6 +232,18 @@ where
                 }
                 self.failed(error, tokens).await
             }
+        }
+    }
+
+    async fn acquire(&mut self, claim: Claim) -> Slot {
+        let slots = &self.shared.slots;
+        if claim != Claim::Prompt {
+            return slots.acquire(claim).await;
+        }
+        tokio::select! {
+            biased;
+            slot = slots.acquire(claim) => slot,
+            () = self.hurry.notified() => slots.acquire(Claim::Always).await,
         }
     }
 
@@ -913,6 +937,29 @@ mod tests {
         let mut watch = watch_roots(&watches);
         assert_eq!(watch.value().await, "a");
         assert!(start.elapsed() < Duration::from_millis(100), "{:?}", start.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_somebody_waits_for_is_asked_first() {
+        const SERVICES: usize = 50;
+        let agent = Agent::start().await;
+        let mut settings = agent.settings();
+        settings.max_connections = 4;
+        agent.set("/v1/health/connect/db", json!([]));
+        let watches = watches(&settings);
+        let (sender, mut events) = mpsc::channel(SERVICES);
+        let query = || Query::health_connect(&Instances { service: "db".into(), ..Instances::default() });
+        let all: Vec<_> = (0..SERVICES)
+            .map(|number| {
+                watches.watch(query(), sender.clone(), move |event| matches!(event, Event::Value(_)).then_some(number))
+            })
+            .collect();
+        all[SERVICES - 1].hurry();
+        let mut before = 0;
+        while events.recv().await.expect("running watches").expect("an answer") != SERVICES - 1 {
+            before += 1;
+        }
+        assert!(before < 5, "{before} were asked before it");
     }
 
     #[tokio::test(start_paused = true)]

@@ -19,6 +19,7 @@ use super::translate::{Bad, Notes, chain, definition, intention, jwt, mesh};
 use super::upstream::{Instances, Mesh, UpstreamDraft};
 use crate::access_log;
 use crate::consul::api;
+use crate::demand::Bell;
 use crate::snapshot::{
     Bind, DefaultPolicy, Exposed, Intention, Intentions, Protocol, PublicListener, Snapshot, Upstream, UpstreamKey,
 };
@@ -113,6 +114,8 @@ pub(super) struct Draft {
     exposed: BTreeMap<Bind, Arc<Exposed>>,
     access_log: Option<Arc<access_log::Settings>>,
     upstreams: BTreeMap<UpstreamKey, UpstreamDraft>,
+    /// Rung by connections that wait for an upstream.
+    bell: Bell,
     /// The upstreams that hang on a query. What nobody hangs on is not wanted.
     users: HashMap<Query, BTreeSet<UpstreamKey>>,
     unused: Vec<Query>,
@@ -175,6 +178,7 @@ impl Draft {
             exposed: BTreeMap::new(),
             access_log: None,
             upstreams: BTreeMap::new(),
+            bell: Bell::default(),
             users: HashMap::new(),
             unused: Vec::new(),
             dirty: Dirty::default(),
@@ -244,6 +248,16 @@ impl Draft {
         std::mem::take(&mut self.wants)
     }
 
+    /// Rung when a connection waits for something that is not known yet.
+    pub(super) fn bell(&self) -> Bell {
+        self.bell.clone()
+    }
+
+    /// The queries whose answers a connection waits for.
+    pub(super) fn called_for(&self) -> impl Iterator<Item = &Query> {
+        self.upstreams.values().flat_map(UpstreamDraft::called_for)
+    }
+
     /// Whether there is something to publish, and how soon.
     pub(super) fn urgency(&self) -> Option<Urgency> {
         self.dirty.urgency.filter(|_| self.whole().is_some())
@@ -275,12 +289,12 @@ impl Draft {
             }
         }
         self.dirty = Dirty::default();
-        let built =
-            |(key, upstream): (&UpstreamKey, &UpstreamDraft)| Some((key.clone(), Arc::clone(upstream.built()?)));
+        let published =
+            |(key, upstream): (&UpstreamKey, &UpstreamDraft)| (key.clone(), Arc::clone(upstream.published()));
         let next = Snapshot {
             version: self.last.as_ref().map_or(1, |last| last.version + 1),
             public: self.public.clone(),
-            upstreams: self.upstreams.iter().filter_map(built).collect(),
+            upstreams: self.upstreams.iter().map(published).collect(),
             exposed: self.exposed.clone(),
             access_log: self.access_log.clone(),
         };
@@ -388,7 +402,7 @@ impl Draft {
         for (key, plan) in &new.upstreams {
             let unchanged = match self.upstreams.get_mut(key) {
                 Some(upstream) => !upstream.set_plan(plan),
-                None => self.upstreams.insert(key.clone(), UpstreamDraft::new(plan.clone())).is_some(),
+                None => self.upstreams.insert(key.clone(), UpstreamDraft::new(key, plan.clone(), &self.bell)).is_some(),
             };
             if !unchanged {
                 self.relink(key);
@@ -542,7 +556,19 @@ impl Draft {
                 self.prepared_query(name.clone(), &api::PreparedQueryResult::default());
             }
             Query::Endpoints(_) if !self.instances.contains_key(&query) => self.endpoints(query, &[], false),
+            Query::Chain(chain) if !self.chains.contains_key(chain) => self.give_up(&query),
             _ => {}
+        }
+    }
+
+    /// No connection waits for a chain that can't be had.
+    fn give_up(&mut self, query: &Query) {
+        let mut news = false;
+        for key in self.users_of(query) {
+            news |= self.upstreams.get_mut(&key).is_some_and(UpstreamDraft::give_up);
+        }
+        if news {
+            self.touch(Urgency::Soon);
         }
     }
 
@@ -645,6 +671,7 @@ mod tests {
 
     use super::*;
     use crate::control::fixture::{Ca, chain, read, registration, roots, row, rows};
+    use crate::demand::Demand;
     use crate::snapshot::{Action, Bind, Decision, Target};
     use crate::tls::SpiffeId;
 
@@ -753,6 +780,10 @@ mod tests {
         snapshot.upstreams.iter().find(found).map(|(_, upstream)| upstream)
     }
 
+    fn awaited<'a>(snapshot: &'a Snapshot, destination: &str) -> Option<&'a Demand> {
+        upstream(snapshot, destination).unwrap().awaited.as_deref()
+    }
+
     fn targets<'a>(snapshot: &'a Snapshot, destination: &str) -> &'a [Arc<Target>] {
         upstream(snapshot, destination).unwrap().chain.connection_targets()
     }
@@ -793,7 +824,8 @@ mod tests {
         stage.default_policy(Action::Deny);
         assert_eq!(stage.draft.urgency(), Some(Urgency::Now));
         let first = stage.publishes();
-        assert_eq!((first.version, first.upstreams.len()), (1, 0));
+        assert_eq!((first.version, first.upstreams.len()), (1, 1));
+        assert!(awaited(&first, "db").is_some() && targets(&first, "db").is_empty());
         let public = first.public.as_ref().unwrap();
         assert_eq!(public.bind, Bind::Tcp("0.0.0.0:21000".parse().unwrap()));
         assert_eq!(public.service, "web");
@@ -840,7 +872,7 @@ mod tests {
         ]));
         stage.endpoints("cache.dc1", &[row("10.0.0.6", 21002)]);
         let snapshot = stage.publishes();
-        assert!(upstream(&snapshot, "db").is_none());
+        assert!(awaited(&snapshot, "db").is_some() && awaited(&snapshot, "cache").is_none());
         let shared = [&targets(&snapshot, "cache")[0], &targets(&snapshot, "alias")[0]];
         assert!(Arc::ptr_eq(&shared[0].endpoints, &shared[1].endpoints));
     }
@@ -881,7 +913,7 @@ mod tests {
         stage.service(registration(&[("db", 9191)]));
         stage.chain("db", chain(&["db.dc1", "db.dc2"])).unwrap();
         stage.endpoints("db.dc1", &[row("10.0.0.5", 21001)]);
-        stage.publishes_nothing();
+        assert!(awaited(&stage.publishes(), "db").is_some());
         stage.apply(Update::Failed(Query::Endpoints(endpoints_query("db.dc2")))).unwrap();
         let snapshot = stage.publishes();
         assert_eq!(targets(&snapshot, "db").iter().map(|t| addresses(t).len()).collect::<Vec<_>>(), [1, 0]);
@@ -891,6 +923,36 @@ mod tests {
         stage.endpoints("db.dc1", &[]);
         let snapshot = stage.publishes();
         assert!(addresses(&targets(&snapshot, "db")[0]).is_empty());
+    }
+
+    #[test]
+    fn what_a_connection_waits_for_is_called_for_until_it_is_known() {
+        let ca = Ca::new();
+        let mut stage = Stage::ready(&ca);
+        stage.service(registration(&[("db", 9191), ("cache", 9192)]));
+        let snapshot = stage.publishes();
+        let called_for =
+            |stage: &Stage| stage.draft.called_for().map(ToString::to_string).collect::<BTreeSet<String>>();
+        assert_eq!(called_for(&stage), BTreeSet::new());
+        awaited(&snapshot, "db").unwrap().call();
+        assert_eq!(called_for(&stage), ["discovery chain of db".to_owned()].into());
+        stage.chain("db", chain(&["db.dc1"])).unwrap();
+        assert!(called_for(&stage).contains("endpoints of db in dc1"));
+        stage.endpoints("db.dc1", &[row("10.0.0.5", 21001)]);
+        let snapshot = stage.publishes();
+        assert_eq!(called_for(&stage), BTreeSet::new());
+
+        // Nobody waits for what can't be had; and what comes all the same is used.
+        awaited(&snapshot, "cache").unwrap().call();
+        stage.apply(Update::Failed(Query::Chain(chain_query("cache")))).unwrap();
+        let snapshot = stage.publishes();
+        assert!(awaited(&snapshot, "cache").is_none() && targets(&snapshot, "cache").is_empty());
+        assert_eq!(called_for(&stage), BTreeSet::new());
+        stage.apply(Update::Failed(Query::Chain(chain_query("cache")))).unwrap();
+        stage.publishes_nothing();
+        stage.chain("cache", chain(&["cache.dc1"])).unwrap();
+        stage.endpoints("cache.dc1", &[row("10.0.0.6", 21001)]);
+        assert_eq!(addresses(&targets(&stage.publishes(), "cache")[0]), ["10.0.0.6:21001"]);
     }
 
     #[test]

@@ -147,10 +147,13 @@ impl Control {
         publish: watch::Sender<Option<Arc<Snapshot>>>,
     ) -> anyhow::Result<()> {
         let mut pace = Pace::default();
+        let bell = self.draft.bell();
+        let mut called = false;
         let mut retry = tokio::time::interval(RETRY);
         retry.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             self.ask_for_what_is_wanted();
+            called = called && self.hurry();
             for note in self.draft.notes() {
                 tracing::warn!("{note}");
             }
@@ -180,6 +183,10 @@ impl Control {
                         }
                         self.take(news);
                     }
+                }
+                () = bell.rung() => {
+                    called = true;
+                    continue;
                 }
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => continue,
                 _ = retry.tick() => {
@@ -252,6 +259,18 @@ impl Control {
                 Want::Stop(query) => drop(self.running.remove(&query)),
             }
         }
+    }
+
+    /// Puts first what a connection waits for; false if nobody waits.
+    fn hurry(&self) -> bool {
+        let mut waits = false;
+        for query in self.draft.called_for() {
+            waits = true;
+            if let Some(watch) = self.running.get(query) {
+                watch.hurry();
+            }
+        }
+        waits
     }
 
     fn keep(&self, source: KeySource) -> Keeper {

@@ -9,6 +9,7 @@ use super::translate::chain::{ChainPlan, Prepared, Sni, TargetPlan};
 use super::translate::definition::{Source, UpstreamPlan};
 use super::translate::endpoints::{self, Instance, View};
 use super::translate::{Bad, Notes};
+use crate::demand::Bell;
 use crate::snapshot::{Endpoints, Protocol, Target, Upstream, UpstreamKey};
 use crate::tls::{self, Credentials, SpiffeId};
 
@@ -27,6 +28,8 @@ pub(super) struct UpstreamDraft {
     /// What it hangs on.
     uses: Vec<Query>,
     built: Option<Built>,
+    /// What the snapshot has before there is one that is built.
+    unknown: Arc<Upstream>,
 }
 
 /// An upstream of the snapshot, with what it was built from.
@@ -49,8 +52,10 @@ pub(super) struct Instances {
 }
 
 impl UpstreamDraft {
-    pub(super) fn new(plan: UpstreamPlan) -> Self {
-        Self { plan, uses: Vec::new(), built: None }
+    pub(super) fn new(key: &UpstreamKey, plan: UpstreamPlan, bell: &Bell) -> Self {
+        let demand = Arc::new(bell.demand());
+        let unknown = Arc::new(Upstream::unknown(key.clone(), plan.name.clone(), Some(demand)));
+        Self { plan, uses: Vec::new(), built: None, unknown }
     }
 
     pub(super) fn plan(&self) -> &UpstreamPlan {
@@ -72,8 +77,23 @@ impl UpstreamDraft {
     }
 
     /// What the snapshot has; while something of a newer chain is still unknown, this is of an older one.
-    pub(super) fn built(&self) -> Option<&Arc<Upstream>> {
-        self.built.as_ref().map(|built| &built.upstream)
+    pub(super) fn published(&self) -> &Arc<Upstream> {
+        self.built.as_ref().map_or(&self.unknown, |built| &built.upstream)
+    }
+
+    /// What it hangs on, if somebody waits for it.
+    pub(super) fn called_for(&self) -> &[Query] {
+        let waits = self.published().awaited.as_ref().is_some_and(|demand| demand.is_called());
+        if waits { &self.uses } else { &[] }
+    }
+
+    /// Nobody need wait for an answer that failed to come; says whether that is news.
+    pub(super) fn give_up(&mut self) -> bool {
+        let news = self.published().awaited.is_some();
+        if news {
+            self.unknown = Arc::new(Upstream::unknown(self.unknown.key.clone(), self.unknown.name.clone(), None));
+        }
+        news
     }
 
     /// Builds it, if all that it needs is known.
@@ -99,6 +119,7 @@ impl UpstreamDraft {
             limits: self.plan.limits,
             passive_health_check: self.plan.passive_health_check,
             requests: self.plan.requests,
+            awaited: None,
         });
         let (plan, credentials) = (self.plan.clone(), Arc::clone(mesh.credentials));
         self.built = Some(Built { upstream, plan, chain, credentials, targets });

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::balance::{Balancer, Balancers, Clock, InFlight, Instance, Limit, Outcome, Permit};
 use super::http::note::Caller;
@@ -58,7 +58,7 @@ async fn establish(accepted: Accepted<Plan>, clock: Clock, access_log: AccessLog
     let Accepted { socket: app, remote, mut live, drain } = accepted;
     let mut record = Record::new(Direction::Outbound, remote);
     let local = if access_log.is_on() { app.local_address() } else { None };
-    let plan = Arc::clone(&live.borrow_and_update().part);
+    let plan = known(&mut live).await;
     if plan.upstream.chain.protocol.is_http() {
         let caller = Caller { access_log, remote, local, ..Caller::default() };
         let connection = Outbound { remote, live, drain, clock, caller };
@@ -82,6 +82,17 @@ async fn establish(accepted: Accepted<Plan>, clock: Clock, access_log: AccessLog
             None
         }
     }
+}
+
+/// The plan, once it is known where the upstream leads; what there is when that takes too long, or at the end of a
+/// drain.
+async fn known(live: &mut watch::Receiver<Live<Plan>>) -> Arc<Plan> {
+    let known = live.wait_for(|live| {
+        let demand = live.part.upstream.awaited.as_ref().filter(|_| live.stage < Stage::Closing);
+        demand.map(|demand| demand.call()).is_none()
+    });
+    let _ = timeout(AWAITED, known).await;
+    Arc::clone(&live.borrow_and_update().part)
 }
 
 impl Connection {
@@ -134,7 +145,10 @@ async fn connect(plan: &Plan, clock: Clock) -> Result<Connected, String> {
             Err(reason) => reasons.push(format!("{}: {reason}", described(target))),
         }
     }
-    Err(reasons.join("; "))
+    Err(match reasons[..] {
+        [] => "the agent has not told where it leads: see what it answered above".into(),
+        _ => reasons.join("; "),
+    })
 }
 
 /// A target, for the log.
@@ -218,6 +232,9 @@ pub async fn attempt(
     Err(format!("was refused: {problem}"))
 }
 
+/// How long a connection waits for the agent to tell where its upstream leads, as long as Consul's default for a
+/// connection to an instance.
+const AWAITED: Duration = Duration::from_secs(5);
 /// Instances of one target that one connection tries at most.
 const ATTEMPTS: usize = 16;
 /// Part of the connect timeout that an instance gets while there are others to try.

@@ -36,6 +36,7 @@ pub use route::{
     RetryPolicy, Route, RouteMatch, Routed, Splitter,
 };
 
+use crate::demand::Demand;
 use crate::{access_log, jwt, tls};
 
 /// Everything that the data plane needs, as of one version.
@@ -133,6 +134,26 @@ pub struct Upstream {
     pub limits: Limits,
     pub passive_health_check: PassiveHealthCheck,
     pub requests: RequestSettings,
+    /// Something while it is not known yet where it leads. Whoever connects calls for it and waits. Until then it
+    /// has no target.
+    pub awaited: Option<Arc<Demand>>,
+}
+
+impl Upstream {
+    /// One that leads nowhere, or nowhere yet.
+    #[must_use]
+    pub fn unknown(key: UpstreamKey, name: String, awaited: Option<Arc<Demand>>) -> Self {
+        let start = Node::Resolver(Arc::new(Resolver::new(Vec::new())));
+        Self {
+            key,
+            name,
+            chain: Chain { protocol: Protocol::Tcp, start },
+            limits: Limits::default(),
+            passive_health_check: PassiveHealthCheck::default(),
+            requests: RequestSettings::default(),
+            awaited,
+        }
+    }
 }
 
 /// Settings of our own, HTTP only.

@@ -14,7 +14,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::io::AsyncWriteExt;
 use tokio::sync::watch;
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, timeout};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, sleep, timeout};
 
 use super::body::Body;
 use super::message;
@@ -30,10 +30,14 @@ where
     F: Future<Output = Response<Body>> + Send + 'static,
 {
     let mut drain = live.clone();
+    let last_moment = async {
+        let _ = drain.wait_for(|live| live.stage >= Stage::Draining).await;
+        // A request may be on its way already.
+        sleep(LAST_MOMENT).await;
+    };
     let http2 = tokio::select! {
         first = timeout(FIRST_TIME, wire.begins_http2()) => first,
-        // Nobody waits for an answer yet.
-        _ = drain.wait_for(|live| live.stage >= Stage::Draining) => return Ok(()),
+        () = last_moment => return Ok(()),
     };
     let http2 = match http2 {
         Ok(Ok(http2)) => http2,
@@ -62,7 +66,10 @@ where
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .serve_connection(TokioIo::new(wire.clone()), service);
-    Box::pin(drive(connection, wire, live, http2::Connection::graceful_shutdown, false)).await.map(drop)
+    let ended = Box::pin(drive(connection, wire.clone(), live, http2::Connection::graceful_shutdown, false)).await;
+    // A request that crossed our last GOAWAY is sent elsewhere by whoever reads that; a reset would hide it.
+    wire.linger().await;
+    ended.map(drop)
 }
 
 /// The codec of an idle connection holds some 20 KB, so it is ended where the client does not come back soon, and
@@ -245,6 +252,8 @@ impl Watchman {
 
 /// For the first bytes of a connection. Clients that open connections ahead of time use them within it.
 const FIRST_TIME: Duration = Duration::from_secs(600);
+/// The same once a drain has begun.
+const LAST_MOMENT: Duration = Duration::from_secs(1);
 /// For a request head, from its first byte to its last, and up to twice that.
 const HEAD_TIME: Duration = Duration::from_secs(15);
 /// A connection on which nothing has moved for an hour is ended, as by Envoy.

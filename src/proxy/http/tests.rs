@@ -25,6 +25,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::access_log::{self, AccessLog};
+use crate::demand::Bell;
 use crate::drain::{self, Stage};
 use crate::jwt::Providers;
 use crate::proxy::{self, Workers};
@@ -61,9 +62,21 @@ impl Sidecar {
     }
 }
 
-/// A free port, for listeners that have to be told one.
+/// A free port, for listeners that have to be told one. No two are the same, and none is of those that the kernel
+/// gives to whoever connects.
 fn free() -> SocketAddr {
-    std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap()
+    const FIRST: usize = 10_000;
+    const COUNT: usize = 20_000;
+    static TAKEN: AtomicUsize = AtomicUsize::new(0);
+    loop {
+        let number = TAKEN.fetch_add(1, Ordering::Relaxed);
+        assert!(number < COUNT, "no port is free");
+        let port = FIRST + (std::process::id() as usize * 641 + number) % COUNT;
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, u16::try_from(port).unwrap()));
+        if std::net::TcpListener::bind(address).is_ok() {
+            return address;
+        }
+    }
 }
 
 fn address(to: SocketAddr) -> Address {
@@ -116,6 +129,7 @@ fn upstream(protocol: Protocol, bind: SocketAddr, instances: &[SocketAddr]) -> U
         limits: Limits::default(),
         passive_health_check: PassiveHealthCheck::default(),
         requests: RequestSettings::default(),
+        awaited: None,
     }
 }
 
@@ -564,7 +578,9 @@ async fn a_sidecar_that_ends_between_requests_costs_none() {
         let app = app(http2, |_| async { ok(text("here")) }).await;
         let (first, second, at) = (free(), free(), free());
         let servers = [first, second].map(|mesh| Sidecar::start(with_public(public(protocol, mesh, app))));
-        let _client = Sidecar::start(with_upstream(upstream(protocol, at, &[first, second])));
+        let requests = RequestSettings { tells_cause: true, ..RequestSettings::default() };
+        let upstream = Upstream { requests, ..upstream(protocol, at, &[first, second]) };
+        let _client = Sidecar::start(with_upstream(upstream));
         for listener in [first, second, at] {
             listening(listener).await;
         }
@@ -573,7 +589,9 @@ async fn a_sidecar_that_ends_between_requests_costs_none() {
             if turn == 20 {
                 servers[0].trigger.advance(Stage::Draining);
             }
-            assert_eq!(client.ask(request(Method::POST, "/", text("once"))).await.0, StatusCode::OK, "{protocol:?}");
+            let response = client.send(request(Method::POST, "/", text("once"))).await;
+            assert_eq!(response.status(), StatusCode::OK, "{protocol:?}: {:?}", response.headers());
+            response.into_body().collect().await.unwrap();
         }
     }
 }
@@ -653,6 +671,33 @@ async fn a_try_has_a_time_of_its_own_and_the_next_goes_elsewhere() {
         }
         assert_eq!(late > 0, !asked, "{late} were late");
     }
+}
+
+#[tokio::test]
+async fn a_connection_waits_until_it_is_known_where_its_upstream_leads() {
+    let app = app(false, |_| async { ok(text("here")) }).await;
+    let (mesh, at) = (free(), free());
+    let _server = Sidecar::start(with_public(public(Protocol::Http, mesh, app)));
+    let known = upstream(Protocol::Http, at, &[mesh]);
+    let bell = Bell::default();
+    let unknown = |awaited| Upstream::unknown(known.key.clone(), known.name.clone(), awaited);
+    let client = Sidecar::start(with_upstream(unknown(Some(Arc::new(bell.demand())))));
+    listening(at).await;
+    let waiting = tokio::spawn(async move { Client::http1(at).await.send(get("/")).await.status() });
+    bell.rung().await;
+    assert!(!waiting.is_finished());
+    client.snapshot.send_replace(Some(Arc::new(with_upstream(known))));
+    assert_eq!(waiting.await.unwrap(), StatusCode::OK);
+}
+
+#[tokio::test]
+async fn a_connection_to_an_upstream_that_leads_nowhere_ends_at_once() {
+    let at = free();
+    let known = upstream(Protocol::Tcp, at, &[]);
+    let _client = Sidecar::start(with_upstream(Upstream::unknown(known.key, known.name, None)));
+    listening(at).await;
+    let mut connection = TcpStream::connect(at).await.unwrap();
+    assert_eq!(connection.read(&mut [0]).await.unwrap(), 0);
 }
 
 #[tokio::test]
