@@ -133,6 +133,10 @@ class Answer:
         assert self.status == 200, f"{self.status}: {self.body[:300]}"
         return json.loads(self.body)
 
+    def seen_status(self):
+        """The status, and which app gave it."""
+        return self.status, json.loads(self.body)["app"]
+
     def __repr__(self):
         return f"<{self.status} {self.headers} {self.body[:200]}>"
 

@@ -37,8 +37,7 @@ def test_requests_of_one_connection_are_spread(mesh):
     port = client_of(mesh, first)
     meets_all(port)
     with Browser(port) as browser:
-        # An instance that began slowly gets nothing for a moment.
-        eventually(lambda: {browser.ask().seen()["app"] for _ in range(30)} == set(NAMES))
+        assert {browser.ask().seen()["app"] for _ in range(300)} == set(NAMES)
 
 
 @pytest.mark.parametrize("policy, more", [("round_robin", {}), ("random", {}), ("least_request", {"LeastRequestConfig": {"ChoiceCount": 3}})])
@@ -132,6 +131,74 @@ def test_a_slow_instance_gets_less(mesh, workers):
     futures = [workers.submit(counted, port, 60) for _ in range(4)]
     got = sum((future.result(60) for future in futures), collections.Counter())
     assert set(got) == {"quick", "slow"} and got["slow"] <= 60, got
+
+
+def test_an_instance_that_was_slow_once_gets_its_share_soon(mesh):
+    first, _, cold = instances(mesh)
+    cold.app.delay = 2
+    port = client_of(mesh, first)
+    # It is asked until it has had one request, so that nothing but this answer is known of it.
+    eventually(lambda: who(port) and cold.app.requests)
+    cold.app.delay = 0
+    got = counted(port, 600)
+    assert min(got[name] for name in NAMES) >= 40, got
+
+
+def test_a_lone_instance_is_not_ejected_for_its_own_errors(mesh):
+    server = mesh.web("server")
+    port = client_of(mesh, server)
+    eventually(lambda: who(port) == "server")
+    server.app.status = 500
+    assert [ask(port).seen_status() for _ in range(30)] == [(500, "server")] * 30
+    server.app.status = 200
+    assert counted(port, 5) == {"server": 5}
+
+
+def test_of_two_that_fail_one_goes_on_answering(mesh):
+    first, second = instances(mesh, NAMES[:2])
+    port = client_of(mesh, first)
+    meets_all(port, NAMES[:2])
+    first.app.status = second.app.status = 500
+    assert {ask(port).status for _ in range(40)} == {500}
+    # The one that is ejected is there for those who find no other.
+    [left] = {ask(port).seen_status()[1] for _ in range(10)}
+    {"1": first, "2": second}[left].process.kill()
+    assert {ask(port).seen_status()[1] for _ in range(10)} == set(NAMES[:2]) - {left}
+
+
+def test_a_lone_instance_is_ejected_where_that_is_asked_for(mesh):
+    server = mesh.web("server")
+    check = {"max_failures": 3, "interval": "100ms", "base_ejection_time": "8s", "max_ejection_percent": 100}
+    port = client_of(mesh, server, passive_health_check=check)
+    eventually(lambda: who(port) == "server")
+    server.app.status = 500
+    assert [ask(port).status for _ in range(4)] == [500, 500, 500, 503]
+    assert who(port) == "503 no healthy upstream"
+    server.app.status = 200
+    eventually(lambda: who(port) == "server", 30, "it is used again")
+
+
+def test_after_an_ejection_one_probe_decides(mesh, workers):
+    good, bad = instances(mesh, ["good", "bad"])
+    check = {"max_failures": 3, "interval": "100ms", "base_ejection_time": "3s", "max_ejection_percent": 50}
+    port = client_of(mesh, good, passive_health_check=check)
+    meets_all(port, ["good", "bad"])
+    bad.app.status = 500
+    eventually(lambda: counted(port, 20) == {"good": 20})
+    # While the one probe waits for its answer, nobody else goes there.
+    bad.app.delay = 5
+    probe = eventually(lambda: bad.app.waiting or workers.submit(ask, port) and None, 30, "a probe is sent")
+    assert probe == 1
+    before = len(bad.app.requests)
+    assert counted(port, 40) == {"good": 40} and bad.app.waiting == 1 and len(bad.app.requests) == before
+    # It fails, so that the circuit stays open, and longer.
+    bad.app.delay = 0
+    eventually(lambda: bad.app.waiting == 0)
+    assert counted(port, 20) == {"good": 20} and len(bad.app.requests) == before + 1
+    bad.app.status = 200
+    # The next one succeeds, and closes it.
+    eventually(lambda: set(counted(port, 20)) == {"good", "bad"}, 40, "it is used again")
+    meets_all(port, ["good", "bad"])
 
 
 def test_an_instance_that_fails_is_ejected_for_a_while(mesh):

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from mesh import Browser, Upstream, ask, eventually, who
+from mesh import Browser, ask, eventually, who
 
 MARKS = itertools.count(1)
 
@@ -16,9 +16,7 @@ class Routed:
     def __init__(self, mesh):
         self.mesh = mesh
         self.main, self.other = mesh.web("main"), mesh.web("other")
-        # These apps answer badly on purpose: that is not to count against them.
-        calm = {"Config": {"passive_health_check": {"max_failures": 1000}}}
-        self.client = mesh.web("client", [Upstream(self.main.name, mesh.ports.take(), calm)])
+        self.client = mesh.web("client", [self.main])
         self.port = self.client.upstreams[0].port
         eventually(lambda: who(self.port) == "main")
 

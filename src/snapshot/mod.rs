@@ -182,8 +182,15 @@ pub struct PassiveHealthCheck {
     pub max_failures: u32,
     /// Chance in percent that reaching `max_failures` ejects; default 100.
     pub enforcing_consecutive_5xx: u32,
-    /// Part in percent of the instances that may be ejected; default 10, and one always may.
-    pub max_ejection_percent: u32,
+    /// Part in percent of the instances that may be ejected. Where it is set, it is kept to as by Envoy 1.40: of three
+    /// instances 50 ejects one and 10 none, and 100 all, a lone one too. `None`: 10, and one always may be as long as
+    /// another is left to use.
+    ///
+    /// Consul (seen with 1.19.2 and 1.22-dev) has Envoy eject whether or not there is a `passive_health_check`
+    /// (`outlier_detection: {}`), and use none of what is ejected (`healthy_panic_threshold: 0`). What Envoy makes of
+    /// the 10 % that it then goes by depends on its version: older ones always eject one instance, which turns
+    /// a lone instance's own 500s into 503s; 1.40 ejects none of fewer than ten. Ours does neither harm.
+    pub max_ejection_percent: Option<u32>,
     /// Time of the first ejection, which grows with each; default 30 s.
     pub base_ejection_time: Duration,
 }
@@ -194,7 +201,7 @@ impl Default for PassiveHealthCheck {
             interval: Duration::from_secs(10),
             max_failures: 5,
             enforcing_consecutive_5xx: 100,
-            max_ejection_percent: 10,
+            max_ejection_percent: None,
             base_ejection_time: Duration::from_secs(30),
         }
     }

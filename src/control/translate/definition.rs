@@ -457,19 +457,16 @@ fn passive_health_check(config: Opaque<'_>, notes: &mut Notes) -> PassiveHealthC
     let place = format!("{} passive_health_check", config.place());
     let check = config.nested("passive_health_check", &place, notes);
     let default = PassiveHealthCheck::default();
-    let percent =
-        |given: Option<u64>, default: u32| given.map_or(default, |p| u32::try_from(p.min(100)).unwrap_or(100));
+    let percent = |given: Option<u64>| given.map(|percent| u32::try_from(percent.min(100)).unwrap_or(100));
     PassiveHealthCheck {
         interval: above_zero(check.duration("interval", notes)).unwrap_or(default.interval),
         max_failures: check
             .count("max_failures", notes)
             .filter(|max| *max > 0)
             .map_or(default.max_failures, |max| u32::try_from(max).unwrap_or(u32::MAX)),
-        enforcing_consecutive_5xx: percent(
-            check.count("enforcing_consecutive_5xx", notes),
-            default.enforcing_consecutive_5xx,
-        ),
-        max_ejection_percent: percent(check.count("max_ejection_percent", notes), default.max_ejection_percent),
+        enforcing_consecutive_5xx: percent(check.count("enforcing_consecutive_5xx", notes))
+            .unwrap_or(default.enforcing_consecutive_5xx),
+        max_ejection_percent: percent(check.count("max_ejection_percent", notes)),
         base_ejection_time: above_zero(check.duration("base_ejection_time", notes))
             .unwrap_or(default.base_ejection_time),
     }
@@ -763,7 +760,7 @@ mod tests {
                 interval: Duration::from_secs(30),
                 max_failures: 3,
                 enforcing_consecutive_5xx: 50,
-                max_ejection_percent: 100,
+                max_ejection_percent: Some(100),
                 base_ejection_time: Duration::from_secs(60),
             };
             assert_eq!((plan.limits, plan.passive_health_check), (limits, check));

@@ -4,39 +4,97 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 /// An exponentially weighted moving average that follows a rise at once and a fall in time ("peak EWMA").
-/// Lock-free: one word holds the average (microseconds, as the bits of an `f32`) and the time of the last
-/// sample (the low half of the milliseconds).
+///
+/// How long it holds without a sample depends on how many samples agree on it. A level that one sample alone speaks
+/// for, be it an instance's first one (cold caches) or an outlier (a pause to collect garbage), is half forgotten in
+/// 35 ms; one that eight in a row have confirmed, in 4.4 s. So an instance that was slow once is tried again at once,
+/// and one that is slow indeed is tried ever more seldom.
+///
+/// Lock-free: one word holds the average, the number of samples that agree and the time of the last one.
 #[derive(Debug, Default)]
 pub struct Latency(AtomicU64);
+
+/// What the word says.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Level {
+    /// In microseconds; above zero. Its last eight bits are not kept.
+    average: f32,
+    /// Samples in a row that were near the average, at most [`SURE`].
+    agreeing: u8,
+    /// The low half of the milliseconds.
+    then: u32,
+}
 
 impl Latency {
     /// Takes a sample at `now`, in milliseconds. One sample raises the average fourfold at most: a single slow
     /// answer says little, three in a row say enough.
     pub fn record(&self, sample: Duration, now: u64) {
         let sample = micros(sample);
-        let next = |average: f32, kept: f32| {
-            if sample > average { sample.min(average * RISE) } else { average * kept + sample * (1.0 - kept) }
-        };
-        self.update(now, |last| Some(last.map_or(sample, |(average, then)| next(average, kept(then, now)))));
+        self.update(now, |level| Some(level.map_or((sample, 0), |level| level.with(sample, now))));
     }
 
     /// As [`Latency::record`], for an answer that was an error: a quick one is no merit, and the first one says
     /// nothing.
     pub fn record_error(&self, sample: Duration, now: u64) {
         let sample = micros(sample);
-        self.update(now, |last| last.map(|(average, _)| average.max(sample.min(average * RISE))));
+        let with = |level: Level| if sample > level.average { level.with(sample, now) } else { level.unchanged() };
+        self.update(now, |level| level.map(with));
     }
 
     /// Microseconds; `None` as long as there was no sample. Without samples it falls towards nothing, so that an
     /// instance that was slow once is tried again.
     pub fn estimate(&self, now: u64) -> Option<f32> {
-        let (average, then) = unpack(self.0.load(Ordering::Relaxed))?;
-        Some(average * kept(then, now) + FLOOR)
+        let level = Level::unpack(self.0.load(Ordering::Relaxed))?;
+        Some(level.average * level.kept(now) + FLOOR)
     }
 
-    fn update(&self, now: u64, next: impl Fn(Option<(f32, u32)>) -> Option<f32>) {
-        let update = |word| next(unpack(word)).map(|average| pack(average, now));
+    fn update(&self, now: u64, next: impl Fn(Option<Level>) -> Option<(f32, u8)>) {
+        let update = |word| {
+            next(Level::unpack(word)).map(|(average, agreeing)| Level { average, agreeing, then: now as u32 }.pack())
+        };
         let _ = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, update);
+    }
+}
+
+impl Level {
+    /// The average and the number of samples that agree on it, with one more.
+    fn with(self, sample: f32, now: u64) -> (f32, u8) {
+        let agreeing = if sample > self.average * NEAR {
+            0
+        } else if sample < self.average / NEAR {
+            self.agreeing / 2
+        } else {
+            (self.agreeing + 1).min(SURE)
+        };
+        let kept = self.kept(now);
+        let average = if sample > self.average {
+            sample.min(self.average * RISE)
+        } else {
+            self.average * kept + sample * (1.0 - kept)
+        };
+        (average, agreeing)
+    }
+
+    fn unchanged(self) -> (f32, u8) {
+        (self.average, self.agreeing)
+    }
+
+    /// The part of the average that is left after the time since.
+    fn kept(self, now: u64) -> f32 {
+        let elapsed = (now as u32).wrapping_sub(self.then);
+        let time_constant = FIRST_TIME_CONSTANT * f32::from(1_u16 << self.agreeing);
+        // Another thread's clock reading may be older than the last sample's.
+        if elapsed > u32::MAX / 2 { 1.0 } else { (-(elapsed as f32) / time_constant).exp() }
+    }
+
+    fn pack(self) -> u64 {
+        u64::from(self.average.to_bits() & !0xff | u32::from(self.agreeing)) << 32 | u64::from(self.then)
+    }
+
+    fn unpack(word: u64) -> Option<Self> {
+        let bits = (word >> 32) as u32;
+        let average = f32::from_bits(bits & !0xff);
+        (average > 0.0).then_some(Self { average, agreeing: (bits as u8).min(SURE), then: word as u32 })
     }
 }
 
@@ -44,24 +102,13 @@ fn micros(sample: Duration) -> f32 {
     (sample.as_secs_f32() * 1e6).max(1.0)
 }
 
-/// The part of an average that is left after the time since.
-fn kept(then: u32, now: u64) -> f32 {
-    let elapsed = (now as u32).wrapping_sub(then);
-    // Another thread's clock reading may be older than the last sample's.
-    if elapsed > u32::MAX / 2 { 1.0 } else { (-(elapsed as f32) / TIME_CONSTANT).exp() }
-}
-
-fn pack(average: f32, now: u64) -> u64 {
-    u64::from(average.to_bits()) << 32 | u64::from(now as u32)
-}
-
-fn unpack(word: u64) -> Option<(f32, u32)> {
-    let average = f32::from_bits((word >> 32) as u32);
-    (average > 0.0).then_some((average, word as u32))
-}
-
-/// In milliseconds: after so long without a sample, 37 % of the average are left.
-const TIME_CONSTANT: f32 = 10_000.0;
+/// In milliseconds: after so long without a sample, 37 % of an average are left that one sample alone speaks for.
+/// Twice as long for each that agrees.
+const FIRST_TIME_CONSTANT: f32 = 50.0;
+/// Samples that make an average as sure as it gets, with a time constant of 6.4 s.
+const SURE: u8 = 7;
+/// A sample agrees with an average that it differs from by less than this factor.
+const NEAR: f32 = 2.0;
 const RISE: f32 = 4.0;
 /// In microseconds, added to every estimate: differences below are noise.
 const FLOOR: f32 = 500.0;
@@ -74,17 +121,52 @@ mod tests {
         (latency.estimate(now).unwrap() - FLOOR) / 1000.0
     }
 
+    fn sure(average: Duration, now: u64) -> Latency {
+        let latency = Latency::default();
+        (0..10).for_each(|_| latency.record(average, now));
+        latency
+    }
+
     #[test]
     fn rises_at_once_and_falls_in_time() {
-        let latency = Latency::default();
-        assert_eq!(latency.estimate(0), None);
-        latency.record(Duration::from_millis(10), 0);
+        let latency = sure(Duration::from_millis(10), 0);
+        assert_eq!(Latency::default().estimate(0), None);
         assert!((millis(&latency, 0) - 10.0).abs() < 0.01);
-        latency.record(Duration::from_millis(30), 1);
-        assert!((millis(&latency, 1) - 30.0).abs() < 0.01);
-        latency.record(Duration::from_millis(10), 10_001);
-        assert!((15.0..20.0).contains(&millis(&latency, 10_001)), "{}", millis(&latency, 10_001));
-        assert!(millis(&latency, 60_000) < 1.0);
+        latency.record(Duration::from_millis(15), 1);
+        assert!((millis(&latency, 1) - 15.0).abs() < 0.01);
+        latency.record(Duration::from_millis(10), 6_401);
+        assert!((11.0..13.0).contains(&millis(&latency, 6_401)), "{}", millis(&latency, 6_401));
+        assert!(millis(&latency, 60_000) < 0.1);
+    }
+
+    #[test]
+    fn what_one_sample_alone_says_is_soon_forgotten() {
+        let cold = Latency::default();
+        cold.record(Duration::from_secs(1), 0);
+        let paused = sure(Duration::from_millis(10), 0);
+        paused.record(Duration::from_secs(1), 0);
+        assert!(millis(&cold, 0) > 999.0 && millis(&paused, 0) > 39.0);
+        assert!(millis(&cold, 400) < 1.0 && millis(&paused, 400) < 1.0);
+        // The next one is believed instead.
+        cold.record(Duration::from_millis(10), 400);
+        assert!(millis(&cold, 400) < 12.0);
+    }
+
+    #[test]
+    fn the_more_samples_agree_the_longer_they_hold() {
+        let latency = Latency::default();
+        let mut now = 0;
+        let mut half_lives = Vec::new();
+        for _ in 0..9 {
+            latency.record(Duration::from_secs(1), now);
+            let half = (1..).find(|later| millis(&latency, now + later) < 500.0).unwrap();
+            half_lives.push(half);
+            now += half;
+        }
+        assert_eq!(half_lives, [35, 70, 139, 278, 555, 1110, 2219, 4437, 4437]);
+        // It is quick again: each such sample makes the next one come sooner.
+        latency.record(Duration::from_millis(10), now);
+        assert!((1..1200).any(|later| millis(&latency, now + later) < 250.0));
     }
 
     #[test]
@@ -114,6 +196,6 @@ mod tests {
         latency.record(Duration::from_millis(10), 100);
         assert!((millis(&latency, 99) - 10.0).abs() < 0.01);
         latency.record(Duration::from_millis(1), 99);
-        assert!(millis(&latency, 100) > 9.9);
+        assert!(millis(&latency, 99) > 9.9);
     }
 }

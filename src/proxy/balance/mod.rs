@@ -12,8 +12,9 @@
 //!
 //! Instances that do badly are kept from traffic in two ways. One that can't be reached is *put aside*: it comes last,
 //! but it comes, as nothing was sent to it that could be lost. One that answers with errors is *ejected*: it gets
-//! nothing for a while, and there is no panic mode, as under Consul. After either, one connection or request alone
-//! probes it.
+//! nothing for a while. After either, one connection or request alone probes it. Unless it was said how many may be
+//! ejected ([`PassiveHealthCheck::max_ejection_percent`]), an ejection never makes things worse than the app's own
+//! answers: the last instance that is usable is not ejected, and one that is comes after all others, but it comes.
 //!
 //! All of it is atomics, save a lock per target that is taken when an instance is ejected. A pick looks at a
 //! few instances, however many there are, unless most of them are out. Time and randomness are arguments.
@@ -349,12 +350,18 @@ impl Balancer {
         after.iter().chain(before).find(|instance| ask.fits(instance))
     }
 
-    /// Among those put aside, the one whose time is up first; an ejected one never.
+    /// Among those put aside, the one whose time is up first. Then, if there is none that could be used, one that is
+    /// ejected, unless the configuration says how many may be.
     fn last_resort(self: &Arc<Self>, ask: &Ask<'_>, random: &mut impl FnMut(u64) -> u64) -> Option<Picked> {
-        let untried = self.instances.iter().filter(|i| i.state.circuit.lets_in(ask.now) && !ask.was_tried(i));
-        let instance = untried.min_by_key(|instance| instance.state.aside.due())?;
-        let circuit = instance.state.circuit.enter(ask.now)?;
-        Some(self.picked(instance, Probe::new(instance, false, circuit), random))
+        let untried = || self.instances.iter().filter(|instance| !ask.was_tried(instance));
+        let aside = untried().filter(|instance| instance.state.circuit.lets_in(ask.now));
+        if let Some(instance) = aside.min_by_key(|instance| instance.state.aside.due()) {
+            let circuit = instance.state.circuit.enter(ask.now)?;
+            return Some(self.picked(instance, Probe::new(instance, false, circuit), random));
+        }
+        let panics = self.settings.passive_health_check.max_ejection_percent.is_none() && !self.is_up(ask.now);
+        let ejected = untried().filter(|_| panics).min_by_key(|instance| instance.load());
+        ejected.map(|instance| self.picked(instance, Probe::default(), random))
     }
 
     /// `None`: another has just gone to probe it.
@@ -378,24 +385,30 @@ impl Balancer {
         Picked { balancer: Arc::clone(self), in_flight: InFlight::new(instance), probe, die }
     }
 
-    /// Ejects an instance, unless too many are: one always may be.
+    /// Ejects an instance, unless too many are.
     fn eject(&self, instance: &Instance, now: u64, probe: bool) {
-        let check = &self.settings.passive_health_check;
         let _ejecting = self.shared.ejecting.lock().unwrap_or_else(PoisonError::into_inner);
         if !probe && !instance.state.circuit.lets_in(now) {
             return;
         }
-        let is_out = |other: &&Arc<Instance>| !other.is_same(instance) && !other.state.circuit.lets_in(now);
-        let others = self.instances.iter().filter(is_out).count();
-        let allowed = self.instances.len().saturating_mul(check.max_ejection_percent as usize);
-        if others > 0 && (others + 1) * 100 > allowed {
+        if !self.may_be_ejected(instance, now) {
             if probe {
                 instance.state.circuit.open();
             }
             return;
         }
-        let time = instance.state.eject(now, check, probe);
+        let time = instance.state.eject(now, &self.settings.passive_health_check, probe);
         tracing::warn!(target: "proxy.upstream", instance = %instance.address, seconds = time.as_secs(), "An instance is ejected for its errors");
+    }
+
+    fn may_be_ejected(&self, instance: &Instance, now: u64) -> bool {
+        let others = || self.instances.iter().filter(|other| !other.is_same(instance));
+        let ejected = 1 + others().filter(|other| !other.state.circuit.lets_in(now)).count();
+        let within = |percent: u32| ejected * 100 <= self.instances.len().saturating_mul(percent as usize);
+        match self.settings.passive_health_check.max_ejection_percent {
+            Some(percent) => within(percent),
+            None => (ejected == 1 || within(EJECTED)) && others().any(|other| other.is_fit(now)),
+        }
     }
 }
 
@@ -528,6 +541,8 @@ const DRAWS: usize = 8;
 /// Places of a hash table that are tried before all instances are searched.
 const CANDIDATES: usize = 128;
 const PROBES: usize = 3;
+/// Part in percent of the instances that may be ejected where nothing is said; the default of Envoy.
+const EJECTED: u32 = 10;
 
 /// Milliseconds since it was made, for states that are shared between threads without a lock.
 #[derive(Debug, Clone, Copy)]

@@ -151,6 +151,48 @@ fn a_slow_instance_gets_less_even_of_one_request_at_a_time_and_recovers() {
     assert!((400..600).contains(&equal), "{equal}");
 }
 
+/// How many of so many requests, one after the other, each instance gets, when it takes so many milliseconds.
+fn one_by_one(balancer: &Arc<Balancer>, now: &mut u64, count: usize, latency: impl Fn(usize) -> u64) -> Vec<usize> {
+    let mut rng = fastrand::Rng::with_seed(*now);
+    let mut shares = vec![0; balancer.len()];
+    for _ in 0..count {
+        let picked = pick(balancer, *now, &mut rng).unwrap();
+        let latency = latency(place(&picked));
+        shares[place(&picked)] += 1;
+        *now += latency;
+        picked.report(Outcome::Success, Duration::from_millis(latency), *now);
+    }
+    shares
+}
+
+#[test]
+fn one_slow_answer_costs_an_instance_its_share_for_a_moment_only() {
+    for first in [20, 100, 1000, 10_000] {
+        // Its first answer is slow, or one after many quick ones.
+        for before in [0, 300] {
+            let balancer = balancer(Policy::Unset, &[1; 3]);
+            let mut now = 0;
+            one_by_one(&balancer, &mut now, before, |_| 3);
+            let picked = balancer.picked(&balancer.instances[0], Probe::default(), &mut |_| 0);
+            now += first;
+            picked.report(Outcome::Success, Duration::from_millis(first), now);
+            one_by_one(&balancer, &mut now, 200, |_| 3);
+            let shares = one_by_one(&balancer, &mut now, 300, |_| 3);
+            assert!(shares.iter().all(|share| (60..140).contains(share)), "{first} ms after {before}: {shares:?}");
+        }
+    }
+}
+
+#[test]
+fn an_instance_that_stays_slow_is_tried_ever_more_seldom() {
+    let balancer = balancer(Policy::Unset, &[1; 3]);
+    let mut now = 0;
+    let latency = |place| if place == 0 { 300 } else { 3 };
+    let first = one_by_one(&balancer, &mut now, 1000, latency)[0];
+    let later = one_by_one(&balancer, &mut now, 10_000, latency)[0];
+    assert!(first < 20 && (1..=10).contains(&later), "{first}, then {later}");
+}
+
 #[test]
 fn an_instance_that_is_new_or_back_is_not_run_over() {
     let before = balancer(Policy::Unset, &[1; 3]);
@@ -265,10 +307,16 @@ fn errors_in_a_row_eject_and_one_probe_decides() {
     assert!(shares(&balancer, 90_000, 100)[0] > 10);
 }
 
+/// All may be ejected.
+fn all_may_go() -> PassiveHealthCheck {
+    PassiveHealthCheck { max_ejection_percent: Some(100), ..PassiveHealthCheck::default() }
+}
+
 #[test]
-fn without_an_instance_that_is_not_ejected_there_is_none_to_pick() {
+fn where_all_may_be_ejected_there_may_be_none_to_pick() {
     for policy in POLICIES {
-        let balancer = balancer(policy, &[1]);
+        let settings = Settings { policy, http: true, passive_health_check: all_may_go(), ..Settings::default() };
+        let balancer = Balancer::new(&endpoints(&[1]), settings, None);
         fail(&balancer, 0, 5, 0);
         assert!(balancer.pick(29_999, Some(1), &[], |_| 0).is_none());
         assert!(!balancer.is_up(29_999) && balancer.is_up(30_000));
@@ -280,15 +328,63 @@ fn without_an_instance_that_is_not_ejected_there_is_none_to_pick() {
 }
 
 #[test]
-fn no_more_than_the_allowed_part_is_ejected_but_one_always() {
-    for (instances, percent, expected) in [(10, 10, 1), (10, 0, 1), (10, 35, 3), (4, 10, 1), (4, 100, 4), (1, 10, 1)] {
+fn the_last_usable_instance_is_not_ejected_where_nothing_is_said() {
+    for policy in POLICIES {
+        let alone = balancer(policy, &[1]);
+        fail(&alone, 0, 50, 0);
+        assert!(alone.is_up(0) && alone.pick(0, Some(1), &[], |_| 0).is_some());
+
+        let two = balancer(policy, &[1, 1]);
+        report(&two, 1, Outcome::Unreachable, 0);
+        fail(&two, 0, 50, 0);
+        assert!(two.instances[0].is_fit(0));
+        // The other is back, and out again when this one is ejected.
+        fail(&two, 0, 5, 1000);
+        assert_eq!(shares(&two, 1001, 10), [0, 10]);
+        report(&two, 1, Outcome::Unreachable, 1001);
+        let aside = two.pick(1002, Some(1), &[], |_| 0).unwrap();
+        assert_eq!(place(&aside), 1);
+        let ejected = two.pick(1002, Some(1), &[Arc::clone(aside.instance())], |_| 0).unwrap();
+        assert_eq!(place(&ejected), 0);
+        let both = [Arc::clone(aside.instance()), Arc::clone(ejected.instance())];
+        assert!(two.pick(1002, Some(1), &both, |_| 0).is_none() && !two.is_up(1002));
+    }
+}
+
+#[test]
+fn a_retry_does_not_go_to_an_ejected_instance_while_another_is_in_use() {
+    let balancer = balancer(Policy::Unset, &[1, 1]);
+    fail(&balancer, 0, 5, 0);
+    let tried = [Arc::clone(&balancer.instances[1])];
+    assert!(balancer.pick(1, None, &tried, |_| 0).is_none());
+}
+
+#[test]
+fn no_more_than_the_allowed_part_is_ejected() {
+    let parts: [(usize, Option<u32>, usize); 14] = [
+        (10, None, 1),
+        (3, None, 1),
+        (2, None, 1),
+        (1, None, 0),
+        (29, None, 2),
+        (10, Some(10), 1),
+        (9, Some(10), 0),
+        (10, Some(0), 0),
+        (10, Some(35), 3),
+        (3, Some(50), 1),
+        (1, Some(99), 0),
+        (4, Some(100), 4),
+        (1, Some(100), 1),
+        (3, Some(67), 2),
+    ];
+    for (instances, percent, expected) in parts {
         let check = PassiveHealthCheck { max_ejection_percent: percent, ..PassiveHealthCheck::default() };
         let balancer = with_check(&vec![1; instances], check);
         for instance in 0..instances {
             fail(&balancer, instance, 5, 0);
         }
         let ejected = balancer.instances.iter().filter(|instance| !instance.is_fit(0)).count();
-        assert_eq!(ejected, expected, "{percent} % of {instances}");
+        assert_eq!(ejected, expected, "{percent:?} % of {instances}");
     }
 }
 
@@ -297,7 +393,7 @@ fn ejection_is_a_matter_of_chance_where_it_is_enforced_in_part() {
     for (chance, expected) in [(0, 0..=0), (30, 220..=380), (100, 1000..=1000)] {
         let check = PassiveHealthCheck {
             enforcing_consecutive_5xx: chance,
-            max_ejection_percent: 100,
+            max_ejection_percent: Some(100),
             max_failures: 1,
             ..PassiveHealthCheck::default()
         };
@@ -314,7 +410,7 @@ fn ejection_is_a_matter_of_chance_where_it_is_enforced_in_part() {
 
 #[test]
 fn connections_that_fail_count_but_do_not_eject_alone() {
-    let balancer = balancer(Policy::Unset, &[1]);
+    let balancer = with_check(&[1], all_may_go());
     for second in 0..10 {
         report(&balancer, 0, Outcome::Unreachable, second * 40_000);
     }
@@ -325,7 +421,7 @@ fn connections_that_fail_count_but_do_not_eject_alone() {
 
 #[test]
 fn what_is_known_of_an_instance_outlives_a_snapshot() {
-    let before = balancer(Policy::Unset, &[1, 1]);
+    let before = with_check(&[1, 1], all_may_go());
     report(&before, 1, Outcome::Unreachable, 0);
     fail(&before, 0, 4, 0);
     let open = before.picked(&before.instances[1], Probe::default(), &mut |_| 0);
