@@ -10,7 +10,7 @@ import shutil
 
 import pytest
 
-from mesh import Agent, Authority, Mesh
+from mesh import Agent, Authority, Mesh, eventually
 from mesh.ports import Ports
 
 TOP = pathlib.Path(__file__).resolve().parent.parent
@@ -114,6 +114,18 @@ def own_mesh(request, start_agent, binaries, ports, tmp_path, stack):
         request.node.mesh = made
         return made
     return make
+
+
+@pytest.fixture
+def federation(own_mesh, start_agent):
+    """The same scenario's `Mesh` in each of two datacenters that are joined."""
+    first = own_mesh({"primary_datacenter": "dc1"})
+    second = first.on(start_agent({"primary_datacenter": "dc1"}, datacenter="dc2", join_wan=first.agent, label="agent-dc2"))
+    eventually(lambda: len(first.agent.get("/v1/catalog/datacenters")) == 2, 40, "the datacenters have joined")
+    # A secondary first signs with a root of its own, then with one that the primary's signs for.
+    eventually(lambda: second.agent.trust_domain == first.agent.trust_domain, 60, "the datacenters share a trust domain")
+    eventually(lambda: second.agent.leaf("probe").cert_pem.count("BEGIN CERTIFICATE") > 1, 60, "leaves are sent with what chains them to the primary's root")
+    return first, second
 
 
 @pytest.hookimpl(hookwrapper=True)

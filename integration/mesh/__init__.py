@@ -1,7 +1,7 @@
 """What the scenarios are written with: agents, sidecars, apps and identities that are real, and waits that have a bound."""
 
 from .agent import Agent, ApiError
-from .apps import Conn, Echo, HalfCloser, Resetter, Silent, dial
+from .apps import Blackhole, Conn, Echo, HalfCloser, Resetter, Silent, dial
 from .envoy import Envoy
 from .gate import Gate
 from .identity import Authority, Identity, mtls_connect, mtls_server
@@ -12,7 +12,7 @@ from .web import Answer, Browser, Web, ask, who
 from .wait import eventually, stays, NotInTime
 
 __all__ = [
-    "Agent", "Answer", "ApiError", "Authority", "Browser", "Caller", "Conn", "Echo", "Envoy", "Gate", "HalfCloser", "Identity", "Mesh",
+    "Agent", "Answer", "ApiError", "Authority", "Blackhole", "Browser", "Caller", "Conn", "Echo", "Envoy", "Gate", "HalfCloser", "Identity", "Mesh",
     "NotInTime", "Process", "Resetter", "Rpc", "Service", "Silent", "Upstream", "Web", "ask", "dial", "eventually", "mtls_connect",
     "mtls_server", "stays", "who",
 ]

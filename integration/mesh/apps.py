@@ -201,3 +201,23 @@ class Silent(App):
 
     def serve(self, conn):
         conn.rest()
+
+
+class Blackhole:
+    """Listens, but answers no connect: its backlog is full of connections that nobody takes."""
+
+    def __init__(self, port):
+        self._sockets = [socket.socket()]
+        self._sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._sockets[0].bind(("127.0.0.1", port))
+        self._sockets[0].listen(0)
+        # The kernel takes one more than it is told. The others ask again and again, so that it stays full.
+        for _ in range(8):
+            filler = socket.socket()
+            filler.setblocking(False)
+            filler.connect_ex(("127.0.0.1", port))
+            self._sockets.append(filler)
+
+    def close(self):
+        for each in self._sockets:
+            each.close()

@@ -175,6 +175,24 @@ def test_request_heads_that_come_slowly_are_cut_and_others_served(pair):
         assert open_ones == []
 
 
+def test_header_blocks_that_do_not_end_are_cut_and_others_served(pair):
+    client, _, ways = pair
+    with contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(Http2(way())) for way in ways.values() for _ in range(20)]
+        for connection in slow:
+            connection.send(frame(HEADERS, END_STREAM, 1, GET))
+        complete = [stack.enter_context(Http2(way())) for way in ways.values()]
+        for connection in complete:
+            connection.send(frame(HEADERS, END_STREAM, 1, GET) + frame(CONTINUATION, END_HEADERS, 1))
+        other = stack.enter_context(Browser(client.upstreams[0].port, SOON))
+        begun, open_ones = time.monotonic(), slow
+        while open_ones and time.monotonic() - begun < 40:
+            open_ones = [connection for connection in open_ones if connection.conn.end(within=0.01) == "open"]
+            assert other.ask().status == 200
+        assert open_ones == []
+        assert [connection.conn.end(within=0.1) for connection in complete] == ["open"] * 2
+
+
 def test_bodies_that_come_slowly_hold_nobody_up(pair):
     client, _, _ = pair
     port = client.upstreams[0].port

@@ -103,6 +103,30 @@ def test_a_session_cookie_is_given_and_sticks(mesh):
     assert len(met) > 1
 
 
+def test_a_cookie_is_given_with_its_age(mesh):
+    first, *_ = instances(mesh)
+    balance(mesh, first, "maglev", HashPolicies=[{"Field": "cookie", "FieldValue": "home", "CookieConfig": {"TTL": "90s", "Path": "/shop"}}])
+    port = client_of(mesh, first)
+    cookie = eventually(lambda: ask(port).header("set-cookie"))
+    assert cookie.startswith("home=") and "Max-Age=90" in cookie and "Path=/shop" in cookie and "HttpOnly" in cookie, cookie
+    homes = {ask(port, headers={"cookie": cookie.split(";")[0]}).seen()["app"] for _ in range(10)}
+    assert len(homes) == 1
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_policy_is_the_last_that_counts(mesh, terminal):
+    first, *_ = instances(mesh)
+    cookie = {"Field": "cookie", "FieldValue": "home", "CookieConfig": {"Session": True}}
+    balance(mesh, first, "maglev", HashPolicies=[{"Field": "header", "FieldValue": "x-user", "Terminal": terminal}, cookie])
+    port = client_of(mesh, first)
+    # Whoever shows no user is given a cookie either way.
+    eventually(lambda: ask(port).header("set-cookie"))
+    answers = [ask(port, headers={"x-user": "one"}) for _ in range(40)]
+    assert [answer.header("set-cookie") is None for answer in answers] == [terminal] * 40
+    homes = {ask(port, headers={"x-user": "one", "cookie": f"home={number}"}).seen()["app"] for number in range(40)}
+    assert len(homes) == 1 if terminal else len(homes) > 1, homes
+
+
 def test_a_query_parameter_and_the_source_stick(mesh):
     first, *_ = instances(mesh)
     balance(mesh, first, "maglev", HashPolicies=[{"Field": "query_parameter", "FieldValue": "id", "Terminal": True}, {"SourceIP": True}])

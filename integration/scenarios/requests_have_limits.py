@@ -112,3 +112,37 @@ def test_an_app_that_breaks_off_is_told_as_such(mesh):
     eventually(lambda: who(port) == "server")
     server.app.answer = lambda request: request.connection.close() or setattr(request, "close_connection", True)
     assert ask(port, "/", "POST", b"x").status == 503
+
+
+def test_a_try_that_takes_too_long_is_given_up_for_another(mesh):
+    server, _, port = pair(mesh, lictor_per_try_timeout_ms=700, lictor_tell_cause=True)
+    retried = {"Match": {"HTTP": {"PathPrefix": "/retried"}}, "Destination": {"NumRetries": 2, "RetryOnStatusCodes": [504], "PrefixRewrite": "/again"}}
+    mesh.agent.write("service-router", server.name, Routes=[retried])
+    eventually(lambda: ask(port, "/retried").seen()["path"] == "/again")
+    delays, show = [], server.app.show
+
+    def slowly(request, *what):
+        time.sleep(delays.pop(0) if delays else 0)
+        show(request, *what)
+    server.app.show = slowly
+    for path, given, status, left in (("/retried", [8], 200, 0), ("/retried", [8, 8], 200, 0), ("/retried", [8] * 4, 504, 1), ("/plain", [8, 8], 504, 1)):
+        delays[:] = given
+        began = time.monotonic()
+        answer = ask(port, path, "POST", b"kept for later")
+        assert (answer.status, len(delays)) == (status, left) and time.monotonic() - began < 7, (path, given)
+        assert status == 200 or "lictor_per_try_timeout_ms" in answer.header("x-lictor-cause")
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_the_cause_is_told_in_a_header_where_that_is_asked(mesh, tells):
+    config = {"lictor_tell_cause": True} if tells else {}
+    server, client, port = pair(mesh, config, **config)
+    eventually(lambda: who(port) == "server")
+    server.app.close()
+    answer = eventually(lambda: (got := ask(port)).status == 503 and got)
+    cause = answer.header("x-lictor-cause")
+    assert "refused" in cause and "local app" in cause if tells else cause is None, cause
+    server.passing("fail")
+    answer = eventually(lambda: (got := ask(port)).body == b"no healthy upstream" and got)
+    cause = answer.header("x-lictor-cause")
+    assert server.name in cause and "passing" in cause if tells else cause is None, cause

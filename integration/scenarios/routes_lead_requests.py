@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from mesh import Browser, ask, eventually, who
+from mesh import Browser, Gate, ask, eventually, who
 
 MARKS = itertools.count(1)
 
@@ -136,6 +136,33 @@ def test_without_retries_nothing_is_tried_again(routed):
     before = len(routed.other.app.requests)
     assert ask(routed.port, "/o").status == 503
     assert len(routed.other.app.requests) == before + 1
+
+
+def test_a_failure_to_connect_is_tried_again_only_where_that_is_asked(mesh, routed):
+    dead = mesh.web("dead", sidecar=None)
+    gate = mesh.keep(Gate(dead.public, None))
+    gate.mode = "refuse"
+    for how, tries in (({}, 1), ({"RetryOnStatusCodes": [503]}, 1), ({"RetryOnConnectFailure": True}, 4)):
+        routed.routes({"Match": {"HTTP": {"PathPrefix": "/"}}, "Destination": {"Service": dead.name, "NumRetries": 3, **how}})
+        eventually(lambda: routed.who().endswith("remote connection failure"))
+        before = gate.served
+        assert ask(routed.port, "/", "POST", b"x").status == 503 and gate.served == before + tries, how
+    # What an app answers is no failure to connect.
+    routed.routes(routed.to_other({"PathPrefix": "/"}, NumRetries=3, RetryOnConnectFailure=True))
+    routed.other.app.status = 503
+    before = len(routed.other.app.requests)
+    assert ask(routed.port, "/").status == 503 and len(routed.other.app.requests) == before + 1
+
+
+def test_retries_do_not_become_a_storm(routed, workers):
+    routed.routes(routed.to_other({"PathPrefix": "/"}, NumRetries=5, RetryOnStatusCodes=[503]))
+    app = routed.other.app
+    app.status, app.delay = 503, 0.05
+    before = len(app.requests)
+    held = [workers.submit(lambda: [ask(routed.port, "/storm").status for _ in range(10)]) for _ in range(40)]
+    assert [each.result(60) for each in held] == [[503] * 10] * 40
+    # Each of the 400 could be tried six times. A fifth more is allowed, and a few at a time.
+    assert 400 < len(app.requests) - before < 700
 
 
 def test_conditions_of_retries(mesh, routed):

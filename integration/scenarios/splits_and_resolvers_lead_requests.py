@@ -1,8 +1,9 @@
 """Splitters and resolvers of HTTP services: canaries, subsets, redirects, failover and prepared queries."""
 
 import collections
+import time
 
-from mesh import Upstream, ask, eventually, who
+from mesh import Blackhole, Upstream, ask, eventually, who
 
 
 def versions(mesh, count=2):
@@ -123,6 +124,39 @@ def test_failover_does_not_wait_for_the_agent_when_connections_are_refused(mesh)
     # The agent goes on saying that it passes.
     main.process.kill()
     assert counted(port, 30) == {"spare": 30}
+
+
+def test_failover_when_connects_are_not_answered(mesh):
+    main, spare = mesh.web("main"), mesh.web("spare")
+    mesh.agent.write("service-resolver", main.name, ConnectTimeout="1s", Failover={"*": {"Service": spare.name}})
+    _, port = client_of(mesh, main)
+    eventually(lambda: who(port) == "main")
+    main.process.kill()
+    mesh.keep(Blackhole(main.public))
+    began = time.monotonic()
+    assert ask(port, "/", "POST", b"whole").seen()["body"] == "whole"
+    # The usual connect timeout is 5 s.
+    assert 0.9 < time.monotonic() - began < 4.5
+    assert counted(port, 20) == {"spare": 20}
+
+
+def test_failover_leads_to_another_datacenter_and_back(federation):
+    here_dc, there_dc = federation
+    here, there = here_dc.web("here"), there_dc.web("there")
+    here_dc.agent.write("service-resolver", here.name, Failover={"*": {"Service": there.name, "Datacenters": ["dc2"]}})
+    _, port = client_of(here_dc, here)
+    eventually(lambda: who(port) == "here")
+    here.passing("fail")
+    eventually(lambda: who(port) == "there", 60)
+    assert counted(port, 20) == {"there": 20}
+    # And without waiting for the agent, when connections are refused.
+    here.passing("pass")
+    eventually(lambda: who(port) == "here")
+    here.process.kill()
+    assert counted(port, 20) == {"there": 20}
+    # The source keeps its name across datacenters, and a deny is one of HTTP.
+    here_dc.deny("*", there)
+    eventually(lambda: who(port) == "403 RBAC: access denied", 40)
 
 
 def test_a_subset_fails_over_to_another(mesh):

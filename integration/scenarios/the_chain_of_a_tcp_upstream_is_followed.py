@@ -120,18 +120,8 @@ def test_a_prepared_query_may_be_made_later(mesh):
     eventually_says(client, "server", within=60)
 
 
-def federation(own_mesh, mesh_of):
-    first = own_mesh({"primary_datacenter": "dc1"})
-    second = mesh_of(first, {"primary_datacenter": "dc1"}, datacenter="dc2", join_wan=first.agent, label="agent-dc2")
-    eventually(lambda: len(first.agent.get("/v1/catalog/datacenters")) == 2, 40, "the datacenters have joined")
-    # A secondary first signs with a root of its own, then with one that the primary's signs for.
-    eventually(lambda: second.agent.trust_domain == first.agent.trust_domain, 60, "the datacenters share a trust domain")
-    eventually(lambda: second.agent.leaf("probe").cert_pem.count("BEGIN CERTIFICATE") > 1, 60, "leaves are sent with what chains them to the primary's root")
-    return first, second
-
-
-def test_another_datacenter_is_reached_by_upstream_redirect_and_failover(own_mesh, start_agent):
-    first, second = federation(own_mesh, lambda mesh, config, **how: mesh.on(start_agent(config, **how)))
+def test_another_datacenter_is_reached_by_upstream_redirect_and_failover(federation):
+    first, second = federation
     there = named(second, "there")
     here = named(first, "here")
     moved = first.name("moved")

@@ -3,9 +3,10 @@
 //! [`serve`] runs the server side of a connection and hands each request to [`inbound`] or [`outbound`], which
 //! decide by the configuration of that moment, put it into the form that the next hop wants ([`message`]) and
 //! send it over a connection of a [`pool`]. Bodies pass through frame by frame ([`body`]). Below the codecs
-//! lie the [`wire`], which gathers writes, and on the server side [`strict`].
+//! lie the [`wire`], which gathers writes, and on the server side [`strict`] and [`blocks`].
 
 mod app;
+mod blocks;
 mod body;
 pub mod certificate;
 pub mod expose;

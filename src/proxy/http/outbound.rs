@@ -138,6 +138,8 @@ struct Exchange<'a> {
     hash: Option<u64>,
     /// Those that could not be used or have answered badly.
     tried: Vec<Arc<Instance>>,
+    /// Of these, those that could not be connected to since the last configured retry.
+    unreachable: Vec<Arc<Instance>>,
     /// Why, one by one.
     reasons: Vec<String>,
     /// Configured retries that are left, and the one that is under way.
@@ -162,7 +164,8 @@ enum Tried {
 impl<'a> Exchange<'a> {
     fn new(plan: &'a Plan, routed: &'a Routed<'a>, clock: Clock, hash: Option<u64>) -> Self {
         let retries = routed.retries.map_or(0, |policy| policy.retries);
-        Self { plan, routed, clock, hash, tried: Vec::new(), reasons: Vec::new(), retries, retry: None }
+        let (tried, unreachable, reasons) = (Vec::new(), Vec::new(), Vec::new());
+        Self { plan, routed, clock, hash, tried, unreachable, reasons, retries, retry: None }
     }
 
     async fn run(
@@ -179,7 +182,7 @@ impl<'a> Exchange<'a> {
         let limits = (self.routed.request_timeout, self.routed.idle_timeout);
         let mut patience = Patience::new(limits.0, limits.1, upload.as_ref());
         loop {
-            let chosen = self.choose()?;
+            let chosen = self.choose_or_retry().await?;
             if let Some(note) = &mut note {
                 note.sent_to(chosen.target.tls.name().to_str(), &chosen.picked.instance().address);
             }
@@ -204,13 +207,28 @@ impl<'a> Exchange<'a> {
                 Err(refusal) => {
                     let instance = Arc::clone(chosen.picked.instance());
                     chosen.picked.report(Outcome::Unreachable, Duration::ZERO, self.clock.now());
+                    self.unreachable.push(Arc::clone(&instance));
                     self.give_up(instance, &refusal.cause);
                 }
             }
         }
     }
 
-    /// The next instance to try: of the first target that has one, in the order of failover.
+    /// The next instance to try. Those that could not be connected to come again only where a retry of that is
+    /// configured: whatever else there is needs none, as nothing was sent.
+    async fn choose_or_retry(&mut self) -> Result<Chosen<'a>, Refusal> {
+        let refusal = match self.choose() {
+            Err(refusal) if !self.unreachable.is_empty() => refusal,
+            chosen => return chosen,
+        };
+        let asked = self.routed.retries.filter(|_| self.retries > 0);
+        if asked.is_some_and(|policy| policy.retries_failure(Failure::Connect)) && self.may_retry().await {
+            return self.choose();
+        }
+        Err(refusal)
+    }
+
+    /// One of the first target that has one, in the order of failover.
     fn choose(&mut self) -> Result<Chosen<'a>, Refusal> {
         if self.reasons.len() >= ATTEMPTS {
             return Err(self.exhausted());
@@ -227,7 +245,7 @@ impl<'a> Exchange<'a> {
             };
             let pick = |tried: &[Arc<Instance>]| balancer.pick(now, self.hash, tried, |below| fastrand::u64(..below));
             // What was asked to be tried again may go to the same instance, if there is no other.
-            let picked = pick(&self.tried).or_else(|| self.retry.as_ref().and_then(|_| pick(&[])));
+            let picked = pick(&self.tried).or_else(|| self.retry.as_ref().and_then(|_| pick(&self.unreachable)));
             if let Some(picked) = picked {
                 return Ok(Chosen { target, balancer, picked, permit });
             }
@@ -368,6 +386,7 @@ impl<'a> Exchange<'a> {
             self.reasons.push(format!("{} closed the connection: {told}", instance.address));
             if !reused {
                 picked.report(Outcome::Unreachable, Duration::ZERO, now);
+                self.unreachable.push(Arc::clone(&instance));
                 self.tried.push(instance);
             }
             let (head, body) = Head::from_request(*request, authority);
@@ -397,8 +416,13 @@ impl<'a> Exchange<'a> {
         Ok(Tried::Again(head, body))
     }
 
-    /// Makes ready for a configured retry; false if there are too many just now.
+    /// Makes ready for a configured retry after a try that went wrong; false if there are too many just now.
     async fn retry(&mut self, instance: &Arc<Instance>, why: &str) -> bool {
+        self.give_up(Arc::clone(instance), why);
+        self.may_retry().await
+    }
+
+    async fn may_retry(&mut self) -> bool {
         // The last one is over.
         self.retry = None;
         self.retry = self.plan.balancers.budget.retry(self.clock.now());
@@ -406,7 +430,7 @@ impl<'a> Exchange<'a> {
             return false;
         }
         self.retries -= 1;
-        self.give_up(Arc::clone(instance), why);
+        self.unreachable.clear();
         let step = u32::try_from(self.reasons.len()).unwrap_or(u32::MAX).min(4);
         sleep(BACKOFF.mul_f32(fastrand::f32()) * step).await;
         true

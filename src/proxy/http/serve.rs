@@ -53,6 +53,7 @@ where
     H: Fn(Request<Incoming>) -> F,
     F: Future<Output = Response<Body>> + Send + 'static,
 {
+    wire.follow_blocks();
     let service = service_fn(move |request| {
         let response = handle(request);
         async move { Ok::<_, Infallible>(finish(response.await, true, None)) }
@@ -268,3 +269,44 @@ const STREAMS: u32 = 256;
 const PENDING_RESETS: usize = 32;
 /// Streams that we may have reset over a connection's errors.
 const LOCAL_RESETS: usize = 256;
+
+#[cfg(test)]
+mod tests {
+    use std::future::pending;
+    use std::sync::Arc;
+
+    use tokio::net::UnixStream;
+
+    use super::*;
+    use crate::proxy::socket::Socket;
+
+    /// `GET /` for the host `a`, in HPACK.
+    const FIELDS: &[u8] = &[0x82, 0x86, 0x84, 0x41, 1, b'a'];
+    const END_STREAM: u8 = 1;
+    const END_HEADERS: u8 = 4;
+
+    /// How a connection ends within a minute on which these frames come first.
+    async fn ended(frames: &[&[u8]]) -> Option<Result<(), String>> {
+        let (mut client, server) = UnixStream::pair().unwrap();
+        let (_live, live) = watch::channel(Live { part: Arc::new(()), stage: Stage::Running });
+        client.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
+        client.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.unwrap();
+        client.write_all(&frames.concat()).await.unwrap();
+        let answer = |_| pending::<Response<Body>>();
+        timeout(Duration::from_secs(60), serve(Wire::plain(Socket::Unix(server)), live, answer)).await.ok()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_header_block_that_does_not_end_is_cut() {
+        let headers = |flags| [&[0, 0, 6, 1, END_STREAM | flags, 0, 0, 0, 1], FIELDS].concat();
+        let continuation = |flags| vec![0, 0, 0, 9, flags, 0, 0, 0, 1];
+        let whole = headers(END_HEADERS);
+        for open in [&[&headers(0)[..]][..], &[&headers(0), &continuation(0)], &[&whole[..9]]] {
+            let reason = ended(open).await.expect("it is cut").unwrap_err();
+            assert!(reason.contains("request head"), "{reason}");
+        }
+        for complete in [&[&whole[..]][..], &[&headers(0), &continuation(END_HEADERS)]] {
+            assert!(ended(complete).await.is_none());
+        }
+    }
+}

@@ -15,6 +15,7 @@ use pin_project_lite::pin_project;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::timeout;
 
+use super::blocks::Blocks;
 use super::strict::Strict;
 use crate::proxy::socket::Socket;
 use crate::tls::{ReadSide, Stream, with_scratch};
@@ -41,6 +42,8 @@ struct State {
     moved: u64,
     /// Judges what an HTTP/1 client sends.
     strict: Option<Strict>,
+    /// Follows what an HTTP/2 client sends.
+    blocks: Option<Blocks>,
     /// Responses that the codec has been given.
     answered: u64,
     /// The codec waits to write.
@@ -87,6 +90,7 @@ impl Wire {
             broken: None,
             moved: 0,
             strict: None,
+            blocks: None,
             answered: 0,
             blocked: false,
             outlives_codec: false,
@@ -104,6 +108,11 @@ impl Wire {
     /// Lets nothing but unambiguous HTTP/1 requests through from here on.
     pub fn be_strict(&self) {
         self.state().strict = Some(Strict::default());
+    }
+
+    /// Notes the HTTP/2 header blocks that come from here on, the preface included.
+    pub fn follow_blocks(&self) {
+        self.state().blocks = Some(Blocks::after(PREFACE.len()));
     }
 
     /// Whether the handshake said that the client speaks HTTP/2.
@@ -160,12 +169,13 @@ impl Wire {
         self.state().strict.as_ref().and_then(Strict::refused)
     }
 
-    /// A number that changes whenever bytes move, and that of the HTTP/1 request whose head has begun to come
-    /// and is not complete.
+    /// A number that changes whenever bytes move, and that of the request whose head has begun to come and is not
+    /// complete.
     #[must_use]
     pub fn progress(&self) -> (u64, Option<u64>) {
         let state = self.state();
-        (state.moved, state.strict.as_ref().and_then(Strict::begun_head))
+        let begun_block = || state.blocks.as_ref().and_then(Blocks::begun_head);
+        (state.moved, state.strict.as_ref().and_then(Strict::begun_head).or_else(begun_block))
     }
 
     /// After the end of what was written: reads on for a moment, as bytes that nobody has read make the kernel
@@ -373,6 +383,9 @@ impl AsyncRead for Wire {
         let before = buffer.filled().len();
         ready!(state.poll_read(cx, buffer))?;
         state.moved += 1;
+        if let Some(blocks) = &mut state.blocks {
+            blocks.follow(&buffer.filled()[before..]);
+        }
         if let Some(strict) = &mut state.strict {
             strict.judge(&mut buffer.filled_mut()[before..]);
             if strict.is_foreign() {
