@@ -70,10 +70,10 @@ class Caller:
     def echo(self, data=b"hello", **how):
         return self.call("unary_unary", "Echo")(data, **{"timeout": 10, **how})
 
-    def code(self):
-        """The status of a call, and what it says."""
+    def code(self, name="Echo"):
+        """The status of a call of one message each, and what it says."""
         try:
-            self.echo()
+            self.call("unary_unary", name)(b"hello", timeout=10)
             return grpc.StatusCode.OK, ""
         except grpc.RpcError as error:
             return error.code(), error.details()

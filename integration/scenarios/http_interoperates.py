@@ -5,7 +5,7 @@ import time
 import grpc
 import pytest
 
-from mesh import Browser, Caller, Rpc, ask, dial, eventually, who
+from mesh import Browser, Caller, Rpc, Upstream, ask, dial, eventually, who
 
 ENDS = pytest.mark.parametrize("ends", ["lictor to lictor", "lictor to envoy", "envoy to lictor"])
 
@@ -133,6 +133,31 @@ def test_nobody_there_is_told_in_grpc(calls):
     eventually(lambda: caller.code() == (grpc.StatusCode.UNAVAILABLE, "no healthy upstream"), every=0.1)
     server.passing("pass")
     eventually(lambda: caller.code()[0] == grpc.StatusCode.OK, every=0.1)
+
+
+OUR_OWN = "upstream connect error or disconnect/reset before headers. reset reason: "
+
+
+@pytest.mark.parametrize("config, call, told", [
+    ({"limits": {"max_connections": 0}}, "Echo", OUR_OWN + "overflow"),
+    ({"limits": {"max_concurrent_requests": 0}}, "Echo", OUR_OWN + "overflow"),
+    ({"lictor_per_try_timeout_ms": 700}, "Wait", "upstream request timeout"),
+])
+def test_limits_are_told_in_grpc(mesh, config, call, told):
+    server = mesh.service("server", app=Rpc, protocol="grpc")
+    client = mesh.service("client", [Upstream(server.name, mesh.ports.take(), {"Config": config})], protocol="grpc")
+    caller = mesh.keep(Caller(client.upstreams[0].port))
+    eventually(lambda: caller.code(call) == (grpc.StatusCode.UNAVAILABLE, told), every=0.1)
+    assert caller.code(call) == (grpc.StatusCode.UNAVAILABLE, told)
+
+
+def test_timeouts_and_an_app_that_is_down_are_told_in_grpc(calls):
+    server, _, caller = calls("lictor to lictor")
+    server.proxy = {"Config": {"local_request_timeout_ms": 700}}
+    server.register()
+    eventually(lambda: caller.code("Wait") == (grpc.StatusCode.UNAVAILABLE, "upstream request timeout"), every=0.1)
+    server.app.close()
+    eventually(lambda: caller.code() == (grpc.StatusCode.UNAVAILABLE, OUR_OWN + "remote connection failure"), every=0.1)
 
 
 @ENDS

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from mesh import Browser, Upstream, ask, eventually, who
+from mesh import Browser, Upstream, ask, dial, eventually, who
 
 NO_CONNECTION = "503 upstream connect error or disconnect/reset before headers. reset reason: "
 
@@ -62,7 +62,11 @@ def test_the_local_idle_timeout(mesh):
     eventually(lambda: who(port) == "server")
     server.app.delay = 4
     began = time.monotonic()
-    assert who(port) == "408 stream timeout" and time.monotonic() - began < 3
+    assert who(port) == "504 stream timeout" and time.monotonic() - began < 3
+    # It was the client's turn.
+    with dial(port) as conn:
+        conn.send(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf")
+        assert b" 408 " in conn.line()
 
 
 def test_a_change_of_the_local_request_timeout_reaches_the_next_request(mesh):

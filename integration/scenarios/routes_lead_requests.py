@@ -196,8 +196,7 @@ def test_an_idle_stream_ends_after_its_time(mesh, routed):
     routed.other.app.delay = 5
     began = time.monotonic()
     answer = ask(routed.port, "/slow")
-    # Envoy says 408 where nothing has been answered yet.
-    assert (answer.status, answer.body) == (408, b"stream timeout") and time.monotonic() - began < 3
+    assert (answer.status, answer.body) == (504, b"stream timeout") and time.monotonic() - began < 3
 
 
 def test_a_router_that_is_taken_away_no_longer_leads(mesh, routed):

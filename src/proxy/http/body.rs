@@ -144,7 +144,7 @@ impl fmt::Display for Broken {
             Self::Source(error) => error.fmt(f),
             Self::TimedOut(Expired::Whole) => f.write_str("the time for the whole response is over"),
             Self::TimedOut(Expired::Try) => f.write_str("the time for one try is over"),
-            Self::TimedOut(Expired::Idle) => f.write_str("nothing moved for the idle time"),
+            Self::TimedOut(Expired::Idle | Expired::IdleUpload) => f.write_str("nothing moved for the idle time"),
             Self::TimedOut(Expired::Upload) => f.write_str("the request's body broke off"),
             Self::Superseded => f.write_str("the request is sent elsewhere"),
         }
@@ -351,6 +351,11 @@ impl Shared {
 }
 
 impl UploadState {
+    /// All of the body has come.
+    fn is_whole(&self) -> bool {
+        lock(&self.0).is_ended()
+    }
+
     /// The whole body once more, if all that was sent of it is kept.
     #[must_use]
     pub fn again(&self) -> Option<Upload> {
@@ -413,8 +418,10 @@ pub enum Expired {
     Whole,
     /// The time for one try.
     Try,
-    /// The time in which nothing moved.
+    /// The time in which nothing moved, after the request had come whole.
     Idle,
+    /// The same, while more of the request's body was to come.
+    IdleUpload,
     /// The client's body broke off.
     Upload,
 }
@@ -468,7 +475,8 @@ impl Patience {
             let moved = self.upload.as_ref().and_then(UploadState::moved).map_or(self.moved, |m| m.max(self.moved));
             let idle = self.idle.and_then(|idle| moved.checked_add(idle));
             if idle.is_some_and(|idle| idle <= now) {
-                return Poll::Ready(Expired::Idle);
+                let whole = self.upload.as_ref().is_none_or(UploadState::is_whole);
+                return Poll::Ready(if whole { Expired::Idle } else { Expired::IdleUpload });
             }
             let next = self.whole.into_iter().chain(self.one_try).chain(idle).min();
             let Some(next) = next else { return Poll::Pending };

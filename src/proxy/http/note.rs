@@ -119,7 +119,7 @@ impl Note {
         self.flag = match broken {
             Broken::Source(_) | Broken::Superseded => "UC",
             Broken::TimedOut(Expired::Whole | Expired::Try) => "UT",
-            Broken::TimedOut(Expired::Idle) => "SI",
+            Broken::TimedOut(Expired::Idle | Expired::IdleUpload) => "SI",
             Broken::TimedOut(Expired::Upload) => "DC",
         };
     }
@@ -177,7 +177,7 @@ fn details(kind: Kind) -> &'static str {
         Kind::Overflow => "upstream_reset_before_response_started{overflow}",
         Kind::Timeout => "response_timeout",
         Kind::TryTimeout => "upstream_per_try_timeout",
-        Kind::Idle => "stream_idle_timeout",
+        Kind::Idle | Kind::IdleUpload => "stream_idle_timeout",
         Kind::Redirect => "path_normalization_failed",
         _ => "bad_request",
     }

@@ -39,7 +39,10 @@ pub enum Kind {
     Timeout,
     /// One try of perhaps several.
     TryTimeout,
+    /// Nothing moved, and it was the app's turn.
     Idle,
+    /// Nothing moved, and it was the client's turn.
+    IdleUpload,
 }
 
 impl Kind {
@@ -68,7 +71,9 @@ impl Kind {
                 (UNAVAILABLE, "upstream connect error or disconnect/reset before headers. reset reason: overflow", "UO")
             }
             Self::Timeout | Self::TryTimeout => (StatusCode::GATEWAY_TIMEOUT, "upstream request timeout", "UT"),
-            Self::Idle => (StatusCode::REQUEST_TIMEOUT, "stream timeout", "SI"),
+            // Older versions say 408 to both, which would be the client's fault.
+            Self::Idle => (StatusCode::GATEWAY_TIMEOUT, "stream timeout", "SI"),
+            Self::IdleUpload => (StatusCode::REQUEST_TIMEOUT, "stream timeout", "SI"),
         }
     }
 
@@ -129,6 +134,7 @@ impl From<Expired> for Refusal {
             Expired::Whole => Self::new(Kind::Timeout, "no whole answer within the request timeout"),
             Expired::Try => Self::new(Kind::TryTimeout, "no answer within lictor_per_try_timeout_ms"),
             Expired::Idle => Self::new(Kind::Idle, "nothing moved for the idle timeout"),
+            Expired::IdleUpload => Self::new(Kind::IdleUpload, "nothing more of the request came for the idle timeout"),
             Expired::Upload => Self::new(Kind::BadRequest, "the request's body broke off"),
         }
     }
