@@ -9,11 +9,13 @@ use aws_lc_rs::signature::{
 use serde::Deserialize;
 
 use super::decode;
+use super::seen::Seen;
 
 /// The keys of one issuer that can be used for verifying.
 #[derive(Clone, PartialEq, Eq)]
 pub struct KeySet {
     keys: Vec<Key>,
+    pub(super) seen: Seen,
 }
 
 /// The text is not a key set.
@@ -53,7 +55,7 @@ impl KeySet {
         let set: JsonKeySet = serde_json::from_slice(json)
             .map_err(|error| BadKeySet(format!("not a key set (line {}, column {})", error.line(), error.column())))?;
         let keys = set.keys.into_iter().filter_map(|key| serde_json::from_value(key).ok());
-        Ok(Self { keys: keys.filter_map(Key::read).collect() })
+        Ok(Self { keys: keys.filter_map(Key::read).collect(), seen: Seen::default() })
     }
 
     #[must_use]

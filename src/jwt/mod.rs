@@ -4,6 +4,7 @@
 //! in, and key sets are given. Neither keys nor tokens nor claims are ever printed.
 
 mod keys;
+mod seen;
 mod token;
 
 use std::borrow::Cow;
@@ -405,6 +406,33 @@ mod tests {
             let late = verify(1_300_819_380 + 30);
             assert_eq!(late.refusals().collect::<Vec<_>>(), [("p", Refusal::Expired)]);
         }
+    }
+
+    #[test]
+    fn a_good_signature_is_remembered_and_nothing_else() {
+        let provider = Provider { audiences: vec!["us".to_owned()], ..provider(&[secret()]) };
+        let remembered = |token: &str| provider.keys.as_ref().unwrap().seen.has(&seen::digest_of(token));
+        let good = hs256(&json!({"aud": "us", "exp": NOW + 100}));
+        for _ in 0..2 {
+            assert_eq!(outcome(&provider, &good), Ok(()));
+            assert!(remembered(&good));
+        }
+        // What else it says is looked at each time.
+        let later = |seconds| verify_at(&provider, &bearer(&good), None, NOW + seconds);
+        assert!(later(129).claims("p").is_some() && later(130).claims("p").is_none());
+        let elsewhere = Provider { audiences: vec!["them".to_owned()], ..provider.clone() };
+        assert_eq!(outcome(&elsewhere, &good), Err(Refusal::Audience));
+        // So is what differs in a byte, and the same under other keys.
+        let (signed, signature) = good.rsplit_once('.').unwrap();
+        let first = if signature.starts_with('A') { "B" } else { "A" };
+        let forged = format!("{signed}.{first}{}", &signature[1..]);
+        assert_eq!(outcome(&provider, &forged), Err(Refusal::Signature));
+        assert!(!remembered(&forged));
+        let other = json!({"kty": "oct", "k": base64("another secret")});
+        assert_eq!(
+            outcome(&Provider { keys: Some(Arc::new(keys(&[other]))), ..provider.clone() }, &good),
+            Err(Refusal::Signature)
+        );
     }
 
     #[test]

@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 
 use super::decode;
 use super::keys::{KeySet, Verdict};
+use super::seen::digest_of;
 
 /// The claims of a verified token.
 #[derive(Clone, PartialEq, Eq)]
@@ -73,12 +74,16 @@ impl Checks<'_> {
         if header.crit.is_some() {
             return Err(Refusal::Critical);
         }
-        let signature = decode(signature).ok_or(Refusal::Malformed)?;
-        match self.keys.verify(&header.alg, header.kid.as_deref(), signed.as_bytes(), &signature) {
-            Verdict::Good => self.accept(json(payload)?),
-            Verdict::Bad => Err(Refusal::Signature),
-            Verdict::NoKey => Err(Refusal::UnknownKey),
+        let seen = digest_of(token);
+        if !self.keys.seen.has(&seen) {
+            let signature = decode(signature).ok_or(Refusal::Malformed)?;
+            match self.keys.verify(&header.alg, header.kid.as_deref(), signed.as_bytes(), &signature) {
+                Verdict::Good => self.keys.seen.add(seen),
+                Verdict::Bad => return Err(Refusal::Signature),
+                Verdict::NoKey => return Err(Refusal::UnknownKey),
+            }
         }
+        self.accept(json(payload)?)
     }
 
     fn accept(&self, claims: Map<String, Value>) -> Result<Claims, Refusal> {
