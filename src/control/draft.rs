@@ -642,10 +642,10 @@ fn about_us(definition: &Definition) -> Vec<Query> {
     std::iter::once(Query::Leaf(service.clone())).chain(rules).collect()
 }
 
-/// What Envoy's public listener offers under Consul 1.14 and later.
+/// What Envoy's public listener offers under Consul 1.14 and later, and what two of ours speak.
 fn server_alpn(protocol: Protocol) -> &'static [&'static [u8]] {
     match protocol {
-        Protocol::Tcp => &[],
+        Protocol::Tcp => &[tls::TUNNEL],
         Protocol::Http | Protocol::Http2 | Protocol::Grpc => &[b"h2", b"http/1.1"],
     }
 }

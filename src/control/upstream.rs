@@ -249,8 +249,8 @@ fn client(plan: &TargetPlan, protocol: Protocol, credentials: &Credentials) -> R
         service: identity.service.clone(),
     });
     let alpn: &[&[u8]] = match protocol {
-        // Consul's own proxies offer none, and servers differ in what they do with a name they don't know.
-        Protocol::Tcp => &[],
+        // Consul's own proxies offer none. A server that refuses a name it does not know is asked again without.
+        Protocol::Tcp => &[tls::TUNNEL],
         Protocol::Http => &[b"h2", b"http/1.1"],
         Protocol::Http2 | Protocol::Grpc => &[b"h2"],
     };

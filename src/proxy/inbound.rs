@@ -16,15 +16,19 @@ use super::listener::{Accepted, Live};
 use super::record::{Direction, Record, Shown};
 use super::relay::{self, Broken, Relay};
 use super::socket::Socket;
+use super::tunnel::{self, Carrier, Role};
 use crate::access_log::AccessLog;
 use crate::drain::{self, Stage};
 use crate::snapshot::{Decision, PublicListener};
-use crate::tls::{HandshakeError, SpiffeId, Stream};
+use crate::tls::{self, HandshakeError, SpiffeId, Stream};
 
 /// What the connections of the public listener share.
 #[derive(Debug, Clone, Default)]
 pub struct Shared {
+    /// Connections. A session that waits for its next one is none.
     open: Arc<AtomicUsize>,
+    /// Sessions that wait.
+    waiting: Arc<AtomicUsize>,
     /// To the local app, for HTTP requests.
     app: Arc<Pool>,
     access_log: AccessLog,
@@ -37,55 +41,74 @@ impl Shared {
     }
 
     /// Counts one connection more until the guard is dropped, unless `limit` are open.
-    fn enter(&self, limit: Option<usize>) -> Option<OpenGuard> {
-        let guard = OpenGuard(Arc::clone(&self.open));
-        let before = self.open.fetch_add(1, Ordering::Relaxed);
-        limit.is_none_or(|limit| before < limit).then_some(guard)
+    fn enter(&self, limit: Option<usize>) -> Option<Counted> {
+        Counted::one(&self.open, limit.unwrap_or(usize::MAX))
+    }
+
+    /// Counts one session more that waits for its next connection. There may be as many as there may be connections,
+    /// within reason.
+    fn wait(&self, limit: Option<usize>) -> Option<Counted> {
+        Counted::one(&self.waiting, limit.unwrap_or(usize::MAX).min(WAITING))
     }
 }
 
-struct OpenGuard(Arc<AtomicUsize>);
+/// Sessions without a connection that are kept at most.
+const WAITING: usize = 1024;
 
-impl Drop for OpenGuard {
+/// One of those that are counted, until it is dropped.
+struct Counted(Arc<AtomicUsize>);
+
+impl Counted {
+    fn one(count: &Arc<AtomicUsize>, limit: usize) -> Option<Self> {
+        let counted = Self(Arc::clone(count));
+        (count.fetch_add(1, Ordering::Relaxed) < limit).then_some(counted)
+    }
+}
+
+impl Drop for Counted {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-/// Serves one connection: learn who it is, decide, connect to the local app, relay, record.
+/// Serves one TLS session: learn who it is, then for each connection decide, connect to the local app, relay, record.
 pub async fn serve(accepted: Accepted<PublicListener>, shared: Shared) {
-    if let Some(connection) = establish(accepted, &shared).await {
+    if let Some(connection) = establish(accepted, shared).await {
         // In a task of its own: an open connection keeps none of the memory that opening it took.
         tokio::spawn(connection.relay());
     }
 }
 
-/// An allowed peer with a connection to the local app.
-struct Connection {
-    app: Socket,
-    mesh: Stream<Socket>,
+/// A session with a peer that has proved who it is.
+struct Session {
+    mesh: Carrier<Socket>,
     peer: Arc<SpiffeId>,
+    /// What it proved that to.
+    tls: Arc<tls::Server>,
     remote: Option<SocketAddr>,
+    /// Of us, for the access log.
+    local: Option<SocketAddr>,
     live: watch::Receiver<Live<PublicListener>>,
-    record: Record,
-    _open: OpenGuard,
+    shared: Shared,
     _drain: drain::Watch,
 }
 
+/// An allowed peer with a connection to the local app.
+struct Connection {
+    session: Session,
+    app: Socket,
+    record: Record,
+    open: Counted,
+}
+
 /// `None` also for a connection of requests, which has a task of its own by then.
-async fn establish(accepted: Accepted<PublicListener>, shared: &Shared) -> Option<Connection> {
-    let Accepted { socket, remote, mut live, drain } = accepted;
+async fn establish(accepted: Accepted<PublicListener>, shared: Shared) -> Option<Connection> {
+    let Accepted { socket, remote, live, drain } = accepted;
     let local = if shared.access_log.is_on() { socket.local_address() } else { None };
     let mut record = Record::new(Direction::Inbound, remote);
     let listener = Arc::clone(&live.borrow().part);
     let Some(open) = shared.enter(listener.max_connections) else {
-        tracing::info!(
-            target: "proxy.inbound",
-            limit = listener.max_connections,
-            src = %Shown(remote),
-            "Connection closed: max_inbound_connections are open"
-        );
-        record.finish("limit reached");
+        too_many(&listener, remote, record);
         return None;
     };
 
@@ -97,8 +120,8 @@ async fn establish(accepted: Accepted<PublicListener>, shared: &Shared) -> Optio
     if listener.protocol.is_http() {
         // Each request is judged, so that a refused one gets an answer.
         let certificate = certificate::element(listener.tls.id(), mesh.peer_certificates().unwrap_or_default());
-        let caller = Caller { access_log: shared.access_log.clone(), remote, local, peer: Some(Arc::clone(&peer)) };
-        let connection = Inbound { peer, remote, live, drain, app: Arc::clone(&shared.app), certificate, caller };
+        let caller = Caller { access_log: shared.access_log, remote, local, peer: Some(Arc::clone(&peer)) };
+        let connection = Inbound { peer, remote, live, drain, app: shared.app, certificate, caller };
         tokio::spawn(async move {
             let ended = connection.serve(mesh).await;
             record.finish(ended.as_ref().map_or_else(String::as_str, |()| "ended"));
@@ -106,34 +129,101 @@ async fn establish(accepted: Accepted<PublicListener>, shared: &Shared) -> Optio
         });
         return None;
     }
+    let (mesh, tls) = (Carrier::new(mesh, Role::Server), Arc::clone(&listener.tls));
+    Session { mesh, peer, tls, remote, local, live, shared, _drain: drain }.open(record, open).await
+}
 
-    record.log_to(&shared.access_log, local, Some(&peer));
-    // From here on changes are noticed, so that none slips between the decision and the relay.
-    let listener = Arc::clone(&live.borrow_and_update().part);
-    if let Some(reason) = denial(&listener, &peer) {
-        log_denial("Connection denied", remote, &peer, &listener, &reason);
-        record.finish("denied");
-        relay::close_tls(mesh).await;
-        return None;
+fn too_many(listener: &PublicListener, remote: Option<SocketAddr>, mut record: Record) {
+    tracing::info!(
+        target: "proxy.inbound",
+        limit = listener.max_connections,
+        src = %Shown(remote),
+        "Connection closed: max_inbound_connections are open"
+    );
+    record.finish("limit reached");
+}
+
+impl Session {
+    /// Opens the connection that the peer asks for, if it may have it.
+    async fn open(mut self, mut record: Record, open: Counted) -> Option<Connection> {
+        record.log_to(&self.shared.access_log, self.local, Some(&self.peer));
+        // From here on changes are noticed, so that none slips between the decision and the relay.
+        let listener = Arc::clone(&self.live.borrow_and_update().part);
+        if let Some(reason) = denial(&listener, &self.peer) {
+            log_denial("Connection denied", self.remote, &self.peer, &listener, &reason);
+            record.finish("denied");
+            relay::close_tls(self.mesh.tls).await;
+            return None;
+        }
+        if let Err(error) = self.mesh.accept().await {
+            record.finish(&error.to_string());
+            return None;
+        }
+
+        match connect_app(&listener).await {
+            Ok(app) => {
+                record.leads_to("local_app", &listener.local_app);
+                Some(Connection { session: self, app, record, open })
+            }
+            Err(error) => {
+                tracing::warn!(
+                    target: "proxy.inbound",
+                    app = %listener.local_app,
+                    error,
+                    "failed to dial the local app: is it listening there? (LocalServiceAddress and LocalServicePort of the registration)"
+                );
+                record.finish("no local app");
+                relay::close_tls(self.mesh.tls).await;
+                None
+            }
+        }
     }
 
-    match connect_app(&listener).await {
-        Ok(app) => {
-            record.leads_to("local_app", &listener.local_app);
-            Some(Connection { app, mesh, peer, remote, live, record, _open: open, _drain: drain })
+    /// Waits for the peer to want another connection on its session, and opens it. All that was true of the peer when
+    /// the session began has to be true again.
+    async fn next(mut self) -> Option<Connection> {
+        if !self.wait().await {
+            self.mesh.part();
+            return None;
         }
-        Err(error) => {
-            tracing::warn!(
-                target: "proxy.inbound",
-                app = %listener.local_app,
-                error,
-                "failed to dial the local app: is it listening there? (LocalServiceAddress and LocalServicePort of the registration)"
-            );
-            record.finish("no local app");
-            relay::close_tls(mesh).await;
-            None
+        let mut record = Record::new(Direction::Inbound, self.remote);
+        record.peer(&self.peer);
+        let listener = Arc::clone(&self.live.borrow().part);
+        let Some(open) = self.shared.enter(listener.max_connections) else {
+            too_many(&listener, self.remote, record);
+            self.mesh.part();
+            return None;
+        };
+        if let Err(problem) = self.tls.authenticate(self.mesh.tls.peer_certificates(), SystemTime::now()) {
+            refuse(self.remote, &problem.to_string());
+            record.finish("no longer proved");
+            self.mesh.part();
+            return None;
+        }
+        self.open(record, open).await
+    }
+
+    /// Whether the peer has asked for another connection while the session could carry one.
+    async fn wait(&mut self) -> bool {
+        let limit = self.live.borrow().part.max_connections;
+        let Some(_waiting) = self.shared.wait(limit) else { return false };
+        let Self { mesh, live, tls, peer, .. } = self;
+        tokio::select! {
+            biased;
+            () = unfit(live, tls, peer) => false,
+            asked = timeout(tunnel::SERVER_IDLE_TIME, mesh.asked()) => matches!(asked, Ok(Ok(()))),
         }
     }
+}
+
+/// Ends when a session is to carry nothing any more: the drain has begun, its credentials were replaced, or the peer
+/// is denied.
+async fn unfit(live: &mut watch::Receiver<Live<PublicListener>>, tls: &Arc<tls::Server>, peer: &SpiffeId) {
+    let unfit = |live: &Live<PublicListener>| {
+        let Live { part, stage } = live;
+        *stage >= Stage::Draining || !Arc::ptr_eq(&part.tls, tls) || denial(part, peer).is_some()
+    };
+    let _ = live.wait_for(unfit).await;
 }
 
 async fn connect_app(listener: &PublicListener) -> Result<Socket, String> {
@@ -149,14 +239,7 @@ async fn shake(
     remote: Option<SocketAddr>,
     listener: &PublicListener,
 ) -> Option<(Stream<Socket>, Arc<SpiffeId>)> {
-    let handshake = async {
-        if listener.protocol.is_http() {
-            Stream::accept_offer(socket, &listener.tls).await
-        } else {
-            // Raw bytes have no application protocol to agree on, whatever the client offers.
-            Stream::accept(socket, listener.tls.config([])).await
-        }
-    };
+    let handshake = Stream::accept_offer(socket, &listener.tls);
     let problem = match timeout(listener.handshake_timeout, handshake).await {
         Ok(Ok(mesh)) => match listener.tls.authenticate(mesh.peer_certificates(), SystemTime::now()) {
             Ok(peer) => return Some((mesh, peer)),
@@ -170,37 +253,59 @@ async fn shake(
         Ok(Err(e)) => e.to_string(),
         Err(_) => format!("no TLS handshake within {:?}", listener.handshake_timeout),
     };
-    tracing::info!(target: "proxy.inbound", src = %Shown(remote), problem, "Connection refused: the peer did not prove a mesh identity");
+    refuse(remote, &problem);
     None
+}
+
+fn refuse(remote: Option<SocketAddr>, problem: &str) {
+    tracing::info!(target: "proxy.inbound", src = %Shown(remote), problem, "Connection refused: the peer did not prove a mesh identity");
 }
 
 impl Connection {
     /// Copies both ways until the connection ends, a newer state of the intentions denies it, or the drain
-    /// time is over.
+    /// time is over; then the same for the next connection of the session, if there is one.
     async fn relay(mut self) {
-        let mut copy = Relay::new();
-        let end = tokio::select! {
-            biased;
-            ended = copy.run(&mut self.app, &mut self.mesh) => End::Relayed(ended),
-            cut = cut(&mut self.live, &self.peer) => cut,
-        };
-        self.record.bytes(copy.opened, copy.sealed);
+        loop {
+            let mut copy = Relay::new();
+            let end = tokio::select! {
+                biased;
+                ended = copy.run(&mut self.app, &mut self.session.mesh) => End::Relayed(ended),
+                cut = cut(&mut self.session.live, &self.session.peer) => cut,
+            };
+            self.record.bytes(copy.opened, copy.sealed);
+            // Boxed, for an open connection is to keep none of the memory that this takes.
+            match Box::pin(self.end(end)).await {
+                Some(next) => self = next,
+                None => return,
+            }
+        }
+    }
+
+    /// Ends the connection, and gives the next one of the session.
+    async fn end(mut self, end: End) -> Option<Self> {
         match end {
-            End::Relayed(Ok(())) => self.record.finish("ended"),
+            End::Relayed(Ok(())) => {
+                self.record.finish("ended");
+                let session = self.session;
+                drop((self.app, self.open));
+                return if session.mesh.is_free() { session.next().await } else { None };
+            }
             End::Relayed(Err(broken)) => {
                 self.record.finish(&broken.to_string());
-                relay::abort(&broken, self.app, self.mesh);
+                relay::abort(&broken, self.app, self.session.mesh.tls);
             }
             End::Denied(listener, reason) => {
-                log_denial("Open connection closed, it is denied now", self.remote, &self.peer, &listener, &reason);
+                let Session { remote, peer, .. } = &self.session;
+                log_denial("Open connection closed, it is denied now", *remote, peer, &listener, &reason);
                 self.record.finish("denied while open");
-                Box::pin(relay::close(self.app, self.mesh)).await;
+                relay::close(self.app, self.session.mesh.tls).await;
             }
             End::Drained => {
                 self.record.finish("closed at the end of the drain time");
-                Box::pin(relay::close(self.app, self.mesh)).await;
+                relay::close(self.app, self.session.mesh.tls).await;
             }
         }
+        None
     }
 }
 

@@ -6,6 +6,8 @@
 
 pub mod balance;
 mod expose;
+#[cfg(test)]
+mod fixture;
 mod http;
 mod inbound;
 mod listener;
@@ -14,6 +16,7 @@ mod outbound;
 mod record;
 mod relay;
 mod socket;
+mod tunnel;
 mod workers;
 
 use std::collections::BTreeMap;

@@ -13,10 +13,11 @@ use super::listener::{Accepted, Live};
 use super::record::{Direction, Record};
 use super::relay::{self, Relay};
 use super::socket::Socket;
+use super::tunnel::{Carrier, Role};
 use crate::access_log::AccessLog;
 use crate::drain::{self, Stage};
 use crate::snapshot::{Target, Upstream};
-use crate::tls::{HandshakeError, SpiffeId, Stream};
+use crate::tls::{self, HandshakeError, SpiffeId, Stream};
 
 /// An upstream with what is remembered of its instances.
 #[derive(Debug)]
@@ -45,10 +46,12 @@ pub async fn serve(accepted: Accepted<Plan>, clock: Clock, access_log: AccessLog
 /// A connection of the local app, and the one to an instance that has proved to be what was meant.
 struct Connection {
     app: Socket,
-    mesh: Stream<Socket>,
+    mesh: Carrier<Socket>,
+    /// What `mesh` was made with.
+    tls: Arc<tls::Client>,
     live: watch::Receiver<Live<Plan>>,
     record: Record,
-    _in_flight: InFlight,
+    in_flight: InFlight,
     _permit: Permit,
     _drain: drain::Watch,
 }
@@ -70,10 +73,10 @@ async fn establish(accepted: Accepted<Plan>, clock: Clock, access_log: AccessLog
     }
     record.log_to(&access_log, local, None);
     match connect(&plan, clock).await {
-        Ok(Connected { mesh, peer, in_flight, permit }) => {
+        Ok(Connected { mesh, tls, peer, in_flight, permit }) => {
             record.peer(&peer);
             record.leads_to(&plan.upstream.name, &in_flight.instance().address);
-            Some(Connection { app, mesh, live, record, _in_flight: in_flight, _permit: permit, _drain: drain })
+            Some(Connection { app, mesh, tls, live, record, in_flight, _permit: permit, _drain: drain })
         }
         Err(reason) => {
             tracing::warn!(target: "proxy.upstream", upstream = plan.upstream.name, reason, "failed to dial the upstream");
@@ -106,14 +109,19 @@ impl Connection {
         };
         self.record.bytes(copy.opened, copy.sealed);
         match ended {
-            Some(Ok(())) => self.record.finish("ended"),
+            Some(Ok(())) => {
+                self.record.finish("ended");
+                if self.live.borrow().stage == Stage::Running {
+                    self.in_flight.instance().sessions().keep(self.mesh, &self.tls);
+                }
+            }
             Some(Err(broken)) => {
                 self.record.finish(&broken.to_string());
-                relay::abort(&broken, self.app, self.mesh);
+                relay::abort(&broken, self.app, self.mesh.tls);
             }
             None => {
                 self.record.finish("closed at the end of the drain time");
-                Box::pin(relay::close(self.app, self.mesh)).await;
+                Box::pin(relay::close(self.app, self.mesh.tls)).await;
             }
         }
     }
@@ -126,7 +134,8 @@ async fn closing(live: &mut watch::Receiver<Live<Plan>>) {
 
 /// What connecting gives.
 struct Connected {
-    mesh: Stream<Socket>,
+    mesh: Carrier<Socket>,
+    tls: Arc<tls::Client>,
     peer: Arc<SpiffeId>,
     in_flight: InFlight,
     permit: Permit,
@@ -170,10 +179,10 @@ async fn connect_target(target: &Target, balancer: &Arc<Balancer>, clock: Clock)
         let instance = Arc::clone(picked.instance());
         let others = balancer.len() - tried.len() > 1;
         let until = if others { deadline.min(Instant::now() + target.connect_timeout / SHARE) } else { deadline };
-        match attempt(target, &instance, until, Offer::All).await {
+        match reach(target, &instance, until).await {
             Ok((mesh, peer)) => {
-                let in_flight = picked.connected(clock.now());
-                return Ok(Connected { mesh, peer, in_flight, permit });
+                let (tls, in_flight) = (Arc::clone(&target.tls), picked.connected(clock.now()));
+                return Ok(Connected { mesh, tls, peer, in_flight, permit });
             }
             Err(reason) => {
                 picked.report(Outcome::Unreachable, Duration::ZERO, clock.now());
@@ -188,6 +197,19 @@ async fn connect_target(target: &Target, balancer: &Arc<Balancer>, clock: Clock)
     })
 }
 
+/// A free session with the instance, or a new one.
+async fn reach(
+    target: &Target,
+    instance: &Instance,
+    until: Instant,
+) -> Result<(Carrier<Socket>, Arc<SpiffeId>), String> {
+    if let Some(reached) = instance.sessions().start(&target.tls, until).await {
+        return Ok(reached);
+    }
+    let (tls, peer) = attempt(target, instance, until, Offer::Tunnel).await?;
+    Ok((Carrier::new(tls, Role::Client), peer))
+}
+
 /// The application protocols that a handshake is to offer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Offer {
@@ -195,6 +217,8 @@ pub enum Offer {
     All,
     /// For what HTTP/2 can't carry.
     Http1,
+    /// The tunnel, but to an instance that refused us for it.
+    Tunnel,
 }
 
 /// One connect and handshake with one instance.
@@ -212,9 +236,11 @@ pub async fn attempt(
         Ok(Err(e)) => return Err(e.to_string()),
         Err(_) => return Err("did not answer in time".into()),
     };
+    let bare = offer == Offer::Tunnel && instance.sessions().are_refused();
     let handshake = async {
         match offer {
-            Offer::All => Stream::connect(socket, &target.tls).await,
+            Offer::Tunnel if bare => Stream::connect_without_alpn(socket, &target.tls).await,
+            Offer::All | Offer::Tunnel => Stream::connect(socket, &target.tls).await,
             Offer::Http1 => Stream::connect(socket, &target.tls.offering(&[b"http/1.1"])).await,
         }
     };
@@ -223,6 +249,10 @@ pub async fn attempt(
             Ok(peer) => return Ok((mesh, peer)),
             Err(e) => e.to_string(),
         },
+        Ok(Err(e)) if e.is_lack_of_protocol() && offer == Offer::Tunnel && !bare => {
+            instance.sessions().refuse();
+            return Box::pin(attempt(target, instance, until, offer)).await;
+        }
         Ok(Err(HandshakeError::Io(e))) => return Err(format!("broke off the TLS handshake: {e}")),
         Ok(Err(e)) => e.to_string(),
         Err(_) => return Err("did not finish the TLS handshake in time".into()),

@@ -1,4 +1,4 @@
-//! L4: bytes copied both ways between a plain socket and a TLS stream.
+//! L4: bytes copied both ways between a plain socket and a TLS session.
 //!
 //! Each direction ends by itself: an end of stream on one side becomes an end of stream on the other while
 //! the opposite direction goes on. Neither direction reads before what it read last is written, so that a
@@ -13,7 +13,8 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::socket::Socket;
-use crate::tls::{ReadSide, Scratch, Stream, with_scratch};
+use super::tunnel::Carrier;
+use crate::tls::{Scratch, Stream, with_scratch};
 
 /// Turns taken before other connections of the thread get theirs.
 const TURNS: usize = 8;
@@ -78,7 +79,7 @@ impl Relay {
     ///
     /// # Errors
     /// See [`Broken`].
-    pub async fn run<P, T>(&mut self, plain: &mut P, tls: &mut Stream<T>) -> Result<(), Broken>
+    pub async fn run<P, T>(&mut self, plain: &mut P, tls: &mut Carrier<T>) -> Result<(), Broken>
     where
         P: AsyncRead + AsyncWrite + Unpin,
         T: AsyncRead + AsyncWrite + Unpin,
@@ -91,7 +92,7 @@ impl Relay {
         cx: &mut Context<'_>,
         scratch: &mut Scratch,
         plain: &mut P,
-        tls: &mut Stream<T>,
+        tls: &mut Carrier<T>,
     ) -> Poll<Result<(), Broken>>
     where
         P: AsyncRead + AsyncWrite + Unpin,
@@ -117,7 +118,7 @@ impl Relay {
         cx: &mut Context<'_>,
         scratch: &mut Scratch,
         to: &mut P,
-        from: &mut Stream<T>,
+        from: &mut Carrier<T>,
     ) -> Poll<Result<(), Broken>>
     where
         P: AsyncWrite + Unpin,
@@ -137,7 +138,7 @@ impl Relay {
                 let sent = poll_write_all(cx, to, &scratch.opened).map_err(plain)?;
                 self.to_plain.extend_from_slice(&scratch.opened[sent..]);
                 self.opened += scratch.opened.len() as u64;
-                if from.read_side() != ReadSide::Open {
+                if from.has_ended() {
                     self.opening = Direction::Ending;
                 }
                 Poll::Ready(Ok(()))
@@ -157,20 +158,20 @@ impl Relay {
         cx: &mut Context<'_>,
         scratch: &mut Scratch,
         from: &mut P,
-        to: &mut Stream<T>,
+        to: &mut Carrier<T>,
     ) -> Poll<Result<(), Broken>>
     where
         P: AsyncRead + Unpin,
         T: AsyncRead + AsyncWrite + Unpin,
     {
-        if to.is_blocked() {
-            ready!(to.poll_flush(cx)).map_err(tls)?;
+        if to.tls.is_blocked() {
+            ready!(to.tls.poll_flush(cx)).map_err(tls)?;
         }
         match self.sealing {
             // What the handshake left to send waits for this read, so that both go out together.
             Direction::Flowing => match to.poll_seal_from(cx, scratch, from).map_err(tls)? {
                 Poll::Ready(Ok(0)) => {
-                    to.close();
+                    to.end(cx, scratch).map_err(tls)?;
                     self.sealing = Direction::Ending;
                     Poll::Ready(Ok(()))
                 }
@@ -180,13 +181,12 @@ impl Relay {
                 }
                 Poll::Ready(Err(error)) => Poll::Ready(Err(plain(error))),
                 Poll::Pending => {
-                    ready!(to.poll_flush(cx)).map_err(tls)?;
+                    ready!(to.tls.poll_flush(cx)).map_err(tls)?;
                     Poll::Pending
                 }
             },
             Direction::Ending => {
-                ready!(to.poll_flush(cx)).map_err(tls)?;
-                ready!(Pin::new(&mut to.io).poll_shutdown(cx)).map_err(tls)?;
+                ready!(to.poll_end(cx)).map_err(tls)?;
                 self.sealing = Direction::Done;
                 Poll::Ready(Ok(()))
             }
@@ -239,49 +239,47 @@ mod tests {
     use tokio::net::{TcpListener, TcpStream};
 
     use super::*;
+    use crate::proxy::tunnel::Role;
     use crate::testing::ca::{Ca, uri};
-    use crate::tls::SpiffeId;
+    use crate::tls::{SpiffeId, TUNNEL};
+
+    /// Without and with a tunnel.
+    const FORMS: [&[&[u8]]; 2] = [&[], &[TUNNEL]];
 
     /// The plain ends of a pair of relays with TLS between them, as two sidecars make it.
-    async fn pair(buffer: usize) -> (DuplexStream, DuplexStream) {
+    async fn pair(buffer: usize, alpn: &'static [&'static [u8]]) -> (DuplexStream, DuplexStream) {
         let (client, near) = duplex(buffer);
         let (server, far) = duplex(buffer);
         let (left, right) = duplex(buffer);
-        tokio::spawn(relay_as(Role::Client, near, left));
-        tokio::spawn(relay_as(Role::Server, far, right));
+        tokio::spawn(relay_as(Role::Client, alpn, near, left));
+        tokio::spawn(relay_as(Role::Server, alpn, far, right));
         (client, server)
     }
 
-    #[derive(Clone, Copy)]
-    enum Role {
-        Client,
-        Server,
-    }
-
-    async fn relay_as<P, T>(role: Role, mut plain: P, wire: T) -> Result<(), Broken>
+    async fn relay_as<P, T>(role: Role, alpn: &[&[u8]], mut plain: P, wire: T) -> Result<(), Broken>
     where
         P: AsyncRead + AsyncWrite + Unpin,
         T: AsyncRead + AsyncWrite + Unpin,
     {
         static CA: std::sync::LazyLock<Ca> = std::sync::LazyLock::new(Ca::new);
-        let mut tls = match role {
+        let tls = match role {
             Role::Client => {
                 let expected = vec![SpiffeId::parse(&uri("db")).unwrap()];
-                let client = CA.credentials("web").client("db.x.consul", expected, &[]).unwrap();
+                let client = CA.credentials("web").client("db.x.consul", expected, alpn).unwrap();
                 Stream::connect(wire, &client).await.unwrap()
             }
             Role::Server => {
-                let server = CA.credentials("db").server(&[]).unwrap();
-                Stream::accept(wire, server.config([])).await.unwrap()
+                let server = CA.credentials("db").server(alpn).unwrap();
+                Stream::accept(wire, server.config(alpn.iter().copied())).await.unwrap()
             }
         };
-        Relay::new().run(&mut plain, &mut tls).await
+        Relay::new().run(&mut plain, &mut Carrier::new(tls, role)).await
     }
 
     #[tokio::test]
     async fn bytes_come_back_whole_through_any_buffer() {
-        for buffer in [1, 7, 4096, 1 << 20] {
-            let (mut client, mut server) = pair(buffer).await;
+        for (buffer, alpn) in [1, 7, 4096, 1 << 20].into_iter().flat_map(|buffer| FORMS.map(|alpn| (buffer, alpn))) {
+            let (mut client, mut server) = pair(buffer, alpn).await;
             let size = if buffer < 100 { 5_000 } else { 3_000_000 };
             let sent: Vec<u8> = (0..size).map(|i: u32| (i % 251) as u8).collect();
             let echo = tokio::spawn(async move {
@@ -311,43 +309,49 @@ mod tests {
 
     #[tokio::test]
     async fn each_direction_ends_by_itself() {
-        let (mut client, mut server) = pair(4096).await;
-        client.write_all(b"question").await.unwrap();
-        client.shutdown().await.unwrap();
-        let mut question = String::new();
-        server.read_to_string(&mut question).await.unwrap();
-        assert_eq!(question, "question");
-        server.write_all(b"answer, after the end of the question").await.unwrap();
-        server.shutdown().await.unwrap();
-        let mut answer = String::new();
-        client.read_to_string(&mut answer).await.unwrap();
-        assert_eq!(answer, "answer, after the end of the question");
+        for alpn in FORMS {
+            let (mut client, mut server) = pair(4096, alpn).await;
+            client.write_all(b"question").await.unwrap();
+            client.shutdown().await.unwrap();
+            let mut question = String::new();
+            server.read_to_string(&mut question).await.unwrap();
+            assert_eq!(question, "question");
+            server.write_all(b"answer, after the end of the question").await.unwrap();
+            server.shutdown().await.unwrap();
+            let mut answer = String::new();
+            client.read_to_string(&mut answer).await.unwrap();
+            assert_eq!(answer, "answer, after the end of the question");
+        }
     }
 
     #[tokio::test]
     async fn a_reader_that_stops_stops_the_writer() {
-        let (mut client, server) = pair(4096).await;
-        let mut taken = 0;
-        let chunk = vec![0; 64 * 1024];
-        while let Ok(written) = tokio::time::timeout(std::time::Duration::from_millis(200), client.write(&chunk)).await
-        {
-            taken += written.unwrap();
-            assert!(taken < 4 << 20, "nothing holds the writer back");
+        for alpn in FORMS {
+            let (mut client, server) = pair(4096, alpn).await;
+            let mut taken = 0;
+            let chunk = vec![0; 64 * 1024];
+            let limit = std::time::Duration::from_millis(200);
+            while let Ok(written) = tokio::time::timeout(limit, client.write(&chunk)).await {
+                taken += written.unwrap();
+                assert!(taken < 4 << 20, "nothing holds the writer back");
+            }
+            drop(server);
         }
-        drop(server);
     }
 
     #[tokio::test]
     async fn a_side_that_breaks_is_named() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let dialled = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let (app, _) = listener.accept().await.unwrap();
-        let (left, right) = duplex(4096);
-        let (peer, far) = duplex(4096);
-        tokio::spawn(relay_as(Role::Server, far, right));
-        let relay = tokio::spawn(relay_as(Role::Client, Socket::tcp(app), left));
-        Socket::tcp(dialled).abort();
-        assert_eq!(relay.await.unwrap().unwrap_err().side, Side::Plain);
-        drop(peer);
+        for alpn in FORMS {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let dialled = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+            let (app, _) = listener.accept().await.unwrap();
+            let (left, right) = duplex(4096);
+            let (peer, far) = duplex(4096);
+            tokio::spawn(relay_as(Role::Server, alpn, far, right));
+            let relay = tokio::spawn(relay_as(Role::Client, alpn, Socket::tcp(app), left));
+            Socket::tcp(dialled).abort();
+            assert_eq!(relay.await.unwrap().unwrap_err().side, Side::Plain);
+            drop(peer);
+        }
     }
 }

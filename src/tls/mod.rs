@@ -30,6 +30,10 @@ pub use spiffe::{NotAService, SpiffeId};
 pub use stream::{HandshakeError, ReadSide, Scratch, Stream, with_scratch};
 pub use verify::PeerError;
 
+/// The application protocol of two of ours for services that are not HTTP: the session carries one connection after
+/// another. See `proxy/tunnel.rs`.
+pub const TUNNEL: &[u8] = b"lictor-tunnel/1";
+
 /// Our leaf and the mesh's roots, checked against each other and ready for handshakes.
 pub struct Credentials {
     id: SpiffeId,
@@ -144,12 +148,13 @@ impl Credentials {
             .with_custom_certificate_verifier(Arc::new(verifier))
             .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(self.key.clone())));
         config.resumption = rustls::client::Resumption::store(Arc::new(tickets::Tickets::default()));
-        config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
         let name = ServerName::try_from(sni.to_owned()).unwrap_or_else(|_| {
             config.enable_sni = false;
             ServerName::IpAddress(std::net::IpAddr::from([0, 0, 0, 0]).into())
         });
-        Ok(Arc::new(Client { name, expected, config: Arc::new(config), seen: verify::Seen::default() }))
+        let without_alpn = Arc::new(config.clone());
+        config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
+        Ok(Arc::new(Client { name, expected, config: Arc::new(config), without_alpn, seen: verify::Seen::default() }))
     }
 }
 
@@ -217,6 +222,7 @@ pub struct Client {
     name: ServerName<'static>,
     expected: Arc<[SpiffeId]>,
     config: Arc<ClientConfig>,
+    without_alpn: Arc<ClientConfig>,
     seen: verify::Seen,
 }
 
@@ -241,6 +247,7 @@ impl Client {
             name: self.name.clone(),
             expected: Arc::clone(&self.expected),
             config: Arc::new(config),
+            without_alpn: Arc::clone(&self.without_alpn),
             seen: verify::Seen::default(),
         }
     }

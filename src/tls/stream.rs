@@ -128,6 +128,14 @@ impl fmt::Display for HandshakeError {
 
 impl std::error::Error for HandshakeError {}
 
+impl HandshakeError {
+    /// Whether the server refuses a client for offering none of its application protocols.
+    #[must_use]
+    pub fn is_lack_of_protocol(&self) -> bool {
+        matches!(self, Self::Tls(rustls::Error::AlertReceived(rustls::AlertDescription::NoApplicationProtocol)))
+    }
+}
+
 impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
     /// Shakes hands as the server of a connection.
     ///
@@ -172,7 +180,19 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
     /// # Errors
     /// See [`HandshakeError`]; the peer has been sent the alert that says why.
     pub async fn connect(io: IO, client: &Client) -> Result<Self, HandshakeError> {
-        let session = UnbufferedClientConnection::new(Arc::clone(client.config()), client.name().clone());
+        Self::connect_by(io, client, client.config()).await
+    }
+
+    /// The same, without offering any application protocol.
+    ///
+    /// # Errors
+    /// As with [`Stream::connect`].
+    pub async fn connect_without_alpn(io: IO, client: &Client) -> Result<Self, HandshakeError> {
+        Self::connect_by(io, client, &client.without_alpn).await
+    }
+
+    async fn connect_by(io: IO, client: &Client, config: &Arc<rustls::ClientConfig>) -> Result<Self, HandshakeError> {
+        let session = UnbufferedClientConnection::new(Arc::clone(config), client.name().clone());
         Self::shake(io, Session::Client(Box::new(session.map_err(HandshakeError::Tls)?)), Vec::new()).await
     }
 
@@ -207,7 +227,8 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
     ) -> Poll<Result<(), HandshakeError>> {
         loop {
             let mut held = std::mem::take(&mut self.incoming);
-            let opened = self.session.process(&mut held, &mut self.plain, &mut self.outgoing);
+            let mut keep = |payload: &[u8]| self.plain.extend_from_slice(payload);
+            let opened = self.session.process(&mut held, &mut keep, &mut self.outgoing);
             let (used, next) = opened.map_err(HandshakeError::Tls)?;
             // Nothing is held most of the time, and then no memory either.
             self.incoming = if used == held.len() { Vec::new() } else { held.split_off(used) };
@@ -287,9 +308,22 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
     /// # Errors
     /// Those of the socket, and `InvalidData` for what is not good TLS.
     pub fn poll_open(&mut self, cx: &mut Context<'_>, scratch: &mut Scratch) -> Poll<io::Result<()>> {
+        self.poll_open_by(cx, scratch, Vec::extend_from_slice)
+    }
+
+    /// The same, with `take` to decide what of each piece of plaintext goes into [`Scratch::opened`].
+    ///
+    /// # Errors
+    /// As with [`Stream::poll_open`].
+    pub fn poll_open_by(
+        &mut self,
+        cx: &mut Context<'_>,
+        scratch: &mut Scratch,
+        mut take: impl FnMut(&mut Vec<u8>, &[u8]),
+    ) -> Poll<io::Result<()>> {
         scratch.opened.clear();
         if !self.plain.is_empty() {
-            scratch.opened.extend_from_slice(&std::mem::take(&mut self.plain));
+            take(&mut scratch.opened, &std::mem::take(&mut self.plain));
             return Poll::Ready(Ok(()));
         }
         let held = self.incoming.len();
@@ -300,15 +334,21 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
             self.read = ReadSide::Truncated;
             return Poll::Ready(Ok(()));
         }
-        Poll::Ready(self.open(read, scratch))
+        Poll::Ready(self.open(read, scratch, take))
     }
 
     /// Opens what is held back and the `read` bytes that stand behind its place in the scratch.
-    fn open(&mut self, read: usize, scratch: &mut Scratch) -> io::Result<()> {
+    fn open(
+        &mut self,
+        read: usize,
+        scratch: &mut Scratch,
+        mut take: impl FnMut(&mut Vec<u8>, &[u8]),
+    ) -> io::Result<()> {
         let held = self.incoming.len();
         scratch.wire[..held].copy_from_slice(&self.incoming);
         let wire = &mut scratch.wire[..held + read];
-        let opened = self.session.process(wire, &mut scratch.opened, &mut self.outgoing);
+        let mut take = |payload: &[u8]| take(&mut scratch.opened, payload);
+        let opened = self.session.process(wire, &mut take, &mut self.outgoing);
         let (used, next) = opened.map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
         if next == Next::Closed {
             self.read = ReadSide::Closed;
@@ -340,16 +380,32 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
         scratch: &mut Scratch,
         from: &mut F,
     ) -> Poll<io::Result<io::Result<usize>>> {
-        let mut buffer = ReadBuf::new(&mut scratch.read);
+        self.poll_seal_headed_from(cx, scratch, from, |_| [])
+    }
+
+    /// The same, with the `head` that goes with so many bytes sealed in front of them.
+    ///
+    /// # Errors
+    /// As with [`Stream::poll_seal_from`].
+    pub fn poll_seal_headed_from<F: AsyncRead + Unpin, const HEAD: usize>(
+        &mut self,
+        cx: &mut Context<'_>,
+        scratch: &mut Scratch,
+        from: &mut F,
+        head: impl FnOnce(usize) -> [u8; HEAD],
+    ) -> Poll<io::Result<io::Result<usize>>> {
+        let (room, body) = scratch.read.split_at_mut(HEAD);
+        let mut buffer = ReadBuf::new(body);
         if let Err(e) = ready!(Pin::new(from).poll_read(cx, &mut buffer)) {
             return Poll::Ready(Ok(Err(e)));
         }
-        let plain = buffer.filled();
-        if plain.is_empty() {
+        let read = buffer.filled().len();
+        if read == 0 {
             return Poll::Ready(Ok(Ok(0)));
         }
-        self.seal(cx, &mut scratch.sealed, plain)?;
-        Poll::Ready(Ok(Ok(plain.len())))
+        room.copy_from_slice(&head(read));
+        self.seal(cx, &mut scratch.sealed, &scratch.read[..HEAD + read])?;
+        Poll::Ready(Ok(Ok(read)))
     }
 
     /// Seals `plain`, of at most 64 KiB, and writes it as [`Stream::poll_seal_from`] does what it reads.
@@ -449,20 +505,20 @@ enum Next {
 }
 
 impl Session {
-    /// Processes the records in `wire` as far as they are whole. Plaintext and answers are appended to
-    /// `plain` and `outgoing`. Tells how many bytes were used.
+    /// Processes the records in `wire` as far as they are whole. Plaintext is given to `take`, answers are appended
+    /// to `outgoing`. Tells how many bytes were used.
     fn process(
         &mut self,
         wire: &mut [u8],
-        plain: &mut Vec<u8>,
+        take: &mut impl FnMut(&[u8]),
         outgoing: &mut Vec<u8>,
     ) -> Result<(usize, Next), rustls::Error> {
         let mut used = 0;
         loop {
             let rest = &mut wire[used..];
             let stepped = match self {
-                Self::Client(session) => step(session.process_tls_records(rest), plain, outgoing),
-                Self::Server(session) => step(session.process_tls_records(rest), plain, outgoing),
+                Self::Client(session) => step(session.process_tls_records(rest), take, outgoing),
+                Self::Server(session) => step(session.process_tls_records(rest), take, outgoing),
             };
             used += stepped.used;
             match stepped.next {
@@ -481,8 +537,8 @@ impl Session {
         // Nothing else may be asked of a session that has failed: it would look at the same bytes again.
         while self.wants_write() {
             let stepped = match self {
-                Self::Client(session) => step(session.process_tls_records(wire), &mut Vec::new(), outgoing),
-                Self::Server(session) => step(session.process_tls_records(wire), &mut Vec::new(), outgoing),
+                Self::Client(session) => step(session.process_tls_records(wire), &mut |_| {}, outgoing),
+                Self::Server(session) => step(session.process_tls_records(wire), &mut |_| {}, outgoing),
             };
             if stepped.next.is_err() {
                 return;
@@ -556,16 +612,16 @@ struct Step {
     next: Result<Option<Next>, rustls::Error>,
 }
 
-fn step<D>(status: UnbufferedStatus<'_, '_, D>, plain: &mut Vec<u8>, outgoing: &mut Vec<u8>) -> Step {
+fn step<D>(status: UnbufferedStatus<'_, '_, D>, take: &mut impl FnMut(&[u8]), outgoing: &mut Vec<u8>) -> Step {
     let mut used = status.discard;
-    let next = status.state.and_then(|state| handle(state, &mut used, plain, outgoing));
+    let next = status.state.and_then(|state| handle(state, &mut used, take, outgoing));
     Step { used, next }
 }
 
 fn handle<D>(
     state: ConnectionState<'_, '_, D>,
     used: &mut usize,
-    plain: &mut Vec<u8>,
+    take: &mut impl FnMut(&[u8]),
     outgoing: &mut Vec<u8>,
 ) -> Result<Option<Next>, rustls::Error> {
     match state {
@@ -573,7 +629,7 @@ fn handle<D>(
             while let Some(record) = traffic.next_record() {
                 let record = record?;
                 *used += record.discard;
-                plain.extend_from_slice(record.payload);
+                take(record.payload);
             }
             Ok(None)
         }

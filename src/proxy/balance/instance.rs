@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::latency::Latency;
 use crate::proxy::http::pool::Pool;
+use crate::proxy::tunnel::Sessions;
 use crate::snapshot::{Address, PassiveHealthCheck};
 
 /// An instance of a target, with what is remembered of it across snapshots.
@@ -22,6 +23,8 @@ pub struct State {
     pub in_flight: AtomicU32,
     /// Connections that HTTP requests share.
     pool: Pool,
+    /// Sessions that are free for connections.
+    sessions: Arc<Sessions>,
     /// So much may be in flight, times the weight, before others are preferred. It is small and grows with each success
     /// where an instance comes new to others or is back, so that it is not run over.
     window: AtomicU32,
@@ -45,6 +48,12 @@ impl Instance {
     #[must_use]
     pub fn pool(&self) -> &Pool {
         &self.state.pool
+    }
+
+    /// Sessions with it that are kept for connections.
+    #[must_use]
+    pub fn sessions(&self) -> &Arc<Sessions> {
+        &self.state.sessions
     }
 
     /// Whether it may be picked, be it to see whether it is back.
@@ -122,6 +131,8 @@ impl State {
         if self.aside.shut(now, until, probe) {
             self.unreachable.fetch_add(1, Ordering::Relaxed);
         }
+        // What comes up there again may be another program.
+        self.sessions.clear();
     }
 
     /// Counts a failure, and tells whether there are enough in a row for an ejection. Then the count begins anew.
@@ -159,6 +170,7 @@ impl Default for State {
         Self {
             in_flight: AtomicU32::new(0),
             pool: Pool::default(),
+            sessions: Arc::default(),
             window: AtomicU32::new(UNLIMITED),
             latency: Latency::default(),
             aside: Gate::default(),

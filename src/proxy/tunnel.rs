@@ -1,0 +1,462 @@
+//! L4 between two of ours: a TLS session that carries one connection after another.
+//!
+//! Two sidecars of ours agree on it by ALPN ([`crate::tls::TUNNEL`]); to any other peer a session is one connection, as
+//! ever. There is no multiplexing: a session belongs to one connection at a time, and when that has ended in
+//! both directions, the client keeps the session for the next one. So nothing waits behind another connection's
+//! bytes, and there is no flow control but TCP's.
+//!
+//! Inside the session each direction is a sequence of pieces, each behind a header of four bytes, a number in
+//! network byte order: so many bytes of the connection follow, or [`END`] ends this direction of the connection, or
+//! [`START`] begins another connection. Pieces and TLS records need not begin or end together.
+//!
+//! * The first connection begins with the session itself, without a [`START`], so that it costs no round trip more
+//!   than it would without a tunnel.
+//! * Once both directions have ended, the client may send [`START`]. The server judges the peer again and answers
+//!   with [`START`] too, or closes the session. The client sends no byte of the connection before that answer: a
+//!   session that died while it was kept is exchanged for another one, and nothing is lost or said twice.
+//! * A session that is closed before an [`END`] has cut its connection, as the end of a connection without tunnel is
+//!   passed on, and is never used again.
+
+use std::fmt;
+use std::future::poll_fn;
+use std::io;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker, ready};
+use std::time::{Duration, SystemTime};
+
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::{Instant, timeout_at};
+
+use super::socket::Socket;
+use super::workers;
+use crate::tls::{Client, ReadSide, Scratch, SpiffeId, Stream, TUNNEL, with_scratch};
+
+/// Header of no data: the end of one direction of the connection.
+const END: u32 = 0;
+/// Header of no data: another connection begins.
+const START: u32 = u32::MAX;
+const HEADER: usize = size_of::<u32>();
+
+/// A TLS session as a relay sees it: bytes of one connection, and the end of each direction.
+pub struct Carrier<IO> {
+    pub tls: Stream<IO>,
+    /// `None`: the session is the connection, and its end the connection's.
+    framing: Option<Framing>,
+}
+
+struct Framing {
+    incoming: Incoming,
+    /// Of the connection, and read together with the answer that it may begin.
+    early: Vec<u8>,
+    /// Our direction has ended with [`END`].
+    ended: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    Client,
+    Server,
+}
+
+impl<IO: AsyncRead + AsyncWrite + Unpin> Carrier<IO> {
+    /// A session that was just made, with its first connection.
+    #[must_use]
+    pub fn new(tls: Stream<IO>, role: Role) -> Self {
+        let agreed = tls.alpn() == Some(TUNNEL);
+        let framing = agreed.then(|| Framing { incoming: Incoming::new(role), early: Vec::new(), ended: false });
+        Self { tls, framing }
+    }
+
+    /// As [`Stream::poll_open`], with the connection's own bytes in [`Scratch::opened`].
+    ///
+    /// # Errors
+    /// Those of [`Stream::poll_open`], and `InvalidData` for what is no tunnel.
+    pub fn poll_open(&mut self, cx: &mut Context<'_>, scratch: &mut Scratch) -> Poll<io::Result<()>> {
+        let Some(framing) = &mut self.framing else {
+            return self.tls.poll_open(cx, scratch);
+        };
+        if framing.incoming.phase != Phase::Carrying || !framing.early.is_empty() {
+            scratch.opened.clear();
+            scratch.opened.extend_from_slice(&std::mem::take(&mut framing.early));
+            return Poll::Ready(Ok(()));
+        }
+        framing.poll_open(&mut self.tls, cx, scratch)
+    }
+
+    /// Whether nothing comes any more after what was opened last.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        let carries = self.framing.as_ref().is_none_or(|framing| framing.incoming.phase == Phase::Carrying);
+        self.tls.read_side() != ReadSide::Open || !carries
+    }
+
+    /// As [`Stream::poll_seal_from`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn poll_seal_from<F: AsyncRead + Unpin>(
+        &mut self,
+        cx: &mut Context<'_>,
+        scratch: &mut Scratch,
+        from: &mut F,
+    ) -> Poll<io::Result<io::Result<usize>>> {
+        if self.framing.is_none() {
+            return self.tls.poll_seal_from(cx, scratch, from);
+        }
+        // What is read in one turn is far less than the number can say.
+        let header = |read: usize| u32::try_from(read).unwrap_or(START).to_be_bytes();
+        self.tls.poll_seal_headed_from(cx, scratch, from, header)
+    }
+
+    /// Ends our direction; [`Carrier::poll_end`] sends that.
+    ///
+    /// # Errors
+    /// Those of the session.
+    pub fn end(&mut self, cx: &mut Context<'_>, scratch: &mut Scratch) -> io::Result<()> {
+        match &mut self.framing {
+            Some(framing) if self.tls.read_side() == ReadSide::Open => {
+                framing.ended = true;
+                self.tls.poll_seal(cx, scratch, &END.to_be_bytes())
+            }
+            _ => {
+                self.tls.close();
+                Ok(())
+            }
+        }
+    }
+
+    /// Sends what is outgoing up to the end of our direction.
+    ///
+    /// # Errors
+    /// Those of the socket.
+    pub fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.tls.poll_flush(cx))?;
+        match &self.framing {
+            Some(framing) if framing.ended => Poll::Ready(Ok(())),
+            _ => Pin::new(&mut self.tls.io).poll_shutdown(cx),
+        }
+    }
+
+    /// Whether the connection has ended cleanly in both directions and the session may carry another.
+    #[must_use]
+    pub fn is_free(&self) -> bool {
+        let free = |framing: &Framing| framing.ended && matches!(framing.incoming.phase, Phase::Ended | Phase::Asked);
+        self.tls.read_side() == ReadSide::Open && self.framing.as_ref().is_some_and(free)
+    }
+
+    /// The client's part in beginning another connection on a session that is free: asks, and waits for the answer.
+    ///
+    /// # Errors
+    /// The session is of no use any more. Nothing of the connection was sent.
+    async fn start(&mut self) -> io::Result<()> {
+        let Self { tls, framing: Some(framing) } = self else { return Err(io::ErrorKind::Unsupported.into()) };
+        framing.ended = false;
+        framing.incoming.phase = Phase::Awaiting;
+        say_start(tls).await?;
+        framing.wait_while(tls, Phase::Awaiting).await?;
+        if framing.incoming.phase == Phase::Carrying && tls.read_side() != ReadSide::Open {
+            // Cut as soon as it had begun: nothing comes behind what is early.
+            framing.incoming.phase = Phase::Ended;
+        }
+        Ok(())
+    }
+
+    /// Waits until the client asks for another connection on a session that is free.
+    ///
+    /// # Errors
+    /// The session is of no use any more, for which the end of it is the usual reason.
+    pub async fn asked(&mut self) -> io::Result<()> {
+        let Self { tls, framing: Some(framing) } = self else { return Err(io::ErrorKind::Unsupported.into()) };
+        framing.wait_while(tls, Phase::Ended).await
+    }
+
+    /// Answers that the connection that was asked for begins; the first one needs no answer.
+    ///
+    /// # Errors
+    /// Those of the session.
+    pub async fn accept(&mut self) -> io::Result<()> {
+        match &mut self.framing {
+            Some(framing) if framing.incoming.phase == Phase::Asked => {
+                framing.ended = false;
+                framing.incoming.phase = Phase::Carrying;
+                say_start(&mut self.tls).await
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Lets go of a session that carries nothing, without waiting for the peer.
+    pub fn part(mut self) {
+        self.tls.close();
+        let _ = self.tls.poll_flush(&mut Context::from_waker(Waker::noop()));
+    }
+}
+
+/// What the socket does not take at once goes out with the connection's bytes.
+async fn say_start<IO: AsyncRead + AsyncWrite + Unpin>(tls: &mut Stream<IO>) -> io::Result<()> {
+    poll_fn(|cx| Poll::Ready(with_scratch(|scratch| tls.poll_seal(cx, scratch, &START.to_be_bytes())))).await
+}
+
+impl Framing {
+    fn poll_open<IO: AsyncRead + AsyncWrite + Unpin>(
+        &mut self,
+        tls: &mut Stream<IO>,
+        cx: &mut Context<'_>,
+        scratch: &mut Scratch,
+    ) -> Poll<io::Result<()>> {
+        ready!(tls.poll_open_by(cx, scratch, |opened, payload| self.incoming.take(payload, opened)))?;
+        if self.incoming.phase == Phase::Broken {
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, "the peer speaks no tunnel")));
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Reads until the peer has ended `phase`.
+    async fn wait_while<IO: AsyncRead + AsyncWrite + Unpin>(
+        &mut self,
+        tls: &mut Stream<IO>,
+        phase: Phase,
+    ) -> io::Result<()> {
+        while self.incoming.phase == phase {
+            if tls.read_side() != ReadSide::Open {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            let early = poll_fn(|cx| {
+                with_scratch(|scratch| {
+                    if tls.has_outgoing() {
+                        let _ = tls.poll_flush(cx)?;
+                    }
+                    ready!(self.poll_open(tls, cx, scratch))?;
+                    Poll::Ready(io::Result::Ok(scratch.opened.clone()))
+                })
+            });
+            self.early = early.await?;
+        }
+        Ok(())
+    }
+}
+
+/// Takes the peer's direction apart, however it is cut into pieces. It keeps nothing but a part of a header.
+#[derive(Debug)]
+struct Incoming {
+    role: Role,
+    phase: Phase,
+    header: [u8; HEADER],
+    /// Bytes of the header that have come.
+    begun: usize,
+    /// Bytes of the connection that are still to come of this piece.
+    left: u32,
+}
+
+/// How far the peer's direction has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// Of a connection.
+    Carrying,
+    /// Of the connection, and no other has begun.
+    Ended,
+    /// At the server: the client wants another connection and waits for the answer.
+    Asked,
+    /// At the client: it waits for the answer.
+    Awaiting,
+    /// What came makes no sense.
+    Broken,
+}
+
+impl Incoming {
+    fn new(role: Role) -> Self {
+        Self { role, phase: Phase::Carrying, header: [0; HEADER], begun: 0, left: 0 }
+    }
+
+    /// Appends to `opened` what of `payload` is the connection's.
+    fn take(&mut self, mut payload: &[u8], opened: &mut Vec<u8>) {
+        while !payload.is_empty() && self.phase != Phase::Broken {
+            if self.left > 0 {
+                let (piece, rest) = payload.split_at(payload.len().min(self.left as usize));
+                opened.extend_from_slice(piece);
+                // Not more than `left`, which is such a number.
+                self.left -= u32::try_from(piece.len()).unwrap_or(self.left);
+                payload = rest;
+                continue;
+            }
+            let (part, rest) = payload.split_at(payload.len().min(HEADER - self.begun));
+            self.header[self.begun..self.begun + part.len()].copy_from_slice(part);
+            self.begun += part.len();
+            payload = rest;
+            if self.begun == HEADER {
+                self.begun = 0;
+                self.turn(u32::from_be_bytes(self.header));
+            }
+        }
+    }
+
+    fn turn(&mut self, header: u32) {
+        self.phase = match (self.phase, header) {
+            (Phase::Carrying, END) => Phase::Ended,
+            (Phase::Ended, START) if self.role == Role::Server => Phase::Asked,
+            (Phase::Awaiting, START) => Phase::Carrying,
+            (Phase::Carrying, length) if length != START => {
+                self.left = length;
+                Phase::Carrying
+            }
+            _ => Phase::Broken,
+        };
+    }
+}
+
+/// The free sessions with one instance, of each thread its own.
+#[derive(Default)]
+pub struct Sessions {
+    /// By the number of the worker.
+    slots: Mutex<Vec<Slot>>,
+    /// The instance refuses clients that offer the tunnel.
+    refused: AtomicBool,
+}
+
+#[derive(Default)]
+struct Slot {
+    /// What the sessions were made with: another identity, other roots or other names to expect are another client.
+    client: Option<Arc<Client>>,
+    /// The one used last is at the end.
+    idle: Vec<Idle>,
+    /// A task looks after them.
+    swept: bool,
+}
+
+struct Idle {
+    session: Carrier<Socket>,
+    since: Instant,
+}
+
+impl Sessions {
+    /// Begins a connection on a free session, if there is one that will do until half of the time is over. With whom:
+    /// the server's certificate is looked at again.
+    pub async fn start(&self, client: &Arc<Client>, until: Instant) -> Option<(Carrier<Socket>, Arc<SpiffeId>)> {
+        let mut session = self.take(client)?;
+        let now = Instant::now();
+        let peer = client.authenticate(session.tls.peer_certificates(), SystemTime::now()).ok();
+        let started = timeout_at(now + until.saturating_duration_since(now) / 2, session.start()).await;
+        match (peer, started) {
+            (Some(peer), Ok(Ok(()))) => Some((session, peer)),
+            _ => {
+                // Those that are older are no better.
+                drop(self.with_slot(|slot| std::mem::take(&mut slot.idle)));
+                None
+            }
+        }
+    }
+
+    /// Keeps a session for the next connection, if it is free and there are not enough.
+    pub fn keep(self: &Arc<Self>, session: Carrier<Socket>, client: &Arc<Client>) {
+        if !session.is_free() {
+            return;
+        }
+        let idle = Idle { session, since: Instant::now() };
+        let unwanted = self.with_slot(|slot| {
+            if !slot.is_for(client) || slot.idle.len() >= KEPT {
+                return Some(idle);
+            }
+            slot.idle.push(idle);
+            if !std::mem::replace(&mut slot.swept, true) {
+                tokio::spawn(sweep(Arc::downgrade(self), workers::current()));
+            }
+            None
+        });
+        drop(unwanted);
+    }
+
+    /// Lets go of all, on every thread.
+    pub fn clear(&self) {
+        let idle: Vec<Vec<Idle>> = self.slots().iter_mut().map(|slot| std::mem::take(&mut slot.idle)).collect();
+        self.refused.store(false, Ordering::Relaxed);
+        drop(idle);
+    }
+
+    /// Whether the instance refuses clients that offer the tunnel.
+    #[must_use]
+    pub fn are_refused(&self) -> bool {
+        self.refused.load(Ordering::Relaxed)
+    }
+
+    pub fn refuse(&self) {
+        self.refused.store(true, Ordering::Relaxed);
+    }
+
+    fn take(&self, client: &Arc<Client>) -> Option<Carrier<Socket>> {
+        let (taken, unwanted) = self.with_slot(|slot| {
+            let mut unwanted = Vec::new();
+            if !slot.is_for(client) {
+                unwanted = std::mem::take(&mut slot.idle);
+                slot.client = Some(Arc::clone(client));
+            }
+            (slot.idle.pop().filter(Idle::is_fresh), unwanted)
+        });
+        drop(unwanted);
+        taken.map(|idle| idle.session)
+    }
+
+    fn slots(&self) -> MutexGuard<'_, Vec<Slot>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sessions are not to be dropped inside: closing a socket takes its time.
+    fn with_slot<T>(&self, act: impl FnOnce(&mut Slot) -> T) -> T {
+        let worker = workers::current();
+        let mut slots = self.slots();
+        if slots.len() <= worker {
+            slots.resize_with(worker + 1, Slot::default);
+        }
+        act(&mut slots[worker])
+    }
+}
+
+/// Closes in time what nobody uses.
+async fn sweep(sessions: std::sync::Weak<Sessions>, worker: usize) {
+    loop {
+        tokio::time::sleep(SWEEP_TIME).await;
+        let Some(sessions) = sessions.upgrade() else { return };
+        let mut slots = sessions.slots();
+        let Some(slot) = slots.get_mut(worker) else { return };
+        // They lie in the order in which they were put there.
+        let stale = slot.idle.partition_point(|idle| !idle.is_fresh());
+        let stale: Vec<Idle> = slot.idle.drain(..stale).collect();
+        let over = slot.idle.is_empty();
+        slot.swept = !over;
+        drop(slots);
+        drop(stale);
+        if over {
+            return;
+        }
+    }
+}
+
+impl Slot {
+    fn is_for(&self, client: &Arc<Client>) -> bool {
+        self.client.as_ref().is_some_and(|made| Arc::ptr_eq(made, client))
+    }
+}
+
+impl Idle {
+    fn is_fresh(&self) -> bool {
+        self.since.elapsed() < IDLE_TIME
+    }
+}
+
+impl fmt::Debug for Sessions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Sessions").finish_non_exhaustive()
+    }
+}
+
+/// Free sessions kept for each instance and thread: as many connections may begin at one time without a handshake.
+const KEPT: usize = 64;
+/// How long a client keeps a free session, and how often it looks.
+const IDLE_TIME: Duration = Duration::from_secs(3);
+const SWEEP_TIME: Duration = Duration::from_secs(1);
+/// How long a server does: longer, so that it is the client that closes first as a rule.
+pub const SERVER_IDLE_TIME: Duration = Duration::from_secs(10);
+
+#[cfg(test)]
+mod tests;

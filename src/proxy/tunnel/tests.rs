@@ -1,0 +1,419 @@
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::atomic::AtomicUsize;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use super::*;
+use crate::drain::Stage;
+use crate::proxy::fixture::*;
+use crate::snapshot::*;
+use crate::testing::ca::{TRUST_DOMAIN, uri};
+use crate::tls::Credentials;
+
+/// Sidecars have two threads here, and each thread its own sessions.
+const THREADS: usize = 2;
+
+fn piece(bytes: &[u8]) -> Vec<u8> {
+    [&u32::try_from(bytes.len()).unwrap().to_be_bytes(), bytes].concat()
+}
+
+#[test]
+fn pieces_are_put_together_however_they_are_cut() {
+    let (end, start) = (END.to_be_bytes(), START.to_be_bytes());
+    let long = vec![7; 70_000];
+    let first = [&piece(b"a")[..], &piece(&long), &piece(b"bc"), &end, &start].concat();
+    let second = [&piece(b"second")[..], &end].concat();
+    for cut in [1, 2, 3, 5, 4096, first.len()] {
+        let (mut incoming, mut opened) = (Incoming::new(Role::Server), Vec::new());
+        first.chunks(cut).for_each(|part| incoming.take(part, &mut opened));
+        assert!(incoming.phase == Phase::Asked && opened == [b"a", &long[..], b"bc"].concat(), "cut at {cut}");
+        (incoming.phase, opened) = (Phase::Carrying, Vec::new());
+        second.chunks(cut).for_each(|part| incoming.take(part, &mut opened));
+        assert!(incoming.phase == Phase::Ended && opened == b"second", "cut at {cut}");
+    }
+}
+
+#[test]
+fn what_makes_no_sense_is_noticed_and_nothing_after_it_is_taken() {
+    let word = |word: u32| word.to_be_bytes().to_vec();
+    for (role, sent) in [
+        // A connection within a connection.
+        (Role::Server, word(START)),
+        (Role::Client, word(START)),
+        // Bytes, or an end, of no connection.
+        (Role::Server, [word(END), piece(b"more")].concat()),
+        (Role::Server, [word(END), word(END)].concat()),
+        (Role::Client, [word(END), word(END)].concat()),
+        // An answer to no question.
+        (Role::Client, [word(END), word(START)].concat()),
+        // Bytes before the answer, and two questions.
+        (Role::Server, [word(END), word(START), piece(b"early")].concat()),
+        (Role::Server, [word(END), word(START), word(START)].concat()),
+    ] {
+        let (mut incoming, mut opened) = (Incoming::new(role), Vec::new());
+        incoming.take(&[sent.clone(), piece(b"and on")].concat(), &mut opened);
+        assert_eq!((incoming.phase, opened.len()), (Phase::Broken, 0), "{role:?} {sent:?}");
+    }
+}
+
+/// What stands between the sidecars: it counts connections, and cuts them.
+struct Gate {
+    at: SocketAddr,
+    count: Arc<AtomicUsize>,
+    open: Arc<Mutex<JoinSet<()>>>,
+}
+
+impl Gate {
+    async fn before(to: SocketAddr) -> Self {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let at = listener.local_addr().unwrap();
+        let (count, open) = (Arc::new(AtomicUsize::new(0)), Arc::new(Mutex::new(JoinSet::new())));
+        let (counted, opened) = (Arc::clone(&count), Arc::clone(&open));
+        tokio::spawn(async move {
+            loop {
+                let (mut near, _) = listener.accept().await.unwrap();
+                counted.fetch_add(1, Ordering::SeqCst);
+                opened.lock().unwrap().spawn(async move {
+                    let Ok(mut far) = TcpStream::connect(to).await else { return };
+                    let _ = copy_bidirectional(&mut near, &mut far).await;
+                });
+            }
+        });
+        Self { at, count, open }
+    }
+
+    /// Connections since this was asked last.
+    fn count(&self) -> usize {
+        self.count.swap(0, Ordering::SeqCst)
+    }
+
+    fn cut(&self) {
+        self.open.lock().unwrap().abort_all();
+    }
+}
+
+/// An app that gives back what comes.
+async fn echo() -> SocketAddr {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let at = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            tokio::spawn(async move {
+                let (mut reader, mut writer) = stream.split();
+                let _ = tokio::io::copy(&mut reader, &mut writer).await;
+            });
+        }
+    });
+    at
+}
+
+struct Pair {
+    server: Sidecar,
+    client: Sidecar,
+    gate: Gate,
+    app: SocketAddr,
+    mesh: SocketAddr,
+    at: SocketAddr,
+}
+
+impl Pair {
+    async fn start() -> Self {
+        Self::with(|public| public).await
+    }
+
+    async fn with(change: impl FnOnce(PublicListener) -> PublicListener) -> Self {
+        let (app, mesh, at) = (echo().await, free(), free());
+        let gate = Gate::before(mesh).await;
+        let server = Sidecar::start(with_public(change(public(Protocol::Tcp, mesh, app))));
+        let client = Sidecar::start(with_upstream(upstream(Protocol::Tcp, at, &[gate.at])));
+        listening(mesh).await;
+        listening(at).await;
+        let pair = Self { server, client, gate, app, mesh, at };
+        // What looked whether it listens was carried, too.
+        timeout(PATIENCE, async { while !pair.reaches().await {} }).await.unwrap();
+        pair
+    }
+
+    /// Whether a new connection carries bytes there and back, and an end both ways.
+    async fn reaches(&self) -> bool {
+        let asked = async {
+            let mut stream = TcpStream::connect(self.at).await?;
+            stream.write_all(b"question").await?;
+            stream.shutdown().await?;
+            let mut answer = Vec::new();
+            stream.read_to_end(&mut answer).await?;
+            io::Result::Ok(answer == b"question")
+        };
+        timeout(PATIENCE, asked).await.expect("it ends in time").unwrap_or(false)
+    }
+
+    async fn open(&self) -> TcpStream {
+        let mut stream = TcpStream::connect(self.at).await.unwrap();
+        stream.write_all(b"open").await.unwrap();
+        timeout(PATIENCE, stream.read_exact(&mut [0; 4])).await.unwrap().unwrap();
+        stream
+    }
+
+    /// Both threads have a session, or one of them has had all connections.
+    async fn warm(&self) {
+        for _ in 0..20 {
+            assert!(self.reaches().await);
+        }
+        self.gate.count();
+    }
+
+    /// Publishes the listener as it is now, changed.
+    fn change(&self, change: impl FnOnce(&mut PublicListener)) {
+        let snapshot = self.server.snapshot.borrow().clone().unwrap();
+        let old = snapshot.public.clone().unwrap();
+        let mut listener = PublicListener { tls: Arc::clone(&old.tls), ..public(Protocol::Tcp, self.mesh, self.app) };
+        change(&mut listener);
+        self.server.snapshot.send_replace(Some(Arc::new(with_public(listener))));
+    }
+}
+
+async fn eventually<F: Future<Output = bool>>(what: &str, mut is: impl FnMut() -> F) {
+    let look = async {
+        while !is().await {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(PATIENCE, look).await.expect(what);
+}
+
+#[tokio::test]
+async fn one_connection_after_another_takes_the_same_session() {
+    let pair = Pair::start().await;
+    let before = pair.gate.count();
+    for _ in 0..50 {
+        assert!(pair.reaches().await);
+    }
+    let made = pair.gate.count();
+    assert!(made <= THREADS);
+    // Those that are open at one time have one each.
+    let mut open = Vec::new();
+    for _ in 0..10 {
+        open.push(pair.open().await);
+    }
+    assert!(before + made + pair.gate.count() >= open.len());
+}
+
+#[tokio::test]
+async fn each_connection_of_a_session_is_judged_by_itself() {
+    let pair = Pair::start().await;
+    pair.warm().await;
+    let mut open = pair.open().await;
+    pair.change(|listener| listener.intentions = allowing(Action::Deny));
+    let ended = timeout(Duration::from_secs(1), open.read(&mut [0; 4])).await.expect("it is cut within a second");
+    assert_eq!(ended.unwrap(), 0);
+    eventually("it is refused", async || !pair.reaches().await).await;
+    for _ in 0..10 {
+        assert!(!pair.reaches().await);
+    }
+    pair.change(|_| {});
+    eventually("it is allowed again", async || pair.reaches().await).await;
+    pair.warm().await;
+}
+
+#[tokio::test]
+async fn new_credentials_of_either_side_mean_new_sessions_and_no_connection_fails() {
+    let pair = Pair::start().await;
+    pair.warm().await;
+    for _ in 0..3 {
+        pair.change(|listener| listener.tls = CA.credentials("db").server(&[TUNNEL]).unwrap());
+        eventually("another session is made", async || {
+            assert!(pair.reaches().await);
+            pair.gate.count() > 0
+        })
+        .await;
+        pair.warm().await;
+        let renewed = upstream(Protocol::Tcp, pair.at, &[pair.gate.at]);
+        pair.client.snapshot.send_replace(Some(Arc::new(with_upstream(renewed))));
+        eventually("another session is made", async || {
+            assert!(pair.reaches().await);
+            pair.gate.count() > 0
+        })
+        .await;
+        pair.warm().await;
+    }
+}
+
+#[tokio::test]
+async fn a_session_that_died_while_it_was_kept_costs_no_connection() {
+    let pair = Pair::start().await;
+    for _ in 0..10 {
+        pair.warm().await;
+        pair.gate.cut();
+        for _ in 0..4 {
+            assert!(pair.reaches().await);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_connection_that_breaks_takes_its_session_along() {
+    let pair = Pair::start().await;
+    pair.warm().await;
+    let open = pair.open().await;
+    pair.gate.count();
+    Socket::tcp(open).abort();
+    for _ in 0..10 {
+        assert!(pair.reaches().await);
+    }
+    let mut open = pair.open().await;
+    pair.gate.cut();
+    let broken = timeout(PATIENCE, open.read(&mut [0; 4])).await.unwrap();
+    assert!(matches!(broken, Ok(0) | Err(_)));
+    pair.warm().await;
+}
+
+#[tokio::test]
+async fn sessions_that_are_kept_hold_up_no_drain() {
+    let mut pair = Pair::start().await;
+    pair.warm().await;
+    let at_once = Duration::from_secs(2);
+    pair.server.trigger.advance(Stage::Draining);
+    timeout(at_once, pair.server.trigger.drained()).await.expect("the server's sidecar is done");
+    assert!(!pair.reaches().await);
+    pair.client.trigger.advance(Stage::Draining);
+    timeout(at_once, pair.client.trigger.drained()).await.expect("the client's sidecar is done");
+}
+
+#[tokio::test]
+async fn a_connection_without_an_app_ends_and_the_next_one_with_it_does_not() {
+    let pair = Pair::start().await;
+    pair.warm().await;
+    let nowhere = LocalApp::Tcp(address(free()));
+    pair.change(|listener| listener.local_app = nowhere);
+    eventually("there is no app", async || !pair.reaches().await).await;
+    let mut stream = TcpStream::connect(pair.at).await.unwrap();
+    let ended = timeout(PATIENCE, stream.read(&mut [0; 4])).await.expect("it ends");
+    assert_eq!(ended.unwrap(), 0, "cleanly");
+    pair.change(|_| {});
+    eventually("there is one again", async || pair.reaches().await).await;
+    pair.warm().await;
+}
+
+#[tokio::test]
+async fn a_limit_counts_connections_and_not_sessions_that_are_kept() {
+    let pair = Pair::with(|listener| PublicListener { max_connections: Some(2), ..listener }).await;
+    eventually("what came before is over", async || pair.reaches().await).await;
+    let (one, two) = (pair.open().await, pair.open().await);
+    assert!(!pair.reaches().await);
+    drop((one, two));
+    eventually("there is room again", async || pair.reaches().await).await;
+    for _ in 0..10 {
+        assert!(pair.reaches().await);
+    }
+}
+
+#[tokio::test]
+async fn a_certificate_that_has_expired_opens_nothing_more() {
+    let pair = Pair::start().await;
+    let leaf = CA.leaf_with(&[&uri("web")], -60, 3);
+    let roots = [CA.pem.clone()];
+    let credentials =
+        Credentials::new(TRUST_DOMAIN, &roots, &leaf.cert_pem, &leaf.key_pem, "web", SystemTime::now()).unwrap();
+    let mut expiring = upstream(Protocol::Tcp, pair.at, &[pair.gate.at]);
+    let expected = vec![SpiffeId::parse(&uri("db")).unwrap()];
+    let tls = credentials.client("db.x.consul", expected, &[TUNNEL]).unwrap();
+    let Node::Resolver(resolver) = &expiring.chain.start else { unreachable!("it was built so") };
+    let old = &resolver.targets[0];
+    let target = Target {
+        id: old.id.clone(),
+        service: old.service.clone(),
+        datacenter: old.datacenter.clone(),
+        tls,
+        connect_timeout: old.connect_timeout,
+        endpoints: Arc::clone(&old.endpoints),
+    };
+    expiring.chain.start = Node::Resolver(Arc::new(Resolver::new(vec![Arc::new(target)])));
+    pair.gate.count();
+    pair.client.snapshot.send_replace(Some(Arc::new(with_upstream(expiring))));
+    eventually("its sessions are in use", async || pair.reaches().await && pair.gate.count() > 0).await;
+    eventually("it is refused", async || !pair.reaches().await).await;
+    assert!(!pair.reaches().await);
+}
+
+/// An instance that is no sidecar of ours: `answer` says how it shakes hands.
+async fn instance(alpn: &'static [&'static [u8]]) -> Gate {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let at = listener.local_addr().unwrap();
+    let server = CA.credentials("db").server(alpn).unwrap();
+    tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            let server = Arc::clone(&server);
+            tokio::spawn(async move {
+                // Insists on its protocols where the client offers any, unlike a listener of ours.
+                let config = server.config(alpn.iter().copied());
+                let Ok(mut tls) = Stream::accept(stream, config).await else { return };
+                let text = poll_fn(|cx| {
+                    with_scratch(|scratch| {
+                        ready!(tls.poll_open(cx, scratch))?;
+                        Poll::Ready(io::Result::Ok(scratch.opened.clone()))
+                    })
+                });
+                let text = text.await.unwrap();
+                poll_fn(|cx| Poll::Ready(with_scratch(|scratch| tls.poll_seal(cx, scratch, &text)))).await.unwrap();
+                tls.close();
+                let _ = poll_fn(|cx| tls.poll_flush(cx)).await;
+            });
+        }
+    });
+    Gate::before(at).await
+}
+
+#[tokio::test]
+async fn whoever_knows_no_tunnel_is_spoken_to_as_ever() {
+    const PROTOCOLS: [&[&[u8]]; 2] = [&[], &[b"h2"]];
+    for alpn in PROTOCOLS {
+        let (gate, at) = (instance(alpn).await, free());
+        let _client = Sidecar::start(with_upstream(upstream(Protocol::Tcp, at, &[gate.at])));
+        listening(at).await;
+        for _ in 0..5 {
+            let mut stream = TcpStream::connect(at).await.unwrap();
+            stream.write_all(b"as it is").await.unwrap();
+            let mut answer = String::new();
+            timeout(PATIENCE, stream.read_to_string(&mut answer)).await.unwrap().unwrap();
+            assert_eq!(answer, "as it is", "with {alpn:?}");
+        }
+        gate.count();
+        TcpStream::connect(at).await.unwrap().shutdown().await.unwrap();
+        // One that refused the offer is not asked again.
+        eventually("it has one session for each", async || gate.count.load(Ordering::SeqCst) == 1).await;
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_speaks_nonsense_is_cut_and_harms_nobody() {
+    let pair = Pair::start().await;
+    let word = |word: u32| word.to_be_bytes().to_vec();
+    let expected = vec![SpiffeId::parse(&uri("db")).unwrap()];
+    let client = CA.credentials("web").client("db.x.consul", expected, &[TUNNEL]).unwrap();
+    for nonsense in [
+        word(START),
+        [word(END), word(END)].concat(),
+        [word(END), piece(b"late")].concat(),
+        [word(END), word(START), piece(b"early")].concat(),
+        [piece(b"x"), word(START)].concat(),
+    ] {
+        let socket = TcpStream::connect(pair.mesh).await.unwrap();
+        let mut tls = Stream::connect(socket, &client).await.unwrap();
+        assert_eq!(tls.alpn(), Some(TUNNEL));
+        poll_fn(|cx| Poll::Ready(with_scratch(|scratch| tls.poll_seal(cx, scratch, &nonsense)))).await.unwrap();
+        let ended = async {
+            while tls.read_side() == ReadSide::Open {
+                if poll_fn(|cx| with_scratch(|scratch| tls.poll_open(cx, scratch))).await.is_err() {
+                    return;
+                }
+            }
+        };
+        timeout(SERVER_IDLE_TIME / 2, ended).await.unwrap_or_else(|_| panic!("{nonsense:?} ends it"));
+        assert!(pair.reaches().await);
+    }
+}
