@@ -21,7 +21,7 @@ use lictor::proxy::{self, Workers};
 use lictor::snapshot::{
     Action, DefaultPolicy, Intention, Intentions, LocalApp, Normalization, Protocol, PublicListener, Snapshot,
 };
-use lictor::tls::{Client, Server, Stream};
+use lictor::tls::{Client, Server, Stream, TUNNEL};
 
 use mesh::{Mesh, PATIENCE, address, local};
 
@@ -41,12 +41,13 @@ const INTENTIONS: usize = 100;
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [scenario, times] = &arguments[..] else {
-        bail!("usage: instructions handshake|connection|relay|exchange|http TIMES");
+        bail!("usage: instructions handshake|connection|tunnel|relay|exchange|http TIMES");
     };
     let times: usize = times.parse().context("TIMES must be a number")?;
     match scenario.as_str() {
         "handshake" => handshakes(times),
-        "connection" => connections(times),
+        "connection" => connections(times, &[]),
+        "tunnel" => connections(times, &[TUNNEL]),
         "relay" => relay(times),
         "exchange" => exchanges(times, Protocol::Tcp),
         "http" => exchanges(times, Protocol::Http),
@@ -84,9 +85,10 @@ async fn shake(client: &Client, server: &Server) -> Result<()> {
     Ok(())
 }
 
-/// A new connection through both sidecars for each request; all but the first resume a session.
-fn connections(times: usize) -> Result<()> {
-    let pair = Pair::start(Protocol::Tcp, respond)?;
+/// A new connection through both sidecars for each request. All but the first resume a session, or take the session
+/// of the one before if the server knows how to.
+fn connections(times: usize, alpn: &[&[u8]]) -> Result<()> {
+    let pair = Pair::start(Protocol::Tcp, |mesh| Ok(mesh.web.server(alpn)?), respond)?;
     for _ in 0..times {
         request(&mut pair.connect()?)?;
     }
@@ -95,7 +97,7 @@ fn connections(times: usize) -> Result<()> {
 
 /// Chunks through both sidecars and back.
 fn relay(times: usize) -> Result<()> {
-    let pair = Pair::start(Protocol::Tcp, echo)?;
+    let pair = Pair::start(Protocol::Tcp, |mesh| mesh.server(Protocol::Tcp), echo)?;
     let mut connection = pair.connect()?;
     let (sent, mut came) = (vec![b'x'; CHUNK], vec![0; CHUNK]);
     for _ in 0..times {
@@ -108,7 +110,7 @@ fn relay(times: usize) -> Result<()> {
 
 /// Small requests on an open connection through both sidecars.
 fn exchanges(times: usize, protocol: Protocol) -> Result<()> {
-    let pair = Pair::start(protocol, respond)?;
+    let pair = Pair::start(protocol, |mesh| mesh.server(protocol), respond)?;
     let mut connection = pair.connect()?;
     for _ in 0..times {
         request(&mut connection)?;
@@ -165,7 +167,11 @@ struct Pair {
 }
 
 impl Pair {
-    fn start(protocol: Protocol, answer: fn(TcpStream) -> std::io::Result<()>) -> Result<Self> {
+    fn start(
+        protocol: Protocol,
+        server: impl FnOnce(&Mesh) -> Result<Arc<Server>>,
+        answer: fn(TcpStream) -> std::io::Result<()>,
+    ) -> Result<Self> {
         let mesh = Mesh::new()?;
         let app = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         let app_port = app.local_addr()?.port();
@@ -176,7 +182,7 @@ impl Pair {
             }
         });
         let (public, port) = (free_port()?, free_port()?);
-        let server = server_side(&mesh, protocol, public, app_port)?;
+        let server = server_side(server(&mesh)?, protocol, public, app_port);
         let client = mesh.client_side(protocol, port, public)?;
         thread::spawn(move || run([server, client]));
         Ok(Self { port })
@@ -219,7 +225,7 @@ fn free_port() -> Result<u16> {
     Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
 }
 
-fn server_side(mesh: &Mesh, protocol: Protocol, public: u16, app: u16) -> Result<Snapshot> {
+fn server_side(tls: Arc<Server>, protocol: Protocol, public: u16, app: u16) -> Snapshot {
     let listener = PublicListener {
         bind: local(public),
         service: "web".into(),
@@ -230,14 +236,14 @@ fn server_side(mesh: &Mesh, protocol: Protocol, public: u16, app: u16) -> Result
         local_idle_timeout: Some(PATIENCE),
         handshake_timeout: PATIENCE,
         max_connections: None,
-        tls: mesh.server(protocol)?,
+        tls,
         intentions: Arc::new(intentions()),
         normalization: Normalization::default(),
         sanitize_forwarded_cert: false,
         tells_cause: false,
         token_providers: Arc::new(Providers::default()),
     };
-    Ok(Snapshot { version: 1, public: Some(Arc::new(listener)), ..Snapshot::default() })
+    Snapshot { version: 1, public: Some(Arc::new(listener)), ..Snapshot::default() }
 }
 
 fn intentions() -> Intentions {

@@ -11,7 +11,7 @@ use lictor::snapshot::{
     Address, Bind, Chain, Endpoint, Endpoints, Host, Limits, Node, PassiveHealthCheck, Protocol, RequestSettings,
     Resolver, Snapshot, Target, Upstream, UpstreamKey,
 };
-use lictor::tls::{Client, Credentials, Server};
+use lictor::tls::{Client, Credentials, Server, TUNNEL};
 
 const TRUST_DOMAIN: &str = "11111111-2222-3333-4444-555555555555.consul";
 pub const PATIENCE: Duration = Duration::from_secs(120);
@@ -81,7 +81,7 @@ fn leaf(service: &str, issuer: &Issuer<'_, KeyPair>) -> Result<(String, String)>
 
 /// What two of our sidecars offer each other.
 fn alpn(protocol: Protocol) -> &'static [&'static [u8]] {
-    if protocol.is_http() { &[b"h2", b"http/1.1"] } else { &[] }
+    if protocol.is_http() { &[b"h2", b"http/1.1"] } else { &[TUNNEL] }
 }
 
 pub fn local(port: u16) -> Bind {

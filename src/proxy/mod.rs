@@ -2,7 +2,7 @@
 //!
 //! A connection is served on the thread that accepted it, from its first byte to its last:
 //! [`listener`] accepts, [`inbound`] or [`outbound`] serves, and [`relay`] copies bytes or [`http`] carries
-//! requests.
+//! requests. Between two of ours [`tunnel`] lets a session carry one connection after another.
 
 pub mod balance;
 mod expose;

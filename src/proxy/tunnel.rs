@@ -331,21 +331,20 @@ struct Idle {
 }
 
 impl Sessions {
-    /// Begins a connection on a free session, if there is one that will do until half of the time is over. With whom:
-    /// the server's certificate is looked at again.
+    /// Begins a connection on a free session, and tells with whom. `None`: there is none, or it was of no use before half
+    /// of the time was over, so that the rest is left for a new one.
     pub async fn start(&self, client: &Arc<Client>, until: Instant) -> Option<(Carrier<Socket>, Arc<SpiffeId>)> {
         let mut session = self.take(client)?;
+        // Time may have passed its certificate by.
+        let peer = client.authenticate(session.tls.peer_certificates(), SystemTime::now()).ok()?;
         let now = Instant::now();
-        let peer = client.authenticate(session.tls.peer_certificates(), SystemTime::now()).ok();
-        let started = timeout_at(now + until.saturating_duration_since(now) / 2, session.start()).await;
-        match (peer, started) {
-            (Some(peer), Ok(Ok(()))) => Some((session, peer)),
-            _ => {
-                // Those that are older are no better.
-                drop(self.with_slot(|slot| std::mem::take(&mut slot.idle)));
-                None
-            }
+        let half = now + until.saturating_duration_since(now) / 2;
+        if let Ok(Ok(())) = timeout_at(half, session.start()).await {
+            return Some((session, peer));
         }
+        // Those that are older are no better.
+        drop(self.with_slot(|slot| std::mem::take(&mut slot.idle)));
+        None
     }
 
     /// Keeps a session for the next connection, if it is free and there are not enough.

@@ -9,9 +9,9 @@ use tokio::time::timeout;
 use super::*;
 use crate::drain::Stage;
 use crate::proxy::fixture::*;
-use crate::snapshot::*;
+use crate::snapshot::{Action, LocalApp, Node, Protocol, PublicListener, Resolver, Target};
 use crate::testing::ca::{TRUST_DOMAIN, uri};
-use crate::tls::Credentials;
+use crate::tls::{Credentials, Parameters, Policy, Versions};
 
 /// Sidecars have two threads here, and each thread its own sessions.
 const THREADS: usize = 2;
@@ -200,6 +200,23 @@ async fn one_connection_after_another_takes_the_same_session() {
         open.push(pair.open().await);
     }
     assert!(before + made + pair.gate.count() >= open.len());
+}
+
+#[tokio::test]
+async fn either_version_of_tls_will_do() {
+    let pair = Pair::start().await;
+    for versions in [Versions::Tls12, Versions::Tls13] {
+        let incoming = Parameters { versions, ..Parameters::default() };
+        let credentials = CA.credentials("db").under(Policy { incoming, ..Policy::default() });
+        pair.gate.count();
+        pair.change(|listener| listener.tls = credentials.server(&[TUNNEL]).unwrap());
+        eventually("a session is made", async || pair.reaches().await && pair.gate.count() > 0).await;
+        pair.warm().await;
+        for _ in 0..20 {
+            assert!(pair.reaches().await);
+        }
+        assert!(pair.gate.count() <= THREADS);
+    }
 }
 
 #[tokio::test]
