@@ -8,6 +8,7 @@ use bytes::Bytes;
 use reqwest::{Method, StatusCode};
 use serde::de::DeserializeOwned;
 
+use super::alarm::Class;
 use super::api;
 
 /// How often a prepared query is executed: it cannot be blocked on.
@@ -22,6 +23,10 @@ pub struct Query<T> {
     pub(super) flow: Flow,
     /// Keeps its connection to the agent while others take turns.
     pub(super) always: bool,
+    /// The alarms that tell when to ask again, where there are such.
+    pub(super) class: Option<Class>,
+    /// Whether those tell of every change of this answer.
+    pub(super) covered: fn(&T) -> bool,
     pub(super) decode: fn(&Response) -> Result<T, String>,
 }
 
@@ -34,6 +39,8 @@ pub(super) enum Flow {
     Hash,
     /// Blocks on the index of the matched list, or on that of the table where an agent before 1.9 gives none.
     Intentions,
+    /// As [`Index`](Self::Index); and the index is the answer.
+    Alarm,
     /// Cannot block.
     Poll(Duration),
 }
@@ -60,6 +67,8 @@ pub(super) struct Response {
     pub(super) body: Bytes,
     pub(super) index: Option<u64>,
     pub(super) hash: Option<String>,
+    /// A server that is not the leader may have answered. Lists of config entries never tell.
+    pub(super) stale: bool,
     /// `X-Consul-Default-ACL-Policy`, Consul 1.9 and later.
     pub(super) default_policy: Option<String>,
     /// `X-Consul-Results-Filtered-By-ACLs`, Consul 1.11 and later.
@@ -122,7 +131,7 @@ impl Request {
         self
     }
 
-    fn param(mut self, name: &'static str, value: Option<&str>) -> Self {
+    pub(super) fn param(mut self, name: &'static str, value: Option<&str>) -> Self {
         if let Some(value) = value.filter(|value| !value.is_empty()) {
             self.params.push((name, value.to_string()));
         }
@@ -157,7 +166,7 @@ impl<T> Query<T> {
 
 impl<T: DeserializeOwned> Query<T> {
     fn json(request: Request, flow: Flow) -> Self {
-        Self { request, flow, always: false, decode: |response| json(&response.body) }
+        Self { request, flow, always: false, class: None, covered: |_| true, decode: |response| json(&response.body) }
     }
 
     fn always(mut self) -> Self {
@@ -173,7 +182,7 @@ impl<T: DeserializeOwned> Query<T> {
             StatusCode::OK => json(&response.body).map(Some),
             _ => Ok(None),
         };
-        Query { request, flow: Flow::Index, always: false, decode }
+        Query { request, flow: Flow::Index, always: false, class: None, covered: |_| true, decode }
     }
 }
 
@@ -215,7 +224,7 @@ impl Query<Vec<api::Intention>> {
                 _ => Err("not exactly one list of intentions".into()),
             }
         };
-        Self { request, flow: Flow::Intentions, always: true, decode }
+        Self { request, flow: Flow::Intentions, always: true, class: None, covered: |_| true, decode }
     }
 }
 
@@ -235,7 +244,8 @@ impl Query<api::CompiledDiscoveryChain> {
         let decode = |response: &Response| {
             json::<api::DiscoveryChainResponse>(&response.body)?.chain.ok_or_else(|| "no chain in it".to_string())
         };
-        Self { request, flow: Flow::Index, always: false, decode }
+        let class = home(&chain.namespace, &chain.partition).then_some(Class::Chains);
+        Self { request, flow: Flow::Index, always: false, class, covered: is_of_default_tenancy, decode }
     }
 }
 
@@ -259,7 +269,9 @@ impl Query<Vec<api::CheckServiceNode>> {
             .param("filter", instances.filter.as_deref())
             .needs(format!("service:read on {:?} and node:read", instances.service))
             .stale();
-        Self::json(request, Flow::Index)
+        let local = home(&instances.namespace, &instances.partition) && instances.peer.is_none();
+        let class = local.then(|| Class::Instances(instances.datacenter.clone()));
+        Self { class, ..Self::json(request, Flow::Index) }
     }
 }
 
@@ -312,6 +324,8 @@ impl Query<DefaultPolicy> {
             request: request.needs(format!("service:write on {service:?}")),
             flow: Flow::Poll(DEFAULT_POLICY_PERIOD),
             always: true,
+            class: None,
+            covered: |_| true,
             decode: default_policy,
         }
     }
@@ -332,6 +346,17 @@ fn default_policy(response: &Response) -> Result<DefaultPolicy, String> {
         Some("deny") => DefaultPolicy { allow: false, source: "Default ACL policy".into() },
         _ => DefaultPolicy { allow: false, source: "Default not known".into() },
     })
+}
+
+/// Whether nothing but the default namespace and partition is asked about. Alarms know no others.
+fn home(namespace: &Option<String>, partition: &Option<String>) -> bool {
+    namespace.is_none() && partition.is_none()
+}
+
+/// Whether a chain leads nowhere but where its alarms ring.
+fn is_of_default_tenancy(chain: &api::CompiledDiscoveryChain) -> bool {
+    let default = |name: &String| name.is_empty() || name == "default";
+    chain.targets.values().all(|target| default(&target.namespace) && default(&target.partition))
 }
 
 fn get(path: &[&str]) -> Request {

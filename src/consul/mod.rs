@@ -2,6 +2,7 @@
 //!
 //! [`Query`] says what to ask, [`Client`] asks once, and [`query::Watches`] keeps asking.
 
+mod alarm;
 pub mod api;
 mod connect;
 mod endpoint;
@@ -39,7 +40,7 @@ pub struct Settings {
     pub stale: bool,
     pub namespace: Option<String>,
     pub partition: Option<String>,
-    /// Connections to the agent at one time; default 24.
+    /// Connections to the agent at one time; default 32.
     pub max_connections: usize,
 }
 
@@ -216,6 +217,11 @@ impl Client {
         self.one_off(&request.needs(format!("service:write on the service of check {check_id:?}"))).await.map(drop)
     }
 
+    /// Whether alarms ring for what is asked for: they know one namespace and the leader's answers.
+    fn has_alarms(&self) -> bool {
+        !self.inner.stale && self.inner.namespace.is_none() && self.inner.partition.is_none()
+    }
+
     /// Sends a request that does not block. One that the agent refuses is sent once more where the token
     /// file holds another token by now.
     async fn one_off(&self, request: &Request) -> Result<Response, Error> {
@@ -274,6 +280,7 @@ impl Client {
             // An agent never means zero.
             index: text(&headers, "x-consul-index").and_then(|index| index.parse().ok()).filter(|index| *index > 0),
             hash: text(&headers, "x-consul-contenthash").map(str::to_string).filter(|hash| !hash.is_empty()),
+            stale: text(&headers, "x-consul-effective-consistency") == Some("stale"),
             default_policy: text(&headers, "x-consul-default-acl-policy").map(str::to_string),
             filtered_by_acls: text(&headers, "x-consul-results-filtered-by-acls") == Some("true"),
         };

@@ -11,15 +11,16 @@
 use std::collections::HashMap;
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hash, Hasher};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc};
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::Instant;
 
+use super::alarm::{Alarms, Rest};
 use super::endpoint::{Flow, Request, Response};
-use super::slots::{Claim, Slot, Slots};
+use super::slots::{Claim, Kind, Member, Slot, Slots};
 use super::token::Changes;
 use super::{Answer, Client, Cursor, Error, ONE_OFF_CONNECTIONS, Query};
 
@@ -32,6 +33,9 @@ const BURST: u32 = 10;
 /// …and then one in each of these: what decides who may talk to whom is worth more of the agent's time.
 const SPACING: Duration = Duration::from_millis(100);
 const PROMPT_SPACING: Duration = Duration::from_millis(10);
+
+/// An alarm that rings all the time has the agent look through whole tables.
+const ALARM_SPACING: Duration = Duration::from_secs(1);
 
 /// How often watches that failed or poll are told that the agent is back.
 const RECOVERY_SPACING: Duration = Duration::from_secs(1);
@@ -51,15 +55,15 @@ struct Shared {
     failures: Failures,
     /// Tells those who wait before they try again that somebody got through.
     recovered: Notify,
-    /// Follows the token file.
-    token_task: Option<JoinHandle<()>>,
+    /// Absent where alarms cannot be relied on.
+    alarms: Option<Arc<Alarms>>,
+    /// Those that follow the token file and keep the alarms.
+    tasks: Vec<JoinHandle<()>>,
 }
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        if let Some(task) = &self.token_task {
-            task.abort();
-        }
+        self.tasks.iter().for_each(JoinHandle::abort);
     }
 }
 
@@ -99,12 +103,25 @@ impl Watches {
     /// for requests of other kinds. Must be called within a runtime.
     pub fn new(client: Client) -> Self {
         let slots = Slots::new(client.inner.max_connections.saturating_sub(ONE_OFF_CONNECTIONS));
+        let alarms = client.has_alarms().then(|| Alarms::new(slots.clone()));
         let token_task = client.inner.token.follows_file().then(|| {
             let client = client.clone();
             tokio::spawn(async move { client.inner.token.follow().await })
         });
-        let shared = Shared { client, slots, failures: Failures::default(), recovered: Notify::new(), token_task };
-        Self { shared: Arc::new(shared) }
+        let shared = Arc::new_cyclic(|shared: &Weak<Shared>| {
+            let keeper = alarms.clone().map(|alarms| {
+                let shared = shared.clone();
+                tokio::spawn(alarms.keep(move || shared.upgrade().map(|shared| Watches { shared })))
+            });
+            let tasks = token_task.into_iter().chain(keeper).collect();
+            Shared { client, slots, failures: Failures::default(), recovered: Notify::new(), alarms, tasks }
+        });
+        Self { shared }
+    }
+
+    #[cfg(test)]
+    pub(super) fn alarms(&self) -> Option<&Arc<Alarms>> {
+        self.shared.alarms.as_ref()
     }
 
     pub fn client(&self) -> &Client {
@@ -120,10 +137,20 @@ impl Watches {
         F: Fn(Event<T>) -> U + Send + 'static,
     {
         let hurry = Arc::<Notify>::default();
+        let rest = match (&self.shared.alarms, &query.class) {
+            (Some(alarms), Some(class)) => Some(alarms.join(class)),
+            _ => None,
+        };
+        let spacing = match query.flow {
+            Flow::Alarm => ALARM_SPACING,
+            _ if query.always => PROMPT_SPACING,
+            _ => SPACING,
+        };
         let worker = Worker {
             shared: self.shared.clone(),
             hurry: hurry.clone(),
-            bucket: Bucket::new(if query.always { PROMPT_SPACING } else { SPACING }),
+            bucket: Bucket::new(spacing),
+            rest,
             query,
             events,
             wrap,
@@ -146,6 +173,7 @@ struct Worker<T, U, F> {
     query: Query<T>,
     events: mpsc::Sender<U>,
     wrap: F,
+    rest: Option<Rest>,
     cursor: Cursor,
     /// Whether the agent is one before 1.9, whose matched lists of intentions have no index of their own,
     /// but block on that of the table.
@@ -179,24 +207,35 @@ where
     F: Fn(Event<T>) -> U + Send + 'static,
 {
     async fn run(mut self) {
-        let _member = self.shared.slots.join(self.query.always);
+        let member = self.shared.slots.join(match self.query.flow {
+            Flow::Alarm => Kind::Alarm,
+            _ if self.query.always => Kind::Always,
+            _ => Kind::Turn,
+        });
         let mut tokens = self.shared.client.inner.token.changes();
         let mut kept = None;
-        while self.turn(&mut tokens, &mut kept).await.is_ok() {}
+        while self.turn(&member, &mut tokens, &mut kept).await.is_ok() {}
     }
 
     /// Asks once, and deals with the answer.
-    async fn turn(&mut self, tokens: &mut Changes, kept: &mut Option<Slot>) -> Result<(), Gone> {
+    async fn turn(&mut self, member: &Member, tokens: &mut Changes, kept: &mut Option<Slot>) -> Result<(), Gone> {
         let shared = self.shared.clone();
-        let claim = self.claim();
+        let sweep = self.rest(member, tokens).await;
+        let claim = self.claim(sweep.is_some());
         let mut slot = match kept.take().filter(|_| claim == Claim::Always) {
             Some(slot) => slot,
-            None => self.acquire(claim).await,
+            None => match self.acquire(claim).await {
+                Some(slot) => slot,
+                None => return Ok(()),
+            },
         };
         let wait = shared.slots.wait(claim);
         let asked = Instant::now();
         if self.blocks() {
             slot.begin(wait);
+        }
+        if let Some(rest) = &mut self.rest {
+            rest.asks();
         }
         let outcome = tokio::select! {
             biased;
@@ -214,9 +253,13 @@ where
             Outcome::Answered(result) => result,
         };
         slot.end();
+        drop(sweep);
         match result.and_then(|response| Ok((shared.client.decode(&self.query, &response)?, response))) {
             Ok((answer, response)) => {
                 let pause = self.advance(&response);
+                if let Some(rest) = &mut self.rest {
+                    rest.answered((self.query.covered)(&answer.value));
+                }
                 let mut slot = (claim == Claim::Always && self.blocks()).then_some(slot);
                 self.succeeded(&response, answer).await?;
                 self.pause(pause, tokens, &mut slot).await;
@@ -235,21 +278,49 @@ where
         }
     }
 
-    async fn acquire(&mut self, claim: Claim) -> Slot {
+    /// A slot, or `None` where there is no need to take turns any more.
+    async fn acquire(&mut self, claim: Claim) -> Option<Slot> {
         let slots = &self.shared.slots;
-        if claim != Claim::Prompt {
-            return slots.acquire(claim).await;
-        }
-        tokio::select! {
-            biased;
-            slot = slots.acquire(claim) => slot,
-            () = self.hurry.notified() => slots.acquire(Claim::Always).await,
+        match (claim, &self.rest) {
+            (Claim::Prompt, _) => tokio::select! {
+                biased;
+                slot = slots.acquire(claim) => Some(slot),
+                () = self.hurry.notified() => Some(slots.acquire(Claim::Always).await),
+            },
+            (Claim::Turn, Some(rest)) => tokio::select! {
+                biased;
+                slot = slots.acquire(claim) => Some(slot),
+                () = rest.set() => None,
+            },
+            _ => Some(slots.acquire(claim).await),
         }
     }
 
-    fn claim(&self) -> Claim {
+    /// Waits for an alarm, where the last answer is one that alarms watch over.
+    async fn rest(&mut self, member: &Member, tokens: &mut Changes) -> Option<OwnedSemaphorePermit> {
+        if !self.blocks() {
+            return None;
+        }
+        let rest = self.rest.as_mut()?;
+        let sweep = tokio::select! {
+            biased;
+            _ = tokens.changed() => {
+                self.start_anew();
+                return None;
+            }
+            sweep = rest.until_alarm(member) => sweep,
+        };
+        if sweep.is_some() {
+            self.cursor = Cursor::None;
+        }
+        sweep
+    }
+
+    fn claim(&self, sweeps: bool) -> Claim {
         if self.query.always && self.shared.slots.always_fits() {
             Claim::Always
+        } else if sweeps {
+            Claim::Sweep
         } else if self.blocks() {
             Claim::Turn
         } else {
@@ -285,7 +356,7 @@ where
         let next = match self.query.flow {
             Flow::Poll(period) => return Pause::Poll(period),
             Flow::Hash => response.hash.clone().map(Cursor::Hash),
-            Flow::Index | Flow::Intentions => response.index.or(table_index).map(Cursor::Index),
+            Flow::Index | Flow::Intentions | Flow::Alarm => response.index.or(table_index).map(Cursor::Index),
         };
         match (&asked, next) {
             // Going backwards: the next request has no index.
@@ -323,23 +394,17 @@ where
     fn fingerprint(&self, response: &Response) -> u64 {
         let mut hasher = self.fingerprint.build_hasher();
         (response.status.as_u16(), &response.body, response.filtered_by_acls).hash(&mut hasher);
-        if let Flow::Poll(_) = self.query.flow {
-            response.default_policy.hash(&mut hasher);
+        match self.query.flow {
+            Flow::Poll(_) => response.default_policy.hash(&mut hasher),
+            Flow::Alarm => (response.index, response.stale).hash(&mut hasher),
+            Flow::Index | Flow::Hash | Flow::Intentions => {}
         }
         hasher.finish()
     }
 
     async fn failed(&mut self, error: Error, tokens: &mut Changes) -> Result<(), Gone> {
         self.cursor = Cursor::None;
-        let class = error.class();
-        if self.failing.as_ref() != Some(&class) {
-            if let Some(former) = self.failing.replace(class.clone()) {
-                self.shared.failures.leave_quietly(&former);
-            }
-            self.shared.failures.enter(class, &error);
-        } else {
-            tracing::debug!("{error}");
-        }
+        self.note(&error);
         if error.is_rate_limited() {
             self.backoff.be_patient();
         }
@@ -350,11 +415,29 @@ where
         Ok(())
     }
 
+    fn note(&mut self, error: &Error) {
+        if self.query.flow == Flow::Alarm {
+            // Nothing is amiss without it. The next answer is news even if it is what the last one was.
+            self.seen = None;
+            return;
+        }
+        let class = error.class();
+        if self.failing.as_ref() == Some(&class) {
+            tracing::debug!("{error}");
+            return;
+        }
+        if let Some(former) = self.failing.replace(class.clone()) {
+            self.shared.failures.leave_quietly(&former);
+        }
+        self.shared.failures.enter(class, error);
+    }
+
     /// The longest time between attempts.
     fn backoff_cap(&self, error: &Error) -> Duration {
         // A refused connection costs nothing, and a service that is not there yet is about to be: both
         // are what a start looks like. Who gets through wakes the others.
-        let soon = self.query.always && (error.is_unreachable() || error.is_not_found());
+        let urgent = self.query.always && self.query.flow != Flow::Alarm;
+        let soon = urgent && (error.is_unreachable() || error.is_not_found());
         if soon { Duration::from_secs(2) } else { Backoff::CAP }
     }
 
@@ -490,7 +573,7 @@ impl Backoff {
 }
 
 /// Evenly spread over 0 to 1. Good enough to keep many programs from doing a thing at the same moment.
-fn random() -> f64 {
+pub(super) fn random() -> f64 {
     // Each state has other keys, so that hashing nothing gives another number each time.
     let bits = RandomState::new().build_hasher().finish() >> 11;
     bits as f64 / (1_u64 << 53) as f64

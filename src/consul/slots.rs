@@ -9,18 +9,21 @@
 //! kind, and where there are more of them, the slot itself is put away until then.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
+use super::alarm::SWEEPERS;
+
 /// How long a blocking query waits where it need not make room for others. The agent keeps a handler for
 /// as long as this after we have gone away, so it is not longer.
 pub(super) const LONG_WAIT: Duration = Duration::from_secs(60);
 
 /// Within about this time everyone who takes turns has had one.
-const CYCLE: Duration = Duration::from_secs(10);
+pub(super) const CYCLE: Duration = Duration::from_secs(10);
 
 const SHORTEST_WAIT: Duration = Duration::from_secs(1);
 
@@ -37,8 +40,10 @@ pub(super) enum Claim {
     Always = 0,
     /// A request that is answered at once.
     Prompt = 1,
+    /// A request that is answered at once, because something may have changed.
+    Sweep = 2,
     /// A request that blocks, and gives its slot up when one of the others wants it.
-    Turn = 2,
+    Turn = 3,
 }
 
 pub(super) struct Slots {
@@ -46,21 +51,37 @@ pub(super) struct Slots {
     /// So many connections that were walked away from do not count against `total`.
     spare: usize,
     state: Mutex<State>,
+    /// Tells that there are fewer slots than there were.
+    pub(super) shrunk: Notify,
 }
 
 #[derive(Default)]
 struct State {
     free: usize,
-    waiting: [VecDeque<oneshot::Sender<Slot>>; 3],
+    waiting: [VecDeque<oneshot::Sender<Slot>>; 4],
     /// Slots that can be asked for, the longest held first.
     askable: VecDeque<Arc<Notify>>,
     /// When each of the slots that are put away is back.
     withheld: Vec<Instant>,
     /// When the agent is done with each of the requests that were walked away from.
     abandoned: Vec<Instant>,
-    /// Watches that keep a slot, and those that take turns.
+    /// Watches that keep a slot.
     always: usize,
+    /// Watches that keep one so that others may rest.
+    alarms: usize,
+    /// Watches that take turns, and those that would if they did not rest.
     turns: usize,
+    resting: usize,
+}
+
+/// How many want slots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Load {
+    pub(super) total: usize,
+    /// Watches that keep a slot, alarms aside.
+    pub(super) always: usize,
+    /// The other watches, whether they rest or not.
+    pub(super) turns: usize,
 }
 
 /// The right to one connection, for as long as this lives.
@@ -72,10 +93,19 @@ pub(super) struct Slot {
     busy: Option<Instant>,
 }
 
+/// How a watch comes by its slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Always,
+    Alarm,
+    Turn,
+}
+
 /// A watch that is counted.
 pub(super) struct Member {
     slots: Arc<Slots>,
-    always: bool,
+    kind: Kind,
+    resting: AtomicBool,
 }
 
 impl Slots {
@@ -83,14 +113,19 @@ impl Slots {
     pub(super) fn new(bound: usize) -> Arc<Self> {
         let spare = bound.div_ceil(4);
         let total = (bound - spare).max(1);
-        Arc::new(Self { total, spare, state: Mutex::new(State { free: total, ..State::default() }) })
+        let state = Mutex::new(State { free: total, ..State::default() });
+        Arc::new(Self { total, spare, state, shrunk: Notify::new() })
     }
 
-    pub(super) fn join(self: &Arc<Self>, always: bool) -> Member {
-        let mut state = self.lock();
-        *state.count(always) += 1;
-        drop(state);
-        Member { slots: self.clone(), always }
+    pub(super) fn join(self: &Arc<Self>, kind: Kind) -> Member {
+        *self.lock().count(kind) += 1;
+        Member { slots: self.clone(), kind, resting: AtomicBool::new(false) }
+    }
+
+    pub(super) fn load(&self) -> Load {
+        let state = self.lock();
+        let total = self.total - state.withheld.len();
+        Load { total, always: state.always, turns: state.turns + state.resting }
     }
 
     pub(super) async fn acquire(self: &Arc<Self>, claim: Claim) -> Slot {
@@ -102,7 +137,7 @@ impl Slots {
             let waits = state.waiting[claim as usize].back().is_some_and(|last| !last.is_closed());
             // Without a spare connection, whoever is asked would make no room.
             if waits
-                && claim != Claim::Turn
+                && matches!(claim, Claim::Always | Claim::Prompt)
                 && state.abandoned.len() < self.spare
                 && let Some(asked) = state.askable.pop_front()
             {
@@ -125,7 +160,7 @@ impl Slots {
         state.free += away - state.withheld.len();
         state.abandoned.retain(|done| *done > now);
         while state.free > 0 {
-            let next = [Claim::Always, Claim::Prompt, Claim::Turn]
+            let next = [Claim::Always, Claim::Prompt, Claim::Sweep, Claim::Turn]
                 .into_iter()
                 .find_map(|claim| state.waiting[claim as usize].pop_front().map(|grant| (claim, grant)));
             let Some((claim, grant)) = next else { return };
@@ -145,6 +180,7 @@ impl Slots {
     fn put_away(self: &Arc<Self>, state: &mut State, back: Instant) {
         if self.total - state.withheld.len() > FEWEST {
             state.withheld.push(back);
+            self.shrunk.notify_one();
         } else {
             state.free += 1;
             self.settle(state);
@@ -155,22 +191,23 @@ impl Slots {
     pub(super) fn wait(&self, claim: Claim) -> Duration {
         let state = self.lock();
         let total = self.total - state.withheld.len();
-        if claim == Claim::Always || state.always + state.turns <= total {
+        if claim == Claim::Always || state.fits(total) {
             return LONG_WAIT;
         }
+        let always = state.always + state.alarms;
         // Where not even those fit that should keep their slot, they take turns with the rest.
-        let (slots, watches) = match total.checked_sub(state.always) {
+        let (slots, watches) = match total.checked_sub(always) {
             Some(slots @ 1..) => (slots, state.turns),
-            _ => (total, state.always + state.turns),
+            _ => (total, always + state.turns),
         };
         CYCLE.mul_f64(slots as f64 / watches.max(1) as f64).clamp(SHORTEST_WAIT, LONG_WAIT)
     }
 
-    /// Whether those that keep a slot leave one to the others.
+    /// Whether those that keep a slot leave one to the others. Alarms do, or are given up.
     pub(super) fn always_fits(&self) -> bool {
         let state = self.lock();
         let total = self.total - state.withheld.len();
-        state.always < total || state.always + state.turns <= total
+        state.always < total || state.fits(total)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -186,8 +223,18 @@ impl State {
         }
     }
 
-    fn count(&mut self, always: bool) -> &mut usize {
-        if always { &mut self.always } else { &mut self.turns }
+    fn count(&mut self, kind: Kind) -> &mut usize {
+        match kind {
+            Kind::Always => &mut self.always,
+            Kind::Alarm => &mut self.alarms,
+            Kind::Turn => &mut self.turns,
+        }
+    }
+
+    /// Whether everyone has a slot who wants one for long.
+    fn fits(&self, total: usize) -> bool {
+        let sweepers = if self.resting > 0 { SWEEPERS } else { 0 };
+        self.always + self.alarms + self.turns + sweepers <= total
     }
 }
 
@@ -238,9 +285,23 @@ impl Drop for Slot {
     }
 }
 
+impl Member {
+    /// Tells whether one that takes turns wants none for now.
+    pub(super) fn rest(&self, rests: bool) {
+        if self.resting.swap(rests, Ordering::Relaxed) == rests {
+            return;
+        }
+        let mut state = self.slots.lock();
+        let (from, to) = if rests { (1, 0) } else { (0, 1) };
+        state.turns = state.turns + to - from;
+        state.resting = state.resting + from - to;
+    }
+}
+
 impl Drop for Member {
     fn drop(&mut self) {
-        *self.slots.lock().count(self.always) -= 1;
+        self.rest(false);
+        *self.slots.lock().count(self.kind) -= 1;
     }
 }
 
@@ -310,7 +371,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn slots_that_the_agent_has_no_connection_for_are_put_away_for_a_while() {
         let slots = Slots::new(8);
-        let _members: Vec<_> = (0..6).map(|number| slots.join(number < 4)).collect();
+        let _members: Vec<_> =
+            (0..6).map(|number| slots.join(if number < 4 { Kind::Always } else { Kind::Turn })).collect();
         assert!(slots.always_fits() && slots.wait(Claim::Turn) == LONG_WAIT);
         for _ in 0..10 {
             slots.acquire(Claim::Turn).await.withhold();
@@ -368,12 +430,12 @@ mod tests {
     #[test]
     fn waits_shorten_so_that_everyone_has_a_turn() {
         let slots = Slots::new(30);
-        let mut members: Vec<_> = (0..4).map(|_| slots.join(true)).collect();
-        members.extend((0..18).map(|_| slots.join(false)));
+        let mut members: Vec<_> = (0..4).map(|_| slots.join(Kind::Always)).collect();
+        members.extend((0..18).map(|_| slots.join(Kind::Turn)));
         assert_eq!(slots.wait(Claim::Turn), LONG_WAIT);
-        members.extend((0..18).map(|_| slots.join(false)));
+        members.extend((0..18).map(|_| slots.join(Kind::Turn)));
         assert_eq!(slots.wait(Claim::Turn), Duration::from_secs(5));
-        members.extend((0..400).map(|_| slots.join(false)));
+        members.extend((0..400).map(|_| slots.join(Kind::Turn)));
         assert_eq!(slots.wait(Claim::Turn), SHORTEST_WAIT);
         assert_eq!(slots.wait(Claim::Always), LONG_WAIT);
         members.clear();

@@ -200,6 +200,11 @@ impl Agent {
         self.shared.lock().requests.iter().filter(|seen| seen.path == path).cloned().collect()
     }
 
+    /// How many requests came of which `which` is true.
+    pub(crate) fn count(&self, which: impl Fn(&Seen) -> bool) -> usize {
+        self.shared.lock().requests.iter().filter(|seen| which(seen)).count()
+    }
+
     fn change(&self, change: impl FnOnce(&mut State)) {
         change(&mut self.shared.lock());
         self.shared.version.send_modify(|version| *version += 1);
