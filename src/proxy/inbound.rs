@@ -264,19 +264,22 @@ fn refuse(remote: Option<SocketAddr>, problem: &str) {
 impl Connection {
     /// Copies both ways until the connection ends, a newer state of the intentions denies it, or the drain
     /// time is over; then the same for the next connection of the session, if there is one.
-    async fn relay(mut self) {
-        loop {
-            let mut copy = Relay::new();
-            let end = tokio::select! {
-                biased;
-                ended = copy.run(&mut self.app, &mut self.session.mesh) => End::Relayed(ended),
-                cut = cut(&mut self.session.live, &self.session.peer) => cut,
-            };
-            self.record.bytes(copy.opened, copy.sealed);
-            // Boxed, for an open connection is to keep none of the memory that this takes.
-            match Box::pin(self.end(end)).await {
-                Some(next) => self = next,
-                None => return,
+    #[expect(clippy::manual_async_fn, reason = "the future of an async fn has room for `self` twice")]
+    fn relay(mut self) -> impl Future<Output = ()> {
+        async move {
+            loop {
+                let mut copy = Relay::new();
+                let end = tokio::select! {
+                    biased;
+                    ended = copy.run(&mut self.app, &mut self.session.mesh) => End::Relayed(ended),
+                    cut = cut(&mut self.session.live, &self.session.peer) => cut,
+                };
+                self.record.bytes(copy.opened, copy.sealed);
+                // Boxed, for an open connection is to keep none of the memory that this takes.
+                match Box::pin(self.end(end)).await {
+                    Some(next) => self = next,
+                    None => return,
+                }
             }
         }
     }

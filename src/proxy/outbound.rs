@@ -11,7 +11,7 @@ use super::http::note::Caller;
 use super::http::outbound::Outbound;
 use super::listener::{Accepted, Live};
 use super::record::{Direction, Record};
-use super::relay::{self, Relay};
+use super::relay::{self, Broken, Relay};
 use super::socket::Socket;
 use super::tunnel::{Carrier, Role};
 use crate::access_log::AccessLog;
@@ -100,14 +100,23 @@ async fn known(live: &mut watch::Receiver<Live<Plan>>) -> Arc<Plan> {
 
 impl Connection {
     /// Copies both ways until the connection ends or the drain time is over.
-    async fn relay(mut self) {
-        let mut copy = Relay::new();
-        let ended = tokio::select! {
-            biased;
-            ended = copy.run(&mut self.app, &mut self.mesh) => Some(ended),
-            () = closing(&mut self.live) => None,
-        };
-        self.record.bytes(copy.opened, copy.sealed);
+    #[expect(clippy::manual_async_fn, reason = "the future of an async fn has room for `self` twice")]
+    fn relay(mut self) -> impl Future<Output = ()> {
+        async move {
+            let mut copy = Relay::new();
+            let ended = tokio::select! {
+                biased;
+                ended = copy.run(&mut self.app, &mut self.mesh) => Some(ended),
+                () = closing(&mut self.live) => None,
+            };
+            self.record.bytes(copy.opened, copy.sealed);
+            // Boxed, for an open connection is to keep none of the memory that this takes.
+            Box::pin(self.end(ended)).await;
+        }
+    }
+
+    /// Ends the connection; `None` where the drain time is over.
+    async fn end(mut self, ended: Option<Result<(), Broken>>) {
         match ended {
             Some(Ok(())) => {
                 self.record.finish("ended");
@@ -121,7 +130,7 @@ impl Connection {
             }
             None => {
                 self.record.finish("closed at the end of the drain time");
-                Box::pin(relay::close(self.app, self.mesh.tls)).await;
+                relay::close(self.app, self.mesh.tls).await;
             }
         }
     }
