@@ -30,6 +30,9 @@ const SHORTEST_WAIT: Duration = Duration::from_secs(1);
 /// How long a slot stays away that the agent had no connection for.
 const WITHHELD: Duration = Duration::from_secs(30);
 
+/// More requests that are answered at once only get in each other's way, and in that of those that are waited for.
+const PROMPT_SLOTS: usize = 8;
+
 /// So many slots are never put away.
 const FEWEST: usize = 4;
 
@@ -58,6 +61,8 @@ pub(super) struct Slots {
 #[derive(Default)]
 struct State {
     free: usize,
+    /// Slots that were given for requests that are answered at once.
+    prompt: usize,
     waiting: [VecDeque<oneshot::Sender<Slot>>; 4],
     /// Slots that can be asked for, the longest held first.
     askable: VecDeque<Arc<Notify>>,
@@ -89,6 +94,7 @@ pub(super) struct Slot {
     /// `None` once the slot has been passed on.
     slots: Option<Arc<Slots>>,
     asked: Option<Arc<Notify>>,
+    prompt: bool,
     /// Until when the agent is busy with the request that is under way.
     busy: Option<Instant>,
 }
@@ -137,7 +143,7 @@ impl Slots {
             let waits = state.waiting[claim as usize].back().is_some_and(|last| !last.is_closed());
             // Without a spare connection, whoever is asked would make no room.
             if waits
-                && matches!(claim, Claim::Always | Claim::Prompt)
+                && (claim == Claim::Always || claim == Claim::Prompt && state.prompt < PROMPT_SLOTS)
                 && state.abandoned.len() < self.spare
                 && let Some(asked) = state.askable.pop_front()
             {
@@ -162,12 +168,15 @@ impl Slots {
         while state.free > 0 {
             let next = [Claim::Always, Claim::Prompt, Claim::Sweep, Claim::Turn]
                 .into_iter()
+                .filter(|claim| *claim != Claim::Prompt || state.prompt < PROMPT_SLOTS)
                 .find_map(|claim| state.waiting[claim as usize].pop_front().map(|grant| (claim, grant)));
             let Some((claim, grant)) = next else { return };
             let asked = (claim == Claim::Turn).then(Arc::<Notify>::default);
-            match grant.send(Slot { slots: Some(self.clone()), asked: asked.clone(), busy: None }) {
+            let prompt = claim == Claim::Prompt;
+            match grant.send(Slot { slots: Some(self.clone()), asked: asked.clone(), prompt, busy: None }) {
                 Ok(()) => {
                     state.free -= 1;
+                    state.prompt += usize::from(prompt);
                     state.askable.extend(asked);
                 }
                 // Nobody waits there any more. The slot must not come back here while the lock is held.
@@ -217,7 +226,8 @@ impl Slots {
 
 impl State {
     /// A slot that is given back cannot be asked for.
-    fn forget(&mut self, asked: Option<Arc<Notify>>) {
+    fn forget(&mut self, asked: Option<Arc<Notify>>, prompt: bool) {
+        self.prompt -= usize::from(prompt);
         if let Some(asked) = asked {
             self.askable.retain(|other| !Arc::ptr_eq(other, &asked));
         }
@@ -264,7 +274,7 @@ impl Slot {
     pub(super) fn withhold(mut self) {
         let Some(slots) = self.slots.take() else { return };
         let mut state = slots.lock();
-        state.forget(self.asked.take());
+        state.forget(self.asked.take(), self.prompt);
         slots.put_away(&mut state, Instant::now() + WITHHELD);
     }
 }
@@ -273,7 +283,7 @@ impl Drop for Slot {
     fn drop(&mut self) {
         let Some(slots) = self.slots.take() else { return };
         let mut state = slots.lock();
-        state.forget(self.asked.take());
+        state.forget(self.asked.take(), self.prompt);
         match self.busy {
             Some(done) if state.abandoned.len() >= slots.spare => slots.put_away(&mut state, done),
             done => {
@@ -391,6 +401,25 @@ mod tests {
         all.push(slots.acquire(Claim::Turn).await);
         drop(all);
         assert_eq!(slots.lock().free, 6);
+    }
+
+    #[tokio::test]
+    async fn requests_that_are_answered_at_once_leave_room_for_what_is_waited_for() {
+        let slots = Slots::new(40);
+        let mut prompt = Vec::new();
+        for _ in 0..PROMPT_SLOTS {
+            prompt.push(slots.acquire(Claim::Prompt).await);
+        }
+        let more = tokio::spawn({
+            let slots = slots.clone();
+            async move { slots.acquire(Claim::Prompt).await }
+        });
+        yield_now().await;
+        let _others = [slots.acquire(Claim::Always).await, slots.acquire(Claim::Turn).await];
+        assert!(!more.is_finished());
+        prompt.pop();
+        let _more = more.await.expect("no panics");
+        assert_eq!(slots.lock().prompt, PROMPT_SLOTS);
     }
 
     #[tokio::test(start_paused = true)]
