@@ -30,9 +30,6 @@ const SHORTEST_WAIT: Duration = Duration::from_secs(1);
 /// How long a slot stays away that the agent had no connection for.
 const WITHHELD: Duration = Duration::from_secs(30);
 
-/// More requests that are answered at once only get in each other's way, and in that of those that are waited for.
-const PROMPT_SLOTS: usize = 8;
-
 /// So many slots are never put away.
 const FEWEST: usize = 4;
 
@@ -61,8 +58,6 @@ pub(super) struct Slots {
 #[derive(Default)]
 struct State {
     free: usize,
-    /// Slots that were given for requests that are answered at once.
-    prompt: usize,
     waiting: [VecDeque<oneshot::Sender<Slot>>; 4],
     /// Slots that can be asked for, the longest held first.
     askable: VecDeque<Arc<Notify>>,
@@ -94,7 +89,6 @@ pub(super) struct Slot {
     /// `None` once the slot has been passed on.
     slots: Option<Arc<Slots>>,
     asked: Option<Arc<Notify>>,
-    prompt: bool,
     /// Until when the agent is busy with the request that is under way.
     busy: Option<Instant>,
 }
@@ -143,7 +137,7 @@ impl Slots {
             let waits = state.waiting[claim as usize].back().is_some_and(|last| !last.is_closed());
             // Without a spare connection, whoever is asked would make no room.
             if waits
-                && (claim == Claim::Always || claim == Claim::Prompt && state.prompt < PROMPT_SLOTS)
+                && matches!(claim, Claim::Always | Claim::Prompt)
                 && state.abandoned.len() < self.spare
                 && let Some(asked) = state.askable.pop_front()
             {
@@ -168,15 +162,12 @@ impl Slots {
         while state.free > 0 {
             let next = [Claim::Always, Claim::Prompt, Claim::Sweep, Claim::Turn]
                 .into_iter()
-                .filter(|claim| *claim != Claim::Prompt || state.prompt < PROMPT_SLOTS)
                 .find_map(|claim| state.waiting[claim as usize].pop_front().map(|grant| (claim, grant)));
             let Some((claim, grant)) = next else { return };
             let asked = (claim == Claim::Turn).then(Arc::<Notify>::default);
-            let prompt = claim == Claim::Prompt;
-            match grant.send(Slot { slots: Some(self.clone()), asked: asked.clone(), prompt, busy: None }) {
+            match grant.send(Slot { slots: Some(self.clone()), asked: asked.clone(), busy: None }) {
                 Ok(()) => {
                     state.free -= 1;
-                    state.prompt += usize::from(prompt);
                     state.askable.extend(asked);
                 }
                 // Nobody waits there any more. The slot must not come back here while the lock is held.
@@ -226,8 +217,7 @@ impl Slots {
 
 impl State {
     /// A slot that is given back cannot be asked for.
-    fn forget(&mut self, asked: Option<Arc<Notify>>, prompt: bool) {
-        self.prompt -= usize::from(prompt);
+    fn forget(&mut self, asked: Option<Arc<Notify>>) {
         if let Some(asked) = asked {
             self.askable.retain(|other| !Arc::ptr_eq(other, &asked));
         }
@@ -274,7 +264,7 @@ impl Slot {
     pub(super) fn withhold(mut self) {
         let Some(slots) = self.slots.take() else { return };
         let mut state = slots.lock();
-        state.forget(self.asked.take(), self.prompt);
+        state.forget(self.asked.take());
         slots.put_away(&mut state, Instant::now() + WITHHELD);
     }
 }
@@ -283,7 +273,7 @@ impl Drop for Slot {
     fn drop(&mut self) {
         let Some(slots) = self.slots.take() else { return };
         let mut state = slots.lock();
-        state.forget(self.asked.take(), self.prompt);
+        state.forget(self.asked.take());
         match self.busy {
             Some(done) if state.abandoned.len() >= slots.spare => slots.put_away(&mut state, done),
             done => {
@@ -401,25 +391,6 @@ mod tests {
         all.push(slots.acquire(Claim::Turn).await);
         drop(all);
         assert_eq!(slots.lock().free, 6);
-    }
-
-    #[tokio::test]
-    async fn requests_that_are_answered_at_once_leave_room_for_what_is_waited_for() {
-        let slots = Slots::new(40);
-        let mut prompt = Vec::new();
-        for _ in 0..PROMPT_SLOTS {
-            prompt.push(slots.acquire(Claim::Prompt).await);
-        }
-        let more = tokio::spawn({
-            let slots = slots.clone();
-            async move { slots.acquire(Claim::Prompt).await }
-        });
-        yield_now().await;
-        let _others = [slots.acquire(Claim::Always).await, slots.acquire(Claim::Turn).await];
-        assert!(!more.is_finished());
-        prompt.pop();
-        let _more = more.await.expect("no panics");
-        assert_eq!(slots.lock().prompt, PROMPT_SLOTS);
     }
 
     #[tokio::test(start_paused = true)]
