@@ -88,7 +88,7 @@ pub(super) enum Want {
 pub(super) enum Urgency {
     /// May be gathered with others for a moment.
     Soon,
-    /// Decides who may talk to whom.
+    /// Decides who may talk to whom, or is waited for.
     Now,
 }
 
@@ -502,11 +502,11 @@ impl Draft {
             return Ok(());
         }
         self.chains.insert(query, Arc::new(plan));
-        for key in users {
-            self.relink(&key);
+        for key in &users {
+            self.relink(key);
         }
         self.sweep();
-        self.touch(Urgency::Soon);
+        self.touch(self.urgency_of(&users));
         Ok(())
     }
 
@@ -529,8 +529,8 @@ impl Draft {
             None => self.instances.insert(query, Instances::new(list)).is_none(),
         };
         if changed {
+            self.touch(self.urgency_of(&users));
             self.dirty.upstreams.extend(users);
-            self.touch(Urgency::Soon);
         }
     }
 
@@ -570,6 +570,12 @@ impl Draft {
         if news {
             self.touch(Urgency::Soon);
         }
+    }
+
+    /// How soon a change of these upstreams must be seen.
+    fn urgency_of(&self, upstreams: &BTreeSet<UpstreamKey>) -> Urgency {
+        let called = |key: &UpstreamKey| self.upstreams.get(key).is_some_and(|found| !found.called_for().is_empty());
+        if upstreams.iter().any(called) { Urgency::Now } else { Urgency::Soon }
     }
 
     fn users_of(&self, query: &Query) -> BTreeSet<UpstreamKey> {
@@ -939,6 +945,7 @@ mod tests {
         stage.chain("db", chain(&["db.dc1"])).unwrap();
         assert!(called_for(&stage).contains("endpoints of db in dc1"));
         stage.endpoints("db.dc1", &[row("10.0.0.5", 21001)]);
+        assert_eq!(stage.draft.urgency(), Some(Urgency::Now));
         let snapshot = stage.publishes();
         assert_eq!(called_for(&stage), BTreeSet::new());
 
