@@ -56,7 +56,8 @@ pub fn bind(bind: &Bind, workers: usize) -> io::Result<Vec<Bound>> {
 fn bind_tcp(address: SocketAddr, workers: usize) -> io::Result<Vec<Bound>> {
     let mut bound = Vec::with_capacity(workers);
     for worker in 0..workers {
-        let socket = socket2::Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+        let socket =
+            socket2::Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
         socket.set_reuse_address(true)?;
         if address.is_ipv6() {
             // `[::]` and `0.0.0.0` are two addresses, each with its own owner.
@@ -64,13 +65,15 @@ fn bind_tcp(address: SocketAddr, workers: usize) -> io::Result<Vec<Bound>> {
         }
         // The first socket is bound before it allows others beside it: an address that another program has,
         // shared or not, is taken. The rest then join the first.
-        if worker > 0 {
+        let joins = worker > 0;
+        if joins {
             socket.set_reuse_port(true)?;
         }
         socket.bind(&SockAddr::from(address))?;
-        socket.set_reuse_port(true)?;
+        if !joins {
+            socket.set_reuse_port(true)?;
+        }
         socket.listen(BACKLOG)?;
-        socket.set_nonblocking(true)?;
         bound.push(Bound::Tcp(socket.into()));
     }
     Ok(bound)

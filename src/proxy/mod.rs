@@ -54,7 +54,8 @@ pub async fn run(
             changed = snapshots.changed() => if changed.is_err() { break },
             () = tokio::time::sleep_until(retry) => {}
             _ = tidy.tick() => {
-                proxy.memory.look(proxy.listeners.users());
+                let version = snapshots.borrow().as_ref().map_or(0, |snapshot| snapshot.version);
+                proxy.memory.look(proxy.listeners.users(), version);
                 continue;
             }
             () = stage.reached(Stage::Draining) => break,
