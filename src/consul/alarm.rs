@@ -17,7 +17,6 @@
 //! which from 1.19 at the latest do not wake for entries that the token may not read, and say so.
 
 use std::collections::HashMap;
-use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -28,9 +27,9 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::Query;
-use super::endpoint::{Flow, Request, Response};
+use super::endpoint::{Class, Flow, Request, Response};
 use super::query::{Event, Watch, Watches, random};
-use super::slots::{CYCLE, Load, Member, Slots};
+use super::slots::{CYCLE, Load, Member, SWEEPERS, Slots};
 
 /// What rings together is swept together, and not by all sidecars of a host at the same instant.
 const GATHER: Duration = Duration::from_millis(100);
@@ -50,30 +49,8 @@ const PATROL_BOUNDS: (Duration, Duration) = (Duration::from_secs(60), Duration::
 /// How often it is judged anew whether alarms are worth their connections, apart from when watches come and go.
 const REVIEW: Duration = Duration::from_secs(30);
 
-/// Connections that are left to sweeps…
-pub(super) const SWEEPERS: usize = 2;
-
-/// …and what they use at the most, for those connections are idle afterwards.
+/// Connections that sweeps use at the most, for they are idle afterwards.
 const MOST_SWEEPERS: usize = 8;
-
-/// Watches whose answers change for the same reasons.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(super) enum Class {
-    /// Instances of services in a datacenter, by default our own.
-    Instances(Option<String>),
-    /// Discovery chains.
-    Chains,
-}
-
-impl fmt::Display for Class {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Instances(None) => f.write_str("instances"),
-            Self::Instances(Some(datacenter)) => write!(f, "instances in {datacenter}"),
-            Self::Chains => f.write_str("discovery chains"),
-        }
-    }
-}
 
 impl Class {
     /// The queries that wake when an answer of this class may have changed.

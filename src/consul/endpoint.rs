@@ -8,7 +8,6 @@ use bytes::Bytes;
 use reqwest::{Method, StatusCode};
 use serde::de::DeserializeOwned;
 
-use super::alarm::Class;
 use super::api;
 
 /// How often a prepared query is executed: it cannot be blocked on.
@@ -28,6 +27,25 @@ pub struct Query<T> {
     /// Whether those tell of every change of this answer.
     pub(super) covered: fn(&T) -> bool,
     pub(super) decode: fn(&Response) -> Result<T, String>,
+}
+
+/// Watches whose answers change for the same reasons.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) enum Class {
+    /// Instances of services in a datacenter, by default our own.
+    Instances(Option<String>),
+    /// Discovery chains.
+    Chains,
+}
+
+impl fmt::Display for Class {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Instances(None) => f.write_str("instances"),
+            Self::Instances(Some(datacenter)) => write!(f, "instances in {datacenter}"),
+            Self::Chains => f.write_str("discovery chains"),
+        }
+    }
 }
 
 /// How an answer is followed by a newer one.

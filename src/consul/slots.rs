@@ -16,8 +16,6 @@ use std::time::Duration;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
-use super::alarm::SWEEPERS;
-
 /// How long a blocking query waits where it need not make room for others. The agent keeps a handler for
 /// as long as this after we have gone away, so it is not longer.
 pub(super) const LONG_WAIT: Duration = Duration::from_secs(60);
@@ -26,6 +24,9 @@ pub(super) const LONG_WAIT: Duration = Duration::from_secs(60);
 pub(super) const CYCLE: Duration = Duration::from_secs(10);
 
 const SHORTEST_WAIT: Duration = Duration::from_secs(1);
+
+/// Connections that are left to sweeps of watches that rest.
+pub(super) const SWEEPERS: usize = 2;
 
 /// How long a slot stays away that the agent had no connection for.
 const WITHHELD: Duration = Duration::from_secs(30);

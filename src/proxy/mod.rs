@@ -5,6 +5,7 @@
 //! requests. Between two of ours [`tunnel`] lets a session carry one connection after another.
 
 pub mod balance;
+mod dial;
 mod expose;
 #[cfg(test)]
 mod fixture;
@@ -30,10 +31,9 @@ use tokio::time::{Instant, MissedTickBehavior};
 use crate::access_log::AccessLog;
 use crate::drain::{self, Stage};
 use crate::snapshot::{Bind, Exposed, PublicListener, Snapshot, Upstream, UpstreamKey};
-use balance::Clock;
+use balance::{Clock, Plan};
 use listener::Live;
 use memory::Memory;
-use outbound::Plan;
 
 pub use workers::Workers;
 
@@ -85,11 +85,11 @@ struct Proxy<'a> {
 struct Listeners {
     public: Option<Running<PublicListener>>,
     upstreams: BTreeMap<UpstreamKey, Running<Plan>>,
-    exposed: BTreeMap<Bind, Running<expose::Plan>>,
+    exposed: BTreeMap<Bind, Running<http::expose::Plan>>,
     /// No longer wanted, while their connections go on.
     retired_public: Vec<Running<PublicListener>>,
     retired_upstreams: Vec<Running<Plan>>,
-    retired_exposed: Vec<Running<expose::Plan>>,
+    retired_exposed: Vec<Running<http::expose::Plan>>,
 }
 
 /// A listener that accepts, or did and still has connections.
@@ -198,7 +198,7 @@ impl<'a> Proxy<'a> {
     }
 
     fn run_exposed(&mut self, bind: &Bind, exposed: &Arc<Exposed>) {
-        let plan = || Arc::new(expose::Plan::new(Arc::clone(exposed)));
+        let plan = || Arc::new(http::expose::Plan::new(Arc::clone(exposed)));
         if let Some(running) = self.listeners.exposed.get(bind) {
             let changed = !Arc::ptr_eq(&running.live.borrow().part.exposed, exposed);
             if changed {

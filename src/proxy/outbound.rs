@@ -1,12 +1,13 @@
 //! Upstream listeners: one connection from the local app.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, timeout};
 
-use super::balance::{Balancer, Balancers, Clock, InFlight, Instance, Limit, Outcome, Permit};
+use super::balance::{Balancer, Clock, InFlight, Instance, Limit, Outcome, Permit, Plan};
+use super::dial::{Offer, attempt};
 use super::http::note::Caller;
 use super::http::outbound::Outbound;
 use super::listener::{Accepted, Live};
@@ -16,24 +17,8 @@ use super::socket::Socket;
 use super::tunnel::{Carrier, Role};
 use crate::access_log::AccessLog;
 use crate::drain::{self, Stage};
-use crate::snapshot::{Target, Upstream};
-use crate::tls::{self, HandshakeError, SpiffeId, Stream};
-
-/// An upstream with what is remembered of its instances.
-#[derive(Debug)]
-pub struct Plan {
-    pub upstream: Arc<Upstream>,
-    pub balancers: Balancers,
-}
-
-impl Plan {
-    /// Takes over what `previous` remembers.
-    #[must_use]
-    pub fn new(upstream: Arc<Upstream>, previous: Option<&Self>) -> Self {
-        let balancers = Balancers::new(&upstream, previous.map(|plan| &plan.balancers));
-        Self { upstream, balancers }
-    }
-}
+use crate::snapshot::Target;
+use crate::tls::{self, SpiffeId};
 
 /// Serves one connection: choose the target, connect to an instance of it, relay, record.
 pub async fn serve(accepted: Accepted<Plan>, clock: Clock, access_log: AccessLog) {
@@ -160,19 +145,13 @@ async fn connect(plan: &Plan, clock: Clock) -> Result<Connected, String> {
     for (target, balancer) in plan.balancers.in_order(plan.upstream.chain.connection_targets(), clock.now()) {
         match connect_target(target, balancer, clock).await {
             Ok(connected) => return Ok(connected),
-            Err(reason) => reasons.push(format!("{}: {reason}", described(target))),
+            Err(reason) => reasons.push(format!("{}: {reason}", target)),
         }
     }
     Err(match reasons[..] {
         [] => "the agent has not told where it leads: see what it answered above".into(),
         _ => reasons.join("; "),
     })
-}
-
-/// A target, for the log.
-#[must_use]
-pub fn described(target: &Target) -> String {
-    format!("service {:?} in {}", target.service, target.datacenter)
 }
 
 /// Tries instances of one target until one is connected.
@@ -217,58 +196,6 @@ async fn reach(
     }
     let (tls, peer) = attempt(target, instance, until, Offer::Tunnel).await?;
     Ok((Carrier::new(tls, Role::Client), peer))
-}
-
-/// The application protocols that a handshake is to offer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Offer {
-    /// What the target's credentials were made for.
-    All,
-    /// For what HTTP/2 can't carry.
-    Http1,
-    /// The tunnel, but to an instance that refused us for it.
-    Tunnel,
-}
-
-/// One connect and handshake with one instance.
-///
-/// # Errors
-/// Why there is no connection, for the log.
-pub async fn attempt(
-    target: &Target,
-    instance: &Instance,
-    until: Instant,
-    offer: Offer,
-) -> Result<(Stream<Socket>, Arc<SpiffeId>), String> {
-    let socket = match timeout_at(until, Socket::connect(&instance.address)).await {
-        Ok(Ok(socket)) => socket,
-        Ok(Err(e)) => return Err(e.to_string()),
-        Err(_) => return Err("did not answer in time".into()),
-    };
-    let bare = offer == Offer::Tunnel && instance.sessions().are_refused();
-    let handshake = async {
-        match offer {
-            Offer::Tunnel if bare => Stream::connect_without_alpn(socket, &target.tls).await,
-            Offer::All | Offer::Tunnel => Stream::connect(socket, &target.tls).await,
-            Offer::Http1 => Stream::connect(socket, &target.tls.offering(&[b"http/1.1"])).await,
-        }
-    };
-    let problem = match timeout_at(until, handshake).await {
-        Ok(Ok(mesh)) => match target.tls.authenticate(mesh.peer_certificates(), SystemTime::now()) {
-            Ok(peer) => return Ok((mesh, peer)),
-            Err(e) => e.to_string(),
-        },
-        Ok(Err(e)) if e.is_lack_of_protocol() && offer == Offer::Tunnel && !bare => {
-            instance.sessions().refuse();
-            return Box::pin(attempt(target, instance, until, offer)).await;
-        }
-        Ok(Err(HandshakeError::Io(e))) => return Err(format!("broke off the TLS handshake: {e}")),
-        Ok(Err(e)) => e.to_string(),
-        Err(_) => return Err("did not finish the TLS handshake in time".into()),
-    };
-    // Not a matter of reaching it: something there is not what the catalog says.
-    tracing::warn!(target: "proxy.upstream", service = target.service, instance = %instance.address, problem, "An instance was refused");
-    Err(format!("was refused: {problem}"))
 }
 
 /// How long a connection waits for the agent to tell where its upstream leads, as long as Consul's default for a

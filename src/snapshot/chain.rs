@@ -1,5 +1,6 @@
 //! The discovery chain: which target a connection or request is for.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -38,6 +39,13 @@ pub struct Target {
     /// TCP and TLS connect, per endpoint; Consul's default is 5 s.
     pub connect_timeout: Duration,
     pub endpoints: Arc<Endpoints>,
+}
+
+/// For the log.
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "service {:?} in {}", self.service, self.datacenter)
+    }
 }
 
 impl Chain {

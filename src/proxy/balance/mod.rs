@@ -41,6 +41,22 @@ pub use budget::{Retry, RetryBudget};
 pub use instance::{InFlight, Instance};
 pub use limits::{Limit, Overflow, Permit};
 
+/// An upstream with what is remembered of its instances.
+#[derive(Debug)]
+pub struct Plan {
+    pub upstream: Arc<Upstream>,
+    pub balancers: Balancers,
+}
+
+impl Plan {
+    /// Takes over what `previous` remembers.
+    #[must_use]
+    pub fn new(upstream: Arc<Upstream>, previous: Option<&Self>) -> Self {
+        let balancers = Balancers::new(&upstream, previous.map(|plan| &plan.balancers));
+        Self { upstream, balancers }
+    }
+}
+
 /// What is remembered of an upstream's targets.
 #[derive(Debug)]
 pub struct Balancers {

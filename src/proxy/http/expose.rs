@@ -1,5 +1,6 @@
 //! Requests for exposed paths: only those, and from anybody.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use http::{Request, Response};
@@ -10,13 +11,28 @@ use super::app::App;
 use super::body::Body;
 use super::message::{self, Head, X_FORWARDED_CLIENT_CERT};
 use super::note::{Caller, Note};
+use super::pool::Pool;
 use super::reply::{Kind, Refusal, is_grpc};
 use super::serve;
 use super::wire::Wire;
-use crate::proxy::expose::Plan;
 use crate::proxy::listener::Live;
 use crate::proxy::socket::Socket;
-use crate::snapshot::Normalization;
+use crate::snapshot::{Exposed, Normalization};
+
+/// The paths of one listener, with connections to the app for each.
+#[derive(Debug)]
+pub struct Plan {
+    pub exposed: Arc<Exposed>,
+    pub pools: BTreeMap<String, Pool>,
+}
+
+impl Plan {
+    #[must_use]
+    pub fn new(exposed: Arc<Exposed>) -> Self {
+        let pools = exposed.paths.keys().map(|path| (path.clone(), Pool::default())).collect();
+        Self { exposed, pools }
+    }
+}
 
 /// One connection of whoever checks or scrapes.
 pub struct Exposure {

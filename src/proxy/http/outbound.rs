@@ -20,9 +20,9 @@ use super::reply::{Kind, Refusal, is_grpc};
 use super::wire::Wire;
 use super::{serve, upgrade};
 use crate::drain;
-use crate::proxy::balance::{Balancer, Clock, Instance, Limit, Outcome, Overflow, Permit, Picked, Retry};
+use crate::proxy::balance::{Balancer, Clock, Instance, Limit, Outcome, Overflow, Permit, Picked, Plan, Retry};
+use crate::proxy::dial::{Offer, attempt};
 use crate::proxy::listener::Live;
-use crate::proxy::outbound::{self, Plan};
 use crate::proxy::socket::Socket;
 use crate::snapshot::{Failure, Normalization, Protocol, RequestHash, Routed, Target, hash_request};
 
@@ -259,8 +259,7 @@ impl<'a> Exchange<'a> {
             return Refusal::new(Kind::Unreachable, cause);
         }
         let targets = self.plan.balancers.in_order(&self.routed.resolver.targets, self.clock.now());
-        let told =
-            targets.iter().map(|(target, balancer)| format!("{}: {}", outbound::described(target), balancer.absence()));
+        let told = targets.iter().map(|(target, balancer)| format!("{}: {}", target, balancer.absence()));
         Refusal::new(Kind::NoInstance, told.collect::<Vec<_>>().join("; "))
     }
 
@@ -280,7 +279,7 @@ impl<'a> Exchange<'a> {
         if alone {
             let open = instance.pool().enter(Some(balancer.admit(Limit::Connections)?));
             let until = Instant::now() + target.connect_timeout;
-            let (mesh, _) = outbound::attempt(target, instance, until, outbound::Offer::Http1).await?;
+            let (mesh, _) = attempt(target, instance, until, Offer::Http1).await?;
             return Pool::connect_once(Wire::tls(mesh), open).await.map_err(Refusal::from);
         }
         let dialled = self.dial(target, instance, &made_for, || balancer.admit(Limit::Connections).map(Some)).await;
@@ -307,7 +306,7 @@ impl<'a> Exchange<'a> {
         let dial = async {
             let open = instance.pool().enter(permit()?);
             let until = Instant::now() + target.connect_timeout;
-            let (mesh, _) = outbound::attempt(target, instance, until, outbound::Offer::All).await?;
+            let (mesh, _) = attempt(target, instance, until, Offer::All).await?;
             let http2 = always || mesh.alpn() == Some(b"h2");
             let version = if http2 { Version::Http2 } else { Version::Http1 };
             Ok(Dialled { wire: Wire::tls(mesh), version, open })
