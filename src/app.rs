@@ -12,7 +12,7 @@ use tokio::time::{sleep, timeout};
 use crate::access_log::AccessLog;
 use crate::config::{Config, Mode};
 use crate::consul::Client;
-use crate::consul::query::Watches;
+use crate::consul::watches::Watches;
 use crate::drain::{self, Stage};
 use crate::proxy::Workers;
 use crate::registration::Registration;

@@ -1,15 +1,18 @@
 //! The agent's HTTP API, nothing about proxying.
 //!
-//! [`Query`] says what to ask, [`Client`] asks once, and [`query::Watches`] keeps asking.
+//! [`Query`] says what to ask, [`Client`] asks once, and [`watches::Watches`] keeps asking.
 
 mod alarm;
 pub mod api;
 mod connect;
 mod endpoint;
 mod error;
+mod pace;
 pub mod query;
+mod ringer;
 mod slots;
 mod token;
+pub mod watches;
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -11,7 +11,7 @@
 use std::collections::HashMap;
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hash, Hasher};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc};
@@ -20,17 +20,16 @@ use tokio::time::Instant;
 
 use super::alarm::{Alarms, Rest};
 use super::endpoint::{Flow, Request, Response};
+use super::pace::{Backoff, Bucket, random};
 use super::slots::{Claim, Kind, Member, Slot, Slots};
 use super::token::Changes;
-use super::{Answer, Client, Cursor, Error, ONE_OFF_CONNECTIONS, Query};
+use super::{Answer, Client, Cursor, Error, Query};
 
 /// How often something is asked for that should have been blocked on, but came without an index.
 const NO_INDEX_PERIOD: Duration = Duration::from_secs(10);
 
-/// A hot table can wake a query many times a second. So many answers may follow each other at once…
-const BURST: u32 = 10;
-
-/// …and then one in each of these: what decides who may talk to whom is worth more of the agent's time.
+/// A hot table can wake a query many times a second. It is asked again at once a few times, and then once in each of
+/// these: what decides who may talk to whom is worth more of the agent's time.
 const SPACING: Duration = Duration::from_millis(100);
 const PROMPT_SPACING: Duration = Duration::from_millis(10);
 
@@ -43,25 +42,20 @@ const RECOVERY_SPACING: Duration = Duration::from_secs(1);
 /// An agent that has no connection left says so within this time.
 const PROMPT_REFUSAL: Duration = Duration::from_secs(1);
 
-/// Watches that share connections to the agent. Dropping the last clone leaves running watches alone.
-#[derive(Clone)]
-pub struct Watches {
-    shared: Arc<Shared>,
-}
-
-struct Shared {
-    client: Client,
+/// What watches share.
+pub(super) struct Asker {
+    pub client: Client,
     slots: Arc<Slots>,
     failures: Failures,
     /// Tells those who wait before they try again that somebody got through.
     recovered: Notify,
     /// Absent where alarms cannot be relied on.
-    alarms: Option<Arc<Alarms>>,
+    pub alarms: Option<Arc<Alarms>>,
     /// Those that follow the token file and keep the alarms.
     tasks: Vec<JoinHandle<()>>,
 }
 
-impl Drop for Shared {
+impl Drop for Asker {
     fn drop(&mut self) {
         self.tasks.iter().for_each(JoinHandle::abort);
     }
@@ -98,46 +92,22 @@ impl Drop for Watch {
     }
 }
 
-impl Watches {
-    /// Watches that open no more connections than the client's settings allow, less a few that are kept
-    /// for requests of other kinds. Must be called within a runtime.
-    pub fn new(client: Client) -> Self {
-        let slots = Slots::new(client.inner.max_connections.saturating_sub(ONE_OFF_CONNECTIONS));
-        let alarms = client.has_alarms().then(|| Alarms::new(slots.clone()));
-        let token_task = client.inner.token.follows_file().then(|| {
-            let client = client.clone();
-            tokio::spawn(async move { client.inner.token.follow().await })
-        });
-        let shared = Arc::new_cyclic(|shared: &Weak<Shared>| {
-            let keeper = alarms.clone().map(|alarms| {
-                let shared = shared.clone();
-                tokio::spawn(alarms.keep(move || shared.upgrade().map(|shared| Watches { shared })))
-            });
-            let tasks = token_task.into_iter().chain(keeper).collect();
-            Shared { client, slots, failures: Failures::default(), recovered: Notify::new(), alarms, tasks }
-        });
-        Self { shared }
-    }
-
-    #[cfg(test)]
-    pub(super) fn alarms(&self) -> Option<&Arc<Alarms>> {
-        self.shared.alarms.as_ref()
-    }
-
-    pub fn client(&self) -> &Client {
-        &self.shared.client
+impl Asker {
+    /// `tasks` end with it.
+    pub fn new(client: Client, slots: Arc<Slots>, alarms: Option<Arc<Alarms>>, tasks: Vec<JoinHandle<()>>) -> Self {
+        Self { client, slots, failures: Failures::default(), recovered: Notify::new(), alarms, tasks }
     }
 
     /// Asks `query` from now on, and sends what `wrap` makes of its events. The watch ends with its handle
     /// or with the receiver.
-    pub fn watch<T, U, F>(&self, query: Query<T>, events: mpsc::Sender<U>, wrap: F) -> Watch
+    pub fn watch<T, U, F>(self: &Arc<Self>, query: Query<T>, events: mpsc::Sender<U>, wrap: F) -> Watch
     where
         T: Send + 'static,
         U: Send + 'static,
         F: Fn(Event<T>) -> U + Send + 'static,
     {
         let hurry = Arc::<Notify>::default();
-        let rest = match (&self.shared.alarms, &query.class) {
+        let rest = match (&self.alarms, &query.class) {
             (Some(alarms), Some(class)) => Some(alarms.join(class)),
             _ => None,
         };
@@ -147,7 +117,7 @@ impl Watches {
             _ => SPACING,
         };
         let worker = Worker {
-            shared: self.shared.clone(),
+            asker: self.clone(),
             hurry: hurry.clone(),
             bucket: Bucket::new(spacing),
             rest,
@@ -167,7 +137,7 @@ impl Watches {
 }
 
 struct Worker<T, U, F> {
-    shared: Arc<Shared>,
+    asker: Arc<Asker>,
     /// Notified when its first answer is waited for.
     hurry: Arc<Notify>,
     query: Query<T>,
@@ -207,19 +177,19 @@ where
     F: Fn(Event<T>) -> U + Send + 'static,
 {
     async fn run(mut self) {
-        let member = self.shared.slots.join(match self.query.flow {
+        let member = self.asker.slots.join(match self.query.flow {
             Flow::Alarm => Kind::Alarm,
             _ if self.query.always => Kind::Always,
             _ => Kind::Turn,
         });
-        let mut tokens = self.shared.client.inner.token.changes();
+        let mut tokens = self.asker.client.inner.token.changes();
         let mut kept = None;
         while self.turn(&member, &mut tokens, &mut kept).await.is_ok() {}
     }
 
     /// Asks once, and deals with the answer.
     async fn turn(&mut self, member: &Member, tokens: &mut Changes, kept: &mut Option<Slot>) -> Result<(), Gone> {
-        let shared = self.shared.clone();
+        let asker = self.asker.clone();
         let sweep = self.rest(member, tokens).await;
         let claim = self.claim(sweep.is_some());
         let mut slot = match kept.take().filter(|_| claim == Claim::Always) {
@@ -229,7 +199,7 @@ where
                 None => return Ok(()),
             },
         };
-        let wait = shared.slots.wait(claim);
+        let wait = asker.slots.wait(claim);
         let asked = Instant::now();
         if self.blocks() {
             slot.begin(wait);
@@ -254,7 +224,7 @@ where
         };
         slot.end();
         drop(sweep);
-        match result.and_then(|response| Ok((shared.client.decode(&self.query, &response)?, response))) {
+        match result.and_then(|response| Ok((asker.client.decode(&self.query, &response)?, response))) {
             Ok((answer, response)) => {
                 let pause = self.advance(&response);
                 if let Some(rest) = &mut self.rest {
@@ -280,7 +250,7 @@ where
 
     /// A slot, or `None` where there is no need to take turns any more.
     async fn acquire(&mut self, claim: Claim) -> Option<Slot> {
-        let slots = &self.shared.slots;
+        let slots = &self.asker.slots;
         match (claim, &self.rest) {
             (Claim::Prompt, _) => tokio::select! {
                 biased;
@@ -317,7 +287,7 @@ where
     }
 
     fn claim(&self, sweeps: bool) -> Claim {
-        if self.query.always && self.shared.slots.always_fits() {
+        if self.query.always && self.asker.slots.always_fits() {
             Claim::Always
         } else if sweeps {
             Claim::Sweep
@@ -340,7 +310,7 @@ where
     }
 
     async fn ask(&mut self, wait: Duration) -> Result<Response, Error> {
-        let client = &self.shared.client;
+        let client = &self.asker.client;
         if self.table && !self.blocks() {
             // The index before the list: what changes in between wakes the query that comes next.
             let table = Request::new(reqwest::Method::GET, &["connect", "intentions"]);
@@ -377,10 +347,10 @@ where
     /// Passes the answer on if it is a new one.
     async fn succeeded(&mut self, response: &Response, answer: Answer<T>) -> Result<(), Gone> {
         if let Some(class) = self.failing.take()
-            && self.shared.failures.leave(&class, &self.query.request)
+            && self.asker.failures.leave(&class, &self.query.request)
         {
             // Whoever else waits for the agent to be back need not wait longer.
-            self.shared.recovered.notify_waiters();
+            self.asker.recovered.notify_waiters();
         }
         self.backoff.reset();
         let fingerprint = self.fingerprint(response);
@@ -427,9 +397,9 @@ where
             return;
         }
         if let Some(former) = self.failing.replace(class.clone()) {
-            self.shared.failures.leave_quietly(&former);
+            self.asker.failures.leave_quietly(&former);
         }
-        self.shared.failures.enter(class, error);
+        self.asker.failures.enter(class, error);
     }
 
     /// The longest time between attempts.
@@ -458,7 +428,7 @@ where
         tokio::select! {
             () = tokio::time::sleep(delay) => {}
             _ = tokens.changed() => self.start_anew(),
-            () = self.shared.recovered.notified(), if recovered => {}
+            () = self.asker.recovered.notified(), if recovered => {}
         }
     }
 
@@ -470,7 +440,7 @@ where
 impl<T, U, F> Drop for Worker<T, U, F> {
     fn drop(&mut self) {
         if let Some(class) = self.failing.take() {
-            self.shared.failures.leave_quietly(&class);
+            self.asker.failures.leave_quietly(&class);
         }
     }
 }
@@ -543,84 +513,12 @@ impl Failures {
     }
 }
 
-/// Exponential backoff with full jitter: from 100 ms, up to a cap.
-#[derive(Debug, Default)]
-pub struct Backoff {
-    failures: u32,
-}
-
-impl Backoff {
-    pub const CAP: Duration = Duration::from_secs(15);
-    const FIRST: Duration = Duration::from_millis(100);
-    /// Jitter may come out as nearly nothing, which would be no pause at all.
-    const SHORTEST: Duration = Duration::from_millis(20);
-
-    /// The time to wait after one more failure.
-    pub fn next(&mut self, cap: Duration) -> Duration {
-        let ceiling = Self::FIRST.saturating_mul(1 << self.failures.min(16)).min(cap);
-        self.failures = self.failures.saturating_add(1);
-        ceiling.mul_f64(random()).max(Self::SHORTEST)
-    }
-
-    /// Skips the short delays: the other side asked for time.
-    fn be_patient(&mut self) {
-        self.failures = self.failures.max(4);
-    }
-
-    pub fn reset(&mut self) {
-        self.failures = 0;
-    }
-}
-
-/// Evenly spread over 0 to 1. Good enough to keep many programs from doing a thing at the same moment.
-pub(super) fn random() -> f64 {
-    // Each state has other keys, so that hashing nothing gives another number each time.
-    let bits = RandomState::new().build_hasher().finish() >> 11;
-    bits as f64 / (1_u64 << 53) as f64
-}
-
-/// A token bucket.
-#[derive(Debug)]
-struct Bucket {
-    spacing: Duration,
-    tokens: u32,
-    since: Instant,
-}
-
-impl Bucket {
-    fn new(spacing: Duration) -> Self {
-        Self { spacing, tokens: BURST, since: Instant::now() }
-    }
-
-    /// Takes one; gives the time until it is there.
-    fn take(&mut self) -> Duration {
-        let now = Instant::now();
-        let refill = (now.saturating_duration_since(self.since).as_millis() / self.spacing.as_millis()) as u32;
-        if refill > 0 {
-            self.tokens = self.tokens.saturating_add(refill).min(BURST);
-            self.since += self.spacing * refill;
-        }
-        if self.tokens == BURST {
-            self.since = now;
-        }
-        match self.tokens.checked_sub(1) {
-            Some(left) => {
-                self.tokens = left;
-                Duration::ZERO
-            }
-            None => {
-                self.since += self.spacing;
-                self.since.saturating_duration_since(now)
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::consul::watches::Watches;
     use crate::consul::{Instances, Settings, Token, api};
     use crate::testing::{Agent, Fault, TempFile};
 
@@ -810,14 +708,6 @@ mod tests {
         // Ten at once and then one each 10 ms: roots are of what is followed promptly.
         let asked = agent.requests(ROOTS).len();
         assert!((400..=515).contains(&asked), "{asked} requests");
-    }
-
-    #[test]
-    fn what_is_less_urgent_is_asked_ten_times_a_second() {
-        let mut bucket = Bucket::new(SPACING);
-        let free = (0..1000).filter(|_| bucket.take() == Duration::ZERO).count();
-        assert_eq!(free, BURST as usize);
-        assert!(bucket.take() > SPACING * 900);
     }
 
     #[tokio::test(start_paused = true)]
@@ -1104,17 +994,5 @@ mod tests {
             let policy = client.ask(&Query::default_policy("db")).await.expect("an answer").value;
             assert_eq!(policy.allow, allow, "{case}");
         }
-    }
-
-    #[test]
-    fn backoff_grows_to_its_cap_and_starts_again() {
-        let mut backoff = Backoff::default();
-        for failure in 0..100 {
-            let ceiling = Duration::from_millis(100 << failure.min(10)).min(Backoff::CAP);
-            let delay = backoff.next(Backoff::CAP);
-            assert!((Backoff::SHORTEST..=ceiling).contains(&delay), "{delay:?} after {failure}");
-        }
-        backoff.reset();
-        assert!(backoff.next(Backoff::CAP) <= Duration::from_millis(100));
     }
 }

@@ -25,7 +25,8 @@ use self::draft::{Draft, Update, Urgency, Want};
 use self::keys::{Keeper, KeySource};
 use self::query::Query;
 use crate::config::Mode;
-use crate::consul::query::{Event, Watch, Watches};
+use crate::consul::query::{Event, Watch};
+use crate::consul::watches::Watches;
 use crate::consul::{self, Client, api};
 use crate::snapshot::{Action, DefaultPolicy, Snapshot};
 
