@@ -15,7 +15,7 @@ use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 
-use super::{Address, Settings, TlsSettings};
+use super::settings::{Address, Settings, TlsSettings};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 

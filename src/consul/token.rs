@@ -10,7 +10,7 @@ use anyhow::{Context, bail};
 use reqwest::header::HeaderValue;
 use tokio::sync::watch;
 
-use super::Token;
+use super::settings::Token;
 
 const POLL_PERIOD: Duration = Duration::from_secs(1);
 
