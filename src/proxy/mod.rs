@@ -11,6 +11,7 @@ mod expose;
 mod fixture;
 mod http;
 mod inbound;
+pub mod limits;
 mod listener;
 mod memory;
 mod outbound;

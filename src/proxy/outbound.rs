@@ -6,10 +6,11 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 
-use super::balance::{Balancer, Clock, InFlight, Instance, Limit, Outcome, Permit, Plan};
+use super::balance::{Balancer, Clock, InFlight, Instance, Outcome, Plan};
 use super::dial::{Offer, attempt};
 use super::http::note::Caller;
 use super::http::outbound::Outbound;
+use super::limits::{Limit, Permit};
 use super::listener::{Accepted, Live};
 use super::record::{Direction, Record};
 use super::relay::{self, Broken, Relay};

@@ -22,7 +22,6 @@
 mod budget;
 mod instance;
 mod latency;
-mod limits;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -32,14 +31,13 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use self::instance::State;
-use self::limits::Counts;
+use crate::proxy::limits::{Counts, Limit, Overflow, Permit};
 use crate::snapshot::{
     Address, Endpoint, Endpoints, HashTable, Limits, PassiveHealthCheck, Policy, Resolver, Target, Upstream,
 };
 
 pub use budget::{Retry, RetryBudget};
 pub use instance::{InFlight, Instance};
-pub use limits::{Limit, Overflow, Permit};
 
 /// An upstream with what is remembered of its instances.
 #[derive(Debug)]

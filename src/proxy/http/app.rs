@@ -1,17 +1,18 @@
 //! The local app, as a place to send requests to.
 
-use std::future::poll_fn;
 use std::time::Duration;
 
 use http::Response;
 use hyper::body::Incoming;
 use tokio::time::timeout;
 
-use super::body::{self, Body, Patience, Rest};
+use super::body::Rest;
 use super::message::Head;
 use super::note::Note;
+use super::patience::Patience;
 use super::pool::{Dialled, Lent, MadeFor, Pool, Version};
-use super::reply::{Kind, Refusal};
+use super::refusal::{Kind, Refusal};
+use super::upload::Upload;
 use super::wire::Wire;
 use crate::proxy::socket::Socket;
 use crate::snapshot::{Failure, LocalApp, Protocol};
@@ -38,7 +39,7 @@ impl App<'_> {
         body: Incoming,
         note: Option<&mut Note>,
     ) -> Result<(Response<Incoming>, Rest), Refusal> {
-        let (mut body, upload) = body::upload(body);
+        let (mut body, upload) = Upload::new(body);
         if let Some(note) = note {
             note.sent_to("local_app", self.address);
             note.uploads(upload.as_ref());
@@ -50,7 +51,7 @@ impl App<'_> {
             // A connection that was idle may be closing just now; then a request that changes nothing goes again.
             let again = (lent.reused && head.is_safe() && body.is_empty()).then(|| head.clone());
             let request = head.into_request(lent.version(), body)?;
-            match within(&mut patience, lent.send(request)).await? {
+            match patience.within(lent.send(request)).await? {
                 Ok((response, held)) => {
                     let mut rest = Rest::new(held, None);
                     rest.patience = Some(patience);
@@ -59,7 +60,7 @@ impl App<'_> {
                 Err(mut failed) => match (failed.request.take(), again) {
                     (Some(request), _) => (head, body) = Head::from_request(*request, authority),
                     (None, Some(again)) if failed.failure == Failure::Reset && failed.is_lost() => {
-                        (head, body) = (again, Body::empty());
+                        (head, body) = (again, Upload::none());
                     }
                     _ => {
                         return Err(Refusal::new(Kind::Reset, format!("the local app broke off: {}", failed.told())));
@@ -105,18 +106,6 @@ impl App<'_> {
             ),
         ))
     }
-}
-
-/// Waits for `act` as long as there is patience.
-pub async fn within<F: Future>(patience: &mut Patience, act: F) -> Result<F::Output, Refusal> {
-    let mut act = std::pin::pin!(act);
-    poll_fn(|cx| {
-        if let std::task::Poll::Ready(done) = act.as_mut().poll(cx) {
-            return std::task::Poll::Ready(Ok(done));
-        }
-        patience.poll_expired(cx).map(|expired| Err(expired.into()))
-    })
-    .await
 }
 
 /// Connections to the app that one request tries, where the app closes each before it takes the request.

@@ -12,7 +12,8 @@ use super::body::Body;
 use super::message::{self, Head, X_FORWARDED_CLIENT_CERT};
 use super::note::{Caller, Note};
 use super::pool::Pool;
-use super::reply::{Kind, Refusal, is_grpc};
+use super::refusal::{Kind, Refusal};
+use super::reply::Asked;
 use super::serve;
 use super::wire::Wire;
 use crate::proxy::listener::Live;
@@ -52,26 +53,10 @@ impl Exposure {
     }
 
     async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
-        let grpc = is_grpc(request.headers());
+        let mut asked = Asked::new(&self.caller, &request);
         let plan = Arc::clone(&self.live.borrow().part);
-        let mut note = self.caller.note(&request);
-        let (response, refusal) = match try_answer(&plan, request, note.as_deref_mut()).await {
-            Ok(response) => (response, None),
-            Err(refusal) => {
-                tracing::debug!(
-                    target: "proxy.inbound",
-                    listener = %plan.exposed.bind,
-                    flag = refusal.kind.flag(),
-                    cause = &*refusal.cause,
-                    "Request for an exposed path failed"
-                );
-                (refusal.reply(grpc, false), Some(refusal))
-            }
-        };
-        match note {
-            Some(note) => note.follow(response, refusal.as_ref()),
-            None => response,
-        }
+        let result = try_answer(&plan, request, asked.note.as_deref_mut()).await;
+        asked.answer(result.inspect_err(|refusal| log(&plan, refusal)), false)
     }
 }
 
@@ -101,4 +86,14 @@ async fn try_answer(
     let (mut parts, body) = response.into_parts();
     message::strip(&mut parts.headers);
     Ok(Response::from_parts(parts, Body::stream(body).with(rest)))
+}
+
+fn log(plan: &Plan, refusal: &Refusal) {
+    tracing::debug!(
+        target: "proxy.inbound",
+        listener = %plan.exposed.bind,
+        flag = refusal.kind.flag(),
+        cause = &*refusal.cause,
+        "Request for an exposed path failed"
+    );
 }

@@ -14,7 +14,8 @@ use super::body::Body;
 use super::message::{self, Head, X_FORWARDED_CLIENT_CERT};
 use super::note::{Caller, Note};
 use super::pool::Pool;
-use super::reply::{Kind, Refusal, is_grpc};
+use super::refusal::{Kind, Refusal};
+use super::reply::Asked;
 use super::wire::Wire;
 use super::{serve, upgrade};
 use crate::drain;
@@ -51,20 +52,10 @@ impl Inbound {
     }
 
     async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
-        let grpc = is_grpc(request.headers());
+        let mut asked = Asked::new(&self.caller, &request);
         let listener = Arc::clone(&self.live.borrow().part);
-        let mut note = self.caller.note(&request);
-        let (response, refusal) = match Arc::clone(&self).try_answer(&listener, request, note.as_deref_mut()).await {
-            Ok(response) => (response, None),
-            Err(refusal) => {
-                self.log(&listener, &refusal);
-                (refusal.reply(grpc, listener.tells_cause), Some(refusal))
-            }
-        };
-        match note {
-            Some(note) => note.follow(response, refusal.as_ref()),
-            None => response,
-        }
+        let result = Arc::clone(&self).try_answer(&listener, request, asked.note.as_deref_mut()).await;
+        asked.answer(result.inspect_err(|refusal| self.log(&listener, refusal)), listener.tells_cause)
     }
 
     async fn try_answer(

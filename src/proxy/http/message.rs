@@ -13,9 +13,9 @@ use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderMap, HeaderValue, Method, Request, Uri, Version};
 
 use super::HEADERS;
-use super::body::Body;
 use super::pool;
-use super::reply::{Kind, Refusal};
+use super::refusal::{Kind, Refusal};
+use super::upload::Upload;
 use crate::jwt::{Providers, Verified};
 use crate::snapshot::{NormalPath, Normalization, RequestView};
 
@@ -121,7 +121,7 @@ impl Head {
     ///
     /// # Errors
     /// When HTTP/2 can't name the host.
-    pub fn into_request(mut self, version: pool::Version, body: Body) -> Result<Request<Body>, Refusal> {
+    pub fn into_request(mut self, version: pool::Version, body: Upload) -> Result<Request<Upload>, Refusal> {
         let mut request = Request::new(body);
         match version {
             pool::Version::Http1 => {
@@ -150,7 +150,7 @@ impl Head {
 
     /// Takes a request back that was not sent.
     #[must_use]
-    pub fn from_request(request: Request<Body>, authority: Option<HeaderValue>) -> (Self, Body) {
+    pub fn from_request(request: Request<Upload>, authority: Option<HeaderValue>) -> (Self, Upload) {
         let (Parts { method, uri, mut headers, .. }, body) = request.into_parts();
         let upgrade = headers.remove(UPGRADE);
         headers.remove(CONNECTION);

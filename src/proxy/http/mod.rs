@@ -2,7 +2,7 @@
 //!
 //! [`serve`] runs the server side of a connection and hands each request to [`inbound`] or [`outbound`], which
 //! decide by the configuration of that moment, put it into the form that the next hop wants ([`message`]) and
-//! send it over a connection of a [`pool`]. Bodies pass through frame by frame ([`body`]). Below the codecs
+//! send it over a connection of a [`pool`]. Bodies pass through frame by frame ([`upload`], [`body`]). Below the codecs
 //! lie the [`wire`], which gathers writes, and on the server side [`strict`] and [`blocks`].
 
 mod app;
@@ -14,13 +14,16 @@ pub mod inbound;
 mod message;
 pub mod note;
 pub mod outbound;
+mod patience;
 pub mod pool;
+mod refusal;
 mod reply;
 mod serve;
 mod strict;
 #[cfg(test)]
 mod tests;
 mod upgrade;
+mod upload;
 mod wire;
 
 /// A head may have so many headers and bytes, as at Envoy; more is answered with 431.

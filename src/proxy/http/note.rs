@@ -9,8 +9,9 @@ use bytes::Bytes;
 use http::{HeaderMap, Method, Request, Response, Uri, Version};
 use http_body::Frame;
 
-use super::body::{Body, Broken, Expired, UploadState};
-use super::reply::{Kind, Refusal};
+use super::patience::Expired;
+use super::refusal::{Kind, Refusal};
+use super::upload::UploadState;
 use crate::access_log::{self, AccessLog, Active, Record};
 use crate::tls::SpiffeId;
 
@@ -90,15 +91,13 @@ impl Note {
         self.upload = upload.cloned();
     }
 
-    /// Goes with the response until that is over.
-    #[must_use]
-    pub fn follow(mut self: Box<Self>, response: Response<Body>, refusal: Option<&Refusal>) -> Response<Body> {
+    /// There is a response, which it goes with until that is over.
+    pub fn answered<B>(&mut self, response: &Response<B>, refusal: Option<&Refusal>) {
         self.answered = Some(Instant::now());
         self.status = response.status().as_u16();
         self.response_headers = response.headers().clone();
         self.details = Some(refusal.map_or("via_upstream", |refusal| details(refusal.kind)));
         self.flag = refusal.map_or("", |refusal| refusal.kind.flag());
-        response.map(|body| body.noted(self))
     }
 
     pub fn frame(&mut self, frame: &Frame<Bytes>) {
@@ -114,13 +113,14 @@ impl Note {
         self.complete = true;
     }
 
-    pub fn broken(&mut self, broken: &Broken) {
+    /// The response broke off: it was not waited for any longer, or (`None`) whoever sent it failed to.
+    pub fn broken(&mut self, expired: Option<Expired>) {
         self.complete = true;
-        self.flag = match broken {
-            Broken::Source(_) | Broken::Superseded => "UC",
-            Broken::TimedOut(Expired::Whole | Expired::Try) => "UT",
-            Broken::TimedOut(Expired::Idle | Expired::IdleUpload) => "SI",
-            Broken::TimedOut(Expired::Upload) => "DC",
+        self.flag = match expired {
+            None => "UC",
+            Some(Expired::Whole | Expired::Try) => "UT",
+            Some(Expired::Idle | Expired::IdleUpload) => "SI",
+            Some(Expired::Upload) => "DC",
         };
     }
 }

@@ -11,17 +11,20 @@ use hyper::upgrade::OnUpgrade;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 
-use super::app::within;
-use super::body::{self, Body, Patience, Rest, UploadState};
+use super::body::{Body, Rest};
 use super::message::{self, Head, X_FORWARDED_CLIENT_CERT};
 use super::note::{Caller, Note};
+use super::patience::{Expired, Patience};
 use super::pool::{Borrowed, Dialled, Failed, Lent, MadeFor, Pool, Version};
-use super::reply::{Kind, Refusal, is_grpc};
+use super::refusal::{Kind, Refusal};
+use super::reply::Asked;
+use super::upload::{Upload, UploadState};
 use super::wire::Wire;
 use super::{serve, upgrade};
 use crate::drain;
-use crate::proxy::balance::{Balancer, Clock, Instance, Limit, Outcome, Overflow, Permit, Picked, Plan, Retry};
+use crate::proxy::balance::{Balancer, Clock, Instance, Outcome, Picked, Plan, Retry};
 use crate::proxy::dial::{Offer, attempt};
+use crate::proxy::limits::{Limit, Overflow, Permit};
 use crate::proxy::listener::Live;
 use crate::proxy::socket::Socket;
 use crate::snapshot::{Failure, Normalization, Protocol, RequestHash, Routed, Target, hash_request};
@@ -48,20 +51,10 @@ impl Outbound {
     }
 
     async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
-        let grpc = is_grpc(request.headers());
+        let mut asked = Asked::new(&self.caller, &request);
         let plan = Arc::clone(&self.live.borrow().part);
-        let mut note = self.caller.note(&request);
-        let (response, refusal) = match self.try_answer(&plan, request, note.as_deref_mut()).await {
-            Ok(response) => (response, None),
-            Err(refusal) => {
-                log(&plan, &refusal);
-                (refusal.reply(grpc, plan.upstream.requests.tells_cause), Some(refusal))
-            }
-        };
-        match note {
-            Some(note) => note.follow(response, refusal.as_ref()),
-            None => response,
-        }
+        let result = self.try_answer(&plan, request, asked.note.as_deref_mut()).await;
+        asked.answer(result.inspect_err(|refusal| log(&plan, refusal)), plan.upstream.requests.tells_cause)
     }
 
     async fn try_answer(
@@ -158,7 +151,7 @@ struct Again<'a> {
 enum Tried {
     Response(Response<Incoming>, Rest),
     /// To be tried again, with this.
-    Again(Head, Body),
+    Again(Head, Upload),
 }
 
 impl<'a> Exchange<'a> {
@@ -175,7 +168,7 @@ impl<'a> Exchange<'a> {
         mut note: Option<&mut Note>,
     ) -> Result<(Response<Incoming>, Rest), Refusal> {
         self.plan.balancers.budget.request(self.clock.now());
-        let (mut body, upload) = body::upload(body);
+        let (mut body, upload) = Upload::new(body);
         if let Some(note) = &mut note {
             note.uploads(upload.as_ref());
         }
@@ -188,9 +181,9 @@ impl<'a> Exchange<'a> {
             }
             patience.try_for(self.plan.upstream.requests.per_try_timeout);
             let connected = self.connection(&chosen, head.upgrade.is_some());
-            let connected = match within(&mut patience, connected).await {
+            let connected = match patience.within(connected).await {
                 // That one instance took too long to connect to.
-                Err(refusal) if refusal.kind == Kind::TryTimeout => Err(refusal),
+                Err(expired @ Expired::Try) => Err(expired.into()),
                 connected => connected?,
             };
             match connected {
@@ -320,7 +313,7 @@ impl<'a> Exchange<'a> {
         chosen: Chosen<'a>,
         lent: Lent,
         head: Head,
-        body: Body,
+        body: Upload,
         upload: Option<&UploadState>,
         patience: &mut Patience,
     ) -> Result<Tried, Refusal> {
@@ -332,7 +325,7 @@ impl<'a> Exchange<'a> {
         let again = Again { head: may_go_again.then(|| head.clone()), upload };
         let request = head.into_request(lent.version(), body)?;
         let sent = Instant::now();
-        let answered = within(patience, lent.send(request)).await;
+        let answered = patience.within(lent.send(request)).await;
         let (latency, now) = (sent.elapsed(), self.clock.now());
         match answered {
             Ok(Ok((response, held))) => {
@@ -350,19 +343,20 @@ impl<'a> Exchange<'a> {
             }
             Ok(Err(failed)) => self.after_failure(picked, failed, again, authority, reused).await,
             Err(expired) => {
+                let refusal = Refusal::from(expired);
                 let instance = Arc::clone(picked.instance());
                 // What the client broke off says nothing of the instance.
-                if expired.kind != Kind::BadRequest {
+                if expired != Expired::Upload {
                     picked.report(Outcome::Reset, latency, now);
                 }
-                let policy = self.routed.retries.filter(|_| expired.kind == Kind::TryTimeout && self.retries > 0);
+                let policy = self.routed.retries.filter(|_| expired == Expired::Try && self.retries > 0);
                 if policy.is_some_and(|policy| policy.retries_response(StatusCode::GATEWAY_TIMEOUT, &HeaderMap::new()))
                     && let Some((head, body)) = again.take()
-                    && self.retry(&instance, &expired.cause).await
+                    && self.retry(&instance, &refusal.cause).await
                 {
                     return Ok(Tried::Again(head, body));
                 }
-                Err(expired)
+                Err(refusal)
             }
         }
     }
@@ -446,10 +440,10 @@ struct Chosen<'a> {
 
 impl Again<'_> {
     /// The request once more, if it can be had.
-    fn take(self) -> Option<(Head, Body)> {
+    fn take(self) -> Option<(Head, Upload)> {
         let body = match self.upload {
-            None => Body::empty(),
-            Some(upload) => Body::upload(upload.again()?),
+            None => Upload::none(),
+            Some(upload) => upload.again()?,
         };
         Some((self.head?, body))
     }

@@ -17,10 +17,10 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::body::Body;
+use super::upload::Upload;
 use super::wire::{Turn, Wire};
 use super::{CONNECTION_WINDOW, HEAD_SIZE, HEADERS, STREAM_WINDOW};
-use crate::proxy::balance::Permit;
+use crate::proxy::limits::Permit;
 use crate::proxy::workers;
 use crate::snapshot::{Failure, LocalApp};
 use crate::tls;
@@ -100,13 +100,13 @@ impl MadeFor {
 }
 
 struct Idle {
-    sender: http1::SendRequest<Body>,
+    sender: http1::SendRequest<Upload>,
     since: Instant,
 }
 
 #[derive(Clone)]
 struct Shared {
-    sender: http2::SendRequest<Body>,
+    sender: http2::SendRequest<Upload>,
     streams: Arc<Load>,
     made: Instant,
 }
@@ -119,8 +119,8 @@ pub struct Lent {
 }
 
 enum Connection {
-    Http1(http1::SendRequest<Body>, Option<Home>),
-    Http2(http2::SendRequest<Body>, Streams),
+    Http1(http1::SendRequest<Upload>, Option<Home>),
+    Http2(http2::SendRequest<Upload>, Streams),
 }
 
 /// Where an HTTP/1 connection goes back to.
@@ -137,7 +137,7 @@ pub enum Held {
 
 /// An HTTP/1 connection, which goes home when dropped.
 pub struct Lease {
-    sender: Option<http1::SendRequest<Body>>,
+    sender: Option<http1::SendRequest<Upload>>,
     home: Option<Home>,
 }
 
@@ -188,7 +188,7 @@ pub struct Dialled {
 /// A request that brought no response.
 pub struct Failed {
     /// The request itself, if nothing of it was sent.
-    pub request: Option<Box<Request<Body>>>,
+    pub request: Option<Box<Request<Upload>>>,
     pub failure: Failure,
     pub error: hyper::Error,
 }
@@ -339,7 +339,7 @@ impl Slot {
     }
 
     /// Takes an HTTP/1 connection back, unless there are enough.
-    fn put(self: &Arc<Self>, sender: http1::SendRequest<Body>, made_for: &MadeFor) {
+    fn put(self: &Arc<Self>, sender: http1::SendRequest<Upload>, made_for: &MadeFor) {
         let mut kept = self.kept();
         if sender.is_closed() || !kept.is_for(made_for) {
             return;
@@ -412,7 +412,7 @@ impl Lent {
     ///
     /// # Errors
     /// See [`Failed`].
-    pub async fn send(self, request: Request<Body>) -> Result<(Response<Incoming>, Held), Failed> {
+    pub async fn send(self, request: Request<Upload>) -> Result<(Response<Incoming>, Held), Failed> {
         match self.connection {
             Connection::Http1(mut sender, home) => {
                 let response = sender.try_send_request(request).await.map_err(Failed::new)?;
@@ -437,7 +437,7 @@ impl Drop for Lease {
 }
 
 impl Failed {
-    fn new(mut failed: hyper::client::conn::TrySendError<Request<Body>>) -> Self {
+    fn new(mut failed: hyper::client::conn::TrySendError<Request<Upload>>) -> Self {
         let request = failed.take_message().map(Box::new);
         let error = failed.into_error();
         let failure = match (&request, http2_error(&error)) {
@@ -475,7 +475,7 @@ fn http2_error(error: &hyper::Error) -> Option<&h2::Error> {
     std::error::Error::source(error)?.downcast_ref()
 }
 
-async fn http1(wire: Wire, open: Open) -> Result<http1::SendRequest<Body>, hyper::Error> {
+async fn http1(wire: Wire, open: Open) -> Result<http1::SendRequest<Upload>, hyper::Error> {
     let (sender, connection) = http1::Builder::new()
         .max_headers(HEADERS)
         .max_header_size(HEAD_SIZE)
