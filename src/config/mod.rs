@@ -18,6 +18,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail, ensure};
 use tracing::Level;
 
+pub use self::values::AdHocUpstream;
 use crate::{consul, telemetry};
 use flags::{AdHocFlags, AgentFlags, Line, ModeFlags, ProcessFlags};
 
@@ -57,13 +58,6 @@ pub struct AdHoc {
     pub public: Option<(SocketAddr, String)>,
     /// `-register`, with the `-register-id` suffix.
     pub register: Option<Register>,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct AdHocUpstream {
-    pub name: String,
-    pub prepared_query: bool,
-    pub bind: SocketAddr,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

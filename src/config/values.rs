@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 
-use super::AdHocUpstream;
 use crate::consul::Address;
 
 /// What Go's `strconv.ParseBool` accepts.
@@ -89,6 +88,13 @@ pub(super) fn dial(text: &str) -> anyhow::Result<String> {
     let (host, port) = host_and_port(text)?;
     ensure!(is_host(host) || host.is_empty(), "address {text}: {host:?} is not a host name");
     Ok(authority(host, port))
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct AdHocUpstream {
+    pub name: String,
+    pub prepared_query: bool,
+    pub bind: SocketAddr,
 }
 
 /// `name:[addr:]port`, the name with an optional `.service` or `.query`.
