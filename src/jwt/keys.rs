@@ -8,7 +8,7 @@ use aws_lc_rs::signature::{
 };
 use serde::Deserialize;
 
-use super::decode;
+use super::base64url::decode;
 use super::seen::Seen;
 
 /// The keys of one issuer that can be used for verifying.

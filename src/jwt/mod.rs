@@ -3,6 +3,7 @@
 //! RFC 7515 (signatures), 7517 (keys), 7518 and 8037 (algorithms), 7519 (claims). Pure: the time is passed
 //! in, and key sets are given. Neither keys nor tokens nor claims are ever printed.
 
+mod base64url;
 mod keys;
 mod seen;
 mod token;
@@ -14,11 +15,12 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use base64::Engine;
-use base64::engine::general_purpose::{URL_SAFE, URL_SAFE_NO_PAD};
+use base64::engine::general_purpose::URL_SAFE;
 use http::header::{AUTHORIZATION, COOKIE};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use tokio::sync::Notify;
 
+use base64url::decode;
 pub use keys::{BadKeySet, KeySet};
 use token::Checks;
 pub use token::{Claims, Refusal};
@@ -311,12 +313,10 @@ fn remove_tokens(headers: &mut HeaderMap, name: &HeaderName, prefix: &str) {
     }
 }
 
-fn decode(text: &str) -> Option<Vec<u8>> {
-    URL_SAFE_NO_PAD.decode(text).ok()
-}
-
 #[cfg(test)]
 mod tests {
+    use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+
     use super::*;
     use aws_lc_rs::hmac;
     use aws_lc_rs::rand::SystemRandom;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::decode;
+use super::base64url::decode;
 use super::keys::{KeySet, Verdict};
 use super::seen::digest_of;
 
