@@ -6,6 +6,7 @@
 //! roots or the trust that it was made with.
 
 mod policy;
+mod sides;
 mod spiffe;
 mod stream;
 #[cfg(test)]
@@ -18,7 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use rustls::crypto::CryptoProvider;
-use rustls::crypto::aws_lc_rs::{self, cipher_suite as suite, kx_group};
+use rustls::crypto::aws_lc_rs;
 use rustls::server::WebPkiClientVerifier;
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
@@ -26,6 +27,7 @@ use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 
 pub use policy::{Parameters, Policy, Versions, is_known_suite};
+pub use sides::{Client, Server};
 pub use spiffe::{NotAService, SpiffeId};
 pub use stream::{HandshakeError, ReadSide, Scratch, Stream, with_scratch};
 pub use verify::PeerError;
@@ -59,7 +61,7 @@ impl Credentials {
         service: &str,
         now: SystemTime,
     ) -> Result<Self, Error> {
-        let provider = Arc::new(provider());
+        let provider = Arc::new(policy::provider());
         let roots = Arc::new(roots(roots_pem, now)?);
         let chain = certificates(leaf_pem).map_err(|e| Error::new(format!("the leaf certificate is not PEM: {e}")))?;
         if chain.is_empty() {
@@ -164,114 +166,6 @@ impl fmt::Debug for Credentials {
     }
 }
 
-/// Ready to accept connections from the mesh.
-pub struct Server {
-    id: SpiffeId,
-    config: Arc<ServerConfig>,
-    without_alpn: Arc<ServerConfig>,
-    seen: verify::Seen,
-}
-
-impl Server {
-    /// Who we are.
-    #[must_use]
-    pub fn id(&self) -> &SpiffeId {
-        &self.id
-    }
-
-    /// The configuration for a client that offers the application protocols `offered`: ours are named only
-    /// when one of them is among those, for a lack of overlap is no reason to refuse a peer (Envoy sends
-    /// none, Consul's proxy up to 1.9 sends `h2` for raw TCP).
-    pub fn config<'a>(&self, offered: impl IntoIterator<Item = &'a [u8]>) -> &Arc<ServerConfig> {
-        let ours = &self.config.alpn_protocols;
-        if offered.into_iter().any(|name| ours.iter().any(|our| our == name)) {
-            &self.config
-        } else {
-            &self.without_alpn
-        }
-    }
-
-    /// Who the client is, as of `now`: asked after every handshake, full or resumed, for a resumed session
-    /// brings the certificate of an earlier one.
-    ///
-    /// # Errors
-    /// When there is no certificate, one of the chain is not valid at `now`, or its identity is not that of
-    /// a service of our trust domain.
-    pub fn authenticate(
-        &self,
-        chain: Option<&[CertificateDer<'_>]>,
-        now: SystemTime,
-    ) -> Result<Arc<SpiffeId>, PeerError> {
-        let peer = self.seen.identify(chain.unwrap_or_default(), now)?;
-        if peer.trust_domain == self.id.trust_domain {
-            Ok(peer)
-        } else {
-            Err(PeerError::TrustDomain(Box::new(SpiffeId::clone(&peer))))
-        }
-    }
-}
-
-impl fmt::Debug for Server {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Server").field("id", &self.id).finish_non_exhaustive()
-    }
-}
-
-/// Ready to connect to one target.
-pub struct Client {
-    name: ServerName<'static>,
-    expected: Arc<[SpiffeId]>,
-    config: Arc<ClientConfig>,
-    without_alpn: Arc<ClientConfig>,
-    seen: verify::Seen,
-}
-
-impl Client {
-    #[must_use]
-    pub fn config(&self) -> &Arc<ClientConfig> {
-        &self.config
-    }
-
-    /// What goes into the SNI, and the key of the session cache.
-    #[must_use]
-    pub fn name(&self) -> &ServerName<'static> {
-        &self.name
-    }
-
-    /// The same with other application protocols to offer.
-    #[must_use]
-    pub fn offering(&self, alpn: &[&[u8]]) -> Self {
-        let mut config = ClientConfig::clone(&self.config);
-        config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
-        Self {
-            name: self.name.clone(),
-            expected: Arc::clone(&self.expected),
-            config: Arc::new(config),
-            without_alpn: Arc::clone(&self.without_alpn),
-            seen: verify::Seen::default(),
-        }
-    }
-
-    /// Who the server is, as of `now`: asked after every handshake, full or resumed.
-    ///
-    /// # Errors
-    /// When a certificate of the chain is not valid at `now`, or the identity is not one of those expected.
-    pub fn authenticate(
-        &self,
-        chain: Option<&[CertificateDer<'_>]>,
-        now: SystemTime,
-    ) -> Result<Arc<SpiffeId>, PeerError> {
-        let peer = self.seen.identify(chain.unwrap_or_default(), now)?;
-        verify::expect(&peer, &self.expected).map(|()| peer)
-    }
-}
-
-impl fmt::Debug for Client {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Client").field("name", &self.name).field("expected", &self.expected).finish_non_exhaustive()
-    }
-}
-
 /// Credentials that can't be used, and why.
 #[derive(Debug)]
 pub struct Error(String);
@@ -289,26 +183,6 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
-
-/// aws-lc-rs with AES-128-GCM first, which is the fastest wherever the CPU has AES, and X25519 before the
-/// hybrid post-quantum group, which costs half a millisecond more for each full handshake.
-fn provider() -> CryptoProvider {
-    CryptoProvider {
-        cipher_suites: vec![
-            suite::TLS13_AES_128_GCM_SHA256,
-            suite::TLS13_AES_256_GCM_SHA384,
-            suite::TLS13_CHACHA20_POLY1305_SHA256,
-            suite::TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
-            suite::TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
-            suite::TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
-            suite::TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
-            suite::TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256,
-            suite::TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
-        ],
-        kx_groups: vec![kx_group::X25519, kx_group::X25519MLKEM768, kx_group::SECP256R1, kx_group::SECP384R1],
-        ..aws_lc_rs::default_provider()
-    }
-}
 
 fn certificates(pem: &str) -> Result<Vec<CertificateDer<'static>>, rustls_pki_types::pem::Error> {
     CertificateDer::pem_slice_iter(pem.as_bytes()).collect()

@@ -19,7 +19,7 @@ use rustls::unbuffered::{ConnectionState, EncodeError, EncodeTlsData, EncryptErr
 use rustls_pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::{Client, Server};
+use super::sides::{Client, Server};
 
 /// Bytes read in one turn, of either kind: eight records, which is where larger reads stop paying.
 const TURN: usize = 128 * 1024;

@@ -14,7 +14,7 @@ use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-use super::SpiffeId;
+use super::spiffe::SpiffeId;
 
 /// Why a peer is not spoken to, although its chain may be good.
 #[derive(Debug, Clone, PartialEq, Eq)]
