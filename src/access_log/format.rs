@@ -5,8 +5,8 @@ use std::fmt;
 
 use serde_json::{Map, Value as Json};
 
-use super::Record;
 use super::operator::{Operator, Value};
+use super::record::Record;
 use crate::telemetry;
 
 /// How a record becomes a line.

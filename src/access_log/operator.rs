@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use http::{HeaderMap, HeaderName};
 
-use super::{Record, time};
+use super::record::Record;
+use super::time;
 
 /// One `%…%` of a format.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -10,7 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use super::{Record, Settings, Sink};
+use super::record::Record;
+use super::settings::{Settings, Sink};
 
 /// Lines that wait to be written; more are dropped.
 const QUEUE: usize = 4096;
