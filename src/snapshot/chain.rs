@@ -1,13 +1,11 @@
 //! The discovery chain: which target a connection or request is for.
 
-use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
 
-use super::hash::LoadBalancer;
-use super::route::{Next, Node, REQUEST_TIMEOUT, Splitter};
-use super::{Endpoints, Protocol};
-use crate::tls;
+use super::protocol::Protocol;
+use super::request::RequestView;
+use super::resolver::{Resolver, Target};
+use super::route::{Next, Node, Routed, Splitter};
 
 /// A compiled discovery chain, checked: walking it always ends at a resolver.
 #[derive(Debug)]
@@ -17,38 +15,14 @@ pub struct Chain {
     pub start: Node,
 }
 
-/// A resolver node: the target that is meant, then those to fail over to, in order.
-#[derive(Debug)]
-pub struct Resolver {
-    /// Never empty; the first is the primary.
-    pub targets: Vec<Arc<Target>>,
-    pub load_balancer: LoadBalancer,
-    /// The whole request, HTTP only, where the chain starts with this node; `None` is no limit.
-    pub request_timeout: Option<Duration>,
-}
-
-/// A service (subset, datacenter …) that a chain leads to.
-#[derive(Debug)]
-pub struct Target {
-    /// The chain's opaque id, unique within it.
-    pub id: String,
-    pub service: String,
-    pub datacenter: String,
-    /// Ready to shake hands as us with this target: our leaf, its SNI, the identities it may show.
-    pub tls: Arc<tls::Client>,
-    /// TCP and TLS connect, per endpoint; Consul's default is 5 s.
-    pub connect_timeout: Duration,
-    pub endpoints: Arc<Endpoints>,
-}
-
-/// For the log.
-impl fmt::Display for Target {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "service {:?} in {}", self.service, self.datacenter)
-    }
-}
-
 impl Chain {
+    /// Routes a request; `random` decides splits and is uniform over all its values. The same number takes the
+    /// same leg as long as the weights stay. `None` if no route matches, which Consul's compiler rules out.
+    #[must_use]
+    pub fn route<'a>(&'a self, request: &RequestView<'_>, random: u64) -> Option<Routed<'a>> {
+        self.start.routed(request, random)
+    }
+
     /// Every target that the chain can lead to, failover included. One that several nodes share comes several
     /// times.
     pub fn targets(&self) -> impl Iterator<Item = &Arc<Target>> {
@@ -93,13 +67,5 @@ impl Next {
 impl Splitter {
     fn resolvers(&self) -> impl Iterator<Item = &Resolver> {
         self.legs().iter().map(|leg| &*leg.resolver)
-    }
-}
-
-impl Resolver {
-    /// With what holds where nothing is set.
-    #[must_use]
-    pub fn new(targets: Vec<Arc<Target>>) -> Self {
-        Self { targets, load_balancer: LoadBalancer::default(), request_timeout: Some(REQUEST_TIMEOUT) }
     }
 }

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::{Bind, LocalApp, Protocol};
+use super::address::{Bind, LocalApp};
+use super::protocol::Protocol;
 
 /// A plaintext listener, `Expose.Paths` of one port. It knows neither identities nor intentions.
 #[derive(Debug, Clone, PartialEq, Eq)]

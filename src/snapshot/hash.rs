@@ -6,7 +6,7 @@ use std::time::Duration;
 use http::header::COOKIE;
 use http::{HeaderName, HeaderValue};
 
-use super::Endpoint;
+use super::address::Endpoint;
 use super::request::RequestView;
 
 /// How requests are shared out among the instances of a target.

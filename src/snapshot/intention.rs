@@ -5,19 +5,13 @@ use std::collections::HashMap;
 use std::fmt;
 use std::time::SystemTime;
 
-use super::permission::{Permission, Subject, Token, TokenRequirement};
+use super::permission::{Action, Permission, Subject, Token, TokenRequirement};
 use super::request::RequestView;
 use crate::jwt::{Providers, Verified};
 use crate::tls::SpiffeId;
 
 /// Stands for any name, in a source's namespace and name and in a destination.
 const ANY: &str = "*";
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Action {
-    Allow,
-    Deny,
-}
 
 /// One intention that names us, or a wildcard, as destination.
 ///

@@ -3,6 +3,7 @@
 //! `control` writes a whole [`Snapshot`] and publishes it; `proxy` reads it. Parts that did not change
 //! keep their `Arc`, so that a reader tells by pointer what a change does not concern.
 
+mod address;
 mod chain;
 mod exposed;
 mod hash;
@@ -10,30 +11,34 @@ mod intention;
 mod path;
 mod pattern;
 mod permission;
+mod protocol;
 mod request;
+mod resolver;
 mod route;
 
 use std::collections::BTreeMap;
-use std::fmt;
-use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use chain::{Chain, Resolver, Target};
+pub use address::{Address, Bind, Endpoint, Endpoints, Host, LocalApp};
+pub use chain::Chain;
 pub use exposed::{Exposed, ExposedPath};
 pub use hash::{
     CookieAttributes, CookieSource, HashPolicy, HashSource, HashTable, LoadBalancer, MAXIMUM_RING, MINIMUM_RING,
     Policy, RequestHash, hash_request,
 };
-pub use intention::{Action, Decider, Decision, DefaultPolicy, Intention, Intentions};
+pub use intention::{Decider, Decision, DefaultPolicy, Intention, Intentions};
 pub use path::{BadRequest, EscapedSlashes, NormalPath, Normalization, Underscores};
 pub use pattern::{BadPattern, Pattern};
-pub use permission::{ClaimRequirement, Conditions, PathRule, Permission, ProviderRequirement, TokenRequirement};
+pub use permission::{
+    Action, ClaimRequirement, Conditions, PathRule, Permission, ProviderRequirement, TokenRequirement,
+};
+pub use protocol::Protocol;
 pub use request::{HeaderMatch, RequestView, Text, ValueTest};
+pub use resolver::{REQUEST_TIMEOUT, Resolver, Target};
 pub use route::{
-    BadEdit, Edits, Failure, IDLE_TIMEOUT, Leg, Next, Node, PathMatch, QueryMatch, QueryTest, REQUEST_TIMEOUT, RetryOn,
-    RetryPolicy, Route, RouteMatch, Routed, Splitter,
+    BadEdit, Edits, Failure, IDLE_TIMEOUT, Leg, Next, Node, PathMatch, QueryMatch, QueryTest, RetryOn, RetryPolicy,
+    Route, RouteMatch, Routed, Splitter,
 };
 
 use crate::demand::Demand;
@@ -52,17 +57,6 @@ pub struct Snapshot {
     pub exposed: BTreeMap<Bind, Arc<Exposed>>,
     /// `None`: requests and connections have no log of their own.
     pub access_log: Option<Arc<access_log::Settings>>,
-}
-
-/// Where a listener is bound.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Bind {
-    Tcp(SocketAddr),
-    Unix {
-        path: PathBuf,
-        /// File mode bits of the socket; `None` leaves what the umask gives.
-        mode: Option<u32>,
-    },
 }
 
 /// The mTLS listener where the mesh reaches us.
@@ -93,26 +87,6 @@ pub struct PublicListener {
     pub tells_cause: bool,
     /// Those that the intentions name, HTTP only. One that is not here has no valid token.
     pub token_providers: Arc<jwt::Providers>,
-}
-
-/// Where the local app listens.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum LocalApp {
-    Tcp(Address),
-    Unix(PathBuf),
-}
-
-/// A host and port to dial. Hosts are usually literal addresses; names are resolved at each dial.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Address {
-    pub host: Host,
-    pub port: u16,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Host {
-    Ip(IpAddr),
-    Name(String),
 }
 
 /// Identifies an upstream of the registration and its listener: `service:db`, `query:dbq`,
@@ -203,77 +177,6 @@ impl Default for PassiveHealthCheck {
             enforcing_consecutive_5xx: 100,
             max_ejection_percent: None,
             base_ejection_time: Duration::from_secs(30),
-        }
-    }
-}
-
-/// What a service speaks. Anything that is not HTTP-like is relayed as bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Protocol {
-    #[default]
-    Tcp,
-    Http,
-    Http2,
-    Grpc,
-}
-
-impl Protocol {
-    /// Reads Consul's `protocol` value, of any case; whatever is not HTTP-like is TCP, as in Consul.
-    #[must_use]
-    pub fn parse(text: &str) -> Self {
-        match text.to_ascii_lowercase().as_str() {
-            "http" => Self::Http,
-            "http2" => Self::Http2,
-            "grpc" => Self::Grpc,
-            _ => Self::Tcp,
-        }
-    }
-
-    #[must_use]
-    pub fn is_http(self) -> bool {
-        self != Self::Tcp
-    }
-}
-
-/// An instance that may be dialled.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Endpoint {
-    pub address: Address,
-    /// 1 to 128, from the instance's weights and its health.
-    pub weight: u32,
-}
-
-/// The instances of a target: those that may be used, and how many the catalog lists at all, so that an
-/// error can say "none registered" or "none passing".
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Endpoints {
-    pub usable: Vec<Endpoint>,
-    pub registered: usize,
-}
-
-impl fmt::Display for Address {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.host {
-            Host::Ip(ip) => write!(f, "{}", SocketAddr::from((*ip, self.port))),
-            Host::Name(name) => write!(f, "{name}:{}", self.port),
-        }
-    }
-}
-
-impl fmt::Display for LocalApp {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Tcp(address) => write!(f, "{address}"),
-            Self::Unix(path) => write!(f, "unix://{}", path.display()),
-        }
-    }
-}
-
-impl fmt::Display for Bind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Tcp(address) => write!(f, "{address}"),
-            Self::Unix { path, .. } => write!(f, "unix://{}", path.display()),
         }
     }
 }

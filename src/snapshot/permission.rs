@@ -1,9 +1,15 @@
 //! L7 permissions: which requests of a source an intention allows.
 
 use super::path::{LaxPath, canonical_rule, lax};
+use super::pattern::{BadPattern, Pattern};
 use super::request::{HeaderMatch, Lines, RequestView};
-use super::{Action, BadPattern, Pattern};
 use crate::jwt::{Claims, Verified};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    Allow,
+    Deny,
+}
 
 /// One entry of an intention's list, of which the first that matches a request decides.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -5,7 +5,7 @@ use std::iter;
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-use super::Pattern;
+use super::pattern::Pattern;
 
 /// A request that is to be judged or routed. All of it is borrowed.
 #[derive(Debug, Clone, Copy)]

@@ -8,11 +8,9 @@ use http::header::{CONNECTION, CONTENT_LENGTH, HOST, TE, TRANSFER_ENCODING, UPGR
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
 use super::hash::HashPolicy;
+use super::pattern::Pattern;
 use super::request::{HeaderMatch, RequestView, Text};
-use super::{Chain, Pattern, Resolver};
-
-/// Envoy's default for a whole request, retries included.
-pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
+use super::resolver::{REQUEST_TIMEOUT, Resolver};
 
 /// Envoy's default for a stream without bytes in either direction.
 pub const IDLE_TIMEOUT: Duration = Duration::from_secs(5 * 60);
@@ -177,12 +175,10 @@ pub struct Routed<'a> {
     pub hash_policies: &'a [HashPolicy],
 }
 
-impl Chain {
-    /// Routes a request; `random` decides splits and is uniform over all its values. The same number takes the
-    /// same leg as long as the weights stay. `None` if no route matches, which Consul's compiler rules out.
-    #[must_use]
-    pub fn route<'a>(&'a self, request: &RequestView<'_>, random: u64) -> Option<Routed<'a>> {
-        match &self.start {
+impl Node {
+    /// Where a request goes from here.
+    pub(super) fn routed<'a>(&'a self, request: &RequestView<'_>, random: u64) -> Option<Routed<'a>> {
+        match self {
             Node::Router(routes) => routes.iter().find(|route| route.matches.matches(request))?.routed(request, random),
             Node::Splitter(splitter) => splitter.routed(random),
             Node::Resolver(resolver) => {
@@ -489,7 +485,7 @@ impl std::error::Error for BadEdit {}
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::snapshot::{HashSource, Protocol, ValueTest};
+    use crate::snapshot::{Chain, HashSource, Protocol, ValueTest};
 
     fn resolver() -> Arc<Resolver> {
         Arc::new(Resolver::new(Vec::new()))

@@ -1,0 +1,51 @@
+//! The ends of a chain: resolvers and their targets.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::address::Endpoints;
+use super::hash::LoadBalancer;
+use crate::tls;
+
+/// Envoy's default for a whole request, retries included.
+pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// A resolver node: the target that is meant, then those to fail over to, in order.
+#[derive(Debug)]
+pub struct Resolver {
+    /// Never empty; the first is the primary.
+    pub targets: Vec<Arc<Target>>,
+    pub load_balancer: LoadBalancer,
+    /// The whole request, HTTP only, where the chain starts with this node; `None` is no limit.
+    pub request_timeout: Option<Duration>,
+}
+
+impl Resolver {
+    /// With what holds where nothing is set.
+    #[must_use]
+    pub fn new(targets: Vec<Arc<Target>>) -> Self {
+        Self { targets, load_balancer: LoadBalancer::default(), request_timeout: Some(REQUEST_TIMEOUT) }
+    }
+}
+
+/// A service (subset, datacenter …) that a chain leads to.
+#[derive(Debug)]
+pub struct Target {
+    /// The chain's opaque id, unique within it.
+    pub id: String,
+    pub service: String,
+    pub datacenter: String,
+    /// Ready to shake hands as us with this target: our leaf, its SNI, the identities it may show.
+    pub tls: Arc<tls::Client>,
+    /// TCP and TLS connect, per endpoint; Consul's default is 5 s.
+    pub connect_timeout: Duration,
+    pub endpoints: Arc<Endpoints>,
+}
+
+/// For the log.
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "service {:?} in {}", self.service, self.datacenter)
+    }
+}
