@@ -8,10 +8,10 @@ use std::time::SystemTime;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
+use super::codec::pool::Pool;
 use super::http::certificate;
 use super::http::inbound::Inbound;
 use super::http::note::Caller;
-use super::http::pool::Pool;
 use super::listener::{Accepted, Live};
 use super::record::{Direction, Record, Shown};
 use super::relay::{self, Broken, Relay};

@@ -5,6 +5,7 @@
 //! requests. Between two of ours [`tunnel`] lets a session carry one connection after another.
 
 pub mod balance;
+mod codec;
 mod dial;
 mod expose;
 #[cfg(test)]

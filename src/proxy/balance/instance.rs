@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::latency::Latency;
-use crate::proxy::http::pool::Pool;
+use crate::proxy::codec::pool::Pool;
 use crate::proxy::tunnel::Sessions;
 use crate::snapshot::{Address, PassiveHealthCheck};
 

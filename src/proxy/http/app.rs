@@ -10,10 +10,10 @@ use super::body::Rest;
 use super::message::Head;
 use super::note::Note;
 use super::patience::Patience;
-use super::pool::{Dialled, Lent, MadeFor, Pool, Version};
 use super::refusal::{Kind, Refusal};
-use super::upload::Upload;
-use super::wire::Wire;
+use crate::proxy::codec::pool::{Dialled, Lent, MadeFor, Pool, Version};
+use crate::proxy::codec::upload::Upload;
+use crate::proxy::codec::wire::Wire;
 use crate::proxy::socket::Socket;
 use crate::snapshot::{Failure, LocalApp, Protocol};
 

@@ -11,9 +11,9 @@ use hyper::body::Incoming;
 
 use super::note::Note;
 use super::patience::{Expired, Patience};
-use super::pool::Held;
-use super::wire::Wire;
 use crate::proxy::balance::InFlight;
+use crate::proxy::codec::pool::Held;
+use crate::proxy::codec::wire::Wire;
 use crate::proxy::limits::Permit;
 
 /// The body of a response that we send.

@@ -12,11 +12,11 @@ use http::request::Parts;
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderMap, HeaderValue, Method, Request, Uri, Version};
 
-use super::HEADERS;
-use super::pool;
 use super::refusal::{Kind, Refusal};
-use super::upload::Upload;
 use crate::jwt::{Providers, Verified};
+use crate::proxy::codec::HEADERS;
+use crate::proxy::codec::pool;
+use crate::proxy::codec::upload::Upload;
 use crate::snapshot::{NormalPath, Normalization, RequestView};
 
 pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");

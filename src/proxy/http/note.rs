@@ -11,8 +11,8 @@ use http_body::Frame;
 
 use super::patience::Expired;
 use super::refusal::{Kind, Refusal};
-use super::upload::UploadState;
 use crate::access_log::{self, AccessLog, Active, Record};
+use crate::proxy::codec::upload::UploadState;
 use crate::tls::SpiffeId;
 
 /// Who asks, the same for all requests of a connection.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, Sleep, sleep_until};
 
-use super::upload::UploadState;
+use crate::proxy::codec::upload::UploadState;
 
 /// The patience with one exchange: one timer for all of its limits, and an eye on its upload.
 pub struct Patience {

@@ -18,9 +18,9 @@ use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, sleep, tim
 
 use super::body::Body;
 use super::message;
-use super::wire::{Turn, Wire};
-use super::{CONNECTION_WINDOW, HEAD_SIZE, HEADERS, STREAM_WINDOW};
 use crate::drain::Stage;
+use crate::proxy::codec::wire::{Turn, Wire};
+use crate::proxy::codec::{CONNECTION_WINDOW, HEAD_SIZE, HEADERS, STREAM_WINDOW};
 use crate::proxy::listener::Live;
 
 /// Serves requests until the connection ends, is idle for too long, or a drain is over.

@@ -11,8 +11,8 @@ use tokio::io::{AsyncWriteExt, copy_bidirectional_with_sizes};
 use tokio::sync::watch;
 
 use super::body::{Body, Rest};
-use super::wire::Wire;
 use crate::drain::{self, Stage};
+use crate::proxy::codec::wire::Wire;
 use crate::proxy::listener::Live;
 
 /// Joins both connections after the response that says so, and gives that response. They are cut at the end of a
