@@ -27,9 +27,14 @@ pub(super) struct UpstreamDraft {
     plan: UpstreamPlan,
     /// What it hangs on.
     uses: Vec<Query>,
-    built: Option<Built>,
+    state: State,
+}
+
+#[derive(Debug)]
+enum State {
     /// What the snapshot has before there is one that is built.
-    unknown: Arc<Upstream>,
+    Unknown(Arc<Upstream>),
+    Built(Box<Built>),
 }
 
 /// An upstream of the snapshot, with what it was built from.
@@ -55,7 +60,7 @@ impl UpstreamDraft {
     pub(super) fn new(key: &UpstreamKey, plan: UpstreamPlan, bell: &Bell) -> Self {
         let demand = Arc::new(bell.demand());
         let unknown = Arc::new(Upstream::unknown(key.clone(), plan.name.clone(), Some(demand)));
-        Self { plan, uses: Vec::new(), built: None, unknown }
+        Self { plan, uses: Vec::new(), state: State::Unknown(unknown) }
     }
 
     pub(super) fn plan(&self) -> &UpstreamPlan {
@@ -78,7 +83,10 @@ impl UpstreamDraft {
 
     /// What the snapshot has; while something of a newer chain is still unknown, this is of an older one.
     pub(super) fn published(&self) -> &Arc<Upstream> {
-        self.built.as_ref().map_or(&self.unknown, |built| &built.upstream)
+        match &self.state {
+            State::Unknown(upstream) => upstream,
+            State::Built(built) => &built.upstream,
+        }
     }
 
     /// What it hangs on, if somebody waits for it.
@@ -89,11 +97,13 @@ impl UpstreamDraft {
 
     /// Nobody need wait for an answer that failed to come; says whether that is news.
     pub(super) fn give_up(&mut self) -> bool {
-        let news = self.published().awaited.is_some();
-        if news {
-            self.unknown = Arc::new(Upstream::unknown(self.unknown.key.clone(), self.unknown.name.clone(), None));
+        match &mut self.state {
+            State::Unknown(upstream) if upstream.awaited.is_some() => {
+                *upstream = Arc::new(Upstream::unknown(upstream.key.clone(), upstream.name.clone(), None));
+                true
+            }
+            _ => false,
         }
-        news
     }
 
     /// Builds it, if all that it needs is known.
@@ -122,7 +132,7 @@ impl UpstreamDraft {
             awaited: None,
         });
         let (plan, credentials) = (self.plan.clone(), Arc::clone(mesh.credentials));
-        self.built = Some(Built { upstream, plan, chain, credentials, targets });
+        self.state = State::Built(Box::new(Built { upstream, plan, chain, credentials, targets }));
     }
 
     fn chain(&self, mesh: &Mesh<'_>) -> Option<Arc<ChainPlan>> {
@@ -131,7 +141,7 @@ impl UpstreamDraft {
             Source::PreparedQuery { query, protocol, connect_timeout } => {
                 let prepared = mesh.prepared.get(query)?;
                 let chain = ChainPlan::of_query(query, prepared, *protocol, *connect_timeout);
-                let before = self.built.as_ref().map(|built| &built.chain).filter(|before| ***before == chain);
+                let before = self.built().map(|built| &built.chain).filter(|before| ***before == chain);
                 Some(before.map_or_else(|| Arc::new(chain), Arc::clone))
             }
         }
@@ -146,7 +156,7 @@ impl UpstreamDraft {
         credentials: &Arc<Credentials>,
     ) -> Result<Arc<Target>, Bad> {
         let same = |built: &&Built| Arc::ptr_eq(&built.credentials, credentials) && built.chain.protocol == protocol;
-        let before = self.built.as_ref().filter(same);
+        let before = self.built().filter(same);
         let before = before.and_then(|built| {
             let mut targets = built.chain.targets.iter().zip(&built.targets);
             targets.find(|(before, _)| *before == plan).map(|(_, target)| target)
@@ -158,8 +168,15 @@ impl UpstreamDraft {
         }
     }
 
+    fn built(&self) -> Option<&Built> {
+        match &self.state {
+            State::Unknown(_) => None,
+            State::Built(built) => Some(built),
+        }
+    }
+
     fn is_built_from(&self, chain: &Arc<ChainPlan>, targets: &[Arc<Target>]) -> bool {
-        self.built.as_ref().is_some_and(|built| {
+        self.built().is_some_and(|built| {
             Arc::ptr_eq(&built.chain, chain)
                 && built.plan == self.plan
                 && built.targets.iter().zip(targets).all(|(a, b)| Arc::ptr_eq(a, b))
