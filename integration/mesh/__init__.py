@@ -5,6 +5,7 @@ from .apps import Blackhole, Conn, Echo, HalfCloser, Resetter, Silent, dial
 from .envoy import Envoy
 from .gate import Gate
 from .identity import Authority, Identity, mtls_connect, mtls_server
+from .load import Churn, rotate_root_under
 from .process import Process
 from .rpc import Caller, Rpc
 from .service import Mesh, Service, Upstream
@@ -12,7 +13,7 @@ from .web import Answer, Browser, Web, ask, who
 from .wait import eventually, stays, NotInTime
 
 __all__ = [
-    "Agent", "Answer", "ApiError", "Authority", "Blackhole", "Browser", "Caller", "Conn", "Echo", "Envoy", "Gate", "HalfCloser", "Identity", "Mesh",
+    "Agent", "Answer", "ApiError", "Authority", "Blackhole", "Browser", "Caller", "Churn", "Conn", "Echo", "Envoy", "Gate", "HalfCloser", "Identity", "Mesh",
     "NotInTime", "Process", "Resetter", "Rpc", "Service", "Silent", "Upstream", "Web", "ask", "dial", "eventually", "mtls_connect",
-    "mtls_server", "stays", "who",
+    "mtls_server", "rotate_root_under", "stays", "who",
 ]

@@ -155,6 +155,10 @@ class Agent:
         """Every root that the mesh trusts, as PEM."""
         return "".join(root["RootCert"].strip() + "\n" for root in self.get("/v1/agent/connect/ca/roots")["Roots"])
 
+    def active_root(self):
+        """The one that signs now, as PEM."""
+        return next(root["RootCert"].strip() for root in self.get("/v1/agent/connect/ca/roots")["Roots"] if root["Active"])
+
     def leaf(self, service, token=None):
         got = self.get(f"/v1/agent/connect/ca/leaf/{urllib.parse.quote(service)}", token)
         return Identity(got["CertPEM"], got["PrivateKeyPEM"])

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from mesh import Authority, Browser, ask, eventually, mtls_connect, stays, who
+from mesh import Browser, ask, eventually, mtls_connect, rotate_root_under, stays, who
 
 
 def pair(mesh, *words):
@@ -94,22 +94,8 @@ def test_a_new_root_under_load(own_mesh, workers):
     mesh = own_mesh()
     server, client, port = pair(mesh)
     load = Load(port, workers)
-    try:
-        for authority in (Authority(mesh.agent.trust_domain), None):
-            before = active_root(mesh.agent)
-            mesh.agent.rotate_root(authority)
-            eventually(lambda: active_root(mesh.agent) != before)
-            new = mesh.agent.leaf(mesh.name("new"))
-            eventually(lambda: serves(server.public, active_root(mesh.agent), new), 60, "the leaf of the new root is served", every=0.2)
-        made = load.made
-        eventually(lambda: load.made > made + 100)
-    finally:
-        failures = load.end()
+    failures = rotate_root_under(load, mesh, lambda root, identity: serves(server.public, root, identity), more=100)
     assert failures == [] and load.made > 200
-
-
-def active_root(agent):
-    return next(root["RootCert"].strip() for root in agent.get("/v1/agent/connect/ca/roots")["Roots"] if root["Active"])
 
 
 def serves(port, root, identity):

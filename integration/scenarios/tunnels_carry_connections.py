@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 
-from mesh import Authority, eventually
+from mesh import Authority, Churn, eventually
 
 CONNECTIONS = 200
 LISTEN, TIME_WAIT = "0A", "06"
@@ -107,27 +107,14 @@ def test_what_ends_abruptly_is_passed_on_and_the_next_connection_is_none_the_wor
 def test_a_new_root_under_churn_fails_no_connection(own_mesh):
     mesh = own_mesh()
     server, client = pair(mesh)
-    failures, stop = [], threading.Event()
-
-    def churn():
-        while not stop.is_set():
-            try:
-                assert client.reaches(), "no answer"
-            except (OSError, AssertionError) as error:
-                failures.append(error)
-
-    load = [threading.Thread(target=churn) for _ in range(4)]
-    for thread in load:
-        thread.start()
+    load = Churn(client, 4)
     try:
         for authority in (Authority(mesh.agent.trust_domain), None):
             old = open_sessions(server)
             mesh.agent.rotate_root(authority)
             eventually(lambda: not old & open_sessions(server), 30, "sessions of the old credentials are gone", every=0.2)
     finally:
-        stop.set()
-        for thread in load:
-            thread.join()
+        failures = load.end()
     assert failures == []
 
 
