@@ -199,22 +199,8 @@ where
                 None => return Ok(()),
             },
         };
-        let wait = asker.slots.wait(claim);
         let asked = Instant::now();
-        if self.blocks() {
-            slot.begin(wait);
-        }
-        if let Some(rest) = &mut self.rest {
-            rest.asks();
-        }
-        let outcome = tokio::select! {
-            biased;
-            // The sender lives in the client, so this cannot fail.
-            _ = tokens.changed() => Outcome::NewToken,
-            result = self.ask(wait) => Outcome::Answered(result),
-            () = slot.asked_for() => Outcome::AskedFor,
-        };
-        let result = match outcome {
+        let result = match self.ask_within(&mut slot, asker.slots.wait(claim), tokens).await {
             Outcome::AskedFor => return Ok(()),
             Outcome::NewToken => {
                 self.start_anew();
@@ -226,14 +212,7 @@ where
         drop(sweep);
         match result.and_then(|response| Ok((asker.client.decode(&self.query, &response)?, response))) {
             Ok((answer, response)) => {
-                let pause = self.advance(&response);
-                if let Some(rest) = &mut self.rest {
-                    rest.answered((self.query.covered)(&answer.value));
-                }
-                let mut slot = (claim == Claim::Always && self.blocks()).then_some(slot);
-                self.succeeded(&response, answer).await?;
-                self.pause(pause, tokens, &mut slot).await;
-                *kept = slot;
+                *kept = self.answered(answer, &response, Some(slot).filter(|_| claim == Claim::Always), tokens).await?;
                 Ok(())
             }
             Err(error) => {
@@ -246,6 +225,42 @@ where
                 self.failed(error, tokens).await
             }
         }
+    }
+
+    /// Sends the request, and gives it up for a reason that comes first.
+    async fn ask_within(&mut self, slot: &mut Slot, wait: Duration, tokens: &mut Changes) -> Outcome {
+        if self.blocks() {
+            slot.begin(wait);
+        }
+        if let Some(rest) = &mut self.rest {
+            rest.asks();
+        }
+        tokio::select! {
+            biased;
+            // The sender lives in the client, so this cannot fail.
+            _ = tokens.changed() => Outcome::NewToken,
+            result = self.ask(wait) => Outcome::Answered(result),
+            () = slot.asked_for() => Outcome::AskedFor,
+        }
+    }
+
+    /// Passes an answer on and lets the time pass until the next request. Gives back what of `slot`, which is always
+    /// ours, is still needed for that.
+    async fn answered(
+        &mut self,
+        answer: Answer<T>,
+        response: &Response,
+        slot: Option<Slot>,
+        tokens: &mut Changes,
+    ) -> Result<Option<Slot>, Gone> {
+        let pause = self.advance(response);
+        if let Some(rest) = &mut self.rest {
+            rest.answered((self.query.covered)(&answer.value));
+        }
+        let mut slot = slot.filter(|_| self.blocks());
+        self.succeeded(response, answer).await?;
+        self.pause(pause, tokens, &mut slot).await;
+        Ok(slot)
     }
 
     /// A slot, or `None` where there is no need to take turns any more.

@@ -160,10 +160,7 @@ impl Control {
             }
             let due = pace.due;
             if due.is_some_and(|due| due <= Instant::now()) {
-                if let Some(snapshot) = self.draft.finish() {
-                    announce(&snapshot, publish.borrow().is_none());
-                    publish.send_replace(Some(snapshot));
-                }
+                self.publish(&publish);
                 pace.published(Instant::now());
                 continue;
             }
@@ -171,19 +168,9 @@ impl Control {
                 () = publish.closed() => return Ok(()),
                 // The sender is ours, so there is always a next.
                 Some(first) = news.recv() => {
-                    let starting = publish.borrow().is_none();
                     // Whatever came with it is of the same burst.
                     let burst = std::iter::once(first).chain(std::iter::from_fn(|| news.try_recv().ok()));
-                    for news in burst.take(NEWS) {
-                        if let News::Failed(query, error) = &news
-                            && starting
-                            && query.is_essential()
-                            && error.is_forbidden()
-                        {
-                            bail!("the agent refuses the token: {error}");
-                        }
-                        self.take(news);
-                    }
+                    self.take_burst(burst, publish.borrow().is_none())?;
                 }
                 () = bell.rung() => {
                     called = true;
@@ -200,6 +187,28 @@ impl Control {
                 pace.changed(urgency, Instant::now());
             }
         }
+    }
+
+    fn publish(&mut self, publish: &watch::Sender<Option<Arc<Snapshot>>>) {
+        if let Some(snapshot) = self.draft.finish() {
+            announce(&snapshot, publish.borrow().is_none());
+            publish.send_replace(Some(snapshot));
+        }
+    }
+
+    /// `starting`: there was no snapshot yet, so that a token which the agent refuses is an error.
+    fn take_burst(&mut self, burst: impl Iterator<Item = News>, starting: bool) -> anyhow::Result<()> {
+        for news in burst.take(NEWS) {
+            if let News::Failed(query, error) = &news
+                && starting
+                && query.is_essential()
+                && error.is_forbidden()
+            {
+                bail!("the agent refuses the token: {error}");
+            }
+            self.take(news);
+        }
+        Ok(())
     }
 
     fn take(&mut self, news: News) {

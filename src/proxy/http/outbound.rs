@@ -342,23 +342,31 @@ impl<'a> Exchange<'a> {
                 Ok(Tried::Response(response, Rest::new(held, Some((in_flight, permit)))))
             }
             Ok(Err(failed)) => self.after_failure(picked, failed, again, authority, reused).await,
-            Err(expired) => {
-                let refusal = Refusal::from(expired);
-                let instance = Arc::clone(picked.instance());
-                // What the client broke off says nothing of the instance.
-                if expired != Expired::Upload {
-                    picked.report(Outcome::Reset, latency, now);
-                }
-                let policy = self.routed.retries.filter(|_| expired == Expired::Try && self.retries > 0);
-                if policy.is_some_and(|policy| policy.retries_response(StatusCode::GATEWAY_TIMEOUT, &HeaderMap::new()))
-                    && let Some((head, body)) = again.take()
-                    && self.retry(&instance, &refusal.cause).await
-                {
-                    return Ok(Tried::Again(head, body));
-                }
-                Err(refusal)
-            }
+            Err(expired) => self.after_expiry(picked, expired, again, latency).await,
         }
+    }
+
+    async fn after_expiry(
+        &mut self,
+        picked: Picked,
+        expired: Expired,
+        again: Again<'_>,
+        latency: Duration,
+    ) -> Result<Tried, Refusal> {
+        let instance = Arc::clone(picked.instance());
+        // What the client broke off says nothing of the instance.
+        if expired != Expired::Upload {
+            picked.report(Outcome::Reset, latency, self.clock.now());
+        }
+        let refusal = Refusal::from(expired);
+        let policy = self.routed.retries.filter(|_| expired == Expired::Try && self.retries > 0);
+        if policy.is_some_and(|policy| policy.retries_response(StatusCode::GATEWAY_TIMEOUT, &HeaderMap::new()))
+            && let Some((head, body)) = again.take()
+            && self.retry(&instance, &refusal.cause).await
+        {
+            return Ok(Tried::Again(head, body));
+        }
+        Err(refusal)
     }
 
     async fn after_failure(
