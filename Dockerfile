@@ -11,7 +11,7 @@ ENTRYPOINT ["python3", "-u", "/app/demo_app.py"]
 
 FROM ${RUST_IMAGE} AS build
 WORKDIR /lictor
-COPY Cargo.toml Cargo.lock ./
+COPY Cargo.toml Cargo.lock build.rs ./
 COPY .cargo .cargo
 COPY src src
 RUN cargo build --release --locked

@@ -1,0 +1,31 @@
+//! Asks the linker for relative relocations in their packed form, where the C library that is built for can read them.
+//!
+//! Every start reads all relocations of a position independent program: 19,000 of them, which take 0.5 MB of each
+//! process in the usual form and a twentieth of that packed. The loader of glibc reads the packed form since 2.36, and
+//! says so if an older one is given such a program.
+
+use std::env;
+use std::process::Command;
+
+/// Of glibc's releases, the first that reads packed relocations (its NEWS for 2.36: `DT_RELR`).
+const READS_PACKED: (u32, u32) = (2, 36);
+
+fn main() {
+    println!("cargo::rerun-if-changed=build.rs");
+    if is_for_this_machine() && host_libc().is_some_and(|version| version >= READS_PACKED) {
+        println!("cargo::rustc-link-arg-bins=-Wl,-z,pack-relative-relocs");
+    }
+}
+
+/// Of another machine's C library nothing is known.
+fn is_for_this_machine() -> bool {
+    env::var("HOST").is_ok_and(|host| env::var("TARGET").is_ok_and(|target| host == target))
+}
+
+/// `None` where the C library is another one.
+fn host_libc() -> Option<(u32, u32)> {
+    let output = Command::new("getconf").arg("GNU_LIBC_VERSION").output().ok()?;
+    let text = String::from_utf8(output.stdout).ok()?;
+    let (major, minor) = text.trim().strip_prefix("glibc ")?.split_once('.')?;
+    Some((major.parse().ok()?, minor.split('.').next()?.parse().ok()?))
+}
