@@ -1,7 +1,7 @@
 //! Asks the linker for relative relocations in their packed form, where the C library that is built for can read them.
 //!
 //! Every start reads all relocations of a position independent program: 19,000 of them, which take 0.5 MB of each
-//! process in the usual form and a twentieth of that packed. The loader of glibc reads the packed form since 2.36, and
+//! process in the usual form and a fiftieth of that packed. The loader of glibc reads the packed form since 2.36, and
 //! says so if an older one is given such a program.
 
 use std::env;
