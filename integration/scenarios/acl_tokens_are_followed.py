@@ -2,7 +2,7 @@
 
 import pytest
 
-from mesh import eventually, stays
+from mesh import ask, eventually, stays
 from mesh.agent import version_of
 
 MASTER = "9f3d7c1e-5a42-4f0e-9d0a-6c1b2e8f7a55"
@@ -137,3 +137,29 @@ def test_a_default_intention_policy_goes_before_the_acl_default(own_mesh, shared
     client.eventually_refused()
     mesh.allow(client, server)
     client.eventually_reaches()
+
+
+def test_a_default_intention_policy_that_allows_goes_before_an_acl_default_that_denies(own_mesh, shared_agent, binaries):
+    shared_agent.needs((1, 18), "default_intention_policy")
+    mesh = own_mesh({**acl_config(version_of(binaries["consul"])), "default_intention_policy": "allow"}, token=MASTER)
+    server = mesh.service("server")
+    client = mesh.service("client", [server])
+    client.eventually_reaches()
+    mesh.deny(client, server)
+    client.eventually_refused()
+
+
+@pytest.mark.parametrize("protocol", ["tcp", "http"])
+def test_an_acl_default_that_denies_holds_with_acls_off(own_mesh, shared_agent, protocol):
+    """The agent authorizes then, and tells Envoy to deny."""
+    shared_agent.needs((1, 9), "X-Consul-Default-ACL-Policy")
+    mesh = own_mesh({"acl": {"enabled": False, "default_policy": "deny"}})
+    server = mesh.web("server", protocol=protocol)
+    client = mesh.service("client", [server])
+    port = client.port_to(server)
+    if protocol == "tcp":
+        client.eventually_refused()
+    else:
+        eventually(lambda: ask(port).status == 403)
+    mesh.allow(client, server)
+    eventually(lambda: ask(port).status == 200)

@@ -328,9 +328,13 @@ impl Query<DefaultPolicy> {
     ///
     /// No endpoint tells, so the agent is asked to decide on a source that nobody made an intention for,
     /// and its reason says whether the default decided. The source is of a namespace that there is none of,
-    /// so that in the community edition not even `*` matches it (Consul 1.8.7, 1.19.2 and 1.22). Where an
-    /// intention of the Enterprise edition for all namespaces did, the header that newer agents send with
-    /// every answer must do; it leaves `default_intention_policy` (1.18 and later) out. Neither: deny.
+    /// so that in the community edition not even `*` matches it (Consul 1.8.7, 1.19.2 and 1.22). Newer agents
+    /// send the ACL default policy as a header with every answer. Where an intention of the Enterprise edition
+    /// for all namespaces decided, that header must do. Neither: deny.
+    ///
+    /// With ACLs off, 1.19.2 and 1.22 authorize by default even where `acl.default_policy` is "deny", while
+    /// they configure Envoy to deny. So a header that denies goes before a default that ACLs configure. It
+    /// does not go before `default_intention_policy` (1.18 and later), which was set for intentions alone.
     pub fn default_policy(service: &str) -> Self {
         let probe = serde_json::json!({
             "Target": service,
@@ -350,16 +354,16 @@ impl Query<DefaultPolicy> {
 }
 
 fn default_policy(response: &Response) -> Result<DefaultPolicy, String> {
-    const BY_DEFAULT: [&str; 3] = [
-        "Default behavior configured by ACLs",
-        "Default intention policy",
-        "ACLs disabled, access is allowed by default",
-    ];
+    const BY_ACLS: [&str; 2] = ["Default behavior configured by ACLs", "ACLs disabled, access is allowed by default"];
+    const BY_INTENTION_POLICY: &str = "Default intention policy";
     let api::Authorization { authorized, reason } = json(&response.body)?;
-    if BY_DEFAULT.contains(&reason.as_str()) {
+    let header = response.default_policy.as_deref();
+    let by_acls = BY_ACLS.contains(&reason.as_str());
+    if reason == BY_INTENTION_POLICY || by_acls && header != Some("deny") {
         return Ok(DefaultPolicy { allow: authorized, source: reason });
     }
-    Ok(match response.default_policy.as_deref() {
+    // Either no default decided, or the ACL default policy is "deny".
+    Ok(match header {
         Some("allow") => DefaultPolicy { allow: true, source: "Default ACL policy".into() },
         Some("deny") => DefaultPolicy { allow: false, source: "Default ACL policy".into() },
         _ => DefaultPolicy { allow: false, source: "Default not known".into() },

@@ -998,7 +998,15 @@ mod tests {
         let by_intention = json!({ "Authorized": true, "Reason": "Matched intention: ALLOW default/* => default/db" });
         for (answer, header, allow) in [
             (json!({ "Authorized": false, "Reason": "Default intention policy" }), Some("allow"), false),
+            (json!({ "Authorized": true, "Reason": "Default intention policy" }), Some("deny"), true),
             (json!({ "Authorized": true, "Reason": "Default behavior configured by ACLs" }), None, true),
+            (json!({ "Authorized": true, "Reason": "Default behavior configured by ACLs" }), Some("deny"), false),
+            (json!({ "Authorized": false, "Reason": "Default behavior configured by ACLs" }), Some("allow"), false),
+            (
+                json!({ "Authorized": true, "Reason": "ACLs disabled, access is allowed by default" }),
+                Some("deny"),
+                false,
+            ),
             (by_intention.clone(), None, false),
             (by_intention.clone(), Some("allow"), true),
             (by_intention, Some("deny"), false),
