@@ -127,6 +127,10 @@ pub(super) struct ProcessFlags {
     /// Threads that carry traffic, 1 to 1024. The default is one for each processor.
     #[arg(long, value_name = "number")]
     pub(super) workers: Option<String>,
+    /// Library that seals TLS records with AES-GCM, for comparison: aws-lc or ring. The default is the fastest on this
+    /// processor.
+    #[arg(long, value_name = "library")]
+    pub(super) aead: Option<String>,
 }
 
 /// The environment variable that stands in for a flag.
@@ -147,6 +151,7 @@ pub(super) fn variable_of(flag: &str) -> Option<&'static str> {
         "agent-connections" => "LICTOR_AGENT_CONNECTIONS",
         "drain-time" => "LICTOR_DRAIN_TIME",
         "workers" => "LICTOR_WORKERS",
+        "aead" => "LICTOR_AEAD",
         _ => return None,
     })
 }

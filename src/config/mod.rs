@@ -19,6 +19,7 @@ use anyhow::{Context as _, bail, ensure};
 use tracing::Level;
 
 pub use self::values::AdHocUpstream;
+use crate::tls::{Aead, Implementation};
 use crate::{consul, telemetry};
 use flags::{AdHocFlags, AgentFlags, Line, ModeFlags, ProcessFlags};
 
@@ -32,6 +33,8 @@ pub struct Config {
     pub drain_time: Duration,
     /// Threads of the data plane; default one for each processor.
     pub workers: usize,
+    /// What seals TLS records; default the fastest on this processor.
+    pub aead: Aead,
     /// What was given in vain, each a sentence for the log.
     pub warnings: Vec<String>,
 }
@@ -155,7 +158,7 @@ Commands
 ";
 
 fn version() -> String {
-    format!("lictor {}\n", env!("CARGO_PKG_VERSION"))
+    format!("lictor {}\nTLS records on this processor: {}\n", env!("CARGO_PKG_VERSION"), Aead::detect())
 }
 
 /// A value with the flag or variable that it came from.
@@ -163,6 +166,14 @@ fn version() -> String {
 struct Given {
     value: String,
     from: String,
+}
+
+/// What [`ProcessFlags`] say.
+struct Process {
+    log: telemetry::Settings,
+    drain_time: Duration,
+    workers: usize,
+    aead: Aead,
 }
 
 /// Brings flags and environment together.
@@ -183,11 +194,11 @@ impl<'a> Reader<'a> {
         let max_connections = self.number("agent-connections", max_connections, 4..=128)?.unwrap_or(32);
         let agent = self.agent(flags.agent, max_connections).context("Error connecting to Consul agent")?;
         let mode = self.mode(flags.mode, flags.ad_hoc).context("Error preparing configuration")?;
-        let (log, drain_time, workers) = process;
-        Ok(Config { mode, agent, log, drain_time, workers, warnings: self.warnings })
+        let Process { log, drain_time, workers, aead } = process;
+        Ok(Config { mode, agent, log, drain_time, workers, aead, warnings: self.warnings })
     }
 
-    fn process(&mut self, flags: ProcessFlags) -> anyhow::Result<(telemetry::Settings, Duration, usize)> {
+    fn process(&mut self, flags: ProcessFlags) -> anyhow::Result<Process> {
         let level = flags.log_level.as_deref().map_or(Ok(Level::INFO), log_level)?;
         let drain_time = match self.given("drain-time", flags.drain_time)? {
             Some(Given { value, from }) => {
@@ -203,7 +214,8 @@ impl<'a> Reader<'a> {
             Some(workers) => workers,
             None => std::thread::available_parallelism().map_or(1, usize::from),
         };
-        Ok((telemetry::Settings { level, json: flags.log_json }, drain_time, workers))
+        let aead = self.given("aead", flags.aead)?.map_or(Ok(Aead::detect()), |given| aead(&given))?;
+        Ok(Process { log: telemetry::Settings { level, json: flags.log_json }, drain_time, workers, aead })
     }
 
     fn mode(&mut self, mode: ModeFlags, ad_hoc: AdHocFlags) -> anyhow::Result<Mode> {
@@ -405,6 +417,14 @@ impl TlsFlags {
 
 fn is_given(value: &Option<String>) -> bool {
     value.as_ref().is_some_and(|value| !value.is_empty())
+}
+
+fn aead(Given { value, from }: &Given) -> anyhow::Result<Aead> {
+    match value.as_str() {
+        "aws-lc" => Ok(Aead::forced(Implementation::AwsLc)),
+        "ring" => Ok(Aead::forced(Implementation::Ring)),
+        _ => bail!("{from}: {value:?} is not a library that seals TLS records: write aws-lc or ring"),
+    }
 }
 
 fn log_level(text: &str) -> anyhow::Result<Level> {

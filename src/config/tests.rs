@@ -36,7 +36,9 @@ fn commands() {
         other => panic!("{line}: {other:?}"),
     };
     for line in ["version", "--version", "-version", "-v"] {
-        assert_eq!(printed(line), format!("lictor {}\n", env!("CARGO_PKG_VERSION")), "{line}");
+        let text = printed(line);
+        assert_eq!(text.lines().next(), Some(concat!("lictor ", env!("CARGO_PKG_VERSION"))), "{line}");
+        assert!(text.lines().nth(1).is_some_and(|line| line.contains("AES-GCM of ")), "{text}");
     }
     for line in ["help", "-h", "--help", "connect -h", "connect --help", "connect proxy -h", "proxy --help"] {
         assert!(printed(line).starts_with("Usage: lictor "), "{line}");
@@ -223,6 +225,10 @@ fn logs_and_process() {
     for (text, level) in levels {
         assert_eq!(config(&format!("-service web -log-level {text}"), "").log.level, level, "{text}");
     }
+    let aead = |text: &str| config(&format!("-service web -aead {text}"), "LICTOR_AEAD=aws-lc").aead;
+    assert_eq!(aead("ring"), Aead::forced(Implementation::Ring));
+    assert_eq!(config("-service web", "LICTOR_AEAD=aws-lc").aead, Aead::forced(Implementation::AwsLc));
+    assert_eq!(config("-service web", "").aead, Aead::detect());
     let config = config("-service web -log-json -drain-time 1m -workers 3", "LICTOR_DRAIN_TIME=5 LICTOR_WORKERS=9");
     assert_eq!((config.log.json, config.drain_time, config.workers), (true, Duration::from_secs(60), 3));
     assert_eq!(self::config("-service web", "LICTOR_DRAIN_TIME=5").drain_time, Duration::from_secs(5));

@@ -23,7 +23,7 @@ use crate::demand::Bell;
 use crate::snapshot::{
     Bind, DefaultPolicy, Exposed, Intention, Intentions, Protocol, PublicListener, Snapshot, Upstream, UpstreamKey,
 };
-use crate::tls::{self, Credentials};
+use crate::tls::{self, Aead, Credentials};
 
 /// News from the agent, with the query that brought it.
 #[derive(Debug)]
@@ -156,6 +156,11 @@ impl Draft {
         draft.mesh = Some(MeshSettings::default());
         draft.define(definition);
         draft
+    }
+
+    /// The same with `aead` to seal TLS records. To be said before any credentials are there.
+    pub(super) fn sealed_by(self, aead: Aead) -> Self {
+        Self { identity: Identity::new(aead), ..self }
     }
 
     /// Without an id, the definition comes from elsewhere and is not asked for.

@@ -5,7 +5,7 @@ use std::time::SystemTime;
 
 use super::translate::Bad;
 use crate::consul::api;
-use crate::tls::{Credentials, Policy};
+use crate::tls::{Aead, Credentials, Policy};
 
 #[derive(Debug, Default)]
 pub(super) struct Identity {
@@ -13,6 +13,7 @@ pub(super) struct Identity {
     leaf: Option<Arc<api::Leaf>>,
     good: Option<Good>,
     policy: Policy,
+    aead: Aead,
 }
 
 #[derive(Debug)]
@@ -23,6 +24,11 @@ struct Good {
 }
 
 impl Identity {
+    /// Nothing is known yet. `aead` is what is to seal records.
+    pub(super) fn new(aead: Aead) -> Self {
+        Self { aead, ..Self::default() }
+    }
+
     pub(super) fn credentials(&self) -> Option<&Arc<Credentials>> {
         self.good.as_ref().map(|good| &good.credentials)
     }
@@ -83,8 +89,8 @@ impl Identity {
             }
             match credentials(&roots, &leaf, service, now) {
                 Ok(credentials) => {
-                    self.good =
-                        Some(Good { roots, leaf, credentials: Arc::new(credentials.under(self.policy.clone())) });
+                    let credentials = Arc::new(credentials.sealed_by(self.aead).under(self.policy.clone()));
+                    self.good = Some(Good { roots, leaf, credentials });
                     return (true, refused);
                 }
                 Err(bad) => refused = refused.and(Err(bad)),

@@ -29,6 +29,7 @@ use crate::consul::query::{Event, Watch};
 use crate::consul::watches::Watches;
 use crate::consul::{self, Client, api};
 use crate::snapshot::{Action, DefaultPolicy, Snapshot};
+use crate::tls::Aead;
 
 /// In a stream of changes, this much quiet ends a burst…
 const QUIET: Duration = Duration::from_millis(5);
@@ -44,7 +45,7 @@ const ASK_AGAIN: Duration = Duration::from_secs(1);
 const TELL_AGAIN: Duration = Duration::from_secs(60);
 
 /// Keeps `publish` up to date with what the agent says, until nobody reads it any more. The value is `None`
-/// until the first whole snapshot.
+/// until the first whole snapshot. `aead` is what its credentials seal TLS records with.
 ///
 /// # Errors
 /// What [`resolve_proxy_id`] fails with, flags that define no proxy, and a token that the agent refuses before
@@ -53,6 +54,7 @@ pub async fn run(
     watches: Watches,
     agent: &consul::Settings,
     mode: &Mode,
+    aead: Aead,
     publish: watch::Sender<Option<Arc<Snapshot>>>,
 ) -> anyhow::Result<()> {
     let enterprise = agent.namespace.is_some() || agent.partition.is_some();
@@ -63,7 +65,8 @@ pub async fn run(
             let definition = translate::definition::ad_hoc(flags).map_err(|bad| anyhow::anyhow!("{bad}"))?;
             Draft::ad_hoc(definition)
         }
-    };
+    }
+    .sealed_by(aead);
     let (sender, news) = mpsc::channel(NEWS);
     let (running, keepers) = (HashMap::new(), HashMap::new());
     let control = Control { watches, running, keepers, sender, draft, registration: Registration::Unknown };
@@ -416,7 +419,7 @@ mod tests {
         let (publish, published) = watch::channel(None);
         let control = tokio::spawn(async move {
             let watches = Watches::new(Client::new(&settings)?);
-            run(watches, &settings, &mode, publish).await
+            run(watches, &settings, &mode, Aead::detect(), publish).await
         });
         (control, published)
     }

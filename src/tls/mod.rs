@@ -5,6 +5,7 @@
 //! ones, and with them go every ticket and cached session: a session never outlives the identity, the
 //! roots or the trust that it was made with.
 
+mod aead;
 mod policy;
 mod sides;
 mod spiffe;
@@ -26,6 +27,7 @@ use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 
+pub use aead::{Aead, Implementation};
 pub use policy::{Parameters, Policy, Versions, is_known_suite};
 pub use sides::{Client, Server};
 pub use spiffe::{NotAService, SpiffeId};
@@ -61,7 +63,7 @@ impl Credentials {
         service: &str,
         now: SystemTime,
     ) -> Result<Self, Error> {
-        let provider = Arc::new(policy::provider());
+        let provider = Arc::new(policy::provider(Aead::detect()));
         let roots = Arc::new(roots(roots_pem, now)?);
         let chain = certificates(leaf_pem).map_err(|e| Error::new(format!("the leaf certificate is not PEM: {e}")))?;
         if chain.is_empty() {
@@ -94,6 +96,12 @@ impl Credentials {
     pub fn under(&self, policy: Policy) -> Self {
         let (key, roots, provider) = (self.key.clone(), self.roots.clone(), self.provider.clone());
         Self { id: self.id.clone(), not_after: self.not_after, key, roots, provider, policy }
+    }
+
+    /// The same credentials, with records sealed by `aead`.
+    #[must_use]
+    pub fn sealed_by(self, aead: Aead) -> Self {
+        Self { provider: Arc::new(policy::provider(aead)), ..self }
     }
 
     /// Who we are.

@@ -3,8 +3,10 @@
 use std::sync::Arc;
 
 use rustls::crypto::CryptoProvider;
-use rustls::crypto::aws_lc_rs::{self, cipher_suite as suite, kx_group};
+use rustls::crypto::aws_lc_rs::{self, kx_group};
 use rustls::{SupportedCipherSuite, SupportedProtocolVersion};
+
+use super::aead::Aead;
 
 /// For either direction, as the mesh config entry has them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -32,21 +34,11 @@ pub enum Versions {
     Tls13,
 }
 
-/// aws-lc-rs with AES-128-GCM first, which is the fastest wherever the CPU has AES, and X25519 before the
-/// hybrid post-quantum group, which costs half a millisecond more for each full handshake.
-pub(super) fn provider() -> CryptoProvider {
+/// aws-lc-rs with the cipher suites of `aead`, and X25519 before the hybrid post-quantum group, which costs half a
+/// millisecond more for each full handshake.
+pub(super) fn provider(aead: Aead) -> CryptoProvider {
     CryptoProvider {
-        cipher_suites: vec![
-            suite::TLS13_AES_128_GCM_SHA256,
-            suite::TLS13_AES_256_GCM_SHA384,
-            suite::TLS13_CHACHA20_POLY1305_SHA256,
-            suite::TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
-            suite::TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
-            suite::TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
-            suite::TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
-            suite::TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256,
-            suite::TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
-        ],
+        cipher_suites: aead.cipher_suites(),
         kx_groups: vec![kx_group::X25519, kx_group::X25519MLKEM768, kx_group::SECP256R1, kx_group::SECP384R1],
         ..aws_lc_rs::default_provider()
     }
@@ -55,7 +47,7 @@ pub(super) fn provider() -> CryptoProvider {
 /// Whether `name` is a TLS 1.2 suite that can be used.
 #[must_use]
 pub fn is_known_suite(name: &str) -> bool {
-    provider().cipher_suites.iter().any(|suite| is_named(suite, name))
+    Aead::detect().cipher_suites().iter().any(|suite| is_named(suite, name))
 }
 
 impl Parameters {
