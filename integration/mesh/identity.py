@@ -112,6 +112,17 @@ def mtls_connect(port, trust, identity=None, sni=None, version=None, context=Non
         raise
 
 
+def server_context(trust, identity, alpn=()):
+    """A TLS server that requires a certificate, as a public listener does, and agrees on one of these protocols."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(cadata=trust)
+    identity.load_into(context)
+    if alpn:
+        context.set_alpn_protocols(alpn)
+    return context
+
+
 class mtls_server(Echo):
     """A sidecar that the scenario plays: requires a client certificate, then echoes after its greeting.
 
@@ -119,10 +130,7 @@ class mtls_server(Echo):
     """
 
     def __init__(self, port, trust, identity, greeting=b"", version=None):
-        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self._context.verify_mode = ssl.CERT_REQUIRED
-        self._context.load_verify_locations(cadata=trust)
-        identity.load_into(self._context)
+        self._context = server_context(trust, identity)
         if version:
             self._context.minimum_version = self._context.maximum_version = version
         self._context.sni_callback = lambda sock, name, context: self.server_names.append(name)

@@ -2,9 +2,10 @@
 //!
 //! A [`pool`] keeps those that we made and sends requests over them, with an [`upload`] each. Under a codec on either
 //! side lies a [`wire`], which gathers what it writes; on the server side the wire looks over what is read as well
-//! ([`strict`], [`blocks`]).
+//! ([`strict`], [`blocks`]). What a codec has decoded says its length in one way ([`framing`]).
 
 mod blocks;
+pub mod framing;
 pub mod pool;
 mod strict;
 pub mod upload;

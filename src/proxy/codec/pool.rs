@@ -17,6 +17,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use super::framing;
 use super::upload::Upload;
 use super::wire::{Turn, Wire};
 use super::{CONNECTION_WINDOW, HEAD_SIZE, HEADERS, STREAM_WINDOW};
@@ -190,7 +191,13 @@ pub struct Failed {
     /// The request itself, if nothing of it was sent.
     pub request: Option<Box<Request<Upload>>>,
     pub failure: Failure,
-    pub error: hyper::Error,
+    cause: Cause,
+}
+
+enum Cause {
+    Codec(hyper::Error),
+    /// There was a response, which is not to be passed on.
+    Framing(&'static str),
 }
 
 impl Pool {
@@ -415,14 +422,25 @@ impl Lent {
     pub async fn send(self, request: Request<Upload>) -> Result<(Response<Incoming>, Held), Failed> {
         match self.connection {
             Connection::Http1(mut sender, home) => {
-                let response = sender.try_send_request(request).await.map_err(Failed::new)?;
+                let response = checked(sender.try_send_request(request).await)?;
                 Ok((response, Held::Http1(Lease { sender: Some(sender), home })))
             }
             Connection::Http2(mut sender, streams) => {
-                let response = sender.try_send_request(request).await.map_err(Failed::new)?;
+                let response = checked(sender.try_send_request(request).await)?;
                 Ok((response, Held::Http2(streams)))
             }
         }
+    }
+}
+
+type Answered = Result<Response<Incoming>, hyper::client::conn::TrySendError<Request<Upload>>>;
+
+/// Lets no response through whose headers describe another message than it is. Its connection ends with it.
+fn checked(answered: Answered) -> Result<Response<Incoming>, Failed> {
+    let mut response = answered.map_err(Failed::new)?;
+    match framing::check_response(&mut response) {
+        Ok(()) => Ok(response),
+        Err(fault) => Err(Failed { request: None, failure: Failure::Reset, cause: Cause::Framing(fault) }),
     }
 }
 
@@ -449,24 +467,38 @@ impl Failed {
             }
             _ => Failure::Reset,
         };
-        Self { request, failure, error }
+        Self { request, failure, cause: Cause::Codec(error) }
     }
-}
 
-impl Failed {
     /// The connection ended, or was ended, before there was an answer.
     #[must_use]
     pub fn is_lost(&self) -> bool {
-        let io = std::error::Error::source(&self.error).is_some_and(|source| source.is::<std::io::Error>());
-        self.error.is_incomplete_message() || self.error.is_closed() || self.error.is_canceled() || io
+        let Cause::Codec(error) = &self.cause else { return false };
+        let io = std::error::Error::source(error).is_some_and(|source| source.is::<std::io::Error>());
+        error.is_incomplete_message() || error.is_closed() || error.is_canceled() || io
+    }
+
+    /// What came as an answer is none in HTTP, or not to be passed on.
+    #[must_use]
+    pub fn is_malformed(&self) -> bool {
+        match &self.cause {
+            Cause::Codec(error) => {
+                let ours = |error: &h2::Error| error.is_library() && error.reason() == Some(h2::Reason::PROTOCOL_ERROR);
+                error.is_parse() || http2_error(error).is_some_and(ours)
+            }
+            Cause::Framing(_) => true,
+        }
     }
 
     /// For the log.
     #[must_use]
     pub fn told(&self) -> String {
-        match std::error::Error::source(&self.error) {
-            Some(source) => format!("{}: {source}", self.error),
-            None => self.error.to_string(),
+        match &self.cause {
+            Cause::Codec(error) => match std::error::Error::source(error) {
+                Some(source) => format!("{error}: {source}"),
+                None => error.to_string(),
+            },
+            Cause::Framing(fault) => (*fault).to_owned(),
         }
     }
 }

@@ -12,6 +12,8 @@ use http_body::{Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
+use super::framing;
+
 /// The body of a request that we send.
 pub struct Upload(Option<Sending>);
 
@@ -135,7 +137,10 @@ impl Sending {
                 }
                 Some(Err(Broken::Source(error)))
             }
-            Some(Ok(frame)) => {
+            Some(Ok(mut frame)) => {
+                if let Some(trailers) = frame.trailers_mut() {
+                    framing::clean_trailers(trailers);
+                }
                 shared.received += frame.data_ref().map_or(0, |data| data.len() as u64);
                 self.given += shared.keep(&frame);
                 Some(Ok(frame))

@@ -63,7 +63,7 @@ impl App<'_> {
                         (head, body) = (again, Upload::none());
                     }
                     _ => {
-                        return Err(Refusal::new(Kind::Reset, format!("the local app broke off: {}", failed.told())));
+                        return Err(Refusal::of("the local app", &failed));
                     }
                 },
             }

@@ -12,6 +12,7 @@ use hyper::body::Incoming;
 use super::note::Note;
 use super::patience::{Expired, Patience};
 use crate::proxy::balance::InFlight;
+use crate::proxy::codec::framing;
 use crate::proxy::codec::pool::Held;
 use crate::proxy::codec::wire::Wire;
 use crate::proxy::limits::Permit;
@@ -178,11 +179,16 @@ impl http_body::Body for Body {
 impl Body {
     fn poll_source(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
         use http_body::Body as _;
-        let polled = match &mut self.source {
+        let mut polled = match &mut self.source {
             Source::Text(text) if text.is_empty() => Poll::Ready(None),
             Source::Text(text) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(text))))),
             Source::Stream(incoming) => Pin::new(incoming).poll_frame(cx).map_err(Broken::Source),
         };
+        if let Poll::Ready(Some(Ok(frame))) = &mut polled
+            && let Some(trailers) = frame.trailers_mut()
+        {
+            framing::clean_trailers(trailers);
+        }
         let patience = self.rest.as_mut().and_then(|rest| rest.patience.as_mut());
         match (&polled, patience) {
             (Poll::Ready(Some(Ok(_))), Some(patience)) => patience.moved(),

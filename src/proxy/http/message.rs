@@ -14,9 +14,8 @@ use http::{HeaderMap, HeaderValue, Method, Request, Uri, Version};
 
 use super::refusal::{Kind, Refusal};
 use crate::jwt::{Providers, Verified};
-use crate::proxy::codec::HEADERS;
-use crate::proxy::codec::pool;
 use crate::proxy::codec::upload::Upload;
+use crate::proxy::codec::{HEADERS, framing, pool};
 use crate::snapshot::{NormalPath, Normalization, RequestView};
 
 pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -55,9 +54,7 @@ impl Head {
         if headers.len() > HEADERS {
             return Err(Refusal::new(Kind::TooLarge, "the request has too many headers"));
         }
-        if headers.get_all(CONTENT_LENGTH).iter().nth(1).is_some() {
-            return Err(Refusal::new(Kind::BadRequest, "the length of the body is said twice"));
-        }
+        framing::check(version, &headers).map_err(|bad| Refusal::new(Kind::BadRequest, bad))?;
         let authority = authority(&uri, version, &headers)?;
         normalization.headers(&mut headers).map_err(|bad| Refusal::new(Kind::BadRequest, bad.to_string()))?;
         let bad = |cause| Refusal::new(Kind::BadRequest, cause);

@@ -174,6 +174,7 @@ fn details(kind: Kind) -> &'static str {
         Kind::NoInstance => "no_healthy_upstream",
         Kind::Unreachable => "upstream_reset_before_response_started{remote_connection_failure}",
         Kind::Reset => "upstream_reset_before_response_started{connection_termination}",
+        Kind::BadResponse => "upstream_reset_before_response_started{protocol_error}",
         Kind::Overflow => "upstream_reset_before_response_started{overflow}",
         Kind::Timeout => "response_timeout",
         Kind::TryTimeout => "upstream_per_try_timeout",

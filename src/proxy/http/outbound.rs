@@ -394,14 +394,14 @@ impl<'a> Exchange<'a> {
             return Ok(Tried::Again(head, body));
         }
         let refused = failed.failure == Failure::Refused;
-        if !refused && !reused {
+        if !refused && (!reused || failed.is_malformed()) {
             picked.report(Outcome::Reset, Duration::ZERO, now);
         }
         // What it has not looked at, and what changes nothing and met the end of an old connection.
         let unseen = refused || (reused && failed.is_lost() && again.head.as_ref().is_some_and(Head::is_safe));
         let asked = self.routed.retries.filter(|_| self.retries > 0);
         let asked = asked.is_some_and(|policy| policy.retries_failure(failed.failure));
-        let broken = Refusal::new(Kind::Reset, format!("{} broke off: {told}", instance.address));
+        let broken = Refusal::of(&instance.address, &failed);
         if self.reasons.len() >= ATTEMPTS || !(unseen || asked) {
             return Err(broken);
         }

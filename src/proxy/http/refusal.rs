@@ -1,10 +1,12 @@
 //! Why a request gets an answer of our own, in the words that users of Envoy under Consul know.
 
 use std::borrow::Cow;
+use std::fmt::Display;
 
 use http::StatusCode;
 
 use super::patience::Expired;
+use crate::proxy::codec::pool::Failed;
 use crate::proxy::limits::Overflow;
 
 /// Why a request gets an answer of ours.
@@ -32,6 +34,8 @@ pub enum Kind {
     Unreachable,
     /// The other end broke off before it answered.
     Reset,
+    /// What the other end answered is not HTTP, or two readers may see two answers in it.
+    BadResponse,
     Overflow,
     Timeout,
     /// One try of perhaps several.
@@ -64,6 +68,11 @@ impl Kind {
                 "upstream connect error or disconnect/reset before headers. reset reason: connection termination",
                 "UC",
             ),
+            Self::BadResponse => (
+                StatusCode::BAD_GATEWAY,
+                "upstream connect error or disconnect/reset before headers. reset reason: protocol error",
+                "UPE",
+            ),
             Self::Overflow => {
                 (UNAVAILABLE, "upstream connect error or disconnect/reset before headers. reset reason: overflow", "UO")
             }
@@ -84,6 +93,15 @@ impl Kind {
 impl Refusal {
     pub fn new(kind: Kind, cause: impl Into<Cow<'static, str>>) -> Self {
         Self { kind, cause: cause.into() }
+    }
+
+    /// For a request to `whom` that brought no response.
+    pub fn of(whom: impl Display, failed: &Failed) -> Self {
+        let told = failed.told();
+        if failed.is_malformed() {
+            return Self::new(Kind::BadResponse, format!("{whom} answered what is not to be passed on: {told}"));
+        }
+        Self::new(Kind::Reset, format!("{whom} broke off: {told}"))
     }
 }
 
