@@ -46,7 +46,7 @@ pub async fn attempt(
     };
     let problem = match timeout_at(until, handshake).await {
         Ok(Ok(mesh)) => match target.tls.authenticate(mesh.peer_certificates(), SystemTime::now()) {
-            Ok(peer) => return Ok((mesh, peer)),
+            Ok(peer) => return Ok((mesh, peer.id)),
             Err(e) => e.to_string(),
         },
         Ok(Err(e)) if e.is_lack_of_protocol() && offer == Offer::Tunnel && !bare => {

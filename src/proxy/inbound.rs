@@ -242,7 +242,7 @@ async fn shake(
     let handshake = Stream::accept_offer(socket, &listener.tls);
     let problem = match timeout(listener.handshake_timeout, handshake).await {
         Ok(Ok(mesh)) => match listener.tls.authenticate(mesh.peer_certificates(), SystemTime::now()) {
-            Ok(peer) => return Some((mesh, peer)),
+            Ok(peer) => return Some((mesh, peer.id)),
             Err(e) => {
                 relay::close_tls(mesh).await;
                 e.to_string()

@@ -336,7 +336,7 @@ impl Sessions {
     pub async fn start(&self, client: &Arc<Client>, until: Instant) -> Option<(Carrier<Socket>, Arc<SpiffeId>)> {
         let mut session = self.take(client)?;
         // Time may have passed its certificate by.
-        let peer = client.authenticate(session.tls.peer_certificates(), SystemTime::now()).ok()?;
+        let peer = client.authenticate(session.tls.peer_certificates(), SystemTime::now()).ok()?.id;
         let now = Instant::now();
         let half = now + until.saturating_duration_since(now) / 2;
         if let Ok(Ok(())) = timeout_at(half, session.start()).await {

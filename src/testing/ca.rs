@@ -1,9 +1,10 @@
 //! A certificate authority like the mesh's, for tests.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime};
 
 use rcgen::{
-    BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
     PKCS_RSA_SHA256, SanType,
 };
 
@@ -11,9 +12,10 @@ use crate::tls::Credentials;
 
 pub const TRUST_DOMAIN: &str = "11111111-2222-3333-4444-555555555555.consul";
 
-/// A root and its key.
+/// A root, or an authority below one, and its key.
 pub struct Ca {
     issuer: Issuer<'static, KeyPair>,
+    params: CertificateParams,
     pub pem: String,
 }
 
@@ -37,15 +39,40 @@ impl Ca {
         Self::with(KeyPair::generate().unwrap(), validity(-7200, -3600))
     }
 
-    fn with(key: KeyPair, (from, until): (SystemTime, SystemTime)) -> Self {
+    fn with(key: KeyPair, validity: (SystemTime, SystemTime)) -> Self {
+        static NUMBER: AtomicUsize = AtomicUsize::new(1);
         let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, format!("ca-{}", NUMBER.fetch_add(1, Ordering::Relaxed)));
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         params.subject_alt_names = vec![SanType::URI(format!("spiffe://{TRUST_DOMAIN}").try_into().unwrap())];
-        params.not_before = from.into();
-        params.not_after = until.into();
-        let certificate = params.self_signed(&key).unwrap();
-        Self { pem: certificate.pem(), issuer: Issuer::new(params, key) }
+        Self::signed(within(params, validity), key, None)
+    }
+
+    /// Signed by itself or by another.
+    pub fn signed(params: CertificateParams, key: KeyPair, by: Option<&Self>) -> Self {
+        let certificate = match by {
+            Some(by) => params.signed_by(&key, &by.issuer),
+            None => params.self_signed(&key),
+        };
+        Self { pem: certificate.unwrap().pem(), issuer: Issuer::new(params.clone(), key), params }
+    }
+
+    /// An authority that this one signs for, valid from and until seconds from now.
+    pub fn below(&self, from: i64, until: i64) -> Self {
+        let ca = Self::with(KeyPair::generate().unwrap(), validity(from, until));
+        Self { pem: self.sign(&ca, from, until), ..ca }
+    }
+
+    /// A certificate of another authority by this one, valid from and until seconds from now: one path more.
+    pub fn sign(&self, other: &Self, from: i64, until: i64) -> String {
+        let params = within(other.params.clone(), validity(from, until));
+        params.signed_by(other.issuer.key(), &self.issuer).unwrap().pem()
+    }
+
+    /// The same authority with the same key in another certificate of its own.
+    pub fn again(&self, from: i64, until: i64) -> String {
+        within(self.params.clone(), validity(from, until)).self_signed(self.issuer.key()).unwrap().pem()
     }
 
     /// A leaf of a service, valid for a day.
@@ -59,9 +86,7 @@ impl Ca {
         let mut params = CertificateParams::default();
         params.subject_alt_names = uris.iter().map(|uri| SanType::URI((*uri).try_into().unwrap())).collect();
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
-        let (from, until) = validity(from, until);
-        params.not_before = from.into();
-        params.not_after = until.into();
+        let params = within(params, validity(from, until));
         Leaf { cert_pem: params.signed_by(&key, &self.issuer).unwrap().pem(), key_pem: key.serialize_pem() }
     }
 
@@ -75,6 +100,12 @@ impl Ca {
 
 pub fn uri(service: &str) -> String {
     format!("spiffe://{TRUST_DOMAIN}/ns/default/dc/dc1/svc/{service}")
+}
+
+fn within(mut params: CertificateParams, (from, until): (SystemTime, SystemTime)) -> CertificateParams {
+    params.not_before = from.into();
+    params.not_after = until.into();
+    params
 }
 
 fn validity(from: i64, until: i64) -> (SystemTime, SystemTime) {

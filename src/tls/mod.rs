@@ -7,32 +7,38 @@
 
 mod aead;
 mod policy;
+mod refusal;
 mod sides;
 mod spiffe;
 mod stream;
 #[cfg(test)]
 mod tests;
 mod tickets;
+mod trust;
 mod verify;
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use rustls::crypto::CryptoProvider;
 use rustls::crypto::aws_lc_rs;
-use rustls::server::WebPkiClientVerifier;
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
-use rustls::{ClientConfig, RootCertStore, ServerConfig};
+use rustls::{ClientConfig, ServerConfig};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 
 pub use aead::{Aead, Implementation};
 pub use policy::{Parameters, Policy, Versions, is_known_suite};
+pub use refusal::PeerError;
 pub use sides::{Client, Server};
 pub use spiffe::{NotAService, SpiffeId};
 pub use stream::{HandshakeError, ReadSide, Scratch, Stream, with_scratch};
-pub use verify::PeerError;
+pub use verify::Peer;
+
+use refusal::Purpose;
+use trust::Trust;
+use verify::{ClientIdentity, Peers, ServerIdentity};
 
 /// The application protocol of two of ours for services that are not HTTP: the session carries one connection after
 /// another. See `proxy/tunnel.rs`.
@@ -43,7 +49,7 @@ pub struct Credentials {
     id: SpiffeId,
     not_after: SystemTime,
     key: Arc<CertifiedKey>,
-    roots: Arc<RootCertStore>,
+    trust: Arc<Trust>,
     provider: Arc<CryptoProvider>,
     policy: Policy,
 }
@@ -64,7 +70,7 @@ impl Credentials {
         now: SystemTime,
     ) -> Result<Self, Error> {
         let provider = Arc::new(policy::provider(Aead::detect()));
-        let roots = Arc::new(roots(roots_pem, now)?);
+        let trust = Arc::new(trust(roots_pem, &provider, now)?);
         let chain = certificates(leaf_pem).map_err(|e| Error::new(format!("the leaf certificate is not PEM: {e}")))?;
         if chain.is_empty() {
             return Err(Error::new("the leaf certificate holds no certificate"));
@@ -79,23 +85,24 @@ impl Credentials {
         let key = CertifiedKey::new(chain, key);
         key.keys_match().map_err(|_| Error::new("the leaf's private key is not the key of its certificate"))?;
 
-        let peer = verify::identify(&key.cert, now).map_err(|e| Error::new(format!("the leaf certificate: {e}")))?;
-        let id = SpiffeId::clone(&peer.id);
+        let id = key.end_entity_cert().map_err(|_| PeerError::NoCertificate).and_then(verify::uri);
+        let id = id.map_err(|e| Error::new(format!("the leaf certificate: {e}")))?;
         if id.trust_domain != trust_domain.to_ascii_lowercase() || id.service != service {
             return Err(Error::new(format!(
                 "the leaf certificate is for {id}, not for service {service:?} of trust domain {trust_domain:?}"
             )));
         }
-        verify::chains_to(&key.cert, &roots, &provider, now)
-            .map_err(|e| Error::new(format!("the leaf certificate does not chain to the mesh's roots: {e}")))?;
-        Ok(Self { id, not_after: peer.not_after, key: Arc::new(key), roots, provider, policy: Policy::default() })
+        let valid = trust
+            .verify(&key.cert, Purpose::Server, now)
+            .map_err(|e| Error::new(format!("the leaf certificate: {e}")))?;
+        Ok(Self { id, not_after: valid.until, key: Arc::new(key), trust, provider, policy: Policy::default() })
     }
 
     /// The same credentials, used as the mesh's policy says.
     #[must_use]
     pub fn under(&self, policy: Policy) -> Self {
-        let (key, roots, provider) = (self.key.clone(), self.roots.clone(), self.provider.clone());
-        Self { id: self.id.clone(), not_after: self.not_after, key, roots, provider, policy }
+        let (key, trust, provider) = (self.key.clone(), self.trust.clone(), self.provider.clone());
+        Self { id: self.id.clone(), not_after: self.not_after, key, trust, provider, policy }
     }
 
     /// The same credentials, with records sealed by `aead`.
@@ -110,7 +117,7 @@ impl Credentials {
         &self.id
     }
 
-    /// When the leaf expires.
+    /// When the leaf expires, or a certificate between it and its root, or the root: whichever is first.
     #[must_use]
     pub fn not_after(&self) -> SystemTime {
         self.not_after
@@ -122,25 +129,19 @@ impl Credentials {
     /// # Errors
     /// When the TLS library refuses the roots.
     pub fn server(&self, alpn: &[&[u8]]) -> Result<Arc<Server>, Error> {
-        let verifier = WebPkiClientVerifier::builder_with_provider(self.roots.clone(), self.provider.clone())
-            .build()
-            .map_err(|e| Error::new(format!("the mesh's roots can't verify clients: {e}")))?;
+        let peers = Arc::new(Peers::new(self.trust.clone(), Purpose::Client));
+        let verifier = ClientIdentity { peers: Arc::clone(&peers), hints: self.trust.subjects() };
         let mut config = ServerConfig::builder_with_provider(self.policy.incoming.restrict(&self.provider))
             .with_protocol_versions(self.policy.incoming.versions.supported())
             .map_err(|e| Error::new(e.to_string()))?
-            .with_client_cert_verifier(verifier)
+            .with_client_cert_verifier(Arc::new(verifier))
             .with_cert_resolver(Arc::new(SingleCertAndKey::from(self.key.clone())));
         config.ticketer = aws_lc_rs::Ticketer::new().map_err(|e| Error::new(e.to_string()))?;
         // One ticket a connection: a client that reconnects takes one and is given one.
         config.send_tls13_tickets = 1;
         let without_alpn = Arc::new(config.clone());
         config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
-        Ok(Arc::new(Server {
-            id: self.id.clone(),
-            config: Arc::new(config),
-            without_alpn,
-            seen: verify::Seen::default(),
-        }))
+        Ok(Arc::new(Server { id: self.id.clone(), config: Arc::new(config), without_alpn, peers }))
     }
 
     /// For dialling one target: the name to send as SNI and the identities that its server may have.
@@ -150,7 +151,8 @@ impl Credentials {
     /// When the TLS library refuses the settings.
     pub fn client(&self, sni: &str, expected: Vec<SpiffeId>, alpn: &[&[u8]]) -> Result<Arc<Client>, Error> {
         let expected: Arc<[SpiffeId]> = expected.into();
-        let verifier = verify::ServerIdentity::new(self.roots.clone(), self.provider.clone(), Arc::clone(&expected));
+        let peers = Arc::new(Peers::new(self.trust.clone(), Purpose::Server));
+        let verifier = ServerIdentity { peers: Arc::clone(&peers), expected: Arc::clone(&expected) };
         let mut config = ClientConfig::builder_with_provider(self.policy.outgoing.restrict(&self.provider))
             .with_protocol_versions(self.policy.outgoing.versions.supported())
             .map_err(|e| Error::new(e.to_string()))?
@@ -164,7 +166,7 @@ impl Credentials {
         });
         let without_alpn = Arc::new(config.clone());
         config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
-        Ok(Arc::new(Client { name, expected, config: Arc::new(config), without_alpn, seen: verify::Seen::default() }))
+        Ok(Arc::new(Client { name, expected, config: Arc::new(config), without_alpn, peers }))
     }
 }
 
@@ -196,23 +198,12 @@ fn certificates(pem: &str) -> Result<Vec<CertificateDer<'static>>, rustls_pki_ty
     CertificateDer::pem_slice_iter(pem.as_bytes()).collect()
 }
 
-/// The trust anchors. An expired root anchors nothing, which the TLS library would not notice by itself.
-fn roots(pems: &[String], now: SystemTime) -> Result<RootCertStore, Error> {
-    let mut store = RootCertStore::empty();
+/// The roots. Those that have expired anchor nothing; at least one must not have.
+fn trust(pems: &[String], provider: &Arc<CryptoProvider>, now: SystemTime) -> Result<Trust, Error> {
+    let mut roots = Vec::new();
     for pem in pems {
-        let certificates = certificates(pem).map_err(|e| Error::new(format!("a root certificate is not PEM: {e}")))?;
-        for root in certificates {
-            match verify::validity(&root) {
-                Some((from, until)) if from <= now + CLOCK_SKEW && now <= until => {
-                    store.add(root).map_err(|e| Error::new(format!("a root certificate can't be used: {e}")))?;
-                }
-                Some(_) => {}
-                None => return Err(Error::new("a root certificate is not X.509")),
-            }
-        }
+        roots.extend(certificates(pem).map_err(|e| Error::new(format!("a root certificate is not PEM: {e}")))?);
     }
-    if store.is_empty() { Err(Error::new("no valid root certificate is listed")) } else { Ok(store) }
+    let trust = Trust::new(&roots, Arc::clone(provider)).map_err(Error::new)?;
+    if trust.is_valid(now) { Ok(trust) } else { Err(Error::new("no valid root certificate is listed")) }
 }
-
-/// A root may have been made a moment ago on a host whose clock is a little ahead of ours.
-const CLOCK_SKEW: Duration = Duration::from_secs(60);

@@ -7,15 +7,16 @@ use std::time::SystemTime;
 use rustls::{ClientConfig, ServerConfig};
 use rustls_pki_types::{CertificateDer, ServerName};
 
+use super::refusal::PeerError;
 use super::spiffe::SpiffeId;
-use super::verify::{PeerError, Seen, expect};
+use super::verify::{Peer, Peers, expect};
 
 /// Ready to accept connections from the mesh.
 pub struct Server {
     pub(super) id: SpiffeId,
     pub(super) config: Arc<ServerConfig>,
     pub(super) without_alpn: Arc<ServerConfig>,
-    pub(super) seen: Seen,
+    pub(super) peers: Arc<Peers>,
 }
 
 impl Server {
@@ -37,22 +38,19 @@ impl Server {
         }
     }
 
-    /// Who the client is, as of `now`: asked after every handshake, full or resumed, for a resumed session
-    /// brings the certificate of an earlier one.
+    /// Who the client is, as of `now`: asked after every handshake, full or resumed, for a resumed session brings the
+    /// certificate of an earlier one, and again when [`Peer::until`] has passed. It takes nothing but `chain` into
+    /// account, so that a chain that was shown to an earlier server can be judged by the present roots.
     ///
     /// # Errors
-    /// When there is no certificate, one of the chain is not valid at `now`, or its identity is not that of
-    /// a service of our trust domain.
-    pub fn authenticate(
-        &self,
-        chain: Option<&[CertificateDer<'_>]>,
-        now: SystemTime,
-    ) -> Result<Arc<SpiffeId>, PeerError> {
-        let peer = self.seen.identify(chain.unwrap_or_default(), now)?;
-        if peer.trust_domain == self.id.trust_domain {
+    /// When there is no certificate, no path from it to a root is valid at `now`, or its identity is not that of a
+    /// service of our trust domain.
+    pub fn authenticate(&self, chain: Option<&[CertificateDer<'_>]>, now: SystemTime) -> Result<Peer, PeerError> {
+        let peer = self.peers.identify(chain.unwrap_or_default(), now)?;
+        if peer.id.trust_domain == self.id.trust_domain {
             Ok(peer)
         } else {
-            Err(PeerError::TrustDomain(Box::new(SpiffeId::clone(&peer))))
+            Err(PeerError::TrustDomain(Box::new(SpiffeId::clone(&peer.id))))
         }
     }
 }
@@ -69,7 +67,7 @@ pub struct Client {
     pub(super) expected: Arc<[SpiffeId]>,
     pub(super) config: Arc<ClientConfig>,
     pub(super) without_alpn: Arc<ClientConfig>,
-    pub(super) seen: Seen,
+    pub(super) peers: Arc<Peers>,
 }
 
 impl Client {
@@ -94,21 +92,18 @@ impl Client {
             expected: Arc::clone(&self.expected),
             config: Arc::new(config),
             without_alpn: Arc::clone(&self.without_alpn),
-            seen: Seen::default(),
+            peers: Arc::clone(&self.peers),
         }
     }
 
-    /// Who the server is, as of `now`: asked after every handshake, full or resumed.
+    /// Who the server is, as of `now`: asked after every handshake, full or resumed, and again when [`Peer::until`] has
+    /// passed.
     ///
     /// # Errors
-    /// When a certificate of the chain is not valid at `now`, or the identity is not one of those expected.
-    pub fn authenticate(
-        &self,
-        chain: Option<&[CertificateDer<'_>]>,
-        now: SystemTime,
-    ) -> Result<Arc<SpiffeId>, PeerError> {
-        let peer = self.seen.identify(chain.unwrap_or_default(), now)?;
-        expect(&peer, &self.expected).map(|()| peer)
+    /// When no path from its certificate to a root is valid at `now`, or the identity is not one of those expected.
+    pub fn authenticate(&self, chain: Option<&[CertificateDer<'_>]>, now: SystemTime) -> Result<Peer, PeerError> {
+        let peer = self.peers.identify(chain.unwrap_or_default(), now)?;
+        expect(&peer.id, &self.expected).map(|()| peer)
     }
 }
 

@@ -19,6 +19,7 @@ use rustls::unbuffered::{ConnectionState, EncodeError, EncodeTlsData, EncryptErr
 use rustls_pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use super::refusal::PeerError;
 use super::sides::{Client, Server};
 
 /// Bytes read in one turn, of either kind: eight records, which is where larger reads stop paying.
@@ -120,6 +121,10 @@ impl fmt::Display for HandshakeError {
             Self::Tls(rustls::Error::InvalidCertificate(rustls::CertificateError::Other(other))) => {
                 write!(f, "{other}")
             }
+            Self::Tls(rustls::Error::InvalidCertificate(error)) => match PeerError::of(error) {
+                Some(error) => write!(f, "{error}"),
+                None => write!(f, "{error}"),
+            },
             Self::Tls(e) => write!(f, "{e}"),
             Self::Silent => f.write_str("the peer closed the connection without a word"),
         }

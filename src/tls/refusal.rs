@@ -1,0 +1,114 @@
+//! Why a peer is refused.
+
+use std::fmt;
+use std::sync::Arc;
+
+use rustls::{CertificateError, OtherError};
+
+use super::spiffe::SpiffeId;
+
+/// The most certificates that a peer may show. Consul's chains have two or three, and four after a rotation.
+pub(super) const MAX_CERTIFICATES: usize = 32;
+
+/// Why a peer is not spoken to, although its chain may be good.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PeerError {
+    NoCertificate,
+    /// Not X.509 as far as it has to be read.
+    Malformed,
+    TooManyCertificates(usize),
+    /// No path to a root is valid yet.
+    NotYetValid,
+    /// No path to a root is valid any more.
+    Expired,
+    /// No root of ours issued it, not even by way of other certificates.
+    UnknownIssuer,
+    /// Its extended key usage, or that of an authority on the path, does not allow what it is shown for.
+    NotFor(Purpose),
+    /// There are paths to a root, and this is wrong with the best of them.
+    BadPath(String),
+    /// None, or more than one, URI in the subject's alternative names.
+    NotOneUri(usize),
+    NotAService(String),
+    TrustDomain(Box<SpiffeId>),
+    Unexpected {
+        shown: Box<SpiffeId>,
+        expected: Vec<SpiffeId>,
+    },
+}
+
+impl fmt::Display for PeerError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoCertificate => f.write_str("it showed no certificate"),
+            Self::Malformed => f.write_str("its certificate can't be read"),
+            Self::TooManyCertificates(shown) => {
+                write!(f, "it showed {shown} certificates, more than {MAX_CERTIFICATES}")
+            }
+            Self::NotYetValid => f.write_str("its certificate is not valid yet (compare the hosts' clocks)"),
+            Self::Expired => f.write_str("its certificate has expired"),
+            Self::UnknownIssuer => f.write_str("its certificate does not chain to a root of the mesh (unknown issuer)"),
+            Self::NotFor(purpose) => write!(f, "the extended key usage of its certificate does not allow a {purpose}"),
+            Self::BadPath(problem) => {
+                write!(f, "its certificate chains to a root of the mesh, but not validly: {problem}")
+            }
+            Self::NotOneUri(count) => {
+                write!(f, "its certificate holds {count} URIs where a mesh identity is exactly one")
+            }
+            Self::NotAService(uri) => write!(f, "its identity {uri:?} is not that of a mesh service"),
+            Self::TrustDomain(id) => write!(f, "its identity {id} is of another trust domain"),
+            Self::Unexpected { shown, expected } => {
+                write!(f, "its identity is {shown}, expected ")?;
+                for (i, id) in expected.iter().enumerate() {
+                    write!(f, "{}{id}", if i == 0 { "" } else { " or " })?;
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+impl std::error::Error for PeerError {}
+
+/// What a certificate is shown for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    Client,
+    Server,
+}
+
+impl fmt::Display for Purpose {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Client => "client",
+            Self::Server => "server",
+        })
+    }
+}
+
+/// The alert that tells the peer follows from this.
+impl From<PeerError> for rustls::Error {
+    fn from(error: PeerError) -> Self {
+        Self::InvalidCertificate(match error {
+            PeerError::NoCertificate => return Self::NoCertificatesPresented,
+            PeerError::Malformed => CertificateError::BadEncoding,
+            PeerError::NotYetValid => CertificateError::NotValidYet,
+            PeerError::Expired => CertificateError::Expired,
+            PeerError::UnknownIssuer => CertificateError::UnknownIssuer,
+            error => CertificateError::Other(OtherError(Arc::new(error))),
+        })
+    }
+}
+
+impl PeerError {
+    /// What such an error was made of, where the library has its own word for it.
+    pub(super) fn of(error: &CertificateError) -> Option<Self> {
+        match error {
+            CertificateError::BadEncoding => Some(Self::Malformed),
+            CertificateError::NotValidYet => Some(Self::NotYetValid),
+            CertificateError::Expired => Some(Self::Expired),
+            CertificateError::UnknownIssuer => Some(Self::UnknownIssuer),
+            _ => None,
+        }
+    }
+}
