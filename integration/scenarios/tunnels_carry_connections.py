@@ -174,3 +174,13 @@ def test_whoever_knows_no_tunnel_has_a_session_for_each_connection(mesh):
             made.look()
     # The same port may come twice.
     assert made.count() > 30
+
+
+def test_a_sidecar_that_dies_is_passed_on_as_a_reset(mesh):
+    server = mesh.service("server")
+    client = mesh.service("client", [server])
+    client.eventually_reaches()
+    with client.dial() as conn:
+        assert conn.ask(b"open") == b"open"
+        server.process.kill()
+        assert conn.end() == "reset"

@@ -12,7 +12,7 @@ use super::keys::{Fetched, KeySource};
 use super::query::{ChainQuery, EndpointsQuery, PreparedQuery, Query};
 use super::tokens::Tokens;
 use super::translate::chain::{ChainPlan, Prepared};
-use super::translate::definition::{Definition, Source};
+use super::translate::definition::{Definition, PublicPlan, Source};
 use super::translate::endpoints::{instances, prepared};
 use super::translate::mesh::MeshSettings;
 use super::translate::{Bad, Notes, chain, definition, intention, jwt, mesh};
@@ -111,6 +111,8 @@ pub(super) struct Draft {
     /// that were given out.
     server: Option<(Arc<Credentials>, Protocol, Arc<tls::Server>)>,
     public: Option<Arc<PublicListener>>,
+    /// The plan of the public listener that the registration no longer has. Whatever is still open on it is judged on.
+    former: Option<PublicPlan>,
     exposed: BTreeMap<Bind, Arc<Exposed>>,
     access_log: Option<Arc<access_log::Settings>>,
     upstreams: BTreeMap<UpstreamKey, UpstreamDraft>,
@@ -180,6 +182,7 @@ impl Draft {
             instances: HashMap::new(),
             server: None,
             public: None,
+            former: None,
             exposed: BTreeMap::new(),
             access_log: None,
             upstreams: BTreeMap::new(),
@@ -298,7 +301,8 @@ impl Draft {
             |(key, upstream): (&UpstreamKey, &UpstreamDraft)| (key.clone(), Arc::clone(upstream.published()));
         let next = Snapshot {
             version: self.last.as_ref().map_or(1, |last| last.version + 1),
-            public: self.public.clone(),
+            public: self.public.clone().filter(|_| self.former.is_none()),
+            former_public: self.public.clone().filter(|_| self.former.is_some()),
             upstreams: self.upstreams.iter().map(published).collect(),
             exposed: self.exposed.clone(),
             access_log: self.access_log.clone(),
@@ -332,7 +336,8 @@ impl Draft {
 
     fn public(&mut self) -> Result<Option<PublicListener>, Bad> {
         let Some(definition) = &self.definition else { return Ok(None) };
-        let parts = definition.public.as_ref().zip(self.rules.built.as_ref()).zip(self.identity.credentials());
+        let plan = definition.public.as_ref().or(self.former.as_ref());
+        let parts = plan.zip(self.rules.built.as_ref()).zip(self.identity.credentials());
         let Some((((plan, intentions), credentials), mesh)) = parts.zip(self.mesh.as_ref()) else { return Ok(None) };
         let made = match &self.server {
             Some((of, protocol, server)) if Arc::ptr_eq(of, credentials) && *protocol == plan.protocol => {
@@ -378,13 +383,19 @@ impl Draft {
             return;
         }
         let old = self.definition.take();
-        self.ask(old.as_ref().map(about_us).unwrap_or_default(), about_us(&new));
+        let before = old.as_ref().map(|old| about_us(old, self.former.as_ref())).unwrap_or_default();
+        if new.public.is_some() || old.as_ref().is_some_and(|old| old.service != new.service) {
+            self.former = None;
+        } else if let Some(public) = old.as_ref().and_then(|old| old.public.clone()) {
+            self.former = Some(public);
+        }
+        self.ask(before, about_us(&new, self.former.as_ref()));
         if old.as_ref().is_some_and(|old| old.service != new.service) {
             self.identity.forget_service();
             self.server = None;
             self.rules = Rules::default();
         }
-        if new.public.is_none() {
+        if new.public.is_none() && self.former.is_none() {
             // Nobody keeps them up to date from here on.
             self.rules = Rules::default();
         }
@@ -481,8 +492,10 @@ impl Draft {
 
     /// Makes the token providers those that the intentions name. Bytes carry no tokens.
     fn want_tokens(&mut self) {
-        let http = |definition: &Definition| definition.public.as_ref().is_some_and(|public| public.protocol.is_http());
-        let list = self.rules.list.iter().flatten().filter(|_| self.definition.as_ref().is_some_and(http));
+        let public =
+            self.definition.as_ref().and_then(|definition| definition.public.as_ref()).or(self.former.as_ref());
+        let http = public.is_some_and(|public| public.protocol.is_http());
+        let list = self.rules.list.iter().flatten().filter(|_| http);
         let names = list.flat_map(Intention::providers).map(str::to_owned).collect();
         let before = self.tokens.queries();
         self.tokens.want(names);
@@ -645,11 +658,11 @@ impl Draft {
     }
 }
 
-/// What the definition alone makes us ask. Without a public listener nobody needs the rules.
-fn about_us(definition: &Definition) -> Vec<Query> {
+/// What the definition alone makes us ask. Who neither has a public listener nor had one needs no rules.
+fn about_us(definition: &Definition, former: Option<&PublicPlan>) -> Vec<Query> {
     let service = &definition.service;
     let rules = [Query::Intentions(service.clone()), Query::DefaultPolicy(service.clone())];
-    let rules = rules.into_iter().filter(|_| definition.public.is_some());
+    let rules = rules.into_iter().filter(|_| definition.public.is_some() || former.is_some());
     std::iter::once(Query::Leaf(service.clone())).chain(rules).collect()
 }
 
@@ -667,6 +680,7 @@ fn same(a: &Snapshot, b: &Snapshot) -> bool {
     let same_exposed =
         |((key_a, a), (key_b, b)): ((_, &Arc<Exposed>), (_, &Arc<Exposed>))| key_a == key_b && Arc::ptr_eq(a, b);
     a.public.as_ref().map(Arc::as_ptr) == b.public.as_ref().map(Arc::as_ptr)
+        && a.former_public.as_ref().map(Arc::as_ptr) == b.former_public.as_ref().map(Arc::as_ptr)
         && a.access_log.as_ref().map(Arc::as_ptr) == b.access_log.as_ref().map(Arc::as_ptr)
         && a.exposed.len() == b.exposed.len()
         && a.exposed.iter().zip(&b.exposed).all(same_exposed)
@@ -866,6 +880,23 @@ mod tests {
         stage.roots(&[&ca]).unwrap();
         stage.leaf("web", ca.leaf("web")).unwrap();
         assert!(stage.publishes().public.is_none());
+    }
+
+    #[test]
+    fn a_port_that_vanishes_leaves_the_rules_for_what_is_still_open() {
+        let ca = Ca::new();
+        let mut stage = Stage::ready(&ca);
+        let with_port = registration(&[]);
+        let mut without_port = with_port.clone();
+        without_port["Port"] = 0.into();
+        stage.service(without_port);
+        stage.wants(&with_public(&[]));
+        let former = stage.publishes();
+        assert!(former.public.is_none());
+        assert_eq!(former.former_public.as_ref().unwrap().service, "web");
+        stage.service(with_port);
+        let again = stage.publishes();
+        assert!(again.public.is_some() && again.former_public.is_none());
     }
 
     #[test]

@@ -1,19 +1,30 @@
 //! Exposed paths: plaintext listeners for health checks and scrapes, which know no identity.
 
+use std::sync::Arc;
+
 use super::http::expose::{Exposure, Plan};
 use super::http::note::Caller;
 use super::listener::Accepted;
+use super::places::Places;
 use super::record::{Direction, Record};
 use crate::access_log::AccessLog;
 
+/// Connections to one such listener at a time, as whoever reaches it may connect. The next takes the place of the oldest.
+pub const CONNECTIONS: usize = 256;
+
 /// Serves one connection, whose requests have a task of their own.
-pub async fn serve(accepted: Accepted<Plan>, access_log: AccessLog) {
+pub async fn serve(accepted: Accepted<Plan>, access_log: AccessLog, places: Arc<Places>) {
     let Accepted { socket, remote, live, drain } = accepted;
     let mut record = Record::new(Direction::Inbound, remote);
     let caller = Caller { access_log, remote, local: socket.local_address(), ..Caller::default() };
     let connection = Exposure { live, caller };
+    let mut place = places.take();
     tokio::spawn(async move {
-        let ended = connection.serve(socket).await;
+        let ended = tokio::select! {
+            biased;
+            ended = connection.serve(socket) => ended,
+            () = place.lost() => Err("its place was taken by a newer connection".into()),
+        };
         record.finish(ended.as_ref().map_or_else(String::as_str, |()| "ended"));
         drop(drain);
     });

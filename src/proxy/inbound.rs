@@ -8,23 +8,28 @@ use std::time::SystemTime;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
+use super::authorization::{self, Revoked, denial};
 use super::codec::pool::Pool;
 use super::http::certificate;
 use super::http::inbound::Inbound;
 use super::http::note::Caller;
 use super::listener::{Accepted, Live};
-use super::record::{Direction, Record, Shown};
+use super::log_limit::LogLimit;
+use super::places::Places;
+use super::record::{Direction, Host, Record, Shown};
 use super::relay::{self, Broken, Relay};
 use super::socket::Socket;
 use super::tunnel::{self, Carrier, Role};
 use crate::access_log::AccessLog;
 use crate::drain::{self, Stage};
-use crate::snapshot::{Decision, PublicListener};
+use crate::snapshot::PublicListener;
 use crate::tls::{self, HandshakeError, SpiffeId, Stream};
 
 /// What the connections of the public listener share.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Shared {
+    /// Those who have not proved who they are. They count towards no other limit.
+    handshakes: Arc<Places>,
     /// Connections. A session that waits for its next one is none.
     open: Arc<AtomicUsize>,
     /// Sessions that wait.
@@ -32,12 +37,19 @@ pub struct Shared {
     /// To the local app, for HTTP requests.
     app: Arc<Pool>,
     access_log: AccessLog,
+    log_limit: LogLimit,
 }
 
 impl Shared {
     #[must_use]
-    pub fn new(access_log: AccessLog) -> Self {
-        Self { access_log, ..Self::default() }
+    pub fn new(access_log: AccessLog, log_limit: LogLimit) -> Self {
+        let handshakes = Places::new(HANDSHAKES);
+        Self { handshakes, open: Arc::default(), waiting: Arc::default(), app: Arc::default(), access_log, log_limit }
+    }
+
+    /// Whether `limit` connections are open.
+    fn is_full(&self, limit: Option<usize>) -> bool {
+        limit.is_some_and(|limit| self.open.load(Ordering::Relaxed) >= limit)
     }
 
     /// Counts one connection more until the guard is dropped, unless `limit` are open.
@@ -52,6 +64,8 @@ impl Shared {
     }
 }
 
+/// Handshakes in progress at most. What comes then takes the place of the oldest.
+const HANDSHAKES: usize = 4096;
 /// Sessions without a connection that are kept at most.
 const WAITING: usize = 1024;
 
@@ -107,16 +121,21 @@ async fn establish(accepted: Accepted<PublicListener>, shared: Shared) -> Option
     let local = if shared.access_log.is_on() { socket.local_address() } else { None };
     let mut record = Record::new(Direction::Inbound, remote);
     let listener = Arc::clone(&live.borrow().part);
-    let Some(open) = shared.enter(listener.max_connections) else {
-        too_many(&listener, remote, record);
+    if shared.is_full(listener.max_connections) {
+        too_many(&listener, remote, record, &shared.log_limit);
         return None;
-    };
+    }
 
-    let Some((mesh, peer)) = shake(socket, remote, &listener).await else {
+    let Some((mesh, peer)) = shake(socket, remote, &listener, &shared).await else {
         record.finish("no handshake");
         return None;
     };
     record.peer(&peer);
+    let Some(open) = shared.enter(listener.max_connections) else {
+        too_many(&listener, remote, record, &shared.log_limit);
+        relay::close_tls(mesh).await;
+        return None;
+    };
     if listener.protocol.is_http() {
         // Each request is judged, so that a refused one gets an answer.
         let certificate = certificate::element(listener.tls.id(), mesh.peer_certificates().unwrap_or_default());
@@ -133,13 +152,12 @@ async fn establish(accepted: Accepted<PublicListener>, shared: Shared) -> Option
     Session { mesh, peer, tls, remote, local, live, shared, _drain: drain }.open(record, open).await
 }
 
-fn too_many(listener: &PublicListener, remote: Option<SocketAddr>, mut record: Record) {
-    tracing::info!(
-        target: "proxy.inbound",
-        limit = listener.max_connections,
-        src = %Shown(remote),
-        "Connection closed: max_inbound_connections are open"
-    );
+fn too_many(listener: &PublicListener, remote: Option<SocketAddr>, mut record: Record, log_limit: &LogLimit) {
+    const PROBLEM: &str = "max_inbound_connections are open";
+    if log_limit.is_first(Host(remote), PROBLEM) {
+        let limit = listener.max_connections;
+        tracing::info!(target: "proxy.inbound", limit, src = %Shown(remote), "Connection closed: {PROBLEM}");
+    }
     record.finish("limit reached");
 }
 
@@ -150,7 +168,7 @@ impl Session {
         // From here on changes are noticed, so that none slips between the decision and the relay.
         let listener = Arc::clone(&self.live.borrow_and_update().part);
         if let Some(reason) = denial(&listener, &self.peer) {
-            log_denial("Connection denied", self.remote, &self.peer, &listener, &reason);
+            self.log_denial("Connection denied", &listener, &reason);
             record.finish("denied");
             relay::close_tls(self.mesh.tls).await;
             return None;
@@ -186,21 +204,39 @@ impl Session {
             self.mesh.part();
             return None;
         }
+        let listener = Arc::clone(&self.live.borrow().part);
+        if denial(&listener, &self.peer).is_some() {
+            // The client makes another session for the same connection, which is denied there and told once.
+            self.mesh.part();
+            return None;
+        }
         let mut record = Record::new(Direction::Inbound, self.remote);
         record.peer(&self.peer);
-        let listener = Arc::clone(&self.live.borrow().part);
         let Some(open) = self.shared.enter(listener.max_connections) else {
-            too_many(&listener, self.remote, record);
+            too_many(&listener, self.remote, record, &self.shared.log_limit);
             self.mesh.part();
             return None;
         };
         if let Err(problem) = self.tls.authenticate(self.mesh.tls.peer_certificates(), SystemTime::now()) {
-            refuse(self.remote, &problem.to_string());
+            refuse(self.remote, &problem.to_string(), &self.shared.log_limit);
             record.finish("no longer proved");
             self.mesh.part();
             return None;
         }
         self.open(record, open).await
+    }
+
+    fn log_denial(&self, what: &str, listener: &PublicListener, reason: &str) {
+        if self.shared.log_limit.is_first(&self.peer, reason) {
+            tracing::info!(
+                target: "proxy.inbound",
+                source = %self.peer,
+                destination = listener.service,
+                src = %Shown(self.remote),
+                reason,
+                "{what}"
+            );
+        }
     }
 
     /// Whether the peer has asked for another connection while the session could carry one.
@@ -238,9 +274,21 @@ async fn shake(
     socket: Socket,
     remote: Option<SocketAddr>,
     listener: &PublicListener,
+    shared: &Shared,
 ) -> Option<(Stream<Socket>, Arc<SpiffeId>)> {
+    let mut place = shared.handshakes.take();
     let handshake = Stream::accept_offer(socket, &listener.tls);
-    let problem = match timeout(listener.handshake_timeout, handshake).await {
+    let shaken = tokio::select! {
+        biased;
+        shaken = timeout(listener.handshake_timeout, handshake) => shaken,
+        () = place.lost() => {
+            let problem = format!("more than {} handshakes are in progress", shared.handshakes.limit());
+            refuse(remote, &problem, &shared.log_limit);
+            return None;
+        }
+    };
+    drop(place);
+    let problem = match shaken {
         Ok(Ok(mesh)) => match listener.tls.authenticate(mesh.peer_certificates(), SystemTime::now()) {
             Ok(peer) => return Some((mesh, peer.id)),
             Err(e) => {
@@ -253,12 +301,14 @@ async fn shake(
         Ok(Err(e)) => e.to_string(),
         Err(_) => format!("no TLS handshake within {:?}", listener.handshake_timeout),
     };
-    refuse(remote, &problem);
+    refuse(remote, &problem, &shared.log_limit);
     None
 }
 
-fn refuse(remote: Option<SocketAddr>, problem: &str) {
-    tracing::info!(target: "proxy.inbound", src = %Shown(remote), problem, "Connection refused: the peer did not prove a mesh identity");
+fn refuse(remote: Option<SocketAddr>, problem: &str, log_limit: &LogLimit) {
+    if log_limit.is_first(Host(remote), problem) {
+        tracing::info!(target: "proxy.inbound", src = %Shown(remote), problem, "Connection refused: the peer did not prove a mesh identity");
+    }
 }
 
 impl Connection {
@@ -272,7 +322,7 @@ impl Connection {
                 let end = tokio::select! {
                     biased;
                     ended = copy.run(&mut self.app, &mut self.session.mesh) => End::Relayed(ended),
-                    cut = cut(&mut self.session.live, &self.session.peer) => cut,
+                    revoked = authorization::revoked(&mut self.session.live, &self.session.peer) => End::Revoked(revoked),
                 };
                 self.record.bytes(copy.opened, copy.sealed);
                 // Boxed, for an open connection is to keep none of the memory that this takes.
@@ -297,14 +347,11 @@ impl Connection {
                 self.record.finish(&broken.to_string());
                 relay::abort(&broken, self.app, self.session.mesh.tls);
             }
-            End::Denied(listener, reason) => {
-                let Session { remote, peer, .. } = &self.session;
-                log_denial("Open connection closed, it is denied now", *remote, peer, &listener, &reason);
-                self.record.finish("denied while open");
-                relay::close(self.app, self.session.mesh.tls).await;
-            }
-            End::Drained => {
-                self.record.finish("closed at the end of the drain time");
+            End::Revoked(revoked) => {
+                if let Revoked::Denied(listener, reason) = &revoked {
+                    self.session.log_denial("Open connection closed, it is denied now", listener, reason);
+                }
+                self.record.finish(&revoked.to_string());
                 relay::close(self.app, self.session.mesh.tls).await;
             }
         }
@@ -314,48 +361,5 @@ impl Connection {
 
 enum End {
     Relayed(Result<(), Broken>),
-    Denied(Arc<PublicListener>, String),
-    Drained,
-}
-
-/// Ends when the connection must.
-async fn cut(live: &mut watch::Receiver<Live<PublicListener>>, peer: &SpiffeId) -> End {
-    loop {
-        if live.changed().await.is_err() {
-            return End::Drained;
-        }
-        let (listener, stage) = {
-            let now = live.borrow_and_update();
-            (Arc::clone(&now.part), now.stage)
-        };
-        if stage >= Stage::Closing {
-            return End::Drained;
-        }
-        if let Some(reason) = denial(&listener, peer) {
-            return End::Denied(listener, reason);
-        }
-    }
-}
-
-/// Why the peer may not have a connection, if it may not.
-fn denial(listener: &PublicListener, peer: &SpiffeId) -> Option<String> {
-    match listener.intentions.decide(peer) {
-        Decision::Allow(_) => None,
-        Decision::Deny(decider) => Some(decider.to_string()),
-        // Only requests can be judged by permissions; a TCP listener sees none.
-        Decision::EachRequest(intention) => {
-            Some(format!("{intention} has L7 permissions, which deny everything on a tcp service"))
-        }
-    }
-}
-
-fn log_denial(what: &str, remote: Option<SocketAddr>, peer: &SpiffeId, listener: &PublicListener, reason: &str) {
-    tracing::info!(
-        target: "proxy.inbound",
-        source = %peer,
-        destination = listener.service,
-        src = %Shown(remote),
-        reason,
-        "{what}"
-    );
+    Revoked(Revoked),
 }

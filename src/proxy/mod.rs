@@ -4,6 +4,7 @@
 //! [`listener`] accepts, [`inbound`] or [`outbound`] serves, and [`relay`] copies bytes or [`http`] carries
 //! requests. Between two of ours [`tunnel`] lets a session carry one connection after another.
 
+mod authorization;
 pub mod balance;
 mod codec;
 mod dial;
@@ -14,8 +15,10 @@ mod http;
 mod inbound;
 pub mod limits;
 mod listener;
+mod log_limit;
 mod memory;
 mod outbound;
+mod places;
 mod record;
 mod relay;
 mod socket;
@@ -24,6 +27,7 @@ mod workers;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -35,7 +39,9 @@ use crate::drain::{self, Stage};
 use crate::snapshot::{Bind, Exposed, PublicListener, Snapshot, Upstream, UpstreamKey};
 use balance::{Clock, Plan};
 use listener::Live;
+use log_limit::LogLimit;
 use memory::Memory;
+use places::Places;
 
 pub use workers::Workers;
 
@@ -52,23 +58,24 @@ pub async fn run(
     tidy.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let retry = proxy.reconcile(snapshots.borrow_and_update().as_deref());
+        // A drain that has begun is not put off by whatever else there is to do.
         tokio::select! {
+            biased;
+            () = stage.reached(Stage::Draining) => break,
             changed = snapshots.changed() => if changed.is_err() { break },
             () = tokio::time::sleep_until(retry) => {}
             _ = tidy.tick() => {
                 let version = snapshots.borrow().as_ref().map_or(0, |snapshot| snapshot.version);
                 proxy.memory.look(proxy.listeners.users(), version);
+                proxy.log_limit.tell();
                 continue;
             }
-            () = stage.reached(Stage::Draining) => break,
         }
     }
-    proxy.listeners.advance(Stage::Draining);
+    let Proxy { listeners, log_limit, drain, .. } = proxy;
     // Only connections are waited for from here on.
-    let Proxy { listeners, drain, .. } = proxy;
     drop(drain);
-    stage.reached(Stage::Closing).await;
-    listeners.advance(Stage::Closing);
+    listeners.drain(snapshots, stage, &log_limit).await;
 }
 
 struct Proxy<'a> {
@@ -80,6 +87,7 @@ struct Proxy<'a> {
     listeners: Listeners,
     /// Binds that failed and are tried again.
     failed: BTreeMap<Bind, Failed>,
+    log_limit: LogLimit,
     memory: Memory,
 }
 
@@ -119,11 +127,13 @@ struct Failed {
 
 impl<'a> Proxy<'a> {
     fn new(workers: &'a Workers, access_log: AccessLog, drain: drain::Watch) -> Self {
+        let log_limit = LogLimit::default();
         Self {
             workers,
             drain,
             clock: Clock::start(),
-            inbound: inbound::Shared::new(access_log.clone()),
+            inbound: inbound::Shared::new(access_log.clone(), log_limit.clone()),
+            log_limit,
             access_log,
             listeners: Listeners::default(),
             failed: BTreeMap::new(),
@@ -138,6 +148,7 @@ impl<'a> Proxy<'a> {
         };
         self.access_log.set(snapshot.access_log.as_ref());
         self.retire(snapshot);
+        self.listeners.update_retired(snapshot);
         if let Some(public) = &snapshot.public {
             self.run_public(public);
         }
@@ -209,7 +220,8 @@ impl<'a> Proxy<'a> {
             return;
         }
         let access_log = self.access_log.clone();
-        let serve = move |accepted| expose::serve(accepted, access_log.clone());
+        let places = Places::new(expose::CONNECTIONS);
+        let serve = move |accepted| expose::serve(accepted, access_log.clone(), Arc::clone(&places));
         if let Some(running) = self.start("exposed paths", bind, &plan(), serve) {
             self.listeners.exposed.insert(bind.clone(), running);
         }
@@ -264,6 +276,42 @@ impl<'a> Proxy<'a> {
 }
 
 impl Listeners {
+    /// Lets open connections finish until the drain time is over. They go by each newer snapshot meanwhile, so that what
+    /// is denied then ends then; nothing is started any more.
+    async fn drain(
+        mut self,
+        mut snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
+        mut stage: drain::Observer,
+        log_limit: &LogLimit,
+    ) {
+        self.advance(Stage::Draining);
+        self.retired_public.extend(self.public.take());
+        let mut closing = pin!(stage.reached(Stage::Closing));
+        let mut tidy = tokio::time::interval(TIDY);
+        loop {
+            let snapshot = snapshots.borrow_and_update().clone();
+            if let Some(snapshot) = snapshot.as_deref() {
+                self.update_retired(snapshot);
+            }
+            tokio::select! {
+                biased;
+                () = &mut closing => break,
+                Ok(()) = snapshots.changed() => {}
+                _ = tidy.tick() => log_limit.tell(),
+            }
+        }
+        self.advance(Stage::Closing);
+    }
+
+    /// Connections of a public listener that is no longer wanted go by what holds now: intentions, and whom the roots
+    /// vouch for.
+    fn update_retired(&self, snapshot: &Snapshot) {
+        let Some(public) = snapshot.public.as_ref().or(snapshot.former_public.as_ref()) else { return };
+        for running in &self.retired_public {
+            running.update(public);
+        }
+    }
+
     fn users(&self) -> usize {
         let public = self.public.iter().chain(&self.retired_public).map(Running::users);
         let upstreams = self.upstreams.values().chain(&self.retired_upstreams).map(Running::users);

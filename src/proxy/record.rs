@@ -147,3 +147,15 @@ impl fmt::Display for Shown {
         }
     }
 }
+
+/// The same without the port, which is another one for each connection.
+pub struct Host(pub Option<SocketAddr>);
+
+impl fmt::Display for Host {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(address) => write!(f, "{}", address.ip()),
+            None => f.write_str("unix"),
+        }
+    }
+}

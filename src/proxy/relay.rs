@@ -354,4 +354,35 @@ mod tests {
             drop(peer);
         }
     }
+
+    #[tokio::test]
+    async fn a_tunnel_that_breaks_off_is_no_end_and_one_that_is_closed_is() {
+        static CA: std::sync::LazyLock<Ca> = std::sync::LazyLock::new(Ca::new);
+        for closes in [true, false] {
+            let (wire, far) = duplex(1 << 16);
+            let (mut app, plain) = duplex(1 << 16);
+            let relay = tokio::spawn(async move {
+                let expected = vec![SpiffeId::parse(&uri("db")).unwrap()];
+                let client = CA.credentials("web").client("db.x.consul", expected, &[TUNNEL]).unwrap();
+                let tls = Stream::connect(wire, &client).await.unwrap();
+                let mut plain = plain;
+                Relay::new().run(&mut plain, &mut Carrier::new(tls, Role::Client)).await
+            });
+            let server = CA.credentials("db").server(&[TUNNEL]).unwrap();
+            let mut tls = Stream::accept(far, server.config([TUNNEL])).await.unwrap();
+            let word = [&3_u32.to_be_bytes()[..], b"abc"].concat();
+            poll_fn(|cx| Poll::Ready(with_scratch(|scratch| tls.poll_seal(cx, scratch, &word)))).await.unwrap();
+            if closes {
+                tls.close();
+            }
+            poll_fn(|cx| tls.poll_flush(cx)).await.unwrap();
+            let mut got = [0; 3];
+            app.read_exact(&mut got).await.unwrap();
+            let tls = Some(tls).filter(|_| closes);
+            app.shutdown().await.unwrap();
+            let ended = relay.await.unwrap();
+            assert_eq!(ended.is_ok(), closes, "{ended:?}");
+            drop(tls);
+        }
+    }
 }

@@ -14,8 +14,8 @@
 //! * Once both directions have ended, the client may send [`START`]. The server judges the peer again and answers
 //!   with [`START`] too, or closes the session. The client sends no byte of the connection before that answer: a
 //!   session that died while it was kept is exchanged for another one, and nothing is lost or said twice.
-//! * A session that is closed before an [`END`] has cut its connection, as the end of a connection without tunnel is
-//!   passed on, and is never used again.
+//! * A session that is closed with `close_notify` before an [`END`] has cut its connection cleanly, as a denial does.
+//!   One that breaks off without has broken its connection, which is passed on as a reset. Neither is used again.
 
 use std::fmt;
 use std::future::poll_fn;
@@ -72,7 +72,8 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Carrier<IO> {
     /// As [`Stream::poll_open`], with the connection's own bytes in [`Scratch::opened`].
     ///
     /// # Errors
-    /// Those of [`Stream::poll_open`], and `InvalidData` for what is no tunnel.
+    /// Those of [`Stream::poll_open`], `InvalidData` for what is no tunnel, and `UnexpectedEof` for a session that broke
+    /// off before the connection's end.
     pub fn poll_open(&mut self, cx: &mut Context<'_>, scratch: &mut Scratch) -> Poll<io::Result<()>> {
         let Some(framing) = &mut self.framing else {
             return self.tls.poll_open(cx, scratch);
@@ -88,8 +89,11 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Carrier<IO> {
     /// Whether nothing comes any more after what was opened last.
     #[must_use]
     pub fn has_ended(&self) -> bool {
-        let carries = self.framing.as_ref().is_none_or(|framing| framing.incoming.phase == Phase::Carrying);
-        self.tls.read_side() != ReadSide::Open || !carries
+        match &self.framing {
+            None => self.tls.read_side() != ReadSide::Open,
+            // A session that broke off is an error of the next read.
+            Some(framing) => framing.incoming.phase != Phase::Carrying || self.tls.read_side() == ReadSide::Closed,
+        }
     }
 
     /// As [`Stream::poll_seal_from`].
@@ -156,7 +160,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Carrier<IO> {
         framing.incoming.phase = Phase::Awaiting;
         say_start(tls).await?;
         framing.wait_while(tls, Phase::Awaiting).await?;
-        if framing.incoming.phase == Phase::Carrying && tls.read_side() != ReadSide::Open {
+        if framing.incoming.phase == Phase::Carrying && tls.read_side() == ReadSide::Closed {
             // Cut as soon as it had begun: nothing comes behind what is early.
             framing.incoming.phase = Phase::Ended;
         }
@@ -209,6 +213,10 @@ impl Framing {
         ready!(tls.poll_open_by(cx, scratch, |opened, payload| self.incoming.take(payload, opened)))?;
         if self.incoming.phase == Phase::Broken {
             return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, "the peer speaks no tunnel")));
+        }
+        if self.incoming.phase == Phase::Carrying && tls.read_side() == ReadSide::Truncated {
+            let broken = "the session broke off before the end of the connection";
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::UnexpectedEof, broken)));
         }
         Poll::Ready(Ok(()))
     }

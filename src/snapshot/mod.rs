@@ -51,6 +51,9 @@ pub struct Snapshot {
     pub version: u64,
     /// `None` when the registration has no port, which means "no public listener" to Consul.
     pub public: Option<Arc<PublicListener>>,
+    /// Where the registration had a port and has none any more: what the connections go by that are still open. It is
+    /// not to be bound.
+    pub former_public: Option<Arc<PublicListener>>,
     /// By a key that names the destination and where it is bound: another address is another listener.
     pub upstreams: BTreeMap<UpstreamKey, Arc<Upstream>>,
     /// Plaintext listeners for single paths of the local app. Whoever reaches them may ask.

@@ -178,6 +178,14 @@ impl Wire {
         (state.moved, state.strict.as_ref().and_then(Strict::begun_head).or_else(begun_block))
     }
 
+    /// Whether the socket has not taken all that was written.
+    #[must_use]
+    pub fn has_unsent(&self) -> bool {
+        let state = self.state();
+        let held = matches!(&state.io, Io::Tls(stream) if stream.has_outgoing());
+        held || !state.outgoing.is_empty()
+    }
+
     /// After the end of what was written: reads on for a moment, as bytes that nobody has read make the kernel
     /// reset the connection, and with it what the peer has not read yet.
     pub async fn linger(&self) {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use http::{Request, Response};
 use hyper::body::Incoming;
@@ -13,12 +14,20 @@ use super::message::{self, Head, X_FORWARDED_CLIENT_CERT};
 use super::note::{Caller, Note};
 use super::refusal::{Kind, Refusal};
 use super::reply::Asked;
-use super::serve;
+use super::serve::{self, Times};
 use crate::proxy::codec::pool::Pool;
 use crate::proxy::codec::wire::Wire;
 use crate::proxy::listener::Live;
 use crate::proxy::socket::Socket;
 use crate::snapshot::{Exposed, Normalization};
+
+/// Anybody can reach such a listener. Checks and scrapes say what they want at once.
+const TIMES: Times = Times {
+    first: Duration::from_secs(5),
+    head: Duration::from_secs(5),
+    idle: Duration::from_secs(60),
+    stall: Duration::from_secs(15),
+};
 
 /// The paths of one listener, with connections to the app for each.
 #[derive(Debug)]
@@ -49,7 +58,7 @@ impl Exposure {
     pub async fn serve(self, socket: Socket) -> Result<(), String> {
         let live = self.live.clone();
         let this = Arc::new(self);
-        serve::serve(Wire::plain(socket), live, move |request| Arc::clone(&this).answer(request)).await
+        serve::serve(Wire::plain(socket), live, TIMES, move |request| Arc::clone(&this).answer(request)).await
     }
 
     async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {

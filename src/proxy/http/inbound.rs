@@ -48,7 +48,7 @@ impl Inbound {
     pub async fn serve(self, mesh: Stream<Socket>) -> Result<(), String> {
         let live = self.live.clone();
         let this = Arc::new(self);
-        serve::serve(Wire::tls(mesh), live, move |request| Arc::clone(&this).answer(request)).await
+        serve::serve(Wire::tls(mesh), live, serve::TIMES, move |request| Arc::clone(&this).answer(request)).await
     }
 
     async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {

@@ -47,7 +47,7 @@ impl Outbound {
     pub async fn serve(self, app: Socket) -> Result<(), String> {
         let live = self.live.clone();
         let this = Arc::new(self);
-        serve::serve(Wire::plain(app), live, move |request| Arc::clone(&this).answer(request)).await
+        serve::serve(Wire::plain(app), live, serve::TIMES, move |request| Arc::clone(&this).answer(request)).await
     }
 
     async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {

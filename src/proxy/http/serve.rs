@@ -23,8 +23,29 @@ use crate::proxy::codec::wire::{Turn, Wire};
 use crate::proxy::codec::{CONNECTION_WINDOW, HEAD_SIZE, HEADERS, STREAM_WINDOW};
 use crate::proxy::listener::Live;
 
+/// For how long a client may be silent.
+#[derive(Debug, Clone, Copy)]
+pub struct Times {
+    /// For the first bytes of a connection. Clients that open connections ahead of time use them within it.
+    pub first: Duration,
+    /// For a request head, from its first byte to its last, and up to twice that.
+    pub head: Duration,
+    /// A connection on which nothing has moved for so long is ended.
+    pub idle: Duration,
+    /// The same where the client does not take what is sent to it.
+    pub stall: Duration,
+}
+
+/// For peers that have proved who they are, and for the local app. The idle time and the stall time are Envoy's.
+pub const TIMES: Times = Times {
+    first: Duration::from_secs(600),
+    head: Duration::from_secs(15),
+    idle: Duration::from_secs(3600),
+    stall: Duration::from_secs(300),
+};
+
 /// Serves requests until the connection ends, is idle for too long, or a drain is over.
-pub async fn serve<P, H, F>(wire: Wire, live: watch::Receiver<Live<P>>, handle: H) -> Result<(), String>
+pub async fn serve<P, H, F>(wire: Wire, live: watch::Receiver<Live<P>>, times: Times, handle: H) -> Result<(), String>
 where
     H: Fn(Request<Incoming>) -> F + Clone,
     F: Future<Output = Response<Body>> + Send + 'static,
@@ -36,19 +57,19 @@ where
         sleep(LAST_MOMENT).await;
     };
     let http2 = tokio::select! {
-        first = timeout(FIRST_TIME, wire.begins_http2()) => first,
+        first = timeout(times.first, wire.begins_http2()) => first,
         () = last_moment => return Ok(()),
     };
     let http2 = match http2 {
         Ok(Ok(http2)) => http2,
         Ok(Err(error)) if error.kind() == std::io::ErrorKind::UnexpectedEof => return Ok(()),
         Ok(Err(error)) => return Err(error.to_string()),
-        Err(_) => return Err(format!("nothing came within {FIRST_TIME:?}")),
+        Err(_) => return Err(format!("nothing came within {:?}", times.first)),
     };
-    if http2 { serve_http2(wire, live, handle).await } else { serve_http1(wire, live, handle).await }
+    if http2 { serve_http2(wire, live, times, handle).await } else { serve_http1(wire, live, times, handle).await }
 }
 
-async fn serve_http2<P, H, F>(wire: Wire, live: watch::Receiver<Live<P>>, handle: H) -> Result<(), String>
+async fn serve_http2<P, H, F>(wire: Wire, live: watch::Receiver<Live<P>>, times: Times, handle: H) -> Result<(), String>
 where
     H: Fn(Request<Incoming>) -> F,
     F: Future<Output = Response<Body>> + Send + 'static,
@@ -67,7 +88,8 @@ where
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .serve_connection(TokioIo::new(wire.clone()), service);
-    let ended = Box::pin(drive(connection, wire.clone(), live, http2::Connection::graceful_shutdown, false)).await;
+    let watchman = Watchman::new(wire.clone(), times);
+    let ended = Box::pin(drive(connection, watchman, live, http2::Connection::graceful_shutdown, false)).await;
     // A request that crossed our last GOAWAY is sent elsewhere by whoever reads that; a reset would hide it.
     wire.linger().await;
     ended.map(drop)
@@ -75,7 +97,7 @@ where
 
 /// The codec of an idle connection holds some 20 KB, so it is ended where the client does not come back soon, and
 /// another one is begun with the next request.
-async fn serve_http1<P, H, F>(wire: Wire, live: watch::Receiver<Live<P>>, handle: H) -> Result<(), String>
+async fn serve_http1<P, H, F>(wire: Wire, live: watch::Receiver<Live<P>>, times: Times, handle: H) -> Result<(), String>
 where
     H: Fn(Request<Incoming>) -> F + Clone,
     F: Future<Output = Response<Body>> + Send + 'static,
@@ -101,13 +123,14 @@ where
             .serve_connection(TokioIo::new(wire.clone()), service)
             .with_upgrades();
         let shut_down = http1::UpgradeableConnection::graceful_shutdown;
-        match Box::pin(drive(connection, wire.clone(), live.clone(), shut_down, !comes_back)).await {
+        let watchman = Watchman::new(wire.clone(), times);
+        match Box::pin(drive(connection, watchman, live.clone(), shut_down, !comes_back)).await {
             Ok(Ended::AtRest) => {}
             Ok(Ended::Over) => break Ok(()),
             Err(error) => break Err(error),
         }
         let since = Instant::now();
-        if !wakes(&wire, live.clone()).await {
+        if !wakes(&wire, live.clone(), times).await {
             break Ok(());
         }
         comes_back = since.elapsed() < SOON;
@@ -117,14 +140,14 @@ where
 }
 
 /// Waits for more on a connection between two requests; false once there will be none, and the wire is shut down.
-async fn wakes<P>(wire: &Wire, mut live: watch::Receiver<Live<P>>) -> bool {
+async fn wakes<P>(wire: &Wire, mut live: watch::Receiver<Live<P>>, times: Times) -> bool {
     let more = tokio::select! {
         biased;
-        more = timeout(IDLE_TIME, wire.has_more()) => matches!(more, Ok(Ok(true))),
+        more = timeout(times.idle, wire.has_more()) => matches!(more, Ok(Ok(true))),
         _ = live.wait_for(|live| live.stage >= Stage::Draining) => false,
     };
     if !more {
-        let _ = timeout(HEAD_TIME, wire.clone().shutdown()).await;
+        let _ = timeout(times.head, wire.clone().shutdown()).await;
     }
     more
 }
@@ -151,7 +174,7 @@ enum Ended {
 /// `rests`: it is to end as soon as nothing is under way, not only after a while.
 async fn drive<C, P>(
     connection: C,
-    wire: Wire,
+    mut watchman: Watchman,
     mut live: watch::Receiver<Live<P>>,
     shut_down: fn(Pin<&mut C>),
     rests: bool,
@@ -159,10 +182,9 @@ async fn drive<C, P>(
 where
     C: Future<Output = hyper::Result<()>>,
 {
-    let mut observed = live.clone();
+    let (wire, mut observed) = (watchman.wire.clone(), live.clone());
     let mut connection = pin!(Turn::new(connection, wire.clone()));
     let mut draining = pin!(live.wait_for(|live| live.stage >= Stage::Draining));
-    let mut watchman = Watchman::new(wire.clone());
     let turns = poll_fn(|cx| match connection.as_mut().poll(cx) {
         Poll::Ready(ended) => Poll::Ready(Some(ended)),
         Poll::Pending if rests && wire.is_at_rest() => Poll::Ready(None),
@@ -176,7 +198,8 @@ where
         },
         _ = &mut draining => false,
         verdict = watchman.verdict() => match verdict {
-            Verdict::Slow => return Err(format!("a request head took longer than {HEAD_TIME:?}")),
+            Verdict::Slow => return Err(format!("a request head took longer than {:?}", watchman.times.head)),
+            Verdict::Stalled => return Err(format!("the client took nothing for {:?}", watchman.times.stall)),
             Verdict::AtRest => true,
             Verdict::Idle => false,
         },
@@ -208,6 +231,7 @@ fn described(error: &hyper::Error) -> String {
 /// Looks at a connection now and then, so that no request needs a timer for these limits.
 struct Watchman {
     wire: Wire,
+    times: Times,
     rounds: Interval,
     /// As of the last round.
     moved: u64,
@@ -220,13 +244,15 @@ enum Verdict {
     /// Nothing is under way, and nothing has moved in the last round.
     AtRest,
     Slow,
+    /// The client does not take what is sent to it.
+    Stalled,
 }
 
 impl Watchman {
-    fn new(wire: Wire) -> Self {
-        let mut rounds = interval_at(Instant::now() + HEAD_TIME, HEAD_TIME);
+    fn new(wire: Wire, times: Times) -> Self {
+        let mut rounds = interval_at(Instant::now() + times.head, times.head);
         rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        Self { wire, rounds, moved: 0, heads: 0, still: 0 }
+        Self { wire, times, rounds, moved: 0, heads: 0, still: 0 }
     }
 
     /// May be dropped and called again.
@@ -241,7 +267,11 @@ impl Watchman {
             }
             self.still = if moved == self.moved { self.still + 1 } else { 0 };
             self.moved = moved;
-            if self.still >= IDLE_ROUNDS {
+            let still = self.times.head * self.still;
+            if still >= self.times.stall && self.wire.has_unsent() {
+                return Verdict::Stalled;
+            }
+            if still >= self.times.idle {
                 return Verdict::Idle;
             }
             if self.still > 0 && self.wire.is_at_rest() {
@@ -251,15 +281,8 @@ impl Watchman {
     }
 }
 
-/// For the first bytes of a connection. Clients that open connections ahead of time use them within it.
-const FIRST_TIME: Duration = Duration::from_secs(600);
-/// The same once a drain has begun.
+/// For the first bytes of a connection, once a drain has begun.
 const LAST_MOMENT: Duration = Duration::from_secs(1);
-/// For a request head, from its first byte to its last, and up to twice that.
-const HEAD_TIME: Duration = Duration::from_secs(15);
-/// A connection on which nothing has moved for an hour is ended, as by Envoy.
-const IDLE_TIME: Duration = Duration::from_secs(3600);
-const IDLE_ROUNDS: u32 = 240;
 /// A client that sends the next request within this time is taken to go on doing so.
 const SOON: Duration = Duration::from_secs(1);
 
@@ -293,7 +316,7 @@ mod tests {
         client.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.unwrap();
         client.write_all(&frames.concat()).await.unwrap();
         let answer = |_| pending::<Response<Body>>();
-        timeout(Duration::from_secs(60), serve(Wire::plain(Socket::Unix(server)), live, answer)).await.ok()
+        timeout(Duration::from_secs(60), serve(Wire::plain(Socket::Unix(server)), live, TIMES, answer)).await.ok()
     }
 
     #[tokio::test(start_paused = true)]

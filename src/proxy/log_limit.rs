@@ -1,0 +1,113 @@
+//! Log lines that anybody who reaches a port can cause: the first of each source and reason at once, then a count.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// Limits such lines, however many connections and requests are refused. Clones share what they count.
+#[derive(Debug, Clone, Default)]
+pub struct LogLimit(Arc<Mutex<Lines>>);
+
+#[derive(Debug, Default)]
+struct Lines {
+    /// Source and reason of the lines that were written lately, with how often each came again.
+    again: BTreeMap<(String, String), u64>,
+    /// Those for which there was no room.
+    others: u64,
+    told: Option<Instant>,
+}
+
+/// Count lines are written so often.
+const PERIOD: Duration = Duration::from_secs(5);
+/// Sources and reasons that are told apart in one period, and so the lines that one period brings at most, twice.
+const KEPT: usize = 64;
+/// Bytes of a source or a reason that are kept: a reason may quote what a stranger sent.
+const TEXT: usize = 256;
+
+impl LogLimit {
+    /// Whether the caller is to write its line. Otherwise it is counted, and [`LogLimit::tell`] writes the count.
+    #[must_use]
+    pub fn is_first(&self, source: impl fmt::Display, reason: &str) -> bool {
+        let mut lines = self.lines();
+        let key = (cut(&source.to_string()), cut(reason));
+        if let Some(again) = lines.again.get_mut(&key) {
+            *again += 1;
+            return false;
+        }
+        if lines.again.len() >= KEPT {
+            lines.others += 1;
+            return false;
+        }
+        lines.again.insert(key, 0);
+        true
+    }
+
+    /// Writes the counts when their time has come. To be called about once a second.
+    pub fn tell(&self) {
+        for ((source, reason), count) in self.due(Instant::now()) {
+            tracing::info!(target: "proxy.inbound", source, reason, count, "Refused again, in the last {PERIOD:?}; access logs tell of each");
+        }
+    }
+
+    /// The counts that are to be told now. What has not come again since the last time is forgotten.
+    fn due(&self, now: Instant) -> Vec<((String, String), u64)> {
+        let mut lines = self.lines();
+        if lines.told.is_some_and(|told| now < told + PERIOD) {
+            return Vec::new();
+        }
+        lines.told = Some(now);
+        lines.again.retain(|_, again| *again > 0);
+        let mut due: Vec<_> = lines.again.iter_mut().map(|(key, again)| (key.clone(), std::mem::take(again))).collect();
+        let others = std::mem::take(&mut lines.others);
+        if others > 0 {
+            due.push((("others".to_owned(), format!("more than {KEPT} sources and reasons")), others));
+        }
+        due
+    }
+
+    fn lines(&self) -> MutexGuard<'_, Lines> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn cut(text: &str) -> String {
+    text[..text.floor_char_boundary(TEXT)].to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_is_told_at_once_and_the_others_as_a_count() {
+        let (limit, start) = (LogLimit::default(), Instant::now());
+        assert!(limit.due(start).is_empty());
+        assert!(limit.is_first("10.0.0.1", "no certificate"));
+        assert!(limit.is_first("10.0.0.1", "denied"));
+        assert!(limit.is_first("10.0.0.2", "denied"));
+        for _ in 0..999 {
+            assert!(!limit.is_first("10.0.0.1", "denied"));
+        }
+        assert!(limit.due(start + PERIOD / 2).is_empty());
+        assert_eq!(limit.due(start + PERIOD), [(("10.0.0.1".to_owned(), "denied".to_owned()), 999)]);
+        assert!(!limit.is_first("10.0.0.1", "denied"));
+        assert!(limit.is_first("10.0.0.2", "denied"));
+        assert_eq!(limit.due(start + PERIOD * 2).len(), 1);
+        assert!(limit.due(start + PERIOD * 3).is_empty());
+        assert!(limit.is_first("10.0.0.1", "denied"));
+    }
+
+    #[test]
+    fn many_sources_do_not_bring_many_lines() {
+        let (limit, start) = (LogLimit::default(), Instant::now());
+        assert!(limit.due(start).is_empty());
+        let lines = (0..10_000).filter(|source| limit.is_first(source, &"é".repeat(1000))).count();
+        assert_eq!(lines, KEPT);
+        let due = limit.due(start + PERIOD);
+        assert_eq!(due.len(), 1);
+        assert_eq!(due[0].1, 10_000 - KEPT as u64);
+    }
+}
