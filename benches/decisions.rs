@@ -139,7 +139,7 @@ fn headers() -> HeaderMap {
 }
 
 fn request_for<'a>(path: &'a str, headers: &'a HeaderMap) -> RequestView<'a> {
-    RequestView { method: "GET", path, query: Some("a=b&c=d"), authority: "db", headers }
+    RequestView { method: "GET", path, path_as_written: false, query: Some("a=b&c=d"), authority: "db", headers }
 }
 
 #[divan::bench(args = [1, 10, 100])]

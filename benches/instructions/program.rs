@@ -19,7 +19,7 @@ use lictor::drain;
 use lictor::jwt::Providers;
 use lictor::proxy::{self, Workers};
 use lictor::snapshot::{
-    Action, DefaultPolicy, Intention, Intentions, LocalApp, Normalization, Protocol, PublicListener, Snapshot,
+    Action, DefaultPolicy, Intention, Intentions, LocalApp, Normalization, Protocol, PublicListener, Snapshot, Upgrades,
 };
 use lictor::tls::{Client, Server, Stream, TUNNEL};
 
@@ -241,6 +241,7 @@ fn server_side(tls: Arc<Server>, protocol: Protocol, public: u16, app: u16) -> S
         normalization: Normalization::default(),
         sanitize_forwarded_cert: false,
         tells_cause: false,
+        upgrades: Upgrades::default(),
         token_providers: Arc::new(Providers::default()),
     };
     Snapshot { version: 1, public: Some(Arc::new(listener)), ..Snapshot::default() }

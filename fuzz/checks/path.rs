@@ -81,7 +81,8 @@ fn decode(bytes: &[u8]) -> Vec<u8> {
 
 fn allows(rules: &Intentions, path: &str) -> bool {
     let headers = HeaderMap::new();
-    let request = RequestView { method: "GET", path, query: None, authority: "db", headers: &headers };
+    let request =
+        RequestView { method: "GET", path, path_as_written: false, query: None, authority: "db", headers: &headers };
     matches!(rules.decide_request(&PEER, &request, &Verified::default()), Decision::Allow(_))
 }
 

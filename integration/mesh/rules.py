@@ -222,9 +222,9 @@ TABLE = (
         ("GET /; x_role: admin", 400), ("GET /; x-role: admin", 200),
     ), NO_ADMIN, "allow", normalization(HeadersWithUnderscoresAction="REJECT_REQUEST"), since=SINCE_NORMALIZATION),
     Rules("normalisation is off if asked for", (
-        ("GET /%61", 200, "/%61"), ("GET /a//b", 200, "/a//b"), ("GET /admin", 403), ("GET /%61dmin", 403),
-        # Stricter than Envoy, as nobody knows what the app makes of it.
-        ("GET /x/../public", 403),
+        # As in Envoy, a path counts as it is written.
+        ("GET /%61", 200, "/%61"), ("GET /a//b", 200, "/a//b"), ("GET /admin", 403), ("GET /%61dmin", 200, "/%61dmin"),
+        ("GET /x/../public", 200, "/x/../public"), ("GET /x/..\\admin", 200, "/x/..\\admin"), ("GET /a%2fb%7E", 200, "/a%2fb%7E"),
     ), NO_ADMIN, "allow", normalization(InsecureDisablePathNormalization=True), since=SINCE_NORMALIZATION),
 )
 

@@ -370,6 +370,7 @@ impl Draft {
             normalization: mesh.normalization,
             sanitize_forwarded_cert: mesh.sanitize_forwarded_cert,
             tells_cause: plan.tells_cause,
+            upgrades: plan.upgrades.clone(),
             token_providers: Arc::clone(self.tokens.built()),
         }))
     }

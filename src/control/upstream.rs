@@ -128,7 +128,7 @@ impl UpstreamDraft {
             chain: chain.build(&targets),
             limits: self.plan.limits,
             passive_health_check: self.plan.passive_health_check,
-            requests: self.plan.requests,
+            requests: self.plan.requests.clone(),
             awaited: None,
         });
         let (plan, credentials) = (self.plan.clone(), Arc::clone(mesh.credentials));

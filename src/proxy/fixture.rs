@@ -87,6 +87,7 @@ pub(super) fn public(protocol: Protocol, bind: SocketAddr, app: SocketAddr) -> P
         normalization: Normalization::default(),
         sanitize_forwarded_cert: false,
         tells_cause: false,
+        upgrades: Upgrades::new(["echo".to_owned()]),
         token_providers: Arc::new(Providers::default()),
     }
 }
@@ -114,7 +115,7 @@ pub(super) fn upstream(protocol: Protocol, bind: SocketAddr, instances: &[Socket
         chain: Chain { protocol, start: Node::Resolver(resolver) },
         limits: Limits::default(),
         passive_health_check: PassiveHealthCheck::default(),
-        requests: RequestSettings::default(),
+        requests: RequestSettings { upgrades: Upgrades::new(["echo".to_owned()]), ..RequestSettings::default() },
         awaited: None,
     }
 }

@@ -140,7 +140,8 @@ async fn establish(accepted: Accepted<PublicListener>, shared: Shared) -> Option
         // Each request is judged, so that a refused one gets an answer.
         let certificate = certificate::element(listener.tls.id(), mesh.peer_certificates().unwrap_or_default());
         let caller = Caller { access_log: shared.access_log, remote, local, peer: Some(Arc::clone(&peer)) };
-        let connection = Inbound { peer, remote, live, drain, app: shared.app, certificate, caller };
+        let upgrades = listener.upgrades.clone();
+        let connection = Inbound { peer, remote, live, drain, app: shared.app, certificate, upgrades, caller };
         tokio::spawn(async move {
             let ended = connection.serve(mesh).await;
             record.finish(ended.as_ref().map_or_else(String::as_str, |()| "ended"));

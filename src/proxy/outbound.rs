@@ -50,7 +50,8 @@ async fn establish(accepted: Accepted<Plan>, clock: Clock, access_log: AccessLog
     let plan = known(&mut live).await;
     if plan.upstream.chain.protocol.is_http() {
         let caller = Caller { access_log, remote, local, ..Caller::default() };
-        let connection = Outbound { remote, live, drain, clock, caller };
+        let upgrades = plan.upstream.requests.upgrades.clone();
+        let connection = Outbound { remote, live, drain, clock, upgrades, caller };
         tokio::spawn(async move {
             let ended = connection.serve(app).await;
             record.finish(ended.as_ref().map_or_else(String::as_str, |()| "ended"));

@@ -379,7 +379,8 @@ mod tests {
         for (name, value) in list {
             headers.append(*name, HeaderValue::from_static(value));
         }
-        let request = RequestView { method: "GET", path: "/", query, authority: "db", headers: &headers };
+        let request =
+            RequestView { method: "GET", path: "/", path_as_written: false, query, authority: "db", headers: &headers };
         hash_request(policies, &request, Some([127, 0, 0, 1].into()), 7)
     }
 

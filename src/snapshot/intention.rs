@@ -405,7 +405,14 @@ mod tests {
         let decide = |name: &str, token: Option<&str>, providers: &Providers, now| {
             let headers =
                 token.map(|token| (http::header::AUTHORIZATION, token.parse().unwrap())).into_iter().collect();
-            let request = RequestView { method: "GET", path: "/", query: None, authority: "db", headers: &headers };
+            let request = RequestView {
+                method: "GET",
+                path: "/",
+                path_as_written: false,
+                query: None,
+                authority: "db",
+                headers: &headers,
+            };
             let (decision, verified) = intentions.verify_and_decide(&peer(name), &request, providers, now);
             let refusal = verified.refusals().next().map(|(_, refusal)| refusal);
             (matches!(decision, Decision::Allow(_)), refusal)

@@ -4,6 +4,7 @@
 //! keep their `Arc`, so that a reader tells by pointer what a change does not concern.
 
 mod address;
+mod authority;
 mod chain;
 mod exposed;
 mod hash;
@@ -15,6 +16,7 @@ mod protocol;
 mod request;
 mod resolver;
 mod route;
+mod upgrade;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -40,6 +42,7 @@ pub use route::{
     BadEdit, Edits, Failure, IDLE_TIMEOUT, Leg, Next, Node, PathMatch, QueryMatch, QueryTest, RetryOn, RetryPolicy,
     Route, RouteMatch, Routed, Splitter,
 };
+pub use upgrade::Upgrades;
 
 use crate::demand::Demand;
 use crate::{access_log, jwt, tls};
@@ -84,6 +87,8 @@ pub struct PublicListener {
     pub intentions: Arc<Intentions>,
     /// What requests look like before they are judged, HTTP only.
     pub normalization: Normalization,
+    /// What connections may be upgraded to, HTTP only: `lictor_upgrades`.
+    pub upgrades: Upgrades,
     /// Whether `x-forwarded-client-cert` is removed rather than added to, HTTP only.
     pub sanitize_forwarded_cert: bool,
     /// Answers of ours say why in a header, HTTP only: `lictor_tell_cause`.
@@ -134,12 +139,14 @@ impl Upstream {
 }
 
 /// Settings of our own, HTTP only.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct RequestSettings {
     /// One try, from the instance's choice to the head of its answer: `lictor_per_try_timeout_ms`; `None` is no limit.
     pub per_try_timeout: Option<Duration>,
     /// Answers of ours say why in a header: `lictor_tell_cause`.
     pub tells_cause: bool,
+    /// What connections may be upgraded to: `lictor_upgrades`.
+    pub upgrades: Upgrades,
 }
 
 /// Upstream limits; each `None` is no limit and zero is zero.

@@ -51,7 +51,7 @@ pub enum NormalPath<'a> {
 pub enum BadRequest {
     /// Neither begins with `/` nor is `*`.
     NotAbsolute,
-    /// Control characters, spaces, `#`, or anything that is not ASCII.
+    /// A control character, a space or a `#`.
     BadCharacter,
     EscapedNul,
     EscapedSlash,
@@ -70,6 +70,14 @@ impl Default for Normalization {
 }
 
 impl Normalization {
+    /// Targets go on as they came.
+    pub const NONE: Self = Self {
+        path: false,
+        merge_slashes: false,
+        escaped_slashes: EscapedSlashes::Keep,
+        underscores: Underscores::Allow,
+    };
+
     /// Normalises the path of a request target in origin form. The query is left as it is.
     ///
     /// Dot segments are resolved (also with path parameters, `..;x`), `\` is `/`, escapes of unreserved
@@ -80,7 +88,7 @@ impl Normalization {
     /// # Errors
     /// The request is to be refused.
     pub fn path<'a>(&self, target: &'a str) -> Result<NormalPath<'a>, BadRequest> {
-        if !target.bytes().all(|b| b.is_ascii_graphic() && b != b'#') {
+        if target.bytes().any(|b| b.is_ascii_control() || matches!(b, b' ' | b'#')) {
             return Err(BadRequest::BadCharacter);
         }
         let (path, query) = target.split_at(target.find('?').unwrap_or(target.len()));
@@ -124,6 +132,9 @@ impl Normalization {
 
     /// Whether nothing is to be done, which is so for nearly all paths.
     fn is_normal(&self, path: &str) -> bool {
+        if !self.path && !self.merge_slashes && self.escaped_slashes == EscapedSlashes::Keep {
+            return true;
+        }
         let plain = path.bytes().all(|b| b != b'%' && (!self.path || (b != b'\\' && !is_escaped_in_paths(b))));
         plain && !(self.path && path.contains("/.")) && !(self.merge_slashes && path.contains("//"))
     }
@@ -213,10 +224,16 @@ pub(super) struct LaxPath<'a> {
     pub(super) hides_dots: bool,
 }
 
+impl<'a> LaxPath<'a> {
+    pub(super) fn as_written(path: &'a str) -> Self {
+        Self { path: Cow::Borrowed(path.as_bytes()), hides_dots: false }
+    }
+}
+
 pub(super) fn lax(path: &str) -> LaxPath<'_> {
     let special = path.bytes().any(|b| matches!(b, b'%' | b';' | b'\\')) || path.contains("//") || path.contains("/.");
     if !special {
-        return LaxPath { path: Cow::Borrowed(path.as_bytes()), hides_dots: false };
+        return LaxPath::as_written(path);
     }
     let decoded = decode_all(path);
     let mut segments = decoded.split(|b| matches!(b, b'/' | b'\\')).map(name_of).peekable();
@@ -423,6 +440,8 @@ mod tests {
                 ("/\"<>^`{|}", "/%22%3C%3E%5E%60%7B%7C%7D"),
                 ("/!$&'()*+,;=:@[]", "/!$&'()*+,;=:@[]"),
                 ("/...", "/..."),
+                // As it comes over HTTP/2, and as Envoy has it.
+                ("/é?é", "/%C3%A9?é"),
                 ("*", "*"),
             ],
         );
@@ -484,7 +503,12 @@ mod tests {
         check(KEEP, &[("", "NotAbsolute"), ("a/b", "NotAbsolute"), ("\\a", "NotAbsolute"), ("?x", "NotAbsolute")]);
         check(
             KEEP,
-            &[("/a b", "BadCharacter"), ("/a#b", "BadCharacter"), ("/é", "BadCharacter"), ("/\u{7f}", "BadCharacter")],
+            &[
+                ("/a b", "BadCharacter"),
+                ("/a#b", "BadCharacter"),
+                ("/a?#", "BadCharacter"),
+                ("/\u{7f}", "BadCharacter"),
+            ],
         );
         check(KEEP, &[("/a%00b", "EscapedNul"), ("/a?%00", "/a?%00")]);
     }

@@ -25,7 +25,7 @@ pub struct Permission {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Conditions {
     pub path: Option<PathRule>,
-    /// Any of these, compared exactly; empty is any method.
+    /// Any of these; empty is any method. What denies does so in any letter case.
     pub methods: Vec<String>,
     pub headers: Vec<HeaderMatch>,
 }
@@ -38,7 +38,8 @@ pub struct PathRule(Rule);
 enum Rule {
     Exact(RulePath),
     Prefix(RulePath),
-    Regex(Pattern),
+    /// For normalised paths, where escapes have one spelling, and for paths as they are written.
+    Regex(Pattern, Pattern),
 }
 
 /// The text of a rule in the forms in which a request's path is seen.
@@ -90,7 +91,8 @@ pub(super) struct Subject<'a> {
 
 impl<'a> Subject<'a> {
     pub(super) fn new(request: &'a RequestView<'a>, verified: &'a Verified) -> Self {
-        Self { request, lax: lax(request.path), verified }
+        let lax = if request.path_as_written { LaxPath::as_written(request.path) } else { lax(request.path) };
+        Self { request, lax, verified }
     }
 }
 
@@ -111,9 +113,13 @@ impl Conditions {
             Action::Allow => Lines::All,
             Action::Deny => Lines::Any,
         };
-        (self.methods.is_empty() || self.methods.iter().any(|method| method == subject.request.method))
+        let is_method = |method: &String| match action {
+            Action::Allow => method == subject.request.method,
+            Action::Deny => method.eq_ignore_ascii_case(subject.request.method),
+        };
+        (self.methods.is_empty() || self.methods.iter().any(is_method))
             && self.path.as_ref().is_none_or(|path| path.matches(subject, action))
-            && self.headers.iter().all(|header| header.matches(subject.request, lines))
+            && self.headers.iter().all(|header| header.permits(subject.request, lines))
     }
 }
 
@@ -132,24 +138,39 @@ impl PathRule {
     /// # Errors
     /// When the text is not a usable pattern.
     pub fn regex(text: &str) -> Result<Self, BadPattern> {
-        Pattern::for_path(text).map(|pattern| Self(Rule::Regex(pattern)))
+        let pattern = Pattern::for_path(text)?;
+        // Without an escape in it both are the same, and share their memory.
+        let written = if text.contains('%') { Pattern::new(text)? } else { pattern.clone() };
+        Ok(Self(Rule::Regex(pattern, written)))
     }
 
-    /// An escaped slash may be a slash to the app. So a deny also looks at the laxest reading, and where that
+    /// Where normalisation was turned off, the text as it is written is all that counts, as in Envoy. Otherwise an escaped
+    /// slash may be a slash to the app: a deny also looks at the laxest reading, and where that
     /// reveals dot segments, nothing that is said about paths can allow.
     fn matches(&self, subject: &Subject<'_>, action: Action) -> bool {
+        if subject.request.path_as_written {
+            return self.matches_as_written(subject.request.path);
+        }
         if subject.lax.hides_dots {
             return action == Action::Deny;
         }
         self.matches_path(subject.request.path) || (action == Action::Deny && self.matches_lax(&subject.lax.path))
     }
 
-    /// A rule also holds as it is written, for listeners that do not normalise.
+    fn matches_as_written(&self, path: &str) -> bool {
+        match &self.0 {
+            Rule::Exact(rule) => path == rule.written,
+            Rule::Prefix(rule) => path.starts_with(&rule.written),
+            Rule::Regex(_, written) => written.matches(path.as_bytes()),
+        }
+    }
+
+    /// A rule also holds as it is written, which is how requests are spelt where escapes are in lower case.
     fn matches_path(&self, path: &str) -> bool {
         match &self.0 {
             Rule::Exact(rule) => path == rule.canonical || path == rule.written,
             Rule::Prefix(rule) => path.starts_with(&rule.canonical) || path.starts_with(&rule.written),
-            Rule::Regex(pattern) => pattern.matches(path.as_bytes()),
+            Rule::Regex(pattern, _) => pattern.matches(path.as_bytes()),
         }
     }
 
@@ -157,7 +178,7 @@ impl PathRule {
         match &self.0 {
             Rule::Exact(rule) => rule.lax.as_deref() == Some(path),
             Rule::Prefix(rule) => rule.lax.as_ref().is_some_and(|rule| path.starts_with(rule)),
-            Rule::Regex(pattern) => pattern.matches(path),
+            Rule::Regex(pattern, _) => pattern.matches(path),
         }
     }
 }
@@ -241,12 +262,26 @@ mod tests {
         default: Action,
     }
 
-    #[derive(Default)]
     struct Request {
         method: &'static str,
         path: &'static str,
+        as_written: bool,
+        authority: &'static str,
         headers: Vec<(&'static str, &'static [u8])>,
         verified: Verified,
+    }
+
+    impl Default for Request {
+        fn default() -> Self {
+            Self {
+                method: "",
+                path: "",
+                as_written: false,
+                authority: "db.example:80",
+                headers: Vec::new(),
+                verified: Verified::default(),
+            }
+        }
     }
 
     fn get(path: &'static str) -> Request {
@@ -287,8 +322,14 @@ mod tests {
                 headers.append(HeaderName::from_static(name), HeaderValue::from_bytes(value).unwrap());
             }
             let (path, query) = request.path.split_once('?').map_or((request.path, None), |(p, q)| (p, Some(q)));
-            let view =
-                RequestView { method: request.method, path, query, authority: "db.example:80", headers: &headers };
+            let view = RequestView {
+                method: request.method,
+                path,
+                path_as_written: request.as_written,
+                query,
+                authority: request.authority,
+                headers: &headers,
+            };
             let peer = SpiffeId::parse("spiffe://td.consul/ns/default/dc/dc1/svc/web").unwrap();
             match intentions.decide_request(&peer, &view, &request.verified) {
                 Decision::Allow(decider) => (true, decider.to_string()),
@@ -452,6 +493,100 @@ mod tests {
         check_both(&header(":path", ValueTest::Exact(text("/a?b")), false), &get("/a?b"), true);
         assert_eq!(HeaderMatch::new(":scheme", ValueTest::Present, false), None);
         assert_eq!(HeaderMatch::new("a b", ValueTest::Present, false), None);
+    }
+
+    fn with_host(authority: &'static str) -> Request {
+        Request { authority, ..get("/") }
+    }
+
+    #[test]
+    fn a_deny_of_an_authority_is_for_every_spelling_of_it_and_an_allow_for_the_one_written() {
+        let others = [
+            "ADMIN.example",
+            "admin.example.",
+            "admin.example:80",
+            "admin.example:443",
+            "admin.example:",
+            "Admin.Example.:080",
+        ];
+        let regex = |text| ValueTest::Regex(Pattern::new(text).unwrap());
+        let tests = || {
+            [
+                ValueTest::Exact(text("admin.example")),
+                ValueTest::Prefix(text("admin.ex")),
+                ValueTest::Suffix(text(".example")),
+                ValueTest::Contains(text("min.exam")),
+                regex(r"admin\.[a-z]+"),
+            ]
+        };
+        for test in tests() {
+            check_both(&header("host", test.clone(), false), &with_host("admin.example"), true);
+            check_both(&header("host", test.clone(), true), &with_host("admin.example"), false);
+            check_both(&header("host", test.clone(), false), &with_host("public.test"), false);
+            check_both(&header("host", test.clone(), true), &with_host("public.test"), true);
+        }
+        for other in others {
+            check(
+                &header(":authority", ValueTest::Exact(text("admin.example")), false),
+                &with_host(other),
+                true,
+                false,
+            );
+            check(&header(":authority", regex(r"admin\.[a-z]+"), false), &with_host(other), true, false);
+            // "Not this host" refuses in a deny what is not written so, and allows nothing that may be it.
+            check(&header(":authority", ValueTest::Exact(text("admin.example")), true), &with_host(other), true, false);
+        }
+        // The rule may have any spelling too.
+        for written in &others[..5] {
+            let rule = header("host", ValueTest::Exact(text(written)), false);
+            check(&rule, &with_host("admin.example"), true, false);
+        }
+        // Servers that hold several hosts look at the name alone.
+        let rule = |host| header("host", ValueTest::Exact(text(host)), false);
+        check(&rule("admin.example"), &with_host("admin.example:8080"), true, false);
+        check(&rule("admin.example:8080"), &with_host("admin.example"), false, false);
+    }
+
+    #[test]
+    fn a_deny_of_a_method_is_for_any_letter_case() {
+        let post = Conditions { methods: vec!["POST".to_owned()], ..Conditions::default() };
+        let named = header(":method", ValueTest::Exact(text("POST")), false);
+        for (method, allowed) in [("POST", true), ("post", false), ("Post", false)] {
+            let request = Request { method, ..get("/") };
+            check(&post, &request, true, allowed);
+            check(&named, &request, true, allowed);
+        }
+        let request = Request { method: "post", ..get("/") };
+        check(&header(":method", ValueTest::Exact(text("POST")), true), &request, true, false);
+    }
+
+    #[test]
+    fn a_condition_on_the_path_as_a_header_is_not_got_round_either() {
+        let admin = |invert| header(":path", ValueTest::Prefix(text("/admin/")), invert);
+        for spelling in ["/admin%2Fx", "//admin//x?y", "/admin;v=1/x", "/public/..%2Fadmin/"] {
+            check(&admin(false), &get(spelling), true, false);
+            check(&admin(true), &get(spelling), true, false);
+        }
+        check_both(&admin(false), &get("/admin/x?y"), true);
+        check_both(&admin(true), &get("/else"), true);
+    }
+
+    #[test]
+    fn where_normalisation_was_turned_off_a_path_counts_as_it_is_written() {
+        let written = |path| Request { as_written: true, ..get(path) };
+        let rules = [PathRule::exact("/admin/x"), PathRule::prefix("/admin/"), PathRule::regex("/admin/.+").unwrap()];
+        for rule in rules {
+            check_both(&path(rule.clone()), &written("/admin/x"), true);
+            for spelling in
+                ["/admin%2Fx", "//admin//x", "/x/../admin/x", "/%61dmin/x", "/admin;v=1/x", "/a\\..\\admin/x"]
+            {
+                check_both(&path(rule.clone()), &written(spelling), false);
+            }
+        }
+        check_both(&path(PathRule::regex("/a%2fb").unwrap()), &written("/a%2Fb"), false);
+        check_both(&path(PathRule::exact("/%61")), &written("/%61"), true);
+        check_both(&path(PathRule::exact("/%61")), &written("/a"), false);
+        check_both(&header(":path", ValueTest::Prefix(text("/admin")), false), &written("//admin"), false);
     }
 
     #[test]

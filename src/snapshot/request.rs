@@ -5,6 +5,8 @@ use std::iter;
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
+use super::authority;
+use super::path::lax;
 use super::pattern::Pattern;
 
 /// A request that is to be judged or routed. All of it is borrowed.
@@ -13,6 +15,8 @@ pub struct RequestView<'a> {
     pub method: &'a str,
     /// Normalised where the listener normalises; without the query.
     pub path: &'a str,
+    /// Rules compare the path as it is written, as Envoy does where normalisation was turned off.
+    pub path_as_written: bool,
     /// Raw, without the `?`.
     pub query: Option<&'a str>,
     /// The `:authority` or `Host`; empty if there is none.
@@ -44,6 +48,8 @@ impl<'a> RequestView<'a> {
 pub struct HeaderMatch {
     name: Name,
     test: ValueTest,
+    /// Of a method or an authority: the same test for any letter case.
+    any_case: Option<ValueTest>,
     invert: bool,
 }
 
@@ -82,7 +88,8 @@ pub(super) enum Lines {
 }
 
 impl HeaderMatch {
-    /// `None` when no header can have that name, or it is a pseudo-header that requests are not judged by.
+    /// `None` when no header can have that name, it is a pseudo-header that requests are not judged by, or a pattern is
+    /// too large.
     #[must_use]
     pub fn new(name: &str, test: ValueTest, invert: bool) -> Option<Self> {
         let name = match name.to_ascii_lowercase().as_str() {
@@ -91,24 +98,51 @@ impl HeaderMatch {
             ":authority" | "host" => Name::Authority,
             other => Name::Header(HeaderName::from_bytes(other.as_bytes()).ok()?),
         };
-        Some(Self { name, test, invert })
+        let any_case = match name {
+            Name::Method | Name::Authority => Some(test.ignoring_case()?),
+            Name::Path | Name::Header(_) => None,
+        };
+        Some(Self { name, test, any_case, invert })
     }
 
     /// As Envoy 1.40 routes: any line that passes, and inverted, none.
     pub(super) fn routes(&self, request: &RequestView<'_>) -> bool {
-        self.matches(request, if self.invert { Lines::All } else { Lines::Any })
+        self.compare(request, if self.invert { Lines::All } else { Lines::Any }, false)
+    }
+
+    /// Whether the condition of a permission holds. What a server may read in another way than it is written (method,
+    /// path, authority) is taken in every way where a match is what refuses: plainly in a deny, inverted in an allow.
+    pub(super) fn permits(&self, request: &RequestView<'_>, lines: Lines) -> bool {
+        self.compare(request, lines, (lines == Lines::Any) != self.invert)
     }
 
     /// Without the header, only an inverted test for its presence passes (Envoy 1.40).
-    pub(super) fn matches(&self, request: &RequestView<'_>, lines: Lines) -> bool {
-        match &self.name {
-            Name::Method => self.judge(iter::once(request.method.as_bytes()), lines),
-            Name::Path => self.judge(iter::once(request.path_and_query().as_bytes()), lines),
-            Name::Authority => {
-                let authority = Some(request.authority.as_bytes()).filter(|authority| !authority.is_empty());
-                self.judge(authority.into_iter(), lines)
+    fn compare(&self, request: &RequestView<'_>, lines: Lines, every_way: bool) -> bool {
+        let written = match &self.name {
+            Name::Header(name) => {
+                return self.judge(request.headers.get_all(name).iter().map(HeaderValue::as_bytes), lines);
             }
-            Name::Header(name) => self.judge(request.headers.get_all(name).iter().map(HeaderValue::as_bytes), lines),
+            Name::Method => Cow::Borrowed(request.method),
+            Name::Path => request.path_and_query(),
+            Name::Authority if request.authority.is_empty() => return self.judge(iter::empty(), lines),
+            Name::Authority => Cow::Borrowed(request.authority),
+        };
+        let matches = self.test.passes(written.as_bytes()) || (every_way && self.matches_otherwise(request));
+        matches != self.invert
+    }
+
+    /// Whether a server that reads the request in another way sees what the test is for.
+    fn matches_otherwise(&self, request: &RequestView<'_>) -> bool {
+        let test = self.any_case.as_ref().unwrap_or(&self.test);
+        match &self.name {
+            Name::Method => test.passes(request.method.as_bytes()),
+            Name::Authority => authority::spellings(request.authority).iter().any(|host| test.passes(host.as_bytes())),
+            Name::Path if !request.path_as_written => {
+                let lax = lax(request.path);
+                let query = request.query.map(|query| [b"?", query.as_bytes()].concat()).unwrap_or_default();
+                lax.hides_dots || test.passes(&[&lax.path[..], &query].concat())
+            }
+            Name::Path | Name::Header(_) => false,
         }
     }
 
@@ -134,6 +168,19 @@ impl ValueTest {
             Self::Contains(text) => text.is_in(value),
             Self::Regex(pattern) => pattern.matches(value),
         }
+    }
+
+    /// `None` when a pattern becomes too large.
+    fn ignoring_case(&self) -> Option<Self> {
+        let any_case = |text: &Text| Text { bytes: text.bytes.clone(), ignore_case: true };
+        Some(match self {
+            Self::Present => Self::Present,
+            Self::Exact(text) => Self::Exact(any_case(text)),
+            Self::Prefix(text) => Self::Prefix(any_case(text)),
+            Self::Suffix(text) => Self::Suffix(any_case(text)),
+            Self::Contains(text) => Self::Contains(any_case(text)),
+            Self::Regex(pattern) => Self::Regex(pattern.ignoring_case().ok()?),
+        })
     }
 }
 

@@ -523,7 +523,7 @@ mod tests {
 
     fn view<'a>(method: &'a str, target: &'a str, headers: &'a HeaderMap) -> RequestView<'a> {
         let (path, query) = target.split_once('?').map_or((target, None), |(path, query)| (path, Some(query)));
-        RequestView { method, path, query, authority: "db", headers }
+        RequestView { method, path, path_as_written: false, query, authority: "db", headers }
     }
 
     fn headers(list: &[(&'static str, &'static str)]) -> HeaderMap {

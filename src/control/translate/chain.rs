@@ -424,8 +424,14 @@ mod tests {
         let chain = plan.build(&[]);
         let mut headers = http::HeaderMap::new();
         headers.insert("x-h", http::HeaderValue::from_static("1"));
-        let request =
-            RequestView { method: "GET", path: "/v1/x", query: Some("q"), authority: "db", headers: &headers };
+        let request = RequestView {
+            method: "GET",
+            path: "/v1/x",
+            path_as_written: false,
+            query: Some("q"),
+            authority: "db",
+            headers: &headers,
+        };
         let taken =
             |request| chain.route(&request, 0).map(|Routed { route, path, .. }| (route.unwrap().name.clone(), path));
         assert_eq!(taken(request), Some(("1 of db".to_owned(), Some("/v2/x?q".to_owned()))));

@@ -12,7 +12,8 @@ use crate::config::AdHoc;
 use crate::consul::api;
 use crate::control::query::{ChainQuery, PreparedQuery};
 use crate::snapshot::{
-    Address, Bind, Exposed, ExposedPath, Limits, LocalApp, PassiveHealthCheck, Protocol, RequestSettings, UpstreamKey,
+    Address, Bind, Exposed, ExposedPath, Limits, LocalApp, PassiveHealthCheck, Protocol, RequestSettings, Upgrades,
+    UpstreamKey,
 };
 
 /// Consul's default for connecting to the local app.
@@ -50,6 +51,7 @@ pub(in crate::control) struct PublicPlan {
     pub(in crate::control) max_connections: Option<usize>,
     /// Answers of ours say why in a header.
     pub(in crate::control) tells_cause: bool,
+    pub(in crate::control) upgrades: Upgrades,
 }
 
 /// An upstream but for its chain.
@@ -161,6 +163,7 @@ fn plain_public(bind: Bind, local_app: LocalApp) -> PublicPlan {
         handshake_timeout: HANDSHAKE_TIMEOUT,
         max_connections: None,
         tells_cause: false,
+        upgrades: Upgrades::default(),
     }
 }
 
@@ -190,6 +193,7 @@ fn public(service: &api::AgentService, proxy: &api::Proxy, notes: &mut Notes) ->
             .unwrap_or(plain.handshake_timeout),
         max_connections: config.count("max_inbound_connections", notes).filter(|max| *max > 0).map(saturate),
         tells_cause: tells_cause(config, notes),
+        upgrades: upgrades(config, notes),
         ..plain
     })
 }
@@ -357,6 +361,7 @@ fn upstream(
         requests: RequestSettings {
             per_try_timeout: above_zero(config.milliseconds("lictor_per_try_timeout_ms", notes)),
             tells_cause: tells_cause(config, notes),
+            upgrades: upgrades(config, notes),
         },
     };
     Some((key, plan))
@@ -440,6 +445,18 @@ fn query_source(wire: &api::Upstream, config: Opaque<'_>, notes: &mut Notes) -> 
 /// Off by default: a cause names addresses of instances and rules.
 fn tells_cause(config: Opaque<'_>, notes: &mut Notes) -> bool {
     config.count("lictor_tell_cause", notes).is_some_and(|on| on > 0)
+}
+
+/// What connections may be upgraded to beside `websocket`.
+fn upgrades(config: Opaque<'_>, notes: &mut Notes) -> Upgrades {
+    let names = config.names("lictor_upgrades", notes);
+    if let Some(http) = names.iter().find(|name| Upgrades::is_http(name.as_bytes())) {
+        let place = config.place();
+        notes.push(format!(
+            "{place}: lictor_upgrades names {http:?}, which is never forwarded: requests behind it could not be judged"
+        ));
+    }
+    Upgrades::new(names)
 }
 
 fn limits(config: Opaque<'_>, notes: &mut Notes) -> Limits {
@@ -742,13 +759,13 @@ mod tests {
             "limits": {"max_connections": 7, "max_pending_requests": 0, "max_concurrent_requests": "9"},
             "passive_health_check": {"interval": "30s", "max_failures": 3, "enforcing_consecutive_5xx": 50,
                 "max_ejection_percent": 250, "base_ejection_time": "1m"},
-            "lictor_per_try_timeout_ms": 250, "lictor_tell_cause": true,
+            "lictor_per_try_timeout_ms": 250, "lictor_tell_cause": true, "lictor_upgrades": ["chat", "TLS/1.2"],
         });
         let merged = json!({
             "limits": {"MaxConnections": 7, "MaxPendingRequests": 0, "MaxConcurrentRequests": 9},
             "passive_health_check": {"Interval": 30_000_000_000_u64, "MaxFailures": 3, "EnforcingConsecutive5xx": 50,
                 "MaxEjectionPercent": 250, "BaseEjectionTime": 60_000_000_000_u64},
-            "LictorPerTryTimeoutMs": "250", "LictorTellCause": 1,
+            "LictorPerTryTimeoutMs": "250", "LictorTellCause": 1, "LictorUpgrades": "chat, TLS/1.2",
         });
         for config in [registered, merged] {
             let wire = json!({"DestinationName": "db", "LocalBindPort": 1, "Config": config});
@@ -764,7 +781,11 @@ mod tests {
                 base_ejection_time: Duration::from_secs(60),
             };
             assert_eq!((plan.limits, plan.passive_health_check), (limits, check));
-            let requests = RequestSettings { per_try_timeout: Some(Duration::from_millis(250)), tells_cause: true };
+            let requests = RequestSettings {
+                per_try_timeout: Some(Duration::from_millis(250)),
+                tells_cause: true,
+                upgrades: Upgrades::new(["chat".to_owned(), "TLS/1.2".to_owned()]),
+            };
             assert_eq!(plan.requests, requests);
             assert_eq!(notes, Vec::<String>::new());
         }
@@ -775,6 +796,19 @@ mod tests {
         assert_eq!((plan.limits, plan.passive_health_check), (Limits::default(), PassiveHealthCheck::default()));
         assert_eq!(plan.requests, RequestSettings::default());
         assert_eq!(notes.len(), 2, "{notes:?}");
+    }
+
+    #[test]
+    fn an_upgrade_to_http_is_not_taken_from_the_registration() {
+        for (names, notes) in
+            [(json!(["h2c", "chat"]), 1), (json!("HTTP/2.0"), 1), (json!({"a": 1}), 1), (json!(["chat"]), 0)]
+        {
+            let config = json!({"lictor_upgrades": names});
+            let (upstream, noted) = upstream_of(json!({"DestinationName": "db", "LocalBindPort": 1, "Config": config}));
+            let (_, plan) = upstream.unwrap();
+            assert_eq!(noted.len(), notes, "{names} {noted:?}");
+            assert!(!plan.requests.upgrades.allow(b"h2c") && plan.requests.upgrades.allow(b"websocket"));
+        }
     }
 
     #[test]

@@ -65,6 +65,13 @@ fn suites(names: &[String], direction: &str, notes: &mut Notes) -> Vec<String> {
 }
 
 fn normalization(wire: &api::RequestNormalization, notes: &mut Notes) -> Normalization {
+    if wire.insecure_disable_path_normalization {
+        notes.push(
+            "mesh config entry: InsecureDisablePathNormalization is set, so paths are judged as they are written, and \
+             another spelling of a path gets round a rule (/%61dmin round a deny of /admin)"
+                .to_owned(),
+        );
+    }
     Normalization {
         path: !wire.insecure_disable_path_normalization,
         merge_slashes: wire.merge_slashes,
@@ -126,7 +133,7 @@ mod tests {
         let slashes = |escaped_slashes| Normalization { escaped_slashes, ..default };
         let underscores = |underscores| Normalization { underscores, ..default };
         for (field, value, expected, noted) in [
-            ("InsecureDisablePathNormalization", json!(true), Normalization { path: false, ..default }, 0),
+            ("InsecureDisablePathNormalization", json!(true), Normalization { path: false, ..default }, 1),
             ("MergeSlashes", json!(true), Normalization { merge_slashes: true, ..default }, 0),
             ("PathWithEscapedSlashesAction", json!("IMPLEMENTATION_SPECIFIC_DEFAULT"), default, 0),
             ("PathWithEscapedSlashesAction", json!("KEEP_UNCHANGED"), default, 0),

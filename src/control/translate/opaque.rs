@@ -77,6 +77,22 @@ impl<'a> Opaque<'a> {
         }
     }
 
+    /// A list of names, or one text with commas between them; empty when the key is absent.
+    pub(super) fn names(&self, key: &str, notes: &mut Notes) -> Vec<String> {
+        let trimmed = |text: &str| text.trim().to_owned();
+        match self.value(key) {
+            None => Vec::new(),
+            Some(Value::String(text)) => text.split(',').map(trimmed).filter(|name| !name.is_empty()).collect(),
+            Some(Value::Array(items)) if items.iter().all(Value::is_string) => {
+                items.iter().filter_map(Value::as_str).map(trimmed).filter(|name| !name.is_empty()).collect()
+            }
+            Some(_) => {
+                self.bad(key, "a list of names", notes);
+                Vec::new()
+            }
+        }
+    }
+
     /// A map within this one; `place` names it in notes.
     pub(super) fn nested<'b>(&self, key: &str, place: &'b str, notes: &mut Notes) -> Opaque<'b>
     where

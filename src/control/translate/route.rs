@@ -150,7 +150,7 @@ fn path(wire: &api::RouteHttpMatch) -> Result<PathMatch, Bad> {
     let text = |path: &str| Text::new(path, wire.case_insensitive);
     Ok(match (wire.path_exact.as_str(), wire.path_prefix.as_str(), wire.path_regex.as_str()) {
         ("", "", "") => PathMatch::Any,
-        ("", "", regex) => PathMatch::Regex(Pattern::for_path(regex).map_err(bad)?),
+        ("", "", regex) => PathMatch::Regex(Pattern::new(regex).map_err(bad)?),
         ("", prefix, _) => PathMatch::Prefix(text(prefix)),
         (exact, _, _) => PathMatch::Exact(text(exact)),
     })

@@ -8,6 +8,8 @@
 
 use std::mem;
 
+use crate::snapshot::Upgrades;
+
 /// What is known of the requests on one connection as its bytes go by.
 #[derive(Debug, Default)]
 pub struct Strict {
@@ -23,6 +25,8 @@ pub struct Strict {
     /// The rest has been read.
     ended: bool,
     foreign: bool,
+    /// What a client may upgrade to.
+    upgrades: Upgrades,
 }
 
 /// What the next byte belongs to.
@@ -58,6 +62,12 @@ const LINE_LIMIT: usize = 64 * 1024;
 const CHUNK_SIZE_LIMIT: usize = 256;
 
 impl Strict {
+    /// For a client that may upgrade to these.
+    #[must_use]
+    pub fn new(upgrades: Upgrades) -> Self {
+        Self { upgrades, ..Self::default() }
+    }
+
     /// Why a request was refused. Nothing gets through after that.
     #[must_use]
     pub fn refused(&self) -> Option<&'static str> {
@@ -162,11 +172,14 @@ impl Strict {
             Place::Start if line.is_empty() => Place::Start,
             Place::Start => {
                 self.foreign = self.heads == 0 && names_another_protocol(line);
+                if !self.foreign {
+                    check_request_line(line)?;
+                }
                 Place::Header
             }
             Place::Header if line.is_empty() => self.end_head(),
             Place::Header => {
-                self.head.take(line)?;
+                self.head.take(line, &self.upgrades)?;
                 Place::Header
             }
             Place::ChunkSize => match chunk_size(line)? {
@@ -192,7 +205,7 @@ impl Strict {
 
 impl Head {
     /// Takes in one header line. Names and values as such are the codec's to check.
-    fn take(&mut self, line: &[u8]) -> Result<(), &'static str> {
+    fn take(&mut self, line: &[u8], upgrades: &Upgrades) -> Result<(), &'static str> {
         // Nearly all names are told apart by their first letter.
         if !matches!(line.first(), Some(b'c' | b'C' | b't' | b'T' | b'u' | b'U')) {
             return Ok(());
@@ -214,8 +227,8 @@ impl Head {
             }
             self.chunked = true;
         } else if name.eq_ignore_ascii_case(b"upgrade") {
-            // HTTP/2 is not upgraded to, so that such a client goes on with HTTP/1.
-            self.upgrade |= !value.eq_ignore_ascii_case(b"h2c");
+            // Of what it may not upgrade to nothing is forwarded, so that such a client goes on with HTTP/1.
+            self.upgrade |= value.split(|byte| *byte == b',').any(|protocol| upgrades.allow(protocol.trim_ascii()));
         }
         Ok(())
     }
@@ -226,6 +239,29 @@ fn names_another_protocol(line: &[u8]) -> bool {
     let mut words = line.split(|byte| *byte == b' ');
     let version = words.nth(2);
     words.next().is_none() && version.is_some_and(|version| !version.starts_with(b"HTTP/"))
+}
+
+/// A method, a target and a version with a space between each (RFC 9112, 3). What a target may hold is what Envoy takes.
+fn check_request_line(line: &[u8]) -> Result<(), &'static str> {
+    let mut words = line.splitn(3, |byte| *byte == b' ');
+    let (_, target) = (words.next(), words.next().unwrap_or_default());
+    let version = words.next().ok_or("the request line has no version")?;
+    if target.is_empty() {
+        return Err("the request line has no target");
+    }
+    if target.contains(&b'#') {
+        return Err("the request target has a fragment");
+    }
+    if !target.iter().all(u8::is_ascii_graphic) {
+        return Err("the request target has a byte that is not printable ASCII");
+    }
+    if version.contains(&b' ') {
+        return Err("the request target has a space");
+    }
+    if !matches!(version, b"HTTP/1.1" | b"HTTP/1.0") {
+        return Err("the version is neither HTTP/1.1 nor HTTP/1.0");
+    }
+    Ok(())
 }
 
 fn decimal(text: &[u8]) -> Option<u64> {
@@ -284,7 +320,44 @@ mod tests {
 
     #[test]
     fn what_follows_an_upgrade_is_not_looked_at() {
-        assert_eq!(refusal("GET / HTTP/1.1\r\nUpgrade: websocket\r\n\r\n\n\n\r\r"), None);
+        for protocols in ["websocket", "WebSocket", "h2c, websocket"] {
+            assert_eq!(
+                refusal(&format!("GET / HTTP/1.1\r\nUpgrade: {protocols}\r\n\r\n\n\n\r\r")),
+                None,
+                "{protocols}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_follows_an_upgrade_that_is_not_forwarded_is_a_request() {
+        for protocols in ["h2c", "TLS/1.2", "chat", "websockets", ""] {
+            let request = format!("GET / HTTP/1.1\r\nUpgrade: {protocols}\r\n\r\nGET / HTTP/1.1\n");
+            assert!(refusal(&request).is_some(), "{protocols}");
+        }
+        let mut named = Strict::new(Upgrades::new(["chat".to_owned()]));
+        named.judge(&mut b"GET / HTTP/1.1\r\nUpgrade: chat/2\r\n\r\n\n".to_vec());
+        assert_eq!(named.refused(), None);
+    }
+
+    #[test]
+    fn a_target_is_what_envoy_takes_for_one() {
+        for byte in 0..=255 {
+            let line = [b"GET /a", &[byte][..], b"?", &[byte], b"b HTTP/1.1\r\n"].concat();
+            let refused = judged(&line, usize::MAX).1;
+            assert_eq!(refused.is_none(), matches!(byte, b'!' | b'"' | b'$'..=b'~'), "{byte:#x} {refused:?}");
+        }
+        for line in [
+            "GET /",
+            "GET / ",
+            "GET / HTTP/1.2",
+            "GET / http/1.1",
+            "GET  HTTP/1.1",
+            "GET / x HTTP/1.1",
+            "GET /  HTTP/1.1",
+        ] {
+            assert!(refusal(&format!("GET / HTTP/1.1\r\n\r\n{line}\r\n")).is_some(), "{line}");
+        }
     }
 
     #[test]
@@ -339,7 +412,7 @@ mod tests {
         "0\r\n",
         "3;x=y\r\n",
         " ",
-        "Upgrade: x\r\n",
+        "Upgrade: websocket\r\n",
         "X-A: b\r\n",
         "fff\r\n",
         "\0",

@@ -18,6 +18,7 @@ use tokio::time::timeout;
 use super::blocks::Blocks;
 use super::strict::Strict;
 use crate::proxy::socket::Socket;
+use crate::snapshot::Upgrades;
 use crate::tls::{ReadSide, Stream, with_scratch};
 
 /// A stream that a codec reads and writes. The mutex is never contended, as all of a connection stays on one
@@ -40,6 +41,8 @@ struct State {
     broken: Option<io::ErrorKind>,
     /// Counts reads and writes.
     moved: u64,
+    /// What an HTTP/1 client may upgrade to.
+    upgrades: Upgrades,
     /// Judges what an HTTP/1 client sends.
     strict: Option<Strict>,
     /// Follows what an HTTP/2 client sends.
@@ -89,6 +92,7 @@ impl Wire {
             upgraded: false,
             broken: None,
             moved: 0,
+            upgrades: Upgrades::default(),
             strict: None,
             blocks: None,
             answered: 0,
@@ -105,9 +109,20 @@ impl Wire {
         poll_fn(|cx| self.state().poll_begins_http2(cx)).await
     }
 
+    /// Says what an HTTP/1 client may upgrade to.
+    pub fn allow_upgrades(&self, upgrades: Upgrades) {
+        self.state().upgrades = upgrades;
+    }
+
+    #[must_use]
+    pub fn upgrades(&self) -> Upgrades {
+        self.state().upgrades.clone()
+    }
+
     /// Lets nothing but unambiguous HTTP/1 requests through from here on.
     pub fn be_strict(&self) {
-        self.state().strict = Some(Strict::default());
+        let mut state = self.state();
+        state.strict = Some(Strict::new(state.upgrades.clone()));
     }
 
     /// Notes the HTTP/2 header blocks that come from here on, the preface included.

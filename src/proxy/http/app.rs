@@ -46,7 +46,7 @@ impl App<'_> {
         }
         let mut patience = Patience::new(self.request_timeout, self.idle_timeout, upload.as_ref());
         for _ in 0..TRIES {
-            let lent = self.connection(head.upgrade.is_some()).await?;
+            let lent = self.connection(head.upgrades()).await?;
             let authority = head.authority.clone();
             // A connection that was idle may be closing just now; then a request that changes nothing goes again.
             let again = (lent.reused && head.is_safe() && body.is_empty()).then(|| head.clone());

@@ -10,7 +10,7 @@ use tokio::sync::watch;
 
 use super::app::App;
 use super::body::Body;
-use super::message::{self, Head, X_FORWARDED_CLIENT_CERT};
+use super::message::{self, Head, Intake, X_FORWARDED_CLIENT_CERT};
 use super::note::{Caller, Note};
 use super::refusal::{Kind, Refusal};
 use super::reply::Asked;
@@ -19,7 +19,7 @@ use crate::proxy::codec::pool::Pool;
 use crate::proxy::codec::wire::Wire;
 use crate::proxy::listener::Live;
 use crate::proxy::socket::Socket;
-use crate::snapshot::{Exposed, Normalization};
+use crate::snapshot::{Exposed, Normalization, Upgrades};
 
 /// Anybody can reach such a listener. Checks and scrapes say what they want at once.
 const TIMES: Times = Times {
@@ -75,11 +75,14 @@ async fn try_answer(
     note: Option<&mut Note>,
 ) -> Result<Response<Body>, Refusal> {
     let (parts, body) = request.into_parts();
-    let mut head = Head::check(parts, &Normalization::default())?;
+    let intake =
+        Intake { normalization: &Normalization::default(), upgrades: &Upgrades::default(), service: "localhost" };
+    let mut head = Head::check(parts, intake)?;
+    head.check_method()?;
+    head.stay();
     let path = head.path.path();
     let found = plan.exposed.path(path).zip(plan.pools.get(path));
     let (to, pool) = found.ok_or_else(|| Refusal::new(Kind::NoRoute, "the path is not exposed"))?;
-    head.upgrade = None;
     // Nobody has proved anything here.
     head.headers.remove(X_FORWARDED_CLIENT_CERT);
     message::annotate(&mut head.headers);
@@ -92,6 +95,7 @@ async fn try_answer(
         pool,
     };
     let (response, rest) = app.exchange(head, body, note).await?;
+    message::refuse_unasked_switch(&response)?;
     let (mut parts, body) = response.into_parts();
     message::strip(&mut parts.headers);
     Ok(Response::from_parts(parts, Body::stream(body).with(rest)))

@@ -11,7 +11,7 @@ use tokio::sync::watch;
 
 use super::app::App;
 use super::body::Body;
-use super::message::{self, Head, X_FORWARDED_CLIENT_CERT};
+use super::message::{self, Head, Intake, X_FORWARDED_CLIENT_CERT};
 use super::note::{Caller, Note};
 use super::refusal::{Kind, Refusal};
 use super::reply::Asked;
@@ -23,7 +23,7 @@ use crate::proxy::codec::wire::Wire;
 use crate::proxy::listener::Live;
 use crate::proxy::record::Shown;
 use crate::proxy::socket::Socket;
-use crate::snapshot::{Decision, Protocol, PublicListener};
+use crate::snapshot::{Decision, Protocol, PublicListener, Upgrades};
 use crate::tls::{SpiffeId, Stream};
 
 /// One connection from the mesh.
@@ -36,6 +36,8 @@ pub struct Inbound {
     pub app: Arc<Pool>,
     /// The element that tells the app who the peer is.
     pub certificate: Option<HeaderValue>,
+    /// What its requests may upgrade it to, as of when it began.
+    pub upgrades: Upgrades,
     /// For the access log.
     pub caller: Caller,
 }
@@ -47,8 +49,10 @@ impl Inbound {
     /// Why it ended otherwise than well, for the log.
     pub async fn serve(self, mesh: Stream<Socket>) -> Result<(), String> {
         let live = self.live.clone();
+        let wire = Wire::tls(mesh);
+        wire.allow_upgrades(self.upgrades.clone());
         let this = Arc::new(self);
-        serve::serve(Wire::tls(mesh), live, serve::TIMES, move |request| Arc::clone(&this).answer(request)).await
+        serve::serve(wire, live, serve::TIMES, move |request| Arc::clone(&this).answer(request)).await
     }
 
     async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
@@ -66,19 +70,20 @@ impl Inbound {
     ) -> Result<Response<Body>, Refusal> {
         let client = request.extensions_mut().remove::<OnUpgrade>();
         let (parts, body) = request.into_parts();
-        let mut head = Head::check(parts, &listener.normalization)?;
-        let verified = self.decide(listener, &head)?;
-        // To be judged again whenever the intentions change, for as long as an upgraded connection is open.
-        let judged = head.upgrade.is_some().then(|| head.clone());
-        head.pass_tokens_on(&listener.token_providers, &verified);
-        self.annotate(listener, &mut head);
-        let upgrades = head.upgrade.is_some() && client.is_some() && listener.protocol == Protocol::Http;
-        if !upgrades {
-            head.upgrade = None;
+        let mut head = Head::check(parts, self.intake(listener))?;
+        if client.is_none() || listener.protocol != Protocol::Http {
+            head.stay();
         }
+        // What is added is judged too: the decision is about what the app receives.
+        self.annotate(listener, &mut head);
+        let verified = self.decide(listener, &head)?;
+        head.check_method()?;
+        // To be judged again whenever the intentions change, for as long as an upgraded connection is open.
+        let judged = head.upgrades().then(|| head.clone());
+        head.pass_tokens_on(&listener.token_providers, &verified);
         let (response, rest) = self.app(listener).exchange(head, body, note).await?;
         match (client, judged) {
-            (Some(client), Some(head)) if upgrades && response.status() == StatusCode::SWITCHING_PROTOCOLS => {
+            (Some(client), Some(head)) if response.status() == StatusCode::SWITCHING_PROTOCOLS => {
                 let this = Arc::clone(&self);
                 let may_stay = move |listener: &PublicListener| {
                     let decided = this.decide(listener, &head);
@@ -87,11 +92,16 @@ impl Inbound {
                 Ok(upgrade::join(client, response, rest, self.live.clone(), self.drain.clone(), may_stay))
             }
             _ => {
+                message::refuse_unasked_switch(&response)?;
                 let (mut parts, body) = response.into_parts();
                 message::strip(&mut parts.headers);
                 Ok(Response::from_parts(parts, Body::stream(body).with(rest)))
             }
         }
+    }
+
+    fn intake<'a>(&'a self, listener: &'a PublicListener) -> Intake<'a> {
+        Intake { normalization: &listener.normalization, upgrades: &self.upgrades, service: &listener.service }
     }
 
     fn app<'a>(&'a self, listener: &'a PublicListener) -> App<'a> {

@@ -10,13 +10,13 @@ use http::header::{
 };
 use http::request::Parts;
 use http::uri::{Authority, PathAndQuery, Scheme};
-use http::{HeaderMap, HeaderValue, Method, Request, Uri, Version};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version};
 
 use super::refusal::{Kind, Refusal};
 use crate::jwt::{Providers, Verified};
 use crate::proxy::codec::upload::Upload;
 use crate::proxy::codec::{HEADERS, framing, pool};
-use crate::snapshot::{NormalPath, Normalization, RequestView};
+use crate::snapshot::{NormalPath, Normalization, RequestView, Upgrades};
 
 pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 pub const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
@@ -27,18 +27,30 @@ const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 
+/// How a listener takes requests.
+#[derive(Clone, Copy)]
+pub struct Intake<'a> {
+    pub normalization: &'a Normalization,
+    /// What requests may upgrade their connection to.
+    pub upgrades: &'a Upgrades,
+    /// What a request of HTTP/1.0 that names no host is for.
+    pub service: &'a str,
+}
+
 /// A request's head, of no version yet.
 #[derive(Debug, Clone)]
 pub struct Head {
     pub method: Method,
-    /// Normalised.
+    /// Normalised where the listener normalises.
     pub path: PathAndQuery,
-    /// `None` only for HTTP/1.0, which need not name a host.
-    pub authority: Option<HeaderValue>,
-    /// Without those that are for one hop; with `host` or without.
+    path_as_written: bool,
+    /// Whom the request is for. It is judged by this, and goes on with this as its `Host` or `:authority`.
+    pub authority: HeaderValue,
+    /// Those that go on, but for `host`, which may be there or not. Of those for one hop there are `connection` and
+    /// `upgrade` if the connection is to be upgraded.
     pub headers: HeaderMap,
-    /// What the client wants to speak from here on, such as `websocket`.
-    pub upgrade: Option<HeaderValue>,
+    /// The client wants to speak another protocol from here on, such as `websocket`, and may.
+    upgrades: bool,
 }
 
 impl Head {
@@ -46,7 +58,7 @@ impl Head {
     ///
     /// # Errors
     /// The request is to be answered so.
-    pub fn check(parts: Parts, normalization: &Normalization) -> Result<Self, Refusal> {
+    pub fn check(parts: Parts, intake: Intake<'_>) -> Result<Self, Refusal> {
         let Parts { method, uri, version, mut headers, .. } = parts;
         if method == Method::CONNECT {
             return Err(Refusal::new(Kind::Method, "CONNECT is not served"));
@@ -55,21 +67,50 @@ impl Head {
             return Err(Refusal::new(Kind::TooLarge, "the request has too many headers"));
         }
         framing::check(version, &headers).map_err(|bad| Refusal::new(Kind::BadRequest, bad))?;
-        let authority = authority(&uri, version, &headers)?;
+        let authority = authority(&uri, version, &headers, intake.service)?;
+        let normalization = intake.normalization;
         normalization.headers(&mut headers).map_err(|bad| Refusal::new(Kind::BadRequest, bad.to_string()))?;
-        let bad = |cause| Refusal::new(Kind::BadRequest, cause);
-        let path = uri.into_parts().path_and_query.ok_or_else(|| bad("the request has no path"))?;
-        let path = match normalization.path(path.as_str()) {
-            Ok(NormalPath::Forward(Cow::Borrowed(_))) => path,
-            Ok(NormalPath::Forward(Cow::Owned(normal))) => {
-                PathAndQuery::try_from(normal).map_err(|_| bad("the path can't be normalised"))?
-            }
-            Ok(NormalPath::Redirect(location)) => return Err(Refusal::new(Kind::Redirect, location)),
-            Err(bad) => return Err(Refusal::new(Kind::BadRequest, bad.to_string())),
-        };
-        let upgrade = upgrade(version, &headers);
+        let path = path(uri, &method, normalization)?;
+        let upgrade = upgrade(version, &headers, intake.upgrades);
         strip(&mut headers);
-        Ok(Self { method, path, authority, headers, upgrade })
+        join_cookies(&mut headers);
+        let mut head = Self {
+            method,
+            path,
+            path_as_written: !normalization.path,
+            authority,
+            headers,
+            upgrades: upgrade.is_some(),
+        };
+        if let Some(protocols) = upgrade {
+            head.headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+            head.headers.insert(UPGRADE, protocols);
+        }
+        Ok(head)
+    }
+
+    /// Methods are in upper case, and case-sensitive (RFC 9110, 9.1); some servers take `post` for `POST` all the same.
+    ///
+    /// # Errors
+    /// The request is to be answered so.
+    pub fn check_method(&self) -> Result<(), Refusal> {
+        if self.method.as_str().bytes().any(|byte| byte.is_ascii_lowercase()) {
+            return Err(Refusal::new(Kind::BadRequest, "the method is not in upper case"));
+        }
+        Ok(())
+    }
+
+    #[must_use]
+    pub fn upgrades(&self) -> bool {
+        self.upgrades
+    }
+
+    /// The connection is to stay one of HTTP, whatever the client wanted.
+    pub fn stay(&mut self) {
+        if std::mem::take(&mut self.upgrades) {
+            self.headers.remove(CONNECTION);
+            self.headers.remove(UPGRADE);
+        }
     }
 
     #[must_use]
@@ -77,8 +118,9 @@ impl Head {
         RequestView {
             method: self.method.as_str(),
             path: self.path.path(),
+            path_as_written: self.path_as_written,
             query: self.path.query(),
-            authority: self.authority.as_ref().and_then(|authority| authority.to_str().ok()).unwrap_or_default(),
+            authority: self.authority.to_str().unwrap_or_default(),
             headers: &self.headers,
         }
     }
@@ -102,7 +144,7 @@ impl Head {
     /// When it is none.
     pub fn rewrite(&mut self, path: &str) -> Result<(), Refusal> {
         let bad = || Refusal::new(Kind::BadRequest, "the rewritten path is no path");
-        let original = HeaderValue::from_str(self.path.as_str()).map_err(|_| bad())?;
+        let original = HeaderValue::from_bytes(self.path.as_str().as_bytes()).map_err(|_| bad())?;
         self.path = PathAndQuery::try_from(path).map_err(|_| bad())?;
         self.headers.insert(X_ENVOY_ORIGINAL_PATH, original);
         Ok(())
@@ -119,22 +161,19 @@ impl Head {
     /// # Errors
     /// When HTTP/2 can't name the host.
     pub fn into_request(mut self, version: pool::Version, body: Upload) -> Result<Request<Upload>, Refusal> {
+        let chunked = is_of_unknown_length(&body) && !self.headers.contains_key(CONTENT_LENGTH);
         let mut request = Request::new(body);
         match version {
             pool::Version::Http1 => {
                 *request.uri_mut() = Uri::from(self.path);
-                if let Some(authority) = self.authority.take()
-                    && !self.headers.contains_key(HOST)
-                {
-                    self.headers.insert(HOST, authority);
-                }
-                join_cookies(&mut self.headers);
-                if let Some(upgrade) = self.upgrade {
-                    self.headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
-                    self.headers.insert(UPGRADE, upgrade);
+                self.headers.insert(HOST, self.authority);
+                if chunked {
+                    // The codec would leave out the body of a GET or HEAD.
+                    self.headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
                 }
             }
             pool::Version::Http2 => {
+                self.stay();
                 self.headers.remove(HOST);
                 *request.uri_mut() = http2_uri(self.path, self.authority)?;
                 *request.version_mut() = Version::HTTP_2;
@@ -147,18 +186,43 @@ impl Head {
 
     /// Takes a request back that was not sent.
     #[must_use]
-    pub fn from_request(request: Request<Upload>, authority: Option<HeaderValue>) -> (Self, Upload) {
+    pub fn from_request(request: Request<Upload>, authority: HeaderValue) -> (Self, Upload) {
         let (Parts { method, uri, mut headers, .. }, body) = request.into_parts();
-        let upgrade = headers.remove(UPGRADE);
-        headers.remove(CONNECTION);
+        let upgrades = headers.contains_key(UPGRADE);
+        headers.remove(TRANSFER_ENCODING);
         let path = uri.into_parts().path_and_query.unwrap_or_else(|| PathAndQuery::from_static("/"));
-        (Self { method, path, authority, headers, upgrade }, body)
+        (Self { method, path, path_as_written: true, authority, headers, upgrades }, body)
     }
 }
 
-fn http2_uri(path: PathAndQuery, authority: Option<HeaderValue>) -> Result<Uri, Refusal> {
-    let no_host = || Refusal::new(Kind::BadRequest, "the request names no host, which HTTP/2 needs");
-    let authority = authority.ok_or_else(no_host)?;
+fn is_of_unknown_length(body: &Upload) -> bool {
+    use http_body::Body as _;
+    !body.is_empty() && body.size_hint().exact().is_none()
+}
+
+/// The path and query of a target, normalised.
+fn path(uri: Uri, method: &Method, normalization: &Normalization) -> Result<PathAndQuery, Refusal> {
+    let bad = |cause| Refusal::new(Kind::BadRequest, cause);
+    let mut path = uri.into_parts().path_and_query.ok_or_else(|| bad("the request has no path"))?;
+    if path.as_str().starts_with('?') {
+        // A target such as `http://db?x=1` has the path `/` (RFC 9110, 4.2.3).
+        path = PathAndQuery::try_from(format!("/{path}")).map_err(|_| bad("the request has no path"))?;
+    }
+    if path.path() == "*" && method != Method::OPTIONS {
+        return Err(bad("only OPTIONS is for `*`"));
+    }
+    match normalization.path(path.as_str()) {
+        Ok(NormalPath::Forward(Cow::Borrowed(_))) => Ok(path),
+        Ok(NormalPath::Forward(Cow::Owned(normal))) => {
+            PathAndQuery::try_from(normal).map_err(|_| bad("the path can't be normalised"))
+        }
+        Ok(NormalPath::Redirect(location)) => Err(Refusal::new(Kind::Redirect, location)),
+        Err(bad) => Err(Refusal::new(Kind::BadRequest, bad.to_string())),
+    }
+}
+
+fn http2_uri(path: PathAndQuery, authority: HeaderValue) -> Result<Uri, Refusal> {
+    let no_host = || Refusal::new(Kind::BadRequest, "the host is none that HTTP/2 can name");
     let authority = Authority::from_maybe_shared(Bytes::copy_from_slice(authority.as_bytes()));
     let mut parts = http::uri::Parts::default();
     parts.scheme = Some(Scheme::HTTP);
@@ -167,84 +231,91 @@ fn http2_uri(path: PathAndQuery, authority: Option<HeaderValue>) -> Result<Uri, 
     Uri::from_parts(parts).map_err(|_| no_host())
 }
 
-/// The host that the request is for: of the target if it names one, else of the header, of which there is one
-/// (RFC 9112, 3.2). In HTTP/2 both must be the same (RFC 9113, 8.3.1).
-fn authority(uri: &Uri, version: Version, headers: &HeaderMap) -> Result<Option<HeaderValue>, Refusal> {
+/// Whom a request is for, however it says so: the target's authority if it names one, else the `host` header, of which
+/// there is one (RFC 9112, 3.2 and 3.2.2). In HTTP/2 both must be the same (RFC 9113, 8.3.1). HTTP/1.0 may name none, and
+/// is for `service`.
+fn authority(uri: &Uri, version: Version, headers: &HeaderMap, service: &str) -> Result<HeaderValue, Refusal> {
     let bad = |cause| Err(Refusal::new(Kind::BadRequest, cause));
     let mut hosts = headers.get_all(HOST).iter();
     let host = hosts.next();
     if hosts.next().is_some() {
         return bad("the request names several hosts");
     }
-    if host.is_some_and(|host| !is_host(host.as_bytes())) {
+    // An `http` URI has a host (RFC 9110, 4.2.1), so an empty one is as good as none.
+    let host = host.filter(|host| !host.is_empty());
+    if host.is_some_and(|host| !is_authority(host.as_bytes())) {
         return bad("the host is no host");
     }
-    let Some(authority) = uri.authority() else {
-        return match host {
-            Some(host) => Ok(Some(host.clone())),
-            None if version == Version::HTTP_10 => Ok(None),
-            None => bad("the request names no host"),
-        };
+    match (uri.authority().map(Authority::as_str), host) {
+        (Some(authority), _) if !is_authority(authority.as_bytes()) => bad("the host is no host"),
+        (Some(authority), Some(host)) if version == Version::HTTP_2 && host != authority => {
+            bad("the request names two hosts")
+        }
+        (Some(authority), _) => HeaderValue::from_str(authority).or_else(|_| bad("the host is no host")),
+        (None, Some(host)) => Ok(host.clone()),
+        (None, None) if version == Version::HTTP_10 && is_authority(service.as_bytes()) => {
+            HeaderValue::from_str(service).or_else(|_| bad("the host is no host"))
+        }
+        (None, None) => bad("the request names no host"),
+    }
+}
+
+/// A name, an IPv4 address or an IPv6 address in brackets, with a port or without (RFC 3986, 3.2.2). No user, and no
+/// escapes, which servers decode or not.
+fn is_authority(text: &[u8]) -> bool {
+    let after = |at: usize| text.split_at(at);
+    let (host, port) = match text.iter().position(|byte| *byte == b']') {
+        Some(end) => after(end + 1),
+        None => after(text.iter().position(|byte| *byte == b':').unwrap_or(text.len())),
     };
-    if authority.as_str().contains('@') {
-        return bad("the host is no host");
-    }
-    if version == Version::HTTP_2 && host.is_some_and(|host| host.as_bytes() != authority.as_str().as_bytes()) {
-        return bad("the request names two hosts");
-    }
-    HeaderValue::from_str(authority.as_str()).map(Some).or_else(|_| bad("the host is no host"))
+    let is_host = match host.strip_prefix(b"[").and_then(|rest| rest.strip_suffix(b"]")) {
+        Some(address) => address.iter().all(|byte| byte.is_ascii_hexdigit() || matches!(byte, b':' | b'.')),
+        None => host.iter().all(|byte| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+;=".contains(byte)),
+    };
+    let is_port = port.strip_prefix(b":").map_or(port.is_empty(), |port| port.iter().all(u8::is_ascii_digit));
+    !host.is_empty() && host != b"[]" && is_host && is_port
 }
 
-/// A name, an IPv4 address or an IPv6 address in brackets, with a port or without (RFC 3986, 3.2.2). Empty
-/// is allowed, as in RFC 9112.
-fn is_host(host: &[u8]) -> bool {
-    host.iter().all(|byte| {
-        byte.is_ascii_alphanumeric()
-            || matches!(
-                byte,
-                b'-' | b'.'
-                    | b'_'
-                    | b'~'
-                    | b'%'
-                    | b'!'
-                    | b'$'
-                    | b'&'
-                    | b'\''
-                    | b'('
-                    | b')'
-                    | b'*'
-                    | b'+'
-                    | b';'
-                    | b'='
-                    | b':'
-                    | b'['
-                    | b']'
-            )
-    })
-}
-
-/// What is to be upgraded to, if that is asked for in HTTP/1.1. HTTP/2 is not.
-fn upgrade(version: Version, headers: &HeaderMap) -> Option<HeaderValue> {
-    let wanted = headers.get(UPGRADE).filter(|_| version == Version::HTTP_11)?;
-    let named = options(headers).any(|option| option.eq_ignore_ascii_case(b"upgrade"));
-    (named && !wanted.as_bytes().eq_ignore_ascii_case(b"h2c")).then(|| wanted.clone())
+/// Of what the client wants to upgrade its connection to, what it may (RFC 9110, 7.8). HTTP/1.1 alone can be.
+fn upgrade(version: Version, headers: &HeaderMap, allowed: &Upgrades) -> Option<HeaderValue> {
+    if version != Version::HTTP_11 || !headers.contains_key(UPGRADE) {
+        return None;
+    }
+    let named = options(headers, &CONNECTION).any(|option| option.eq_ignore_ascii_case(b"upgrade"));
+    let protocols: Vec<&[u8]> = options(headers, &UPGRADE).filter(|protocol| allowed.allow(protocol)).collect();
+    if !named || protocols.is_empty() {
+        return None;
+    }
+    HeaderValue::from_bytes(&protocols.join(&b", "[..])).ok()
 }
 
 /// Whether something other than HTTP may follow the request.
-pub fn leaves_http<B>(request: &Request<B>) -> bool {
-    request.headers().get_all(UPGRADE).iter().any(|upgrade| !upgrade.as_bytes().eq_ignore_ascii_case(b"h2c"))
+pub fn leaves_http<B>(request: &Request<B>, allowed: &Upgrades) -> bool {
+    request.headers().contains_key(UPGRADE)
+        && options(request.headers(), &UPGRADE).any(|protocol| allowed.allow(protocol))
 }
 
-/// What the `connection` header lists.
-fn options(headers: &HeaderMap) -> impl Iterator<Item = &[u8]> {
-    let lines = headers.get_all(CONNECTION).iter().map(HeaderValue::as_bytes);
+/// A response that switches protocols is for who asked for it (RFC 9110, 15.2.2).
+///
+/// # Errors
+/// Nobody asked.
+pub fn refuse_unasked_switch<B>(response: &Response<B>) -> Result<(), Refusal> {
+    if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+        return Err(Refusal::new(Kind::BadResponse, "the answer switches protocols, which was not asked for"));
+    }
+    Ok(())
+}
+
+/// What a header lists.
+fn options<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a [u8]> {
+    let lines = headers.get_all(name).iter().map(HeaderValue::as_bytes);
     lines.flat_map(|line| line.split(|byte| *byte == b',')).map(<[u8]>::trim_ascii)
 }
 
 /// Removes what is for one hop alone (RFC 9110, 7.6.1). `te: trailers` stays, which gRPC goes by.
 pub fn strip(headers: &mut HeaderMap) {
     if headers.contains_key(CONNECTION) {
-        let named: Vec<HeaderName> = options(headers)
+        let named: Vec<HeaderName> = options(headers, &CONNECTION)
             .filter_map(|option| HeaderName::from_bytes(option).ok())
             .filter(|name| !KEPT_IF_NAMED.contains(name))
             .collect();
@@ -283,7 +354,7 @@ const KEPT_IF_NAMED: [HeaderName; 9] = [
     X_FORWARDED_CLIENT_CERT,
 ];
 
-/// HTTP/2 may split cookies over lines, HTTP/1 may not (RFC 9113, 8.2.3).
+/// HTTP/2 may split cookies over lines, which are one to whoever reads them (RFC 9113, 8.2.3).
 fn join_cookies(headers: &mut HeaderMap) {
     let mut lines = headers.get_all(COOKIE).iter();
     if lines.next().is_none() || lines.next().is_none() {

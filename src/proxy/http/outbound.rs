@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 
 use super::body::{Body, Rest};
-use super::message::{self, Head, X_FORWARDED_CLIENT_CERT};
+use super::message::{self, Head, Intake, X_FORWARDED_CLIENT_CERT};
 use super::note::{Caller, Note};
 use super::patience::{Expired, Patience};
 use super::refusal::{Kind, Refusal};
@@ -27,7 +27,7 @@ use crate::proxy::dial::{Offer, attempt};
 use crate::proxy::limits::{Limit, Overflow, Permit};
 use crate::proxy::listener::Live;
 use crate::proxy::socket::Socket;
-use crate::snapshot::{Failure, Normalization, Protocol, RequestHash, Routed, Target, hash_request};
+use crate::snapshot::{Failure, Normalization, Protocol, RequestHash, Routed, Target, Upgrades, hash_request};
 
 /// One connection of the local app.
 pub struct Outbound {
@@ -35,6 +35,8 @@ pub struct Outbound {
     pub live: watch::Receiver<Live<Plan>>,
     pub drain: drain::Watch,
     pub clock: Clock,
+    /// What its requests may upgrade it to, as of when it began.
+    pub upgrades: Upgrades,
     /// For the access log.
     pub caller: Caller,
 }
@@ -46,8 +48,10 @@ impl Outbound {
     /// Why it ended otherwise than well, for the log.
     pub async fn serve(self, app: Socket) -> Result<(), String> {
         let live = self.live.clone();
+        let wire = Wire::plain(app);
+        wire.allow_upgrades(self.upgrades.clone());
         let this = Arc::new(self);
-        serve::serve(Wire::plain(app), live, serve::TIMES, move |request| Arc::clone(&this).answer(request)).await
+        serve::serve(wire, live, serve::TIMES, move |request| Arc::clone(&this).answer(request)).await
     }
 
     async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
@@ -65,7 +69,11 @@ impl Outbound {
     ) -> Result<Response<Body>, Refusal> {
         let client = request.extensions_mut().remove::<OnUpgrade>();
         let (parts, body) = request.into_parts();
-        let head = Head::check(parts, &Normalization::default())?;
+        // The target goes on as it came: whoever decides about the request normalises it.
+        let intake =
+            Intake { normalization: &Normalization::NONE, upgrades: &self.upgrades, service: &plan.upstream.name };
+        let head = Head::check(parts, intake)?;
+        head.check_method()?;
         let routed = plan
             .upstream
             .chain
@@ -77,13 +85,14 @@ impl Outbound {
         // HTTP/2 apps are not upgraded to anything.
         let upgradable = client.is_some() && plan.upstream.chain.protocol == Protocol::Http;
         let head = self.edit(head, &routed, upgradable)?;
-        let upgrades = head.upgrade.is_some();
+        let upgrades = head.upgrades();
         let (response, rest) = Exchange::new(plan, &routed, self.clock, hash).run(head, body, note).await?;
         match client {
             Some(client) if upgrades && response.status() == StatusCode::SWITCHING_PROTOCOLS => {
                 Ok(upgrade::join(client, response, rest, self.live.clone(), self.drain.clone(), |_| true))
             }
             _ => {
+                message::refuse_unasked_switch(&response)?;
                 let (mut parts, body) = response.into_parts();
                 message::strip(&mut parts.headers);
                 for edits in routed.response_edits {
@@ -99,7 +108,7 @@ impl Outbound {
 
     fn edit(&self, mut head: Head, routed: &Routed<'_>, upgradable: bool) -> Result<Head, Refusal> {
         if !upgradable {
-            head.upgrade = None;
+            head.stay();
         }
         head.headers.remove(X_FORWARDED_CLIENT_CERT);
         message::annotate(&mut head.headers);
@@ -180,7 +189,7 @@ impl<'a> Exchange<'a> {
                 note.sent_to(chosen.target.tls.name().to_str(), &chosen.picked.instance().address);
             }
             patience.try_for(self.plan.upstream.requests.per_try_timeout);
-            let connected = self.connection(&chosen, head.upgrade.is_some());
+            let connected = self.connection(&chosen, head.upgrades());
             let connected = match patience.within(connected).await {
                 // That one instance took too long to connect to.
                 Err(expired @ Expired::Try) => Err(expired.into()),
@@ -374,7 +383,7 @@ impl<'a> Exchange<'a> {
         picked: Picked,
         mut failed: Failed,
         again: Again<'_>,
-        authority: Option<HeaderValue>,
+        authority: HeaderValue,
         reused: bool,
     ) -> Result<Tried, Refusal> {
         let (instance, now) = (Arc::clone(picked.instance()), self.clock.now());

@@ -52,7 +52,7 @@ fn reply(refusal: &Refusal, grpc: bool, tells_cause: bool) -> Response<Body> {
         headers.insert(CONNECTION, HeaderValue::from_static("close"));
     }
     if refusal.kind == Kind::Redirect
-        && let Ok(location) = HeaderValue::from_str(&refusal.cause)
+        && let Ok(location) = HeaderValue::from_bytes(refusal.cause.as_bytes())
     {
         headers.insert(LOCATION, location);
     }

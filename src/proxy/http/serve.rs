@@ -108,9 +108,9 @@ where
     wire.be_strict();
     let mut comes_back = false;
     let ended = loop {
-        let (handle, on) = (handle.clone(), wire.clone());
+        let (handle, on, upgrades) = (handle.clone(), wire.clone(), wire.upgrades());
         let service = service_fn(move |request| {
-            let leaves = message::leaves_http(&request).then(|| on.clone());
+            let leaves = message::leaves_http(&request, &upgrades).then(|| on.clone());
             let (response, on) = (handle(request), on.clone());
             async move { Ok::<_, Infallible>(finish(response.await, false, leaves).map(|body| body.answers(on))) }
         });

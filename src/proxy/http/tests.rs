@@ -535,10 +535,14 @@ async fn a_try_has_a_time_of_its_own_and_the_next_goes_elsewhere() {
     let (first, second) = (free(), free());
     let _servers = [(first, slow), (second, quick)]
         .map(|(mesh, app)| Sidecar::start(with_public(public(Protocol::Http, mesh, app))));
-    let requests = RequestSettings { per_try_timeout: Some(Duration::from_millis(100)), tells_cause: true };
+    let requests = RequestSettings {
+        per_try_timeout: Some(Duration::from_millis(100)),
+        tells_cause: true,
+        ..RequestSettings::default()
+    };
     for asked in [false, true] {
         let at = free();
-        let upstream = Upstream { requests, ..upstream(Protocol::Http, at, &[first, second]) };
+        let upstream = Upstream { requests: requests.clone(), ..upstream(Protocol::Http, at, &[first, second]) };
         let policy = RetryPolicy::new(1, vec![RetryOn::GatewayError], vec![]).filter(|_| asked);
         let _client = Sidecar::start(with_upstream(routed(upstream, |route| route.retries = policy)));
         listening(at).await;
