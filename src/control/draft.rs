@@ -670,7 +670,7 @@ fn about_us(definition: &Definition, former: Option<&PublicPlan>) -> Vec<Query> 
 /// What Envoy's public listener offers under Consul 1.14 and later, and what two of ours speak.
 fn server_alpn(protocol: Protocol) -> &'static [&'static [u8]] {
     match protocol {
-        Protocol::Tcp => &[tls::TUNNEL],
+        Protocol::Tcp => tls::TUNNELS,
         Protocol::Http | Protocol::Http2 | Protocol::Grpc => &[b"h2", b"http/1.1"],
     }
 }

@@ -267,7 +267,7 @@ fn client(plan: &TargetPlan, protocol: Protocol, credentials: &Credentials) -> R
     });
     let alpn: &[&[u8]] = match protocol {
         // Consul's own proxies offer none. A server that refuses a name it does not know is asked again without.
-        Protocol::Tcp => &[tls::TUNNEL],
+        Protocol::Tcp => tls::TUNNELS,
         Protocol::Http => &[b"h2", b"http/1.1"],
         Protocol::Http2 | Protocol::Grpc => &[b"h2"],
     };

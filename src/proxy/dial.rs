@@ -1,12 +1,15 @@
-//! How an instance is connected to: TCP, a handshake as us, and the proof that it is what was meant.
+//! How an instance is connected to: TCP, a handshake as us, and the proof that it is what was meant; and how long that
+//! may take while there are other instances, for connections and for requests alike.
 
+use std::fmt;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use tokio::time::{Instant, timeout_at};
 
-use super::balance::Instance;
+use super::balance::{Balancer, Instance};
 use super::socket::Socket;
+use super::tunnel::{Carrier, Refusal, Role};
 use crate::snapshot::Target;
 use crate::tls::{HandshakeError, SpiffeId, Stream};
 
@@ -20,6 +23,44 @@ pub enum Offer {
     /// The tunnel, but to an instance that refused us for it.
     Tunnel,
 }
+
+/// The time for the instances of a target, for one connection or one try of a request.
+#[derive(Debug, Clone, Copy)]
+pub struct Pace {
+    timeout: Duration,
+    deadline: Instant,
+}
+
+impl Pace {
+    #[must_use]
+    pub fn new(target: &Target) -> Self {
+        Self { timeout: target.connect_timeout, deadline: Instant::now() + target.connect_timeout }
+    }
+
+    /// How long one instance is waited for before the next is tried beside it.
+    #[must_use]
+    pub fn stagger(&self) -> Duration {
+        STAGGER.min(self.timeout / SHARE)
+    }
+
+    /// Until when an instance may take if it is tried now; `None`: the time is over, or enough were `tried`.
+    #[must_use]
+    pub fn until(&self, balancer: &Balancer, tried: usize) -> Option<Instant> {
+        let now = Instant::now();
+        if tried >= ATTEMPTS || now >= self.deadline {
+            return None;
+        }
+        let others = balancer.len() > tried + 1;
+        Some(if others { self.deadline.min(now + self.timeout / SHARE) } else { self.deadline })
+    }
+}
+
+/// Instances of one target that one connection, or one try of a request, connects to at most.
+const ATTEMPTS: usize = 16;
+/// Part of the connect timeout that an instance gets while there are others to try.
+const SHARE: u32 = 3;
+/// As long as browsers wait for an address before they try the next one (RFC 8305, section 5).
+const STAGGER: Duration = Duration::from_millis(250);
 
 /// One connect and handshake with one instance.
 ///
@@ -60,4 +101,46 @@ pub async fn attempt(
     // Not a matter of reaching it: something there is not what the catalog says.
     tracing::warn!(target: "proxy.upstream", service = target.service, instance = %instance.address, problem, "An instance was refused");
     Err(format!("was refused: {problem}"))
+}
+
+/// A connection to an instance's app for bytes: on a free session with the instance, or on a new one.
+///
+/// # Errors
+/// Why there is none.
+pub async fn connect(
+    target: &Target,
+    instance: &Instance,
+    until: Instant,
+) -> Result<(Carrier<Socket>, Arc<SpiffeId>), Unconnected> {
+    if let Some(begun) = instance.sessions().start(&target.tls, until).await {
+        return begun.map_err(Unconnected::Refused);
+    }
+    let (tls, peer) = attempt(target, instance, until, Offer::Tunnel).await.map_err(Unconnected::Unreachable)?;
+    let mut mesh = Carrier::new(tls, Role::Client);
+    if mesh.is_free() {
+        match timeout_at(until, mesh.start()).await {
+            Ok(Ok(answer)) => answer.map_err(Unconnected::Refused)?,
+            Ok(Err(e)) => return Err(Unconnected::Unreachable(format!("broke off before it had connected: {e}"))),
+            Err(_) => return Err(Unconnected::Unreachable("did not connect to its local app in time".into())),
+        }
+    }
+    Ok((mesh, peer))
+}
+
+/// Why an instance gave no connection.
+#[derive(Debug)]
+pub enum Unconnected {
+    /// In words.
+    Unreachable(String),
+    Refused(Refusal),
+}
+
+/// For the log, after the address of the instance.
+impl fmt::Display for Unconnected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unreachable(reason) => f.write_str(reason),
+            Self::Refused(refusal) => refusal.fmt(f),
+        }
+    }
 }

@@ -16,7 +16,7 @@ use crate::jwt::Providers;
 use crate::proxy::{self, Workers};
 use crate::snapshot::*;
 use crate::testing::ca::{Ca, uri};
-use crate::tls::{SpiffeId, TUNNEL};
+use crate::tls::{SpiffeId, TUNNELS};
 
 pub(super) static CA: LazyLock<Ca> = LazyLock::new(Ca::new);
 
@@ -71,7 +71,7 @@ pub(super) fn allowing(action: Action) -> Arc<Intentions> {
 }
 
 pub(super) fn public(protocol: Protocol, bind: SocketAddr, app: SocketAddr) -> PublicListener {
-    let alpn: &[&[u8]] = if protocol == Protocol::Tcp { &[TUNNEL] } else { &[b"h2", b"http/1.1"] };
+    let alpn: &[&[u8]] = if protocol == Protocol::Tcp { TUNNELS } else { &[b"h2", b"http/1.1"] };
     PublicListener {
         bind: Bind::Tcp(bind),
         service: "db".into(),
@@ -94,7 +94,7 @@ pub(super) fn public(protocol: Protocol, bind: SocketAddr, app: SocketAddr) -> P
 
 pub(super) fn upstream(protocol: Protocol, bind: SocketAddr, instances: &[SocketAddr]) -> Upstream {
     let alpn: &[&[u8]] = match protocol {
-        Protocol::Tcp => &[TUNNEL],
+        Protocol::Tcp => TUNNELS,
         Protocol::Http => &[b"h2", b"http/1.1"],
         Protocol::Http2 | Protocol::Grpc => &[b"h2"],
     };

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
 use tokio::time::timeout;
@@ -19,7 +19,7 @@ use super::places::Places;
 use super::record::{Direction, Host, Record, Shown};
 use super::relay::{self, Broken, Relay};
 use super::socket::Socket;
-use super::tunnel::{self, Carrier, Role};
+use super::tunnel::{self, Carrier, Refusal, Role};
 use crate::access_log::AccessLog;
 use crate::drain::{self, Stage};
 use crate::snapshot::PublicListener;
@@ -68,6 +68,8 @@ impl Shared {
 const HANDSHAKES: usize = 4096;
 /// Sessions without a connection that are kept at most.
 const WAITING: usize = 1024;
+/// How long a new session, for which no connection is asked, does not count as one that waits.
+const FIRST_TIME: Duration = Duration::from_secs(1);
 
 /// One of those that are counted, until it is dropped.
 struct Counted(Arc<AtomicUsize>);
@@ -131,12 +133,12 @@ async fn establish(accepted: Accepted<PublicListener>, shared: Shared) -> Option
         return None;
     };
     record.peer(&peer);
-    let Some(open) = shared.enter(listener.max_connections) else {
-        too_many(&listener, remote, record, &shared.log_limit);
-        relay::close_tls(mesh).await;
-        return None;
-    };
     if listener.protocol.is_http() {
+        let Some(open) = shared.enter(listener.max_connections) else {
+            too_many(&listener, remote, record, &shared.log_limit);
+            relay::close_tls(mesh).await;
+            return None;
+        };
         // Each request is judged, so that a refused one gets an answer.
         let certificate = certificate::element(listener.tls.id(), mesh.peer_certificates().unwrap_or_default());
         let caller = Caller { access_log: shared.access_log, remote, local, peer: Some(Arc::clone(&peer)) };
@@ -150,7 +152,7 @@ async fn establish(accepted: Accepted<PublicListener>, shared: Shared) -> Option
         return None;
     }
     let (mesh, tls) = (Carrier::new(mesh, Role::Server), Arc::clone(&listener.tls));
-    Session { mesh, peer, tls, remote, local, live, shared, _drain: drain }.open(record, open).await
+    Session { mesh, peer, tls, remote, local, live, shared, _drain: drain }.first(record).await
 }
 
 fn too_many(listener: &PublicListener, remote: Option<SocketAddr>, mut record: Record, log_limit: &LogLimit) {
@@ -163,7 +165,37 @@ fn too_many(listener: &PublicListener, remote: Option<SocketAddr>, mut record: R
 }
 
 impl Session {
-    /// Opens the connection that the peer asks for, if it may have it.
+    /// Opens the connection that a new session was made for.
+    async fn first(mut self, mut record: Record) -> Option<Connection> {
+        if self.mesh.is_free() {
+            // As a rule it is asked for together with the end of the handshake.
+            match timeout(FIRST_TIME, self.mesh.asked()).await {
+                Ok(Ok(())) => {}
+                Ok(Err(_)) => {
+                    record.finish("no connection was asked for");
+                    return None;
+                }
+                Err(_) => {
+                    record.finish("no connection was asked for yet");
+                    return self.next().await;
+                }
+            }
+        }
+        self.admit(record).await
+    }
+
+    /// Opens the connection that the peer asks for, unless there are too many.
+    async fn admit(self, record: Record) -> Option<Connection> {
+        let listener = Arc::clone(&self.live.borrow().part);
+        let Some(open) = self.shared.enter(listener.max_connections) else {
+            too_many(&listener, self.remote, record, &self.shared.log_limit);
+            return self.refuse(Refusal::Full).await;
+        };
+        self.open(record, open).await
+    }
+
+    /// Opens the connection that the peer asks for, if it may have it. It begins when the local app has taken it, so that
+    /// a client of ours goes to another instance otherwise.
     async fn open(mut self, mut record: Record, open: Counted) -> Option<Connection> {
         record.log_to(&self.shared.access_log, self.local, Some(&self.peer));
         // From here on changes are noticed, so that none slips between the decision and the relay.
@@ -171,19 +203,10 @@ impl Session {
         if let Some(reason) = denial(&listener, &self.peer) {
             self.log_denial("Connection denied", &listener, &reason);
             record.finish("denied");
-            relay::close_tls(self.mesh.tls).await;
-            return None;
+            return self.refuse(Refusal::Denied).await;
         }
-        if let Err(error) = self.mesh.accept().await {
-            record.finish(&error.to_string());
-            return None;
-        }
-
-        match connect_app(&listener).await {
-            Ok(app) => {
-                record.leads_to("local_app", &listener.local_app);
-                Some(Connection { session: self, app, record, open })
-            }
+        let app = match connect_app(&listener).await {
+            Ok(app) => app,
             Err(error) => {
                 tracing::warn!(
                     target: "proxy.inbound",
@@ -192,10 +215,21 @@ impl Session {
                     "failed to dial the local app: is it listening there? (LocalServiceAddress and LocalServicePort of the registration)"
                 );
                 record.finish("no local app");
-                relay::close_tls(self.mesh.tls).await;
-                None
+                return self.refuse(Refusal::NoApp).await;
             }
+        };
+        record.leads_to("local_app", &listener.local_app);
+        if let Err(error) = self.mesh.accept().await {
+            record.finish(&error.to_string());
+            return None;
         }
+        Some(Connection { session: self, app, record, open })
+    }
+
+    async fn refuse(mut self, refusal: Refusal) -> Option<Connection> {
+        self.mesh.refuse(refusal).await;
+        relay::close_tls(self.mesh.tls).await;
+        None
     }
 
     /// Waits for the peer to want another connection on its session, and opens it. All that was true of the peer when
@@ -206,25 +240,20 @@ impl Session {
             return None;
         }
         let listener = Arc::clone(&self.live.borrow().part);
-        if denial(&listener, &self.peer).is_some() {
+        if !self.mesh.answers_for_app() && denial(&listener, &self.peer).is_some() {
             // The client makes another session for the same connection, which is denied there and told once.
             self.mesh.part();
             return None;
         }
         let mut record = Record::new(Direction::Inbound, self.remote);
         record.peer(&self.peer);
-        let Some(open) = self.shared.enter(listener.max_connections) else {
-            too_many(&listener, self.remote, record, &self.shared.log_limit);
-            self.mesh.part();
-            return None;
-        };
         if let Err(problem) = self.tls.authenticate(self.mesh.tls.peer_certificates(), SystemTime::now()) {
             refuse(self.remote, &problem.to_string(), &self.shared.log_limit);
             record.finish("no longer proved");
             self.mesh.part();
             return None;
         }
-        self.open(record, open).await
+        self.admit(record).await
     }
 
     fn log_denial(&self, what: &str, listener: &PublicListener, reason: &str) {

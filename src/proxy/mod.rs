@@ -19,6 +19,8 @@ mod log_limit;
 mod memory;
 mod outbound;
 mod places;
+mod probe;
+mod race;
 mod record;
 mod relay;
 mod socket;

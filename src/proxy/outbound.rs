@@ -6,16 +6,18 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 
-use super::balance::{Balancer, Clock, InFlight, Instance, Outcome, Plan};
-use super::dial::{Offer, attempt};
+use super::balance::{Balancer, Clock, InFlight, Instance, Outcome, Picked, Plan};
+use super::dial::{self, Pace, Unconnected};
 use super::http::note::Caller;
 use super::http::outbound::Outbound;
 use super::limits::{Limit, Permit};
 use super::listener::{Accepted, Live};
+use super::probe;
+use super::race::{Next, Race};
 use super::record::{Direction, Record};
-use super::relay::{self, Broken, Relay};
+use super::relay::{self, Broken, Relay, Side};
 use super::socket::Socket;
-use super::tunnel::{Carrier, Role};
+use super::tunnel::{Carrier, Refusal};
 use crate::access_log::AccessLog;
 use crate::drain::{self, Stage};
 use crate::snapshot::Target;
@@ -37,7 +39,8 @@ struct Connection {
     tls: Arc<tls::Client>,
     live: watch::Receiver<Live<Plan>>,
     record: Record,
-    in_flight: InFlight,
+    instance: Reached,
+    clock: Clock,
     _permit: Permit,
     _drain: drain::Watch,
 }
@@ -59,11 +62,11 @@ async fn establish(accepted: Accepted<Plan>, clock: Clock, access_log: AccessLog
         return None;
     }
     record.log_to(&access_log, local, None);
-    match connect(&plan, clock).await {
-        Ok(Connected { mesh, tls, peer, in_flight, permit }) => {
+    match connect(&plan, clock, &live).await {
+        Ok(Connected { mesh, tls, peer, instance, permit }) => {
             record.peer(&peer);
-            record.leads_to(&plan.upstream.name, &in_flight.instance().address);
-            Some(Connection { app, mesh, tls, live, record, in_flight, _permit: permit, _drain: drain })
+            record.leads_to(&plan.upstream.name, &instance.get().address);
+            Some(Connection { app, mesh, tls, live, record, instance, clock, _permit: permit, _drain: drain })
         }
         Err(reason) => {
             tracing::warn!(target: "proxy.upstream", upstream = plan.upstream.name, reason, "failed to dial the upstream");
@@ -91,15 +94,38 @@ impl Connection {
     fn relay(mut self) -> impl Future<Output = ()> {
         async move {
             let mut copy = Relay::new();
-            let ended = tokio::select! {
-                biased;
-                ended = copy.run(&mut self.app, &mut self.mesh) => Some(ended),
-                () = closing(&mut self.live) => None,
-            };
+            let mut ended = None;
+            if let Reached::Sidecar(_) = &self.instance {
+                (self, copy, ended) = Box::pin(self.begin(copy)).await;
+            }
+            if ended.is_none() {
+                ended = tokio::select! {
+                    biased;
+                    ended = copy.run(&mut self.app, &mut self.mesh) => Some(ended),
+                    () = closing(&mut self.live) => None,
+                };
+            }
             self.record.bytes(copy.opened, copy.sealed);
             // Boxed, for an open connection is to keep none of the memory that this takes.
             Box::pin(self.end(ended)).await;
         }
+    }
+
+    /// The first moment of a connection whose instance has yet to show that there is an app: from there on it counts as
+    /// connected, or as failed.
+    async fn begin(mut self, mut copy: Relay) -> (Self, Relay, Option<Result<(), Broken>>) {
+        let ended = timeout(MOMENT, copy.run(&mut self.app, &mut self.mesh)).await.ok();
+        let broken = matches!(&ended, Some(Err(Broken { side: Side::Tls, .. }))) && copy.opened == 0;
+        if let Reached::Sidecar(picked) = self.instance {
+            let now = self.clock.now();
+            self.instance = Reached::App(match &ended {
+                Some(_) if broken || copy.was_left_unanswered => picked.closed_unanswered(now),
+                // The app on our side has left before there was anything to see.
+                Some(_) if copy.opened == 0 => picked.without_result(),
+                _ => picked.connected(now),
+            });
+        }
+        (self, copy, ended)
     }
 
     /// Ends the connection; `None` where the drain time is over.
@@ -108,7 +134,7 @@ impl Connection {
             Some(Ok(())) => {
                 self.record.finish("ended");
                 if self.live.borrow().stage == Stage::Running {
-                    self.in_flight.instance().sessions().keep(self.mesh, &self.tls);
+                    self.instance.get().sessions().keep(self.mesh, &self.tls);
                 }
             }
             Some(Err(broken)) => {
@@ -123,6 +149,15 @@ impl Connection {
     }
 }
 
+impl Reached {
+    fn get(&self) -> &Arc<Instance> {
+        match self {
+            Self::App(in_flight) => in_flight.instance(),
+            Self::Sidecar(picked) => picked.instance(),
+        }
+    }
+}
+
 /// Ends when open connections must be closed.
 async fn closing(live: &mut watch::Receiver<Live<Plan>>) {
     let _ = live.wait_for(|live| live.stage >= Stage::Closing).await;
@@ -133,8 +168,22 @@ struct Connected {
     mesh: Carrier<Socket>,
     tls: Arc<tls::Client>,
     peer: Arc<SpiffeId>,
-    in_flight: InFlight,
+    instance: Reached,
     permit: Permit,
+}
+
+/// An instance that was connected to.
+enum Reached {
+    /// Its app has the connection.
+    App(InFlight),
+    /// Its sidecar has it. Whether there is an app behind is seen from what comes back.
+    Sidecar(Picked),
+}
+
+/// An instance that gave no connection.
+struct Failure {
+    instance: Arc<Instance>,
+    why: Unconnected,
 }
 
 /// Connects to an instance of the first target of the chain that has one, each target within its connect
@@ -142,12 +191,17 @@ struct Connected {
 ///
 /// # Errors
 /// Why there is none, for the log.
-async fn connect(plan: &Plan, clock: Clock) -> Result<Connected, String> {
+async fn connect(plan: &Plan, clock: Clock, live: &watch::Receiver<Live<Plan>>) -> Result<Connected, String> {
     let mut reasons = Vec::new();
     for (target, balancer) in plan.balancers.in_order(plan.upstream.chain.connection_targets(), clock.now()) {
-        match connect_target(target, balancer, clock).await {
+        match connect_target(target, balancer, clock, live).await {
             Ok(connected) => return Ok(connected),
-            Err(reason) => reasons.push(format!("{}: {reason}", target)),
+            Err(Unusable { reason, denied }) => {
+                reasons.push(format!("{target}: {reason}"));
+                if denied {
+                    break;
+                }
+            }
         }
     }
     Err(match reasons[..] {
@@ -156,54 +210,77 @@ async fn connect(plan: &Plan, clock: Clock) -> Result<Connected, String> {
     })
 }
 
-/// Tries instances of one target until one is connected.
-async fn connect_target(target: &Target, balancer: &Arc<Balancer>, clock: Clock) -> Result<Connected, String> {
-    let permit = balancer.admit(Limit::Connections).map_err(|overflow| overflow.to_string())?;
-    let deadline = Instant::now() + target.connect_timeout;
-    let mut tried: Vec<Arc<Instance>> = Vec::new();
-    let mut reasons = Vec::new();
-    while tried.len() < ATTEMPTS && Instant::now() < deadline {
-        let Some(picked) = balancer.pick(clock.now(), None, &tried, |below| fastrand::u64(..below)) else {
-            break;
-        };
-        let instance = Arc::clone(picked.instance());
-        let others = balancer.len() - tried.len() > 1;
-        let until = if others { deadline.min(Instant::now() + target.connect_timeout / SHARE) } else { deadline };
-        match reach(target, &instance, until).await {
-            Ok((mesh, peer)) => {
-                let (tls, in_flight) = (Arc::clone(&target.tls), picked.connected(clock.now()));
-                return Ok(Connected { mesh, tls, peer, in_flight, permit });
-            }
-            Err(reason) => {
-                picked.report(Outcome::Unreachable, Duration::ZERO, clock.now());
-                reasons.push(format!("{} {reason}", instance.address));
-            }
-        }
-        tried.push(instance);
-    }
-    Err(match reasons[..] {
-        [] => balancer.absence(),
-        _ => format!("no instance could be used: {}", reasons.join(", ")),
-    })
+/// Why a target can't be used, and whether that is because it does not allow us: then no other is tried either.
+struct Unusable {
+    reason: String,
+    denied: bool,
 }
 
-/// A free session with the instance, or a new one.
-async fn reach(
-    target: &Target,
-    instance: &Instance,
-    until: Instant,
-) -> Result<(Carrier<Socket>, Arc<SpiffeId>), String> {
-    if let Some(reached) = instance.sessions().start(&target.tls, until).await {
-        return Ok(reached);
+/// Tries instances of one target, each beside those that are slow, until one is connected.
+async fn connect_target(
+    target: &Arc<Target>,
+    balancer: &Arc<Balancer>,
+    clock: Clock,
+    live: &watch::Receiver<Live<Plan>>,
+) -> Result<Connected, Unusable> {
+    let unusable = |reason| Unusable { reason, denied: false };
+    let permit = balancer.admit(Limit::Connections).map_err(|overflow| unusable(overflow.to_string()))?;
+    let pace = Pace::new(target);
+    let (mut tried, mut reasons, mut denied) = (Vec::new(), Vec::new(), false);
+    let mut race: Race<Won, Failure> = Race::new();
+    let next = |failed: Option<Failure>| {
+        if let Some(Failure { instance, why }) = failed {
+            reasons.push(format!("{} {why}", instance.address));
+            denied = matches!(why, Unconnected::Refused(Refusal::Denied));
+            if denied {
+                return Next::Stop;
+            }
+            probe::begin(live, target, &instance, clock);
+        }
+        let Some(until) = pace.until(balancer, tried.len()) else { return Next::Wait };
+        let picked = balancer.pick(clock.now(), None, &tried, |below| fastrand::u64(..below));
+        let Some(picked) = picked else { return Next::Wait };
+        tried.push(Arc::clone(picked.instance()));
+        Next::Begin(Box::pin(reach(Arc::clone(target), picked, until, clock)), pace.stagger())
+    };
+    let won = race.run(next).await;
+    if race.is_on() {
+        let (live, target) = (live.clone(), Arc::clone(target));
+        race.finish(move |ended| match ended {
+            Ok((mesh, _, instance)) => probe::spare(mesh, &target.tls, instance.get()),
+            Err(Failure { instance, .. }) => probe::begin(&live, &target, &instance, clock),
+        });
     }
-    let (tls, peer) = attempt(target, instance, until, Offer::Tunnel).await?;
-    Ok((Carrier::new(tls, Role::Client), peer))
+    match (won, &reasons[..]) {
+        (Some((mesh, peer, instance)), _) => {
+            Ok(Connected { mesh, tls: Arc::clone(&target.tls), peer, instance, permit })
+        }
+        (None, []) => Err(unusable(balancer.absence())),
+        (None, _) => Err(Unusable { reason: format!("no instance could be used: {}", reasons.join(", ")), denied }),
+    }
+}
+
+/// Of the attempts at instances, what the first success gives.
+type Won = (Carrier<Socket>, Arc<SpiffeId>, Reached);
+
+/// Connects to one instance, and reports how that went.
+async fn reach(target: Arc<Target>, picked: Picked, until: Instant, clock: Clock) -> Result<Won, Failure> {
+    match dial::connect(&target, picked.instance(), until).await {
+        Ok((mesh, peer)) if mesh.answers_for_app() => Ok((mesh, peer, Reached::App(picked.connected(clock.now())))),
+        Ok((mesh, peer)) => Ok((mesh, peer, Reached::Sidecar(picked))),
+        Err(why) => {
+            let instance = Arc::clone(picked.instance());
+            // A denial says nothing of the instance.
+            if !matches!(why, Unconnected::Refused(Refusal::Denied)) {
+                picked.report(Outcome::Unreachable, Duration::ZERO, clock.now());
+            }
+            Err(Failure { instance, why })
+        }
+    }
 }
 
 /// How long a connection waits for the agent to tell where its upstream leads, as long as Consul's default for a
 /// connection to an instance.
 const AWAITED: Duration = Duration::from_secs(5);
-/// Instances of one target that one connection tries at most.
-const ATTEMPTS: usize = 16;
-/// Part of the connect timeout that an instance gets while there are others to try.
-const SHARE: u32 = 3;
+/// A connection that the instance's side ends within this time and without a byte was none: its app did not take it.
+const MOMENT: Duration = Duration::from_secs(1);

@@ -28,6 +28,8 @@ pub struct Relay {
     /// Bytes of plaintext moved from the TLS side to the plain one, and back.
     pub opened: u64,
     pub sealed: u64,
+    /// The TLS side has ended without a byte, before the plain one did.
+    pub was_left_unanswered: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,7 +74,8 @@ fn tls(error: io::Error) -> Broken {
 impl Relay {
     #[must_use]
     pub fn new() -> Self {
-        Self { to_plain: Vec::new(), opening: Direction::Flowing, sealing: Direction::Flowing, opened: 0, sealed: 0 }
+        let (opening, sealing) = (Direction::Flowing, Direction::Flowing);
+        Self { to_plain: Vec::new(), opening, sealing, opened: 0, sealed: 0, was_left_unanswered: false }
     }
 
     /// Copies until both directions have ended.
@@ -140,6 +143,7 @@ impl Relay {
                 self.opened += scratch.opened.len() as u64;
                 if from.has_ended() {
                     self.opening = Direction::Ending;
+                    self.was_left_unanswered = self.opened == 0 && self.sealing == Direction::Flowing;
                 }
                 Poll::Ready(Ok(()))
             }
@@ -241,10 +245,10 @@ mod tests {
     use super::*;
     use crate::proxy::tunnel::Role;
     use crate::testing::ca::{Ca, uri};
-    use crate::tls::{SpiffeId, TUNNEL};
+    use crate::tls::{SpiffeId, TUNNEL, TUNNEL_1};
 
     /// Without and with a tunnel.
-    const FORMS: [&[&[u8]]; 2] = [&[], &[TUNNEL]];
+    const FORMS: [&[&[u8]]; 3] = [&[], &[TUNNEL_1], &[TUNNEL]];
 
     /// The plain ends of a pair of relays with TLS between them, as two sidecars make it.
     async fn pair(buffer: usize, alpn: &'static [&'static [u8]]) -> (DuplexStream, DuplexStream) {
@@ -273,7 +277,17 @@ mod tests {
                 Stream::accept(wire, server.config(alpn.iter().copied())).await.unwrap()
             }
         };
-        Relay::new().run(&mut plain, &mut Carrier::new(tls, role)).await
+        let mut mesh = Carrier::new(tls, role);
+        if mesh.is_free() {
+            match role {
+                Role::Client => mesh.start().await.unwrap().unwrap(),
+                Role::Server => {
+                    mesh.asked().await.unwrap();
+                    mesh.accept().await.unwrap();
+                }
+            }
+        }
+        Relay::new().run(&mut plain, &mut mesh).await
     }
 
     #[tokio::test]
@@ -363,13 +377,13 @@ mod tests {
             let (mut app, plain) = duplex(1 << 16);
             let relay = tokio::spawn(async move {
                 let expected = vec![SpiffeId::parse(&uri("db")).unwrap()];
-                let client = CA.credentials("web").client("db.x.consul", expected, &[TUNNEL]).unwrap();
+                let client = CA.credentials("web").client("db.x.consul", expected, &[TUNNEL_1]).unwrap();
                 let tls = Stream::connect(wire, &client).await.unwrap();
                 let mut plain = plain;
                 Relay::new().run(&mut plain, &mut Carrier::new(tls, Role::Client)).await
             });
-            let server = CA.credentials("db").server(&[TUNNEL]).unwrap();
-            let mut tls = Stream::accept(far, server.config([TUNNEL])).await.unwrap();
+            let server = CA.credentials("db").server(&[TUNNEL_1]).unwrap();
+            let mut tls = Stream::accept(far, server.config([TUNNEL_1])).await.unwrap();
             let word = [&3_u32.to_be_bytes()[..], b"abc"].concat();
             poll_fn(|cx| Poll::Ready(with_scratch(|scratch| tls.poll_seal(cx, scratch, &word)))).await.unwrap();
             if closes {

@@ -5,15 +5,18 @@
 //! both directions, the client keeps the session for the next one. So nothing waits behind another connection's
 //! bytes, and there is no flow control but TCP's.
 //!
-//! Inside the session each direction is a sequence of pieces, each behind a header of four bytes, a number in
-//! network byte order: so many bytes of the connection follow, or [`END`] ends this direction of the connection, or
-//! [`START`] begins another connection. Pieces and TLS records need not begin or end together.
+//! docs/tunnel.md specifies the bytes. Inside the session each direction is a sequence of pieces, each behind a header
+//! of four bytes, a number in network byte order: so many bytes of the connection follow, or [`END`] ends this direction
+//! of the connection, [`START`] begins another connection, [`REFUSED`] says that none begins. Pieces and TLS records need
+//! not begin or end together.
 //!
-//! * The first connection begins with the session itself, without a [`START`], so that it costs no round trip more
-//!   than it would without a tunnel.
-//! * Once both directions have ended, the client may send [`START`]. The server judges the peer again and answers
-//!   with [`START`] too, or closes the session. The client sends no byte of the connection before that answer: a
-//!   session that died while it was kept is exchanged for another one, and nothing is lost or said twice.
+//! * The client asks for a connection with [`START`], at the beginning and whenever both directions have ended. The
+//!   server judges the peer again, connects to its local app, and answers with [`START`] too; or it says why not, and
+//!   closes the session. The client sends no byte of the connection before that answer. So a session that died while it
+//!   was kept is exchanged for another one, and an instance without an app for another instance, and nothing is lost or
+//!   sent twice.
+//! * In version 1 the first connection of a session begins with the session itself, without a [`START`], and a server
+//!   that refuses says nothing.
 //! * A session that is closed with `close_notify` before an [`END`] has cut its connection cleanly, as a denial does.
 //!   One that breaks off without has broken its connection, which is passed on as a reset. Neither is used again.
 
@@ -21,7 +24,6 @@ use std::fmt;
 use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker, ready};
 use std::time::{Duration, SystemTime};
@@ -31,12 +33,16 @@ use tokio::time::{Instant, timeout_at};
 
 use super::socket::Socket;
 use super::workers;
-use crate::tls::{Client, ReadSide, Scratch, SpiffeId, Stream, TUNNEL, with_scratch};
+use crate::tls::{Client, ReadSide, Scratch, SpiffeId, Stream, TUNNEL, TUNNEL_1, with_scratch};
 
 /// Header of no data: the end of one direction of the connection.
 const END: u32 = 0;
 /// Header of no data: another connection begins.
 const START: u32 = u32::MAX;
+/// Header of no data: no connection begins. A piece of 1 to [`REASON`] bytes follows, of which the first says why.
+const REFUSED: u32 = u32::MAX - 1;
+/// Longest reason, in bytes. What follows the first one is for later versions, and ignored.
+const REASON: u32 = 255;
 const HEADER: usize = size_of::<u32>();
 
 /// A TLS session as a relay sees it: bytes of one connection, and the end of each direction.
@@ -50,8 +56,10 @@ struct Framing {
     incoming: Incoming,
     /// Of the connection, and read together with the answer that it may begin.
     early: Vec<u8>,
-    /// Our direction has ended with [`END`].
+    /// Our direction has ended with [`END`], or none has begun.
     ended: bool,
+    /// Each connection is asked for, and a server answers when its app has taken it: version 2.
+    asks: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,12 +69,19 @@ pub enum Role {
 }
 
 impl<IO: AsyncRead + AsyncWrite + Unpin> Carrier<IO> {
-    /// A session that was just made, with its first connection.
+    /// A session that was just made, with its first connection unless that has to be asked for.
     #[must_use]
     pub fn new(tls: Stream<IO>, role: Role) -> Self {
-        let agreed = tls.alpn() == Some(TUNNEL);
-        let framing = agreed.then(|| Framing { incoming: Incoming::new(role), early: Vec::new(), ended: false });
-        Self { tls, framing }
+        let asks = tls.alpn() == Some(TUNNEL);
+        let agreed = asks || tls.alpn() == Some(TUNNEL_1);
+        let framing = || Framing { incoming: Incoming::new(role, asks), early: Vec::new(), ended: asks, asks };
+        Self { framing: agreed.then(framing), tls }
+    }
+
+    /// Whether an answer that a connection begins says that the server's app has taken it.
+    #[must_use]
+    pub fn answers_for_app(&self) -> bool {
+        self.framing.as_ref().is_some_and(|framing| framing.asks)
     }
 
     /// As [`Stream::poll_open`], with the connection's own bytes in [`Scratch::opened`].
@@ -150,21 +165,24 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Carrier<IO> {
         self.tls.read_side() == ReadSide::Open && self.framing.as_ref().is_some_and(free)
     }
 
-    /// The client's part in beginning another connection on a session that is free: asks, and waits for the answer.
+    /// The client's part in beginning a connection on a session that is free: asks, and waits for the answer.
     ///
     /// # Errors
     /// The session is of no use any more. Nothing of the connection was sent.
-    async fn start(&mut self) -> io::Result<()> {
+    pub async fn start(&mut self) -> io::Result<Result<(), Refusal>> {
         let Self { tls, framing: Some(framing) } = self else { return Err(io::ErrorKind::Unsupported.into()) };
         framing.ended = false;
         framing.incoming.phase = Phase::Awaiting;
-        say_start(tls).await?;
-        framing.wait_while(tls, Phase::Awaiting).await?;
+        send(tls, &START.to_be_bytes()).await?;
+        framing.read_until(tls, Phase::is_answer).await?;
+        if let Phase::Refused(code) = framing.incoming.phase {
+            return Ok(Err(Refusal::of(code)));
+        }
         if framing.incoming.phase == Phase::Carrying && tls.read_side() == ReadSide::Closed {
             // Cut as soon as it had begun: nothing comes behind what is early.
             framing.incoming.phase = Phase::Ended;
         }
-        Ok(())
+        Ok(Ok(()))
     }
 
     /// Waits until the client asks for another connection on a session that is free.
@@ -173,10 +191,10 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Carrier<IO> {
     /// The session is of no use any more, for which the end of it is the usual reason.
     pub async fn asked(&mut self) -> io::Result<()> {
         let Self { tls, framing: Some(framing) } = self else { return Err(io::ErrorKind::Unsupported.into()) };
-        framing.wait_while(tls, Phase::Ended).await
+        framing.read_until(tls, |phase| phase != Phase::Ended).await
     }
 
-    /// Answers that the connection that was asked for begins; the first one needs no answer.
+    /// Answers that the connection that was asked for begins; the first one of version 1 needs no answer.
     ///
     /// # Errors
     /// Those of the session.
@@ -185,10 +203,35 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Carrier<IO> {
             Some(framing) if framing.incoming.phase == Phase::Asked => {
                 framing.ended = false;
                 framing.incoming.phase = Phase::Carrying;
-                say_start(&mut self.tls).await
+                send(&mut self.tls, &START.to_be_bytes()).await
             }
             _ => Ok(()),
         }
+    }
+
+    /// Answers why the connection that was asked for does not begin, where the client's version knows of that. The
+    /// caller closes the session.
+    pub async fn refuse(&mut self, refusal: Refusal) {
+        if let Some(Framing { asks: true, incoming: Incoming { phase: Phase::Asked, .. }, .. }) = self.framing {
+            let mut answer = [REFUSED.to_be_bytes(), 1_u32.to_be_bytes()].concat();
+            answer.push(refusal.code());
+            // A client that it does not reach makes do with the end of the session.
+            let _ = send(&mut self.tls, &answer).await;
+        }
+    }
+
+    /// Ends a connection that carries nothing, so that the session is free for another one. Whatever the server's app
+    /// sends is thrown away.
+    ///
+    /// # Errors
+    /// The session is of no use any more.
+    pub async fn end_unused(&mut self) -> io::Result<()> {
+        poll_fn(|cx| Poll::Ready(with_scratch(|scratch| self.end(cx, scratch)))).await?;
+        poll_fn(|cx| self.poll_end(cx)).await?;
+        while !self.has_ended() {
+            poll_fn(|cx| with_scratch(|scratch| self.poll_open(cx, scratch))).await?;
+        }
+        Ok(())
     }
 
     /// Lets go of a session that carries nothing, without waiting for the peer.
@@ -199,8 +242,49 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Carrier<IO> {
 }
 
 /// What the socket does not take at once goes out with the connection's bytes.
-async fn say_start<IO: AsyncRead + AsyncWrite + Unpin>(tls: &mut Stream<IO>) -> io::Result<()> {
-    poll_fn(|cx| Poll::Ready(with_scratch(|scratch| tls.poll_seal(cx, scratch, &START.to_be_bytes())))).await
+async fn send<IO: AsyncRead + AsyncWrite + Unpin>(tls: &mut Stream<IO>, bytes: &[u8]) -> io::Result<()> {
+    poll_fn(|cx| Poll::Ready(with_scratch(|scratch| tls.poll_seal(cx, scratch, bytes)))).await
+}
+
+/// Why a server begins no connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// The intentions deny it. They are the same at each instance.
+    Denied,
+    /// The local app does not take connections.
+    NoApp,
+    /// As many connections are open as `max_inbound_connections` allows.
+    Full,
+    /// A reason of a later version.
+    Other,
+}
+
+impl Refusal {
+    fn code(self) -> u8 {
+        match self {
+            Self::Other => 0,
+            Self::Denied => 1,
+            Self::NoApp => 2,
+            Self::Full => 3,
+        }
+    }
+
+    fn of(code: u8) -> Self {
+        let known = [Self::Denied, Self::NoApp, Self::Full].into_iter().find(|refusal| refusal.code() == code);
+        known.unwrap_or(Self::Other)
+    }
+}
+
+/// For the log, after the address of an instance.
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Denied => "denied the connection: its intentions do not allow this service",
+            Self::NoApp => "has no local app that takes connections: see the log of its sidecar",
+            Self::Full => "has as many connections open as its max_inbound_connections allows",
+            Self::Other => "refused the connection for a reason that this version does not know",
+        })
+    }
 }
 
 impl Framing {
@@ -221,13 +305,13 @@ impl Framing {
         Poll::Ready(Ok(()))
     }
 
-    /// Reads until the peer has ended `phase`.
-    async fn wait_while<IO: AsyncRead + AsyncWrite + Unpin>(
+    /// Reads until the peer's direction has come to a phase that `will_do`.
+    async fn read_until<IO: AsyncRead + AsyncWrite + Unpin>(
         &mut self,
         tls: &mut Stream<IO>,
-        phase: Phase,
+        will_do: impl Fn(Phase) -> bool,
     ) -> io::Result<()> {
-        while self.incoming.phase == phase {
+        while !will_do(self.incoming.phase) {
             if tls.read_side() != ReadSide::Open {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
@@ -250,6 +334,8 @@ impl Framing {
 #[derive(Debug)]
 struct Incoming {
     role: Role,
+    /// As in [`Framing`].
+    asks: bool,
     phase: Phase,
     header: [u8; HEADER],
     /// Bytes of the header that have come.
@@ -269,13 +355,27 @@ enum Phase {
     Asked,
     /// At the client: it waits for the answer.
     Awaiting,
+    /// At the client: none begins, and the reason follows.
+    Refusing,
+    /// At the client: the reason is being read, whose first byte this is.
+    Reason(Option<u8>),
+    /// At the client: none begins, for this reason.
+    Refused(u8),
     /// What came makes no sense.
     Broken,
 }
 
+impl Phase {
+    /// At the client: whether it has the answer that it waits for, if only that there is no sense in it.
+    fn is_answer(self) -> bool {
+        !matches!(self, Self::Awaiting | Self::Refusing | Self::Reason(_))
+    }
+}
+
 impl Incoming {
-    fn new(role: Role) -> Self {
-        Self { role, phase: Phase::Carrying, header: [0; HEADER], begun: 0, left: 0 }
+    fn new(role: Role, asks: bool) -> Self {
+        let phase = if asks { Phase::Ended } else { Phase::Carrying };
+        Self { role, asks, phase, header: [0; HEADER], begun: 0, left: 0 }
     }
 
     /// Appends to `opened` what of `payload` is the connection's.
@@ -283,9 +383,9 @@ impl Incoming {
         while !payload.is_empty() && self.phase != Phase::Broken {
             if self.left > 0 {
                 let (piece, rest) = payload.split_at(payload.len().min(self.left as usize));
-                opened.extend_from_slice(piece);
                 // Not more than `left`, which is such a number.
                 self.left -= u32::try_from(piece.len()).unwrap_or(self.left);
+                self.piece(piece, opened);
                 payload = rest;
                 continue;
             }
@@ -300,12 +400,27 @@ impl Incoming {
         }
     }
 
+    /// Takes a part of a piece.
+    fn piece(&mut self, piece: &[u8], opened: &mut Vec<u8>) {
+        let Phase::Reason(code) = self.phase else { return opened.extend_from_slice(piece) };
+        let code = code.or_else(|| piece.first().copied());
+        self.phase = match code {
+            Some(code) if self.left == 0 => Phase::Refused(code),
+            _ => Phase::Reason(code),
+        };
+    }
+
     fn turn(&mut self, header: u32) {
         self.phase = match (self.phase, header) {
             (Phase::Carrying, END) => Phase::Ended,
             (Phase::Ended, START) if self.role == Role::Server => Phase::Asked,
             (Phase::Awaiting, START) => Phase::Carrying,
-            (Phase::Carrying, length) if length != START => {
+            (Phase::Awaiting, REFUSED) if self.asks => Phase::Refusing,
+            (Phase::Refusing, length @ 1..=REASON) => {
+                self.left = length;
+                Phase::Reason(None)
+            }
+            (Phase::Carrying, length) if length < REFUSED => {
                 self.left = length;
                 Phase::Carrying
             }
@@ -319,8 +434,8 @@ impl Incoming {
 pub struct Sessions {
     /// By the number of the worker.
     slots: Mutex<Vec<Slot>>,
-    /// The instance refuses clients that offer the tunnel.
-    refused: AtomicBool,
+    /// When the instance last refused a client for offering the tunnel.
+    refused: Mutex<Option<Instant>>,
 }
 
 #[derive(Default)]
@@ -341,14 +456,18 @@ struct Idle {
 impl Sessions {
     /// Begins a connection on a free session, and tells with whom. `None`: there is none, or it was of no use before half
     /// of the time was over, so that the rest is left for a new one.
-    pub async fn start(&self, client: &Arc<Client>, until: Instant) -> Option<(Carrier<Socket>, Arc<SpiffeId>)> {
+    pub async fn start(
+        &self,
+        client: &Arc<Client>,
+        until: Instant,
+    ) -> Option<Result<(Carrier<Socket>, Arc<SpiffeId>), Refusal>> {
         let mut session = self.take(client)?;
         // Time may have passed its certificate by.
         let peer = client.authenticate(session.tls.peer_certificates(), SystemTime::now()).ok()?.id;
         let now = Instant::now();
         let half = now + until.saturating_duration_since(now) / 2;
-        if let Ok(Ok(())) = timeout_at(half, session.start()).await {
-            return Some((session, peer));
+        if let Ok(Ok(answer)) = timeout_at(half, session.start()).await {
+            return Some(answer.map(|()| (session, peer)));
         }
         // Those that are older are no better.
         drop(self.with_slot(|slot| std::mem::take(&mut slot.idle)));
@@ -377,18 +496,23 @@ impl Sessions {
     /// Lets go of all, on every thread.
     pub fn clear(&self) {
         let idle: Vec<Vec<Idle>> = self.slots().iter_mut().map(|slot| std::mem::take(&mut slot.idle)).collect();
-        self.refused.store(false, Ordering::Relaxed);
+        *self.refused_at() = None;
         drop(idle);
     }
 
-    /// Whether the instance refuses clients that offer the tunnel.
+    /// Whether the instance refuses clients that offer the tunnel. It is offered again after a while: the instance may
+    /// have got another sidecar meanwhile.
     #[must_use]
     pub fn are_refused(&self) -> bool {
-        self.refused.load(Ordering::Relaxed)
+        self.refused_at().is_some_and(|at| at.elapsed() < REFUSED_TIME)
     }
 
     pub fn refuse(&self) {
-        self.refused.store(true, Ordering::Relaxed);
+        *self.refused_at() = Some(Instant::now());
+    }
+
+    fn refused_at(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.refused.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn take(&self, client: &Arc<Client>) -> Option<Carrier<Socket>> {
@@ -462,6 +586,8 @@ const KEPT: usize = 64;
 /// How long a client keeps a free session, and how often it looks.
 const IDLE_TIME: Duration = Duration::from_secs(3);
 const SWEEP_TIME: Duration = Duration::from_secs(1);
+/// How long an instance is connected to without the offer of a tunnel after it refused that.
+const REFUSED_TIME: Duration = Duration::from_secs(300);
 /// How long a server does: longer, so that it is the client that closes first as a rule.
 pub const SERVER_IDLE_TIME: Duration = Duration::from_secs(10);
 

@@ -41,8 +41,12 @@ use trust::Trust;
 use verify::{ClientIdentity, Peers, ServerIdentity};
 
 /// The application protocol of two of ours for services that are not HTTP: the session carries one connection after
-/// another. See `proxy/tunnel.rs`.
-pub const TUNNEL: &[u8] = b"lictor-tunnel/1";
+/// another. See docs/tunnel.md.
+pub const TUNNEL: &[u8] = b"lictor-tunnel/2";
+/// Its first version, for sidecars that know no other: a session's first connection begins unasked.
+pub const TUNNEL_1: &[u8] = b"lictor-tunnel/1";
+/// Every version, in order of preference.
+pub const TUNNELS: &[&[u8]] = &[TUNNEL, TUNNEL_1];
 
 /// Our leaf and the mesh's roots, checked against each other and ready for handshakes.
 pub struct Credentials {

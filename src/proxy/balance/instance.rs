@@ -1,10 +1,10 @@
 //! What is remembered of one instance.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
-use super::latency::Latency;
+use super::latency::{Latency, Waiting};
 use crate::proxy::codec::pool::Pool;
 use crate::proxy::tunnel::Sessions;
 use crate::snapshot::{Address, PassiveHealthCheck};
@@ -29,12 +29,18 @@ pub struct State {
     /// where an instance comes new to others or is back, so that it is not run over.
     window: AtomicU32,
     pub latency: Latency,
+    /// Requests that were not answered yet.
+    pub waiting: Waiting,
     /// Shut for a while after it could not be reached.
     pub aside: Gate,
+    /// A task sees when it can be reached again.
+    watched: AtomicBool,
     /// Shut while it is ejected.
     pub circuit: Gate,
     /// In a row: connections that failed.
     unreachable: AtomicU32,
+    /// In a row: connections that its sidecar took and ended without a byte.
+    unanswered: AtomicU32,
     /// In a row: whatever failed.
     failures: AtomicU32,
     /// How often it was ejected, less one for each healthy interval.
@@ -56,6 +62,23 @@ impl Instance {
         &self.state.sessions
     }
 
+    /// For a task that sees when it can be reached again; `None`: there is one.
+    #[must_use]
+    pub fn watch(&self) -> Option<Watched> {
+        (!self.state.watched.swap(true, Ordering::Relaxed)).then(|| Watched(Arc::clone(&self.state)))
+    }
+
+    /// Keeps it aside for so long from `now` on; false: it is not put aside any more.
+    #[must_use]
+    pub fn stay_aside(&self, now: u64, time: Duration) -> bool {
+        self.state.aside.stay_shut(now.saturating_add(millis(time)))
+    }
+
+    /// It can be reached again.
+    pub fn is_back(&self) {
+        self.state.reached();
+    }
+
     /// Whether it may be picked, be it to see whether it is back.
     pub(super) fn is_fit(&self, now: u64) -> bool {
         self.state.aside.lets_in(now) && self.state.circuit.lets_in(now)
@@ -73,7 +96,7 @@ impl Instance {
             return other.is_full(others);
         }
         let estimates = by_latency
-            .and_then(|now| Some((self.state.latency.estimate(now)?, other.state.latency.estimate(now)?)))
+            .and_then(|now| self.latencies(other, now))
             .filter(|(mine, others)| *mine > others * CLEARLY || *others > mine * CLEARLY);
         match estimates {
             Some((my_latency, other_latency)) => {
@@ -82,6 +105,18 @@ impl Instance {
             }
             // A tie is left to the draw, which is by weight already.
             None => u64::from(mine) * u64::from(other.weight) < u64::from(others) * u64::from(self.weight),
+        }
+    }
+
+    /// What answers are expected to take here and at `other`, where that is known of both: of late, and at least as long
+    /// as those who wait have waited. Where nothing was answered yet, that can only speak against it.
+    pub(super) fn latencies(&self, other: &Self, now: u64) -> Option<(f32, f32)> {
+        let (waited, others_waited) = (self.state.waited(now), other.state.waited(now));
+        match (self.state.latency.estimate(now), other.state.latency.estimate(now)) {
+            (Some(mine), Some(others)) => Some((mine.max(waited), others.max(others_waited))),
+            (None, Some(others)) => Some((waited, others.max(others_waited))).filter(|(mine, others)| mine > others),
+            (Some(mine), None) => Some((mine.max(waited), others_waited)).filter(|(mine, others)| others > mine),
+            (None, None) => None,
         }
     }
 
@@ -100,6 +135,13 @@ impl State {
         Self { window: AtomicU32::new(FIRST_WINDOW), ..Self::default() }
     }
 
+    /// In microseconds: what those who wait for an answer have waited already, on average. Where answers come
+    /// nevertheless, those who wait longer ask for more, and say nothing of others.
+    fn waited(&self, now: u64) -> f32 {
+        let waited = self.waiting.average(now).unwrap_or(0.0);
+        self.latency.silence(now).map_or(waited, |silence| silence.min(waited))
+    }
+
     /// An answer of any kind: it can be reached.
     pub fn reached(&self) {
         if self.unreachable.load(Ordering::Relaxed) != 0 {
@@ -112,8 +154,10 @@ impl State {
     /// A good one.
     pub fn succeeded(&self) {
         self.reached();
-        if self.failures.load(Ordering::Relaxed) != 0 {
-            self.failures.store(0, Ordering::Relaxed);
+        for in_a_row in [&self.failures, &self.unanswered] {
+            if in_a_row.load(Ordering::Relaxed) != 0 {
+                in_a_row.store(0, Ordering::Relaxed);
+            }
         }
         let window = self.window.load(Ordering::Relaxed);
         if window < UNLIMITED {
@@ -126,13 +170,25 @@ impl State {
     /// while it is aside was under way already and says nothing new, unless it is the `probe` that was to tell.
     pub fn could_not_be_reached(&self, now: u64, probe: bool) {
         self.failures.fetch_add(1, Ordering::Relaxed);
+        self.put_aside(now, probe);
+        // What comes up there again may be another program.
+        self.sessions.clear();
+    }
+
+    /// It took a connection and ended it at once without a byte, as a sidecar does whose app is not there. It is put aside
+    /// as one that could not be reached, but not for a single time.
+    pub fn left_unanswered(&self, now: u64, probe: bool) {
+        if self.unanswered.fetch_add(1, Ordering::Relaxed) + 1 >= UNANSWERED || probe {
+            self.put_aside(now, probe);
+        }
+    }
+
+    fn put_aside(&self, now: u64, probe: bool) {
         let doubled = self.unreachable.load(Ordering::Relaxed).min(5);
         let until = now.saturating_add(millis((ASIDE * 2_u32.pow(doubled)).min(ASIDE_LIMIT)));
         if self.aside.shut(now, until, probe) {
             self.unreachable.fetch_add(1, Ordering::Relaxed);
         }
-        // What comes up there again may be another program.
-        self.sessions.clear();
     }
 
     /// Counts a failure, and tells whether there are enough in a row for an ejection. Then the count begins anew.
@@ -173,9 +229,12 @@ impl Default for State {
             sessions: Arc::default(),
             window: AtomicU32::new(UNLIMITED),
             latency: Latency::default(),
+            waiting: Waiting::default(),
             aside: Gate::default(),
+            watched: AtomicBool::new(false),
             circuit: Gate::default(),
             unreachable: AtomicU32::new(0),
+            unanswered: AtomicU32::new(0),
             failures: AtomicU32::new(0),
             ejections: AtomicU32::new(0),
             returned: AtomicU64::new(0),
@@ -220,6 +279,12 @@ impl Gate {
         self.0.store(OPEN, Ordering::Relaxed);
     }
 
+    /// Keeps it shut until then at least; false if it is open.
+    pub fn stay_shut(&self, until: u64) -> bool {
+        let longer = |current: u64| (current != OPEN).then(|| current.max(until));
+        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, longer).is_ok()
+    }
+
     /// The probe came to nothing: another may go.
     pub fn abandon(&self) {
         self.change(PROBED, DUE);
@@ -236,25 +301,48 @@ const DUE: u64 = 1;
 /// Shut until its probe tells.
 const PROBED: u64 = u64::MAX;
 
+/// Says that a task sees when the instance can be reached again, until it is dropped.
+#[derive(Debug)]
+pub struct Watched(Arc<State>);
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        self.0.watched.store(false, Ordering::Relaxed);
+    }
+}
+
 /// Counts a connection or request of an instance until it is dropped.
 #[derive(Debug)]
-pub struct InFlight(Arc<Instance>);
+pub struct InFlight {
+    instance: Arc<Instance>,
+    /// When it began to wait for an answer, if it still does.
+    waits_since: Option<u64>,
+}
 
 impl InFlight {
-    pub(super) fn new(instance: &Arc<Instance>) -> Self {
+    pub(super) fn new(instance: &Arc<Instance>, now: u64) -> Self {
         instance.state.in_flight.fetch_add(1, Ordering::Relaxed);
-        Self(Arc::clone(instance))
+        instance.state.waiting.begin(now);
+        Self { instance: Arc::clone(instance), waits_since: Some(now) }
+    }
+
+    /// It waits no longer.
+    pub(super) fn answered(&mut self) {
+        if let Some(since) = self.waits_since.take() {
+            self.instance.state.waiting.end(since);
+        }
     }
 
     #[must_use]
     pub fn instance(&self) -> &Arc<Instance> {
-        &self.0
+        &self.instance
     }
 }
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.0.state.in_flight.fetch_sub(1, Ordering::Relaxed);
+        self.answered();
+        self.instance.state.in_flight.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -263,6 +351,8 @@ fn millis(time: Duration) -> u64 {
 }
 
 const ASIDE: Duration = Duration::from_secs(1);
+/// In a row, for an instance to be put aside.
+const UNANSWERED: u32 = 2;
 const ASIDE_LIMIT: Duration = Duration::from_secs(30);
 /// Envoy's `max_ejection_time`, which Consul leaves as it is.
 const EJECTION_LIMIT: Duration = Duration::from_secs(300);

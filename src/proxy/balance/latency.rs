@@ -48,6 +48,12 @@ impl Latency {
         Some(level.average * level.kept(now) + FLOOR)
     }
 
+    /// Microseconds since the last sample; `None` as long as there was none.
+    pub fn silence(&self, now: u64) -> Option<f32> {
+        let level = Level::unpack(self.0.load(Ordering::Relaxed))?;
+        Some(level.elapsed(now) as f32 * 1e3)
+    }
+
     fn update(&self, now: u64, next: impl Fn(Option<Level>) -> Option<(f32, u8)>) {
         let update = |word| {
             next(Level::unpack(word)).map(|(average, agreeing)| Level { average, agreeing, then: now as u32 }.pack())
@@ -81,10 +87,14 @@ impl Level {
 
     /// The part of the average that is left after the time since.
     fn kept(self, now: u64) -> f32 {
-        let elapsed = (now as u32).wrapping_sub(self.then);
         let time_constant = FIRST_TIME_CONSTANT * f32::from(1_u16 << self.agreeing);
-        // Another thread's clock reading may be older than the last sample's.
-        if elapsed > u32::MAX / 2 { 1.0 } else { decay(elapsed as f32 / time_constant) }
+        decay(self.elapsed(now) as f32 / time_constant)
+    }
+
+    /// Milliseconds since the last sample. Another thread's clock reading may be older than that.
+    fn elapsed(self, now: u64) -> u32 {
+        let elapsed = (now as u32).wrapping_sub(self.then);
+        if elapsed > u32::MAX / 2 { 0 } else { elapsed }
     }
 
     fn pack(self) -> u64 {
@@ -97,6 +107,37 @@ impl Level {
         (average > 0.0).then_some(Self { average, agreeing: (bits as u8).min(SURE), then: word as u32 })
     }
 }
+
+/// How long those have waited who wait for an answer.
+///
+/// Lock-free: one word holds how many they are, and above that the sum of the times at which they began, in milliseconds,
+/// whose upper bits are not kept.
+#[derive(Debug, Default)]
+pub struct Waiting(AtomicU64);
+
+impl Waiting {
+    pub fn begin(&self, now: u64) {
+        self.0.fetch_add((now << COUNT) + 1, Ordering::Relaxed);
+    }
+
+    /// For one that began at `since`.
+    pub fn end(&self, since: u64) {
+        self.0.fetch_sub((since << COUNT) + 1, Ordering::Relaxed);
+    }
+
+    /// Microseconds, on average; `None` if nobody waits.
+    pub fn average(&self, now: u64) -> Option<f32> {
+        let word = self.0.load(Ordering::Relaxed);
+        let count = word & ((1 << COUNT) - 1);
+        let sum = (now.wrapping_mul(count) << COUNT).wrapping_sub(word - count) >> COUNT;
+        // Another thread's clock reading may be newer.
+        let sum = if sum > u64::MAX >> (COUNT + 1) { 0 } else { sum };
+        (count > 0).then(|| sum as f32 / count as f32 * 1e3)
+    }
+}
+
+/// Bits of the number of those who wait: more than there can be connections.
+const COUNT: u32 = 24;
 
 /// e^-x, for x of zero or more, as the limit that it is: at most a tenth too high as long as it is above a thousandth.
 /// `f32::exp` would be the program's only use of the C library's mathematics, which cost each process 0.3 MB.
@@ -122,6 +163,26 @@ const FLOOR: f32 = 500.0;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn waiting_is_averaged_over_those_who_wait() {
+        // From the start, and after years.
+        for start in [0, 1 << 38, 1 << 45] {
+            let waiting = Waiting::default();
+            assert_eq!(waiting.average(start), None);
+            (0..1000).for_each(|_| waiting.begin(start));
+            assert_eq!(waiting.average(start), Some(0.0));
+            assert_eq!(waiting.average(start + 100), Some(100_000.0));
+            (0..1000).for_each(|_| waiting.begin(start + 100));
+            assert_eq!(waiting.average(start + 300), Some(250_000.0));
+            (0..1000).for_each(|_| waiting.end(start));
+            assert_eq!(waiting.average(start + 300), Some(200_000.0));
+            // A clock reading that is a little older.
+            assert_eq!(waiting.average(start + 99), Some(0.0));
+            (0..1000).for_each(|_| waiting.end(start + 100));
+            assert_eq!(waiting.average(start + 300), None);
+        }
+    }
 
     fn millis(latency: &Latency, now: u64) -> f32 {
         (latency.estimate(now).unwrap() - FLOOR) / 1000.0

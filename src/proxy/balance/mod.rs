@@ -6,12 +6,12 @@
 //! 1. [`Balancers::in_order`]: the targets, those that are up first.
 //! 2. [`Balancer::admit`]: a permit for each limit that it counts towards, held as long as it does.
 //! 3. [`Balancer::pick`]: an instance that was not tried yet. None: [`Balancer::absence`] tells why.
-//! 4. [`Picked::report`], or for a relayed connection [`Picked::connected`]: how it went. A pick that is dropped
-//!    without a word counts as nothing.
+//! 4. [`Picked::report`], or for a relayed connection [`Picked::connected`] or [`Picked::closed_unanswered`]: how it went. A
+//!    pick that is dropped without a word counts as nothing.
 //! 5. Hold the [`InFlight`] to the end of the connection or of the response's body.
 //!
 //! Instances that do badly are kept from traffic in two ways. One that can't be reached is *put aside*: it comes last,
-//! but it comes, as nothing was sent to it that could be lost. One that answers with errors is *ejected*: it gets
+//! but it comes, as nothing was sent to it that could be lost; and `proxy/probe.rs` sees when it can be reached again. One that answers with errors is *ejected*: it gets
 //! nothing for a while. After either, one connection or request alone probes it. Unless it was said how many may be
 //! ejected ([`PassiveHealthCheck::max_ejection_percent`]), an ejection never makes things worse than the app's own
 //! answers: the last instance that is usable is not ejected, and one that is comes after all others, but it comes.
@@ -24,7 +24,7 @@ mod instance;
 mod latency;
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -82,6 +82,12 @@ impl Balancers {
         Self { by_target, budget: previous.map(|balancers| Arc::clone(&balancers.budget)).unwrap_or_default() }
     }
 
+    /// By the id of the target.
+    #[must_use]
+    pub fn get(&self, target: &str) -> Option<&Arc<Balancer>> {
+        self.by_target.get(target)
+    }
+
     /// The targets of a resolver in the order to try them: as they are, but those without an instance that is up
     /// wait behind the others.
     #[must_use]
@@ -131,13 +137,32 @@ pub struct Balancer {
 }
 
 /// What is remembered of a target.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Shared {
     counts: Arc<Counts>,
     /// Of round robin.
     turn: AtomicU64,
     /// Held to eject, so that not too many are at once.
     ejecting: Mutex<()>,
+    /// When an instance was picked last, within [`NOTED`].
+    used: AtomicU64,
+    /// When a connection was last taken by an app, likewise.
+    answered: AtomicU64,
+    /// Probes of instances that are under way.
+    probes: Arc<AtomicUsize>,
+}
+
+impl Default for Shared {
+    fn default() -> Self {
+        Self {
+            counts: Arc::default(),
+            turn: AtomicU64::new(0),
+            ejecting: Mutex::default(),
+            used: AtomicU64::new(NEVER),
+            answered: AtomicU64::new(NEVER),
+            probes: Arc::default(),
+        }
+    }
 }
 
 /// How a try of a request went.
@@ -216,6 +241,25 @@ impl Balancer {
         self.instances.iter().any(|instance| instance.is_fit(now))
     }
 
+    /// Whether this is still one of the instances.
+    #[must_use]
+    pub fn has(&self, instance: &Instance) -> bool {
+        self.instances.iter().any(|one| one.is_same(instance))
+    }
+
+    /// Whether an instance was picked of late.
+    #[must_use]
+    pub fn is_used(&self, now: u64) -> bool {
+        is_of_late(&self.shared.used, now)
+    }
+
+    /// For one probe of an instance; `None`: there are enough at a time.
+    #[must_use]
+    pub fn probe_permit(&self) -> Option<ProbePermit> {
+        let permit = ProbePermit(Arc::clone(&self.shared.probes));
+        (permit.0.fetch_add(1, Ordering::Relaxed) < PROBED_AT_ONCE).then_some(permit)
+    }
+
     /// Counts something towards a limit of the target until the permit is dropped. To be asked for also where no limit
     /// is set, as one may be later.
     ///
@@ -251,6 +295,7 @@ impl Balancer {
         tried: &[Arc<Instance>],
         mut random: impl FnMut(u64) -> u64,
     ) -> Option<Picked> {
+        note(&self.shared.used, now);
         let ask = Ask { now, tried };
         // Another thread may be faster at a probe. That is rare, and twice in a row rarer.
         for _ in 0..PROBES {
@@ -371,11 +416,11 @@ impl Balancer {
         let aside = untried().filter(|instance| instance.state.circuit.lets_in(ask.now));
         if let Some(instance) = aside.min_by_key(|instance| instance.state.aside.due()) {
             let circuit = instance.state.circuit.enter(ask.now)?;
-            return Some(self.picked(instance, Probe::new(instance, false, circuit), random));
+            return Some(self.picked(instance, Probe::new(instance, false, circuit), ask.now, random));
         }
         let panics = self.settings.passive_health_check.max_ejection_percent.is_none() && !self.is_up(ask.now);
         let ejected = untried().filter(|_| panics).min_by_key(|instance| instance.load());
-        ejected.map(|instance| self.picked(instance, Probe::default(), random))
+        ejected.map(|instance| self.picked(instance, Probe::default(), ask.now, random))
     }
 
     /// `None`: another has just gone to probe it.
@@ -390,13 +435,19 @@ impl Balancer {
         if instance.state.circuit.enter(now)? {
             probe = probe.with_circuit(instance);
         }
-        Some(self.picked(instance, probe, random))
+        Some(self.picked(instance, probe, now, random))
     }
 
-    fn picked(self: &Arc<Self>, instance: &Arc<Instance>, probe: Probe, random: &mut impl FnMut(u64) -> u64) -> Picked {
+    fn picked(
+        self: &Arc<Self>,
+        instance: &Arc<Instance>,
+        probe: Probe,
+        now: u64,
+        random: &mut impl FnMut(u64) -> u64,
+    ) -> Picked {
         let certain = matches!(self.settings.passive_health_check.enforcing_consecutive_5xx, 0 | 100..);
         let die = if certain { 0 } else { random(100) };
-        Picked { balancer: Arc::clone(self), in_flight: InFlight::new(instance), probe, die }
+        Picked { balancer: Arc::clone(self), in_flight: InFlight::new(instance, now), probe, die }
     }
 
     /// Ejects an instance, unless too many are.
@@ -448,10 +499,32 @@ impl Picked {
         self.in_flight.instance()
     }
 
-    /// A connection that is relayed was made. How it goes on says nothing of the instance.
+    /// A connection that is relayed was made, and the app has it. How it goes on says nothing of the instance.
     #[must_use]
     pub fn connected(self, now: u64) -> InFlight {
+        note(&self.balancer.shared.answered, now);
         self.succeeded(now);
+        self.over()
+    }
+
+    /// A connection that is relayed was made, and ended by the instance's side at once without a byte. That speaks
+    /// against the instance only where others do otherwise: there are services that are like that.
+    #[must_use]
+    pub fn closed_unanswered(self, now: u64) -> InFlight {
+        if is_of_late(&self.balancer.shared.answered, now) {
+            self.in_flight.instance().state.left_unanswered(now, self.probe.aside);
+        }
+        self.over()
+    }
+
+    /// Nothing can be said of how it went.
+    #[must_use]
+    pub fn without_result(self) -> InFlight {
+        self.over()
+    }
+
+    fn over(mut self) -> InFlight {
+        self.in_flight.answered();
         self.in_flight
     }
 
@@ -476,7 +549,7 @@ impl Picked {
             }
             Outcome::Unreachable => state.could_not_be_reached(now, self.probe.aside),
         }
-        self.in_flight
+        self.over()
     }
 
     fn succeeded(&self, now: u64) {
@@ -496,6 +569,16 @@ impl Picked {
         if self.probe.circuit || (instance.state.fails_too_often(check.max_failures) && enforced) {
             self.balancer.eject(instance, now, self.probe.circuit);
         }
+    }
+}
+
+/// Counts a probe until it is dropped.
+#[derive(Debug)]
+pub struct ProbePermit(Arc<AtomicUsize>);
+
+impl Drop for ProbePermit {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -522,6 +605,19 @@ impl Drop for Probe {
             }
         }
     }
+}
+
+/// Keeps the time at which something was last so.
+fn note(time: &AtomicU64, now: u64) {
+    let last = time.load(Ordering::Relaxed);
+    if last == NEVER || now.saturating_sub(last) >= NOTED {
+        time.store(now, Ordering::Relaxed);
+    }
+}
+
+fn is_of_late(time: &AtomicU64, now: u64) -> bool {
+    let last = time.load(Ordering::Relaxed);
+    last != NEVER && now.saturating_sub(last) < OF_LATE
 }
 
 fn cumulated(instances: &[Arc<Instance>]) -> Vec<u64> {
@@ -555,6 +651,13 @@ const DRAWS: usize = 8;
 /// Places of a hash table that are tried before all instances are searched.
 const CANDIDATES: usize = 128;
 const PROBES: usize = 3;
+/// Probes of a target's instances that may be under way at a time.
+const PROBED_AT_ONCE: usize = 32;
+/// In milliseconds: what was longer ago, is no more.
+const OF_LATE: u64 = 60_000;
+/// How exactly such a time is kept, in milliseconds, so that few have to write it.
+const NOTED: u64 = 1_000;
+const NEVER: u64 = u64::MAX;
 /// Part in percent of the instances that may be ejected where nothing is said; the default of Envoy.
 const EJECTED: u32 = 10;
 

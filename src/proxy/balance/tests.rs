@@ -44,7 +44,7 @@ fn shares(balancer: &Arc<Balancer>, now: u64, count: usize) -> Vec<usize> {
 }
 
 fn report(balancer: &Arc<Balancer>, instance: usize, outcome: Outcome, now: u64) {
-    let picked = balancer.picked(&balancer.instances[instance], Probe::default(), &mut |_| 0);
+    let picked = balancer.picked(&balancer.instances[instance], Probe::default(), now, &mut |_| 0);
     picked.report(outcome, Duration::from_millis(5), now);
 }
 
@@ -173,7 +173,7 @@ fn one_slow_answer_costs_an_instance_its_share_for_a_moment_only() {
             let balancer = balancer(Policy::Unset, &[1; 3]);
             let mut now = 0;
             one_by_one(&balancer, &mut now, before, |_| 3);
-            let picked = balancer.picked(&balancer.instances[0], Probe::default(), &mut |_| 0);
+            let picked = balancer.picked(&balancer.instances[0], Probe::default(), now, &mut |_| 0);
             now += first;
             picked.report(Outcome::Success, Duration::from_millis(first), now);
             one_by_one(&balancer, &mut now, 200, |_| 3);
@@ -400,7 +400,7 @@ fn ejection_is_a_matter_of_chance_where_it_is_enforced_in_part() {
         let balancer = with_check(&[1; 1000], check);
         let mut rng = fastrand::Rng::with_seed(7);
         for instance in &balancer.instances {
-            let picked = balancer.picked(instance, Probe::default(), &mut |below| rng.u64(..below));
+            let picked = balancer.picked(instance, Probe::default(), 0, &mut |below| rng.u64(..below));
             picked.report(Outcome::ServerError, Duration::ZERO, 0);
         }
         let ejected = balancer.instances.iter().filter(|instance| !instance.is_fit(0)).count();
@@ -424,7 +424,7 @@ fn what_is_known_of_an_instance_outlives_a_snapshot() {
     let before = with_check(&[1, 1], all_may_go());
     report(&before, 1, Outcome::Unreachable, 0);
     fail(&before, 0, 4, 0);
-    let open = before.picked(&before.instances[1], Probe::default(), &mut |_| 0);
+    let open = before.picked(&before.instances[1], Probe::default(), 0, &mut |_| 0);
     let permit = before.admit(Limit::Connections).unwrap();
     let limits = Limits { max_connections: Some(1), ..Limits::default() };
     let after = Balancer::new(&endpoints(&[1, 2, 1]), Settings { limits, ..before.settings }, Some(&before));
@@ -485,4 +485,100 @@ fn threads_at_once_lose_no_count_and_send_one_probe() {
     });
     assert_eq!(probes, 1);
     assert_eq!(balancer.instances.iter().map(|instance| instance.load()).sum::<u32>(), 0);
+}
+
+#[test]
+fn an_instance_that_hangs_gets_no_more_while_its_estimate_decays() {
+    let balancer = balancer(Policy::Unset, &[1; 2]);
+    let mut rng = fastrand::Rng::with_seed(7);
+    for now in 0..200 {
+        let picked = pick(&balancer, now, &mut rng).unwrap();
+        picked.report(Outcome::Success, Duration::from_millis(5), now);
+    }
+    // The first answers nothing from now on, the other one as ever, to one request each 10 ms for 20 s.
+    let mut hanging: Vec<Picked> = Vec::new();
+    for now in (200..20_000).step_by(10) {
+        let picked = pick(&balancer, now, &mut rng).unwrap();
+        if place(&picked) == 0 {
+            hanging.push(picked);
+        } else {
+            picked.report(Outcome::Success, Duration::from_millis(5), now + 5);
+        }
+    }
+    assert!((1..4).contains(&hanging.len()), "{}", hanging.len());
+    // It answers again.
+    hanging.into_iter().for_each(|picked| drop(picked.report(Outcome::Success, Duration::from_secs(20), 20_000)));
+    let shares = shares(&balancer, 60_000, 100);
+    assert!(shares[0] > 20, "{shares:?}");
+}
+
+#[test]
+fn those_who_ask_for_long_answers_say_nothing_while_others_are_answered() {
+    let balancer = balancer(Policy::Unset, &[1; 2]);
+    let first = &balancer.instances[0];
+    let _polls: Vec<Picked> = (0..5).map(|_| balancer.picked(first, Probe::default(), 0, &mut |_| 0)).collect();
+    for now in 0..10_000 {
+        (0..2).for_each(|instance| report(&balancer, instance, Outcome::Success, now));
+    }
+    let (polled, other) = balancer.instances[0].latencies(&balancer.instances[1], 10_000).unwrap();
+    assert!(polled < other * 1.5, "{polled} {other}");
+}
+
+#[test]
+fn an_instance_whose_connections_are_ended_unanswered_is_put_aside_and_comes_last() {
+    for policy in POLICIES {
+        let balancer = balancer(policy, &[1; 3]);
+        let mut rng = fastrand::Rng::with_seed(7);
+        let dead = balancer.instances[1].clone();
+        let mut failed = 0;
+        for now in 0..60_000 {
+            let picked = pick(&balancer, now, &mut rng).unwrap();
+            if picked.instance().is_same(&dead) {
+                failed += 1;
+                let _ = picked.closed_unanswered(now);
+            } else {
+                let _ = picked.connected(now);
+            }
+        }
+        // Two, then one after 1, 3, 7, 15 and 31 s.
+        assert!((6..=9).contains(&failed), "{policy:?}: {failed}");
+        let _ = balancer.picked(&dead, Probe::default(), 60_000, &mut |_| 0).connected(60_000);
+        assert!(dead.is_fit(60_000));
+    }
+}
+
+#[test]
+fn where_every_instance_ends_connections_unanswered_each_gets_its_part() {
+    let balancer = balancer(Policy::Unset, &[1; 3]);
+    let mut rng = fastrand::Rng::with_seed(7);
+    let mut counts = [0; 3];
+    for now in (0..300_000).step_by(10) {
+        let picked = pick(&balancer, now, &mut rng).expect("the last resort");
+        counts[place(&picked)] += 1;
+        let _ = picked.closed_unanswered(now);
+    }
+    assert!(counts.iter().all(|count| *count > 9_000), "{counts:?}");
+}
+
+#[test]
+fn a_probe_keeps_an_instance_aside_and_brings_it_back() {
+    let balancer = balancer(Policy::Unset, &[1; 2]);
+    report(&balancer, 0, Outcome::Unreachable, 0);
+    let instance = &balancer.instances[0];
+    let watched = instance.watch().expect("nobody looks after it");
+    assert!(instance.watch().is_none());
+    for now in (500..100_000).step_by(500) {
+        assert!(instance.stay_aside(now, Duration::from_millis(1800)));
+        assert_eq!(shares(&balancer, now, 50), [0, 50]);
+    }
+    assert!(balancer.is_used(100_000) && !balancer.is_used(200_000));
+    instance.is_back();
+    assert!(shares(&balancer, 100_000, 50)[0] > 10);
+    assert!(!instance.stay_aside(100_000, Duration::from_millis(1800)));
+    drop(watched);
+    assert!(instance.watch().is_some());
+    let permits: Vec<ProbePermit> = std::iter::from_fn(|| balancer.probe_permit()).collect();
+    assert_eq!(permits.len(), PROBED_AT_ONCE);
+    drop(permits);
+    assert!(balancer.probe_permit().is_some());
 }

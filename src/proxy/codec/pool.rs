@@ -415,6 +415,13 @@ impl Lent {
         }
     }
 
+    /// Puts back what nothing was sent on.
+    pub fn put_back(self) {
+        if let Connection::Http1(sender, home) = self.connection {
+            drop(Lease { sender: Some(sender), home });
+        }
+    }
+
     /// Sends the request, which has the form that this version wants, and waits for the response head.
     ///
     /// # Errors

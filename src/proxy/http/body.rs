@@ -45,12 +45,12 @@ enum Source {
 pub struct Rest {
     pub patience: Option<Patience>,
     _held: Held,
-    _counted: Option<(InFlight, Permit)>,
+    _counted: Option<(InFlight, Option<Permit>)>,
 }
 
 impl Rest {
     #[must_use]
-    pub fn new(held: Held, counted: Option<(InFlight, Permit)>) -> Self {
+    pub fn new(held: Held, counted: Option<(InFlight, Option<Permit>)>) -> Self {
         Self { patience: None, _held: held, _counted: counted }
     }
 }

@@ -23,9 +23,11 @@ use crate::proxy::balance::{Balancer, Clock, Instance, Outcome, Picked, Plan, Re
 use crate::proxy::codec::pool::{Borrowed, Dialled, Failed, Lent, MadeFor, Pool, Version};
 use crate::proxy::codec::upload::{Upload, UploadState};
 use crate::proxy::codec::wire::Wire;
-use crate::proxy::dial::{Offer, attempt};
+use crate::proxy::dial::{Offer, Pace, attempt};
 use crate::proxy::limits::{Limit, Overflow, Permit};
 use crate::proxy::listener::Live;
+use crate::proxy::probe;
+use crate::proxy::race::{Next, Race};
 use crate::proxy::socket::Socket;
 use crate::snapshot::{Failure, Normalization, Protocol, RequestHash, Routed, Target, Upgrades, hash_request};
 
@@ -86,7 +88,8 @@ impl Outbound {
         let upgradable = client.is_some() && plan.upstream.chain.protocol == Protocol::Http;
         let head = self.edit(head, &routed, upgradable)?;
         let upgrades = head.upgrades();
-        let (response, rest) = Exchange::new(plan, &routed, self.clock, hash).run(head, body, note).await?;
+        let exchange = Exchange::new(plan, &routed, &self.live, self.clock, hash);
+        let (response, rest) = exchange.run(head, body, note).await?;
         match client {
             Some(client) if upgrades && response.status() == StatusCode::SWITCHING_PROTOCOLS => {
                 Ok(upgrade::join(client, response, rest, self.live.clone(), self.drain.clone(), |_| true))
@@ -136,8 +139,13 @@ fn log(plan: &Plan, refusal: &Refusal) {
 struct Exchange<'a> {
     plan: &'a Plan,
     routed: &'a Routed<'a>,
+    live: &'a watch::Receiver<Live<Plan>>,
     clock: Clock,
     hash: Option<u64>,
+    /// Where an instance is being connected to.
+    current: Option<Current<'a>>,
+    /// Those that are being connected to.
+    connecting: Vec<Arc<Instance>>,
     /// Those that could not be used or have answered badly.
     tried: Vec<Arc<Instance>>,
     /// Of these, those that could not be connected to since the last configured retry.
@@ -164,10 +172,27 @@ enum Tried {
 }
 
 impl<'a> Exchange<'a> {
-    fn new(plan: &'a Plan, routed: &'a Routed<'a>, clock: Clock, hash: Option<u64>) -> Self {
-        let retries = routed.retries.map_or(0, |policy| policy.retries);
-        let (tried, unreachable, reasons) = (Vec::new(), Vec::new(), Vec::new());
-        Self { plan, routed, clock, hash, tried, unreachable, reasons, retries, retry: None }
+    fn new(
+        plan: &'a Plan,
+        routed: &'a Routed<'a>,
+        live: &'a watch::Receiver<Live<Plan>>,
+        clock: Clock,
+        hash: Option<u64>,
+    ) -> Self {
+        Self {
+            plan,
+            routed,
+            live,
+            clock,
+            hash,
+            current: None,
+            connecting: Vec::new(),
+            tried: Vec::new(),
+            unreachable: Vec::new(),
+            reasons: Vec::new(),
+            retries: routed.retries.map_or(0, |policy| policy.retries),
+            retry: None,
+        }
     }
 
     async fn run(
@@ -184,72 +209,172 @@ impl<'a> Exchange<'a> {
         let limits = (self.routed.request_timeout, self.routed.idle_timeout);
         let mut patience = Patience::new(limits.0, limits.1, upload.as_ref());
         loop {
-            let chosen = self.choose_or_retry().await?;
-            if let Some(note) = &mut note {
-                note.sent_to(chosen.target.tls.name().to_str(), &chosen.picked.instance().address);
-            }
             patience.try_for(self.plan.upstream.requests.per_try_timeout);
-            let connected = self.connection(&chosen, head.upgrades());
-            let connected = match patience.within(connected).await {
-                // That one instance took too long to connect to.
-                Err(expired @ Expired::Try) => Err(expired.into()),
-                connected => connected?,
-            };
-            match connected {
-                Ok(lent) => match self.send(chosen, lent, head, body, upload.as_ref(), &mut patience).await? {
-                    Tried::Response(response, mut rest) => {
-                        patience.try_for(None);
-                        rest.patience = Some(patience);
-                        return Ok((response, rest));
-                    }
-                    Tried::Again(again, rest) => (head, body) = (again, rest),
-                },
-                // A limit is no fault of the instance, and would be reached elsewhere too.
-                Err(refusal) if refusal.kind == Kind::Overflow => return Err(refusal),
-                Err(refusal) => {
-                    let instance = Arc::clone(chosen.picked.instance());
-                    chosen.picked.report(Outcome::Unreachable, Duration::ZERO, self.clock.now());
-                    self.unreachable.push(Arc::clone(&instance));
-                    self.give_up(instance, &refusal.cause);
+            let mut race = Race::new();
+            let connected = self.connect(&mut race, head.upgrades(), note.as_deref_mut());
+            let connected = patience.within(connected).await;
+            self.leave(race);
+            let (picked, lent) = match connected {
+                Ok(connected) => connected?,
+                Err(expired @ Expired::Try) => {
+                    self.took_too_long(&Refusal::from(expired));
+                    continue;
                 }
+                Err(expired) => return Err(expired.into()),
+            };
+            match self.send(picked, lent, head, body, upload.as_ref(), &mut patience).await? {
+                Tried::Response(response, mut rest) => {
+                    patience.try_for(None);
+                    rest.patience = Some(patience);
+                    return Ok((response, rest));
+                }
+                Tried::Again(again, rest) => (head, body) = (again, rest),
             }
         }
     }
 
-    /// The next instance to try. Those that could not be connected to come again only where a retry of that is
-    /// configured: whatever else there is needs none, as nothing was sent.
-    async fn choose_or_retry(&mut self) -> Result<Chosen<'a>, Refusal> {
-        let refusal = match self.choose() {
-            Err(refusal) if !self.unreachable.is_empty() => refusal,
-            chosen => return chosen,
-        };
-        let asked = self.routed.retries.filter(|_| self.retries > 0);
-        if asked.is_some_and(|policy| policy.retries_failure(Failure::Connect)) && self.may_retry().await {
-            return self.choose();
+    /// A connection to an instance, each being tried beside those of the same target that are slow. Those that could not
+    /// be connected to come again only where a retry of that is configured: whatever else there is needs none, as nothing
+    /// was sent.
+    async fn connect(
+        &mut self,
+        race: &mut Race<(Picked, Lent), Unconnected>,
+        alone: bool,
+        mut note: Option<&mut Note>,
+    ) -> Result<(Picked, Lent), Refusal> {
+        self.current = None;
+        loop {
+            let refusal = match self.choose(false) {
+                Ok((first, until)) => {
+                    self.tell(&mut note, &first);
+                    if !alone && let Some(lent) = self.current.as_ref().and_then(|current| current.reuse(&first)) {
+                        return Ok((first, lent));
+                    }
+                    let (mut first, mut refusal) = (Some((first, until)), None);
+                    let won = race.run(|failed| self.next(&mut first, failed, alone, &mut note, &mut refusal)).await;
+                    self.connecting.clear();
+                    match (won, refusal) {
+                        (Some(won), _) => return Ok(won),
+                        // A limit is no fault of the instance, and would be reached elsewhere too.
+                        (None, Some(overflow)) => return Err(overflow),
+                        (None, None) => self.choose(false).err().unwrap_or_else(|| self.exhausted()),
+                    }
+                }
+                Err(refusal) => refusal,
+            };
+            let asked = self.routed.retries.filter(|_| self.retries > 0 && !self.unreachable.is_empty());
+            if !asked.is_some_and(|policy| policy.retries_failure(Failure::Connect)) || !self.may_retry().await {
+                return Err(refusal);
+            }
         }
-        Err(refusal)
     }
 
-    /// One of the first target that has one, in the order of failover.
-    fn choose(&mut self) -> Result<Chosen<'a>, Refusal> {
+    /// What to do while instances are being connected to.
+    fn next(
+        &mut self,
+        first: &mut Option<(Picked, Instant)>,
+        failed: Option<Unconnected>,
+        alone: bool,
+        note: &mut Option<&mut Note>,
+        overflow: &mut Option<Refusal>,
+    ) -> Next<(Picked, Lent), Unconnected> {
+        if let Some(Unconnected { instance, refusal }) = failed {
+            if refusal.kind == Kind::Overflow {
+                *overflow = Some(refusal);
+                return Next::Stop;
+            }
+            self.connecting.retain(|one| !Arc::ptr_eq(one, &instance));
+            self.unreachable.push(Arc::clone(&instance));
+            self.reasons.push(format!("{} {}", instance.address, refusal.cause));
+            if let Some(current) = &self.current {
+                probe::begin(self.live, current.target, &instance, self.clock);
+            }
+        }
+        let chosen = match first.take() {
+            Some(first) => Ok(first),
+            None => self.choose(!self.connecting.is_empty()).inspect(|(picked, _)| self.tell(note, picked)),
+        };
+        let (Ok((picked, until)), Some(current)) = (chosen, &mut self.current) else { return Next::Wait };
+        if let Err(reached) = current.enter() {
+            *overflow = Some(reached.into());
+            return Next::Stop;
+        }
+        let instance = Arc::clone(picked.instance());
+        self.tried.push(Arc::clone(&instance));
+        self.connecting.push(instance);
+        let upstream = &self.plan.upstream;
+        let dial = Dial {
+            target: Arc::clone(current.target),
+            balancer: Arc::clone(current.balancer),
+            until,
+            alone,
+            only_http2: upstream.chain.protocol != Protocol::Http,
+            may_wait: upstream.limits.max_connections != Some(0),
+        };
+        Next::Begin(Box::pin(dial.connect(picked, self.clock)), current.pace.stagger())
+    }
+
+    /// Lets what is still being connected to come to its end: into the pool, or put aside.
+    fn leave(&self, race: Race<(Picked, Lent), Unconnected>) {
+        let Some(current) = self.current.as_ref().filter(|_| race.is_on()) else { return };
+        let (live, target, clock) = (self.live.clone(), Arc::clone(current.target), self.clock);
+        race.finish(move |ended| match ended {
+            Ok((picked, lent)) => {
+                picked.instance().is_back();
+                lent.put_back();
+            }
+            Err(Unconnected { instance, .. }) => probe::begin(&live, &target, &instance, clock),
+        });
+    }
+
+    /// Those that were being connected to took too long for one try.
+    fn took_too_long(&mut self, refusal: &Refusal) {
+        for instance in std::mem::take(&mut self.connecting) {
+            self.reasons.push(format!("{} {}", instance.address, refusal.cause));
+            self.unreachable.push(instance);
+        }
+    }
+
+    fn tell(&self, note: &mut Option<&mut Note>, picked: &Picked) {
+        if let (Some(note), Some(current)) = (note, &self.current) {
+            note.sent_to(current.target.tls.name().to_str(), &picked.instance().address);
+        }
+    }
+
+    /// One instance of the first target that has one, in the order of failover, and until when it may take; `beside`
+    /// others of the same target alone.
+    fn choose(&mut self, beside: bool) -> Result<(Picked, Instant), Refusal> {
         if self.reasons.len() >= ATTEMPTS {
             return Err(self.exhausted());
         }
-        let now = self.clock.now();
+        let (plan, now) = (self.plan, self.clock.now());
         let mut overflow = None;
-        for (target, balancer) in self.plan.balancers.in_order(&self.routed.resolver.targets, now) {
-            let permit = match balancer.admit(Limit::ConcurrentRequests) {
-                Ok(permit) => permit,
-                Err(reached) => {
-                    overflow = Some(reached);
-                    continue;
-                }
+        for (target, balancer) in plan.balancers.in_order(&self.routed.resolver.targets, now) {
+            let current = self.current.as_mut().filter(|current| Arc::ptr_eq(current.balancer, balancer));
+            if beside && current.is_none() {
+                continue;
+            }
+            let mut entered = None;
+            let current = match current {
+                Some(current) => current,
+                None => match balancer.admit(Limit::ConcurrentRequests) {
+                    Ok(permit) => entered.insert(Current::new(target, balancer, permit)),
+                    Err(reached) => {
+                        overflow = Some(reached);
+                        continue;
+                    }
+                },
             };
+            let Some(until) = current.pace.until(balancer, current.begun) else { continue };
             let pick = |tried: &[Arc<Instance>]| balancer.pick(now, self.hash, tried, |below| fastrand::u64(..below));
             // What was asked to be tried again may go to the same instance, if there is no other.
             let picked = pick(&self.tried).or_else(|| self.retry.as_ref().and_then(|_| pick(&self.unreachable)));
             if let Some(picked) = picked {
-                return Ok(Chosen { target, balancer, picked, permit });
+                current.begun += 1;
+                if entered.is_some() {
+                    self.current = entered;
+                }
+                return Ok((picked, until));
             }
         }
         Err(overflow.map_or_else(|| self.exhausted(), Refusal::from))
@@ -270,63 +395,17 @@ impl<'a> Exchange<'a> {
         self.tried.push(instance);
     }
 
-    async fn connection(&self, chosen: &Chosen<'_>, alone: bool) -> Result<Lent, Refusal> {
-        let Chosen { target, balancer, picked, .. } = chosen;
-        let instance = picked.instance();
-        let made_for = MadeFor::Mesh(Arc::clone(&target.tls));
-        if !alone && let Some(lent) = instance.pool().reuse(&made_for) {
-            return Ok(lent);
-        }
-        let _pending = balancer.admit(Limit::PendingRequests)?;
-        if alone {
-            let open = instance.pool().enter(Some(balancer.admit(Limit::Connections)?));
-            let until = Instant::now() + target.connect_timeout;
-            let (mesh, _) = attempt(target, instance, until, Offer::Http1).await?;
-            return Pool::connect_once(Wire::tls(mesh), open).await.map_err(Refusal::from);
-        }
-        let dialled = self.dial(target, instance, &made_for, || balancer.admit(Limit::Connections).map(Some)).await;
-        match dialled {
-            // As in Envoy, requests wait for one of the connections, and each instance may have one.
-            Err(refusal) if refusal.kind == Kind::Overflow && self.plan.upstream.limits.max_connections != Some(0) => {
-                match instance.pool().borrow(&made_for).await {
-                    Borrowed::Lent(lent) => Ok(*lent),
-                    Borrowed::None => self.dial(target, instance, &made_for, || Ok(None)).await,
-                }
-            }
-            dialled => dialled,
-        }
-    }
-
-    async fn dial(
-        &self,
-        target: &Target,
-        instance: &Instance,
-        made_for: &MadeFor,
-        permit: impl FnOnce() -> Result<Option<Permit>, Overflow>,
-    ) -> Result<Lent, Refusal> {
-        let always = self.plan.upstream.chain.protocol != Protocol::Http;
-        let dial = async {
-            let open = instance.pool().enter(permit()?);
-            let until = Instant::now() + target.connect_timeout;
-            let (mesh, _) = attempt(target, instance, until, Offer::All).await?;
-            let http2 = always || mesh.alpn() == Some(b"h2");
-            let version = if http2 { Version::Http2 } else { Version::Http1 };
-            Ok(Dialled { wire: Wire::tls(mesh), version, open })
-        };
-        instance.pool().connect(made_for, dial).await
-    }
-
     /// Sends the request and judges what comes of it.
     async fn send(
         &mut self,
-        chosen: Chosen<'a>,
+        picked: Picked,
         lent: Lent,
         head: Head,
         body: Upload,
         upload: Option<&UploadState>,
         patience: &mut Patience,
     ) -> Result<Tried, Refusal> {
-        let Chosen { picked, permit, .. } = chosen;
+        let permit = self.current.take().map(|current| current.permit);
         let authority = head.authority.clone();
         let reused = lent.reused;
         // What may be sent twice: streams can be refused, idle connections can be closing, retries be asked for.
@@ -447,12 +526,101 @@ impl<'a> Exchange<'a> {
     }
 }
 
-/// An instance of a target, to be tried.
-struct Chosen<'a> {
-    target: &'a Target,
+/// A target of which instances are tried.
+struct Current<'a> {
+    target: &'a Arc<Target>,
     balancer: &'a Arc<Balancer>,
-    picked: Picked,
+    pace: Pace,
+    /// Instances that were chosen.
+    begun: usize,
     permit: Permit,
+    /// Held while the request waits for a connection.
+    pending: Option<Permit>,
+}
+
+impl<'a> Current<'a> {
+    fn new(target: &'a Arc<Target>, balancer: &'a Arc<Balancer>, permit: Permit) -> Self {
+        Self { target, balancer, pace: Pace::new(target), begun: 0, permit, pending: None }
+    }
+
+    /// A connection that is there.
+    fn reuse(&self, picked: &Picked) -> Option<Lent> {
+        picked.instance().pool().reuse(&MadeFor::Mesh(Arc::clone(&self.target.tls)))
+    }
+
+    /// Counts the request among those that wait for a connection.
+    fn enter(&mut self) -> Result<(), Overflow> {
+        if self.pending.is_none() {
+            self.pending = Some(self.balancer.admit(Limit::PendingRequests)?);
+        }
+        Ok(())
+    }
+}
+
+/// What it takes to get a connection to an instance.
+struct Dial {
+    target: Arc<Target>,
+    balancer: Arc<Balancer>,
+    until: Instant,
+    /// For a request that needs a connection of HTTP/1 for itself.
+    alone: bool,
+    only_http2: bool,
+    /// Where no more connections may be made, one of those that are there is waited for.
+    may_wait: bool,
+}
+
+/// An instance that there is no connection to.
+struct Unconnected {
+    instance: Arc<Instance>,
+    refusal: Refusal,
+}
+
+impl Dial {
+    /// Reports a failure; how the request goes is yet to be reported.
+    async fn connect(self, picked: Picked, clock: Clock) -> Result<(Picked, Lent), Unconnected> {
+        match self.connection(picked.instance()).await {
+            Ok(lent) => Ok((picked, lent)),
+            Err(refusal) => {
+                let instance = Arc::clone(picked.instance());
+                if refusal.kind != Kind::Overflow {
+                    picked.report(Outcome::Unreachable, Duration::ZERO, clock.now());
+                }
+                Err(Unconnected { instance, refusal })
+            }
+        }
+    }
+
+    async fn connection(&self, instance: &Instance) -> Result<Lent, Refusal> {
+        let permit = || self.balancer.admit(Limit::Connections);
+        if self.alone {
+            let open = instance.pool().enter(Some(permit()?));
+            let (mesh, _) = attempt(&self.target, instance, self.until, Offer::Http1).await?;
+            return Pool::connect_once(Wire::tls(mesh), open).await.map_err(Refusal::from);
+        }
+        let made_for = MadeFor::Mesh(Arc::clone(&self.target.tls));
+        match instance.pool().connect(&made_for, self.dial(instance, || permit().map(Some))).await {
+            // As in Envoy, requests wait for one of the connections, and each instance may have one.
+            Err(refusal) if refusal.kind == Kind::Overflow && self.may_wait => {
+                match instance.pool().borrow(&made_for).await {
+                    Borrowed::Lent(lent) => Ok(*lent),
+                    Borrowed::None => instance.pool().connect(&made_for, self.dial(instance, || Ok(None))).await,
+                }
+            }
+            dialled => dialled,
+        }
+    }
+
+    async fn dial(
+        &self,
+        instance: &Instance,
+        permit: impl FnOnce() -> Result<Option<Permit>, Overflow>,
+    ) -> Result<Dialled, Refusal> {
+        let open = instance.pool().enter(permit()?);
+        let (mesh, _) = attempt(&self.target, instance, self.until, Offer::All).await?;
+        let http2 = self.only_http2 || mesh.alpn() == Some(b"h2");
+        let version = if http2 { Version::Http2 } else { Version::Http1 };
+        Ok(Dialled { wire: Wire::tls(mesh), version, open })
+    }
 }
 
 impl Again<'_> {

@@ -1,5 +1,5 @@
 use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
 use tokio::net::{TcpListener, TcpStream};
@@ -11,7 +11,7 @@ use crate::drain::Stage;
 use crate::proxy::fixture::*;
 use crate::snapshot::{Action, LocalApp, Node, Protocol, PublicListener, Resolver, Target};
 use crate::testing::ca::{TRUST_DOMAIN, uri};
-use crate::tls::{Credentials, Parameters, Policy, Versions};
+use crate::tls::{Credentials, Parameters, Policy, TUNNELS, Versions};
 
 /// Sidecars have two threads here, and each thread its own sessions.
 const THREADS: usize = 2;
@@ -26,8 +26,13 @@ fn pieces_are_put_together_however_they_are_cut() {
     let long = vec![7; 70_000];
     let first = [&piece(b"a")[..], &piece(&long), &piece(b"bc"), &end, &start].concat();
     let second = [&piece(b"second")[..], &end].concat();
-    for cut in [1, 2, 3, 5, 4096, first.len()] {
-        let (mut incoming, mut opened) = (Incoming::new(Role::Server), Vec::new());
+    for (cut, asks) in [1, 2, 3, 5, 4096, first.len()].into_iter().flat_map(|cut| [(cut, false), (cut, true)]) {
+        let (mut incoming, mut opened) = (Incoming::new(Role::Server, asks), Vec::new());
+        if asks {
+            start.chunks(cut).for_each(|part| incoming.take(part, &mut opened));
+            assert!(incoming.phase == Phase::Asked && opened.is_empty(), "cut at {cut}");
+            incoming.phase = Phase::Carrying;
+        }
         first.chunks(cut).for_each(|part| incoming.take(part, &mut opened));
         assert!(incoming.phase == Phase::Asked && opened == [b"a", &long[..], b"bc"].concat(), "cut at {cut}");
         (incoming.phase, opened) = (Phase::Carrying, Vec::new());
@@ -49,14 +54,68 @@ fn what_makes_no_sense_is_noticed_and_nothing_after_it_is_taken() {
         (Role::Client, [word(END), word(END)].concat()),
         // An answer to no question.
         (Role::Client, [word(END), word(START)].concat()),
+        (Role::Client, word(REFUSED)),
+        (Role::Server, word(REFUSED)),
         // Bytes before the answer, and two questions.
         (Role::Server, [word(END), word(START), piece(b"early")].concat()),
         (Role::Server, [word(END), word(START), word(START)].concat()),
     ] {
-        let (mut incoming, mut opened) = (Incoming::new(role), Vec::new());
-        incoming.take(&[sent.clone(), piece(b"and on")].concat(), &mut opened);
-        assert_eq!((incoming.phase, opened.len()), (Phase::Broken, 0), "{role:?} {sent:?}");
+        for asks in [false, true] {
+            let (mut incoming, mut opened) = (Incoming::new(role, asks), Vec::new());
+            // As the first of version 1 begins.
+            incoming.phase = Phase::Carrying;
+            incoming.take(&[sent.clone(), piece(b"and on")].concat(), &mut opened);
+            assert_eq!((incoming.phase, opened.len()), (Phase::Broken, 0), "{role:?} {sent:?}");
+        }
     }
+    // Before anything was asked for, and with an answer that is none.
+    for (role, phase, asks, sent) in [
+        (Role::Server, Phase::Ended, true, piece(b"unasked")),
+        (Role::Server, Phase::Ended, true, word(END)),
+        (Role::Client, Phase::Ended, true, word(START)),
+        (Role::Client, Phase::Awaiting, true, piece(b"early")),
+        (Role::Client, Phase::Awaiting, true, word(END)),
+        (Role::Client, Phase::Awaiting, false, [word(REFUSED), piece(b"a")].concat()),
+        (Role::Client, Phase::Awaiting, true, [word(REFUSED), word(0)].concat()),
+        (Role::Client, Phase::Awaiting, true, [word(REFUSED), word(REASON + 1)].concat()),
+        (Role::Client, Phase::Awaiting, true, [word(REFUSED), word(START)].concat()),
+        (Role::Client, Phase::Awaiting, true, [word(REFUSED), piece(b"a"), word(START)].concat()),
+    ] {
+        let (mut incoming, mut opened) = (Incoming::new(role, asks), Vec::new());
+        incoming.phase = phase;
+        incoming.take(&[sent.clone(), piece(b"and on")].concat(), &mut opened);
+        assert_eq!((incoming.phase, opened.len()), (Phase::Broken, 0), "{role:?} {phase:?} {sent:?}");
+    }
+}
+
+#[test]
+fn a_reason_may_be_longer_than_this_version_knows() {
+    for (reason, refusal) in [
+        (&[1][..], Refusal::Denied),
+        (&[2, 9, 9], Refusal::NoApp),
+        (&[3; 255], Refusal::Full),
+        (&[77], Refusal::Other),
+        (&[0], Refusal::Other),
+    ] {
+        let sent = [REFUSED.to_be_bytes().to_vec(), piece(reason)].concat();
+        for cut in [1, 3, sent.len()] {
+            let (mut incoming, mut opened) = (Incoming::new(Role::Client, true), Vec::new());
+            incoming.phase = Phase::Awaiting;
+            sent.chunks(cut).for_each(|part| incoming.take(part, &mut opened));
+            let Phase::Refused(code) = incoming.phase else { panic!("{:?}", incoming.phase) };
+            assert_eq!((Refusal::of(code), opened.len()), (refusal, 0));
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_tunnel_is_offered_again_after_a_while() {
+    let sessions = Sessions::default();
+    assert!(!sessions.are_refused());
+    sessions.refuse();
+    assert!(sessions.are_refused());
+    tokio::time::advance(REFUSED_TIME).await;
+    assert!(!sessions.are_refused());
 }
 
 /// What stands between the sidecars: it counts connections, and cuts them.
@@ -209,7 +268,7 @@ async fn either_version_of_tls_will_do() {
         let incoming = Parameters { versions, ..Parameters::default() };
         let credentials = CA.credentials("db").under(Policy { incoming, ..Policy::default() });
         pair.gate.count();
-        pair.change(|listener| listener.tls = credentials.server(&[TUNNEL]).unwrap());
+        pair.change(|listener| listener.tls = credentials.server(TUNNELS).unwrap());
         eventually("a session is made", async || pair.reaches().await && pair.gate.count() > 0).await;
         pair.warm().await;
         for _ in 0..20 {
@@ -337,7 +396,7 @@ async fn a_certificate_that_has_expired_opens_nothing_more() {
         Credentials::new(TRUST_DOMAIN, &roots, &leaf.cert_pem, &leaf.key_pem, "web", SystemTime::now()).unwrap();
     let mut expiring = upstream(Protocol::Tcp, pair.at, &[pair.gate.at]);
     let expected = vec![SpiffeId::parse(&uri("db")).unwrap()];
-    let tls = credentials.client("db.x.consul", expected, &[TUNNEL]).unwrap();
+    let tls = credentials.client("db.x.consul", expected, TUNNELS).unwrap();
     let Node::Resolver(resolver) = &expiring.chain.start else { unreachable!("it was built so") };
     let old = &resolver.targets[0];
     let target = Target {
@@ -411,17 +470,22 @@ async fn a_client_that_speaks_nonsense_is_cut_and_harms_nobody() {
     let pair = Pair::start().await;
     let word = |word: u32| word.to_be_bytes().to_vec();
     let expected = vec![SpiffeId::parse(&uri("db")).unwrap()];
-    let client = CA.credentials("web").client("db.x.consul", expected, &[TUNNEL]).unwrap();
-    for nonsense in [
-        word(START),
-        [word(END), word(END)].concat(),
-        [word(END), piece(b"late")].concat(),
-        [word(END), word(START), piece(b"early")].concat(),
-        [piece(b"x"), word(START)].concat(),
+    for (version, nonsense) in [
+        (TUNNEL_1, word(START)),
+        (TUNNEL_1, [word(END), word(END)].concat()),
+        (TUNNEL_1, [word(END), piece(b"late")].concat()),
+        (TUNNEL_1, [word(END), word(START), piece(b"early")].concat()),
+        (TUNNEL_1, [piece(b"x"), word(START)].concat()),
+        (TUNNEL, word(END)),
+        (TUNNEL, word(REFUSED)),
+        (TUNNEL, piece(b"x")),
+        (TUNNEL, [word(START), piece(b"early")].concat()),
+        (TUNNEL, [word(START), word(START)].concat()),
     ] {
         let socket = TcpStream::connect(pair.mesh).await.unwrap();
+        let client = CA.credentials("web").client("db.x.consul", expected.clone(), &[version]).unwrap();
         let mut tls = Stream::connect(socket, &client).await.unwrap();
-        assert_eq!(tls.alpn(), Some(TUNNEL));
+        assert_eq!(tls.alpn(), Some(version));
         poll_fn(|cx| Poll::Ready(with_scratch(|scratch| tls.poll_seal(cx, scratch, &nonsense)))).await.unwrap();
         let ended = async {
             while tls.read_side() == ReadSide::Open {
@@ -431,6 +495,88 @@ async fn a_client_that_speaks_nonsense_is_cut_and_harms_nobody() {
             }
         };
         timeout(SERVER_IDLE_TIME / 2, ended).await.unwrap_or_else(|_| panic!("{nonsense:?} ends it"));
+        assert!(pair.reaches().await);
+    }
+}
+
+/// The client's or the server's side knows only the first version.
+#[tokio::test]
+async fn either_version_of_the_tunnel_will_do() {
+    let pair = Pair::start().await;
+    pair.gate.count();
+    pair.change(|listener| listener.tls = CA.credentials("db").server(&[TUNNEL_1]).unwrap());
+    eventually("a session is made", async || pair.reaches().await && pair.gate.count() > 0).await;
+    pair.warm().await;
+    for _ in 0..20 {
+        assert!(pair.reaches().await);
+    }
+    assert!(pair.gate.count() <= THREADS);
+}
+
+/// How a client of this version sees what the server answers to its question.
+async fn asked(pair: &Pair) -> Result<(), Refusal> {
+    let socket = Socket::tcp(TcpStream::connect(pair.mesh).await.unwrap());
+    let expected = vec![SpiffeId::parse(&uri("db")).unwrap()];
+    let client = CA.credentials("web").client("db.x.consul", expected, TUNNELS).unwrap();
+    let mut mesh = Carrier::new(Stream::connect(socket, &client).await.unwrap(), Role::Client);
+    assert!(mesh.is_free() && mesh.answers_for_app());
+    timeout(PATIENCE, mesh.start()).await.unwrap().unwrap()
+}
+
+#[tokio::test]
+async fn a_server_says_why_no_connection_begins() {
+    let pair = Pair::with(|public| PublicListener { max_connections: Some(100), ..public }).await;
+    assert_eq!(asked(&pair).await, Ok(()));
+    pair.change(|listener| listener.intentions = allowing(Action::Deny));
+    eventually("it is denied", async || asked(&pair).await == Err(Refusal::Denied)).await;
+    pair.change(|listener| listener.local_app = LocalApp::Tcp(address(free())));
+    eventually("there is no app", async || asked(&pair).await == Err(Refusal::NoApp)).await;
+    pair.change(|_| {});
+    eventually("it is allowed again", async || asked(&pair).await == Ok(())).await;
+}
+
+#[tokio::test]
+async fn an_instance_without_its_app_fails_nobody_and_is_used_again() {
+    let (dead, live) = (Pair::start().await, Pair::start().await);
+    let at = free();
+    let client = Sidecar::start(with_upstream(upstream(Protocol::Tcp, at, &[dead.mesh, live.mesh])));
+    dead.change(|listener| listener.local_app = LocalApp::Tcp(address(free())));
+    eventually("there is no app", async || asked(&dead).await == Err(Refusal::NoApp)).await;
+    listening(at).await;
+    let pair = Pair { at, client, ..live };
+    for _ in 0..100 {
+        assert!(pair.reaches().await);
+    }
+    dead.change(|_| {});
+    // Only the instance that was dead is left: it is in use again without anybody's failing first.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    pair.change(|listener| listener.local_app = LocalApp::Tcp(address(free())));
+    eventually("the other is dead now", async || asked(&pair).await == Err(Refusal::NoApp)).await;
+    for _ in 0..20 {
+        assert!(pair.reaches().await);
+    }
+}
+
+#[tokio::test]
+async fn who_is_denied_is_not_led_to_another_instance() {
+    let (denying, other) = (Pair::start().await, Pair::start().await);
+    let at = free();
+    let client = Sidecar::start(with_upstream(upstream(Protocol::Tcp, at, &[denying.mesh, other.mesh])));
+    for pair in [&denying, &other] {
+        pair.change(|listener| listener.intentions = allowing(Action::Deny));
+        eventually("it is denied", async || asked(pair).await == Err(Refusal::Denied)).await;
+    }
+    listening(at).await;
+    let pair = Pair { at, client, ..other };
+    for _ in 0..10 {
+        assert!(!pair.reaches().await);
+    }
+    // A denial says nothing of an instance: both are used at once when they allow it.
+    for pair in [&denying, &pair] {
+        pair.change(|_| {});
+        eventually("it is allowed", async || asked(pair).await == Ok(())).await;
+    }
+    for _ in 0..20 {
         assert!(pair.reaches().await);
     }
 }
