@@ -13,6 +13,7 @@ FROM ${RUST_IMAGE} AS build
 WORKDIR /lictor
 COPY Cargo.toml Cargo.lock build.rs ./
 COPY .cargo .cargo
+COPY vendor vendor
 COPY src src
 RUN cargo build --release --locked
 

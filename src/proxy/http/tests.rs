@@ -709,6 +709,59 @@ impl http_body::Body for Endless {
     }
 }
 
+#[tokio::test]
+async fn every_printable_byte_goes_on_as_it_came() {
+    let raw = Normalization { path: false, ..Normalization::default() };
+    for protocol in [Protocol::Http, Protocol::Http2] {
+        let http2 = protocol != Protocol::Http;
+        let app =
+            app(http2, |request| async move { ok(text(request.uri().path_and_query().unwrap().to_string())) }).await;
+        let (mesh, at) = (free(), free());
+        let listener = PublicListener { normalization: raw, ..public(protocol, mesh, app) };
+        let _server = Sidecar::start(with_public(listener));
+        let _client = Sidecar::start(with_upstream(upstream(protocol, at, &[mesh])));
+        listening(mesh).await;
+        listening(at).await;
+        let bytes: String = (b'!'..=b'~').filter(|byte| !b"#?".contains(byte)).map(char::from).collect();
+        let target = format!("/{bytes}?{bytes}?");
+        for client in [Client::http1(at).await, Client::http2(at).await] {
+            assert_eq!(client.ask(get(&target)).await, (StatusCode::OK, target.clone().into()), "{protocol:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_target_is_normalised_where_it_is_judged_and_nowhere_else() {
+    let app = app(false, |request| async move { ok(text(request.uri().path_and_query().unwrap().to_string())) }).await;
+    for (path, arrives) in [(true, "/b/%5E%3C%3E?\"<>`%61"), (false, "/a/..\\%62/./^<>?\"<>`%61")] {
+        let (mesh, at) = (free(), free());
+        let normalization = Normalization { path, ..Normalization::default() };
+        let _server =
+            Sidecar::start(with_public(PublicListener { normalization, ..public(Protocol::Http, mesh, app) }));
+        let _client = Sidecar::start(with_upstream(upstream(Protocol::Http, at, &[mesh])));
+        listening(mesh).await;
+        listening(at).await;
+        let client = Client::http1(at).await;
+        assert_eq!(client.ask(get("/a/..\\%62/./^<>?\"<>`%61")).await, (StatusCode::OK, arrives.into()));
+    }
+}
+
+#[tokio::test]
+async fn an_answer_that_switches_protocols_unasked_goes_no_further() {
+    let switch = |_| async {
+        let mut response = ok(text(""));
+        *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("upgrade"));
+        response.headers_mut().insert(UPGRADE, HeaderValue::from_static("echo"));
+        response
+    };
+    let app = app(false, switch).await;
+    let pair = pair(Protocol::Http, app).await;
+    for client in [Client::http1(pair.at).await, Client::http2(pair.at).await] {
+        assert_eq!(client.ask(get("/")).await.0, StatusCode::BAD_GATEWAY);
+    }
+}
+
 fn exposed(bind: SocketAddr, paths: &[(&str, SocketAddr, Protocol)]) -> Snapshot {
     let path = |(path, to, protocol): &(&str, SocketAddr, Protocol)| {
         let app = LocalApp::Tcp(address(*to));
