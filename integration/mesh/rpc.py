@@ -11,9 +11,9 @@ SERVICE = "scenario.Calls"
 
 
 class Rpc:
-    """Serves in plain HTTP/2; counts what it was told to stop."""
+    """Serves in plain HTTP/2; counts what it was told to stop. `streams`: at a time on one connection."""
 
-    def __init__(self, port):
+    def __init__(self, port, streams=None):
         self.port, self.waiting, self.cancelled = port, threading.Semaphore(0), threading.Semaphore(0)
         handlers = {
             "Echo": grpc.unary_unary_rpc_method_handler(self._echo),
@@ -22,8 +22,11 @@ class Rpc:
             "Chat": grpc.stream_stream_rpc_method_handler(self._chat),
             "Fail": grpc.unary_unary_rpc_method_handler(self._fail),
             "Wait": grpc.unary_unary_rpc_method_handler(self._wait),
+            "Pour": grpc.unary_stream_rpc_method_handler(self._pour),
+            "Hold": grpc.stream_unary_rpc_method_handler(self._hold),
         }
-        self._server = grpc.server(concurrent.futures.ThreadPoolExecutor(32), options=OPTIONS)
+        options = OPTIONS + ([("grpc.max_concurrent_streams", streams)] if streams else [])
+        self._server = grpc.server(concurrent.futures.ThreadPoolExecutor(64), options=options)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         assert self._server.add_insecure_port(f"127.0.0.1:{port}") == port
         self._server.start()
@@ -53,6 +56,13 @@ class Rpc:
             self.cancelled.release()
         return request
 
+    def _pour(self, request, _context):
+        return (bytes(65536) for _ in range(int(request)))
+
+    def _hold(self, _requests, context):
+        """Reads nothing of what it is sent."""
+        return self._wait(b"", context)
+
     def close(self):
         self._server.stop(0).wait(10)
 
@@ -61,7 +71,9 @@ class Caller:
     """Calls at a local port."""
 
     def __init__(self, port):
-        self._channel = grpc.insecure_channel(f"127.0.0.1:{port}", options=OPTIONS)
+        # A connection of its own for each caller.
+        options = [*OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+        self._channel = grpc.insecure_channel(f"127.0.0.1:{port}", options=options)
 
     def call(self, kind, name):
         """The call of this name; `kind` is "unary_unary" and so on."""

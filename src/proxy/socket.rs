@@ -69,6 +69,13 @@ impl Socket {
         }
     }
 
+    /// Ends the connection when what was sent has not been acknowledged for so long. A socket that refuses still works.
+    pub fn end_when_unacknowledged(&self, time: Duration) {
+        if let Self::Tcp(stream) = self {
+            let _ = SockRef::from(stream).set_tcp_user_timeout(Some(time));
+        }
+    }
+
     /// Ends abruptly: the far end sees a reset instead of an end.
     pub fn abort(self) {
         if let Self::Tcp(stream) = &self {

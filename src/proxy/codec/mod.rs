@@ -2,11 +2,17 @@
 //!
 //! A [`pool`] keeps those that we made and sends requests over them, with an [`upload`] each. Under a codec on either
 //! side lies a [`wire`], which gathers what it writes; on the server side the wire looks over what is read as well
-//! ([`strict`], [`blocks`]). What a codec has decoded says its length in one way ([`framing`]).
+//! ([`strict`], [`blocks`]). HTTP/1 is hyper's; of HTTP/2 the frames are h2's, and what follows from them is decided
+//! here ([`client`], [`server`], [`flow`]). What a codec has decoded says its length in one way ([`framing`]).
 
 mod blocks;
+mod client;
+mod flow;
 pub mod framing;
+pub mod incoming;
+mod outgoing;
 pub mod pool;
+pub mod server;
 mod strict;
 pub mod upload;
 pub mod wire;
@@ -15,6 +21,8 @@ pub mod wire;
 pub const HEADERS: usize = 100;
 pub const HEAD_SIZE: usize = 60 * 1024;
 
-/// What one side of an HTTP/2 connection may send before the other has taken it, in bytes.
-pub const STREAM_WINDOW: u32 = 512 * 1024;
-pub const CONNECTION_WINDOW: u32 = 1024 * 1024;
+/// What a stream of HTTP/2 may have waiting for the connection's turn to send, in bytes.
+const SEND_BUFFER: usize = 400 * 1024;
+/// Frames with a few bytes each take more memory than the bytes. A connection is ended where those that nobody has read
+/// would take more than this, in bytes.
+const SMALL_FRAMES: usize = 64 * 1024 * 1024;

@@ -11,17 +11,19 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use http::{Request, Response};
-use hyper::body::Incoming;
-use hyper::client::conn::{http1, http2};
-use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::sync::Notify;
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
+use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
+use super::client::{self, Sender};
+use super::flow::Counted;
 use super::framing;
+use super::incoming::Incoming;
 use super::upload::Upload;
 use super::wire::{Turn, Wire};
-use super::{CONNECTION_WINDOW, HEAD_SIZE, HEADERS, STREAM_WINDOW};
-use crate::proxy::limits::Permit;
+use super::{HEAD_SIZE, HEADERS};
+use crate::proxy::limits::{Overflow, Permit};
 use crate::proxy::workers;
 use crate::snapshot::{Failure, LocalApp};
 use crate::tls;
@@ -39,7 +41,7 @@ struct Count {
     /// Connections, whoever uses them.
     open: AtomicUsize,
     /// Tells whoever waits that a connection or a stream is free.
-    freed: Notify,
+    freed: Arc<Notify>,
 }
 
 /// One connection, counted until it ends.
@@ -66,8 +68,6 @@ impl Drop for Open {
 struct Slot {
     count: Arc<Count>,
     kept: Mutex<Kept>,
-    /// Held while a connection is made that others could share.
-    dialling: tokio::sync::Mutex<()>,
 }
 
 #[derive(Default)]
@@ -78,6 +78,8 @@ struct Kept {
     shared: Vec<Shared>,
     /// What the last connection turned out to be.
     speaks: Option<Version>,
+    /// What comes of a connection that is being made and that others could share.
+    dialling: Option<watch::Receiver<Option<NoConnection>>>,
     /// A task looks after what is kept.
     swept: bool,
 }
@@ -107,8 +109,7 @@ struct Idle {
 
 #[derive(Clone)]
 struct Shared {
-    sender: http2::SendRequest<Upload>,
-    streams: Arc<Load>,
+    sender: Sender,
     made: Instant,
 }
 
@@ -121,7 +122,7 @@ pub struct Lent {
 
 enum Connection {
     Http1(http1::SendRequest<Upload>, Option<Home>),
-    Http2(http2::SendRequest<Upload>, Streams),
+    Http2(Sender, Counted),
 }
 
 /// Where an HTTP/1 connection goes back to.
@@ -133,37 +134,14 @@ struct Home {
 /// Kept until the response is over, to be dropped then.
 pub enum Held {
     Http1(Lease),
-    Http2(Streams),
+    /// A stream of HTTP/2, which its body holds.
+    Http2,
 }
 
 /// An HTTP/1 connection, which goes home when dropped.
 pub struct Lease {
     sender: Option<http1::SendRequest<Upload>>,
     home: Option<Home>,
-}
-
-/// The streams of one connection.
-struct Load {
-    taken: AtomicUsize,
-    count: Arc<Count>,
-}
-
-/// One of a connection's streams, counted until dropped.
-pub struct Streams(Arc<Load>);
-
-impl Streams {
-    fn enter(load: &Arc<Load>) -> Self {
-        load.taken.fetch_add(1, Ordering::Relaxed);
-        Self(Arc::clone(load))
-    }
-}
-
-impl Drop for Streams {
-    fn drop(&mut self) {
-        if self.0.taken.fetch_sub(1, Ordering::Relaxed) == STREAMS {
-            self.0.count.freed.notify_waiters();
-        }
-    }
 }
 
 /// What there is of connections that others made.
@@ -195,9 +173,36 @@ pub struct Failed {
 }
 
 enum Cause {
-    Codec(hyper::Error),
+    Http1(hyper::Error),
+    Http2(h2::Error),
     /// There was a response, which is not to be passed on.
     Framing(&'static str),
+}
+
+/// Why there is no connection. All that waited for the same one are told the same.
+#[derive(Debug, Clone)]
+pub enum NoConnection {
+    Overflow(Overflow),
+    /// One clause for the log.
+    Unreachable(String),
+}
+
+impl From<Overflow> for NoConnection {
+    fn from(overflow: Overflow) -> Self {
+        Self::Overflow(overflow)
+    }
+}
+
+impl From<String> for NoConnection {
+    fn from(cause: String) -> Self {
+        Self::Unreachable(cause)
+    }
+}
+
+/// Whoever finds no connection makes one, or waits for the one that is being made.
+enum Dial {
+    Ours(watch::Sender<Option<NoConnection>>),
+    Others(watch::Receiver<Option<NoConnection>>),
 }
 
 impl Pool {
@@ -207,36 +212,59 @@ impl Pool {
         self.slot().reuse(made_for)
     }
 
-    /// A free connection of those that are there, or one that `dial` makes. Where several could share one,
-    /// one dials and the others wait for it.
+    /// A free connection of those that are there, or one that `dial` makes. Where several could share one, one dials
+    /// and the others share what comes of it.
     ///
     /// # Errors
     /// Those of `dial`.
-    pub async fn connect<E, F>(&self, made_for: &MadeFor, dial: F) -> Result<Lent, E>
+    pub async fn connect<F>(&self, made_for: &MadeFor, dial: F) -> Result<Lent, NoConnection>
     where
-        E: From<hyper::Error>,
-        F: Future<Output = Result<Dialled, E>>,
+        F: Future<Output = Result<Dialled, NoConnection>>,
     {
         let slot = self.slot();
-        let alone = slot.kept().speaks(made_for) == Some(Version::Http1);
-        let dialling = if alone { None } else { Some(slot.dialling.lock().await) };
-        if let Some(lent) = slot.reuse(made_for) {
-            return Ok(lent);
-        }
-        let dialled = dial.await?;
-        let lent = match dialled.version {
-            Version::Http1 => slot.add_http1(dialled, made_for).await?,
-            Version::Http2 => slot.add_http2(dialled, made_for).await?,
+        let tell = loop {
+            if let Some(lent) = slot.reuse(made_for) {
+                return Ok(lent);
+            }
+            match slot.dialling(made_for) {
+                Some(Dial::Ours(tell)) => break Some(tell),
+                Some(Dial::Others(mut outcome)) => {
+                    // Without a word there is a connection, or whoever dialled gave up.
+                    let _ = outcome.changed().await;
+                    if let Some(why) = outcome.borrow().clone() {
+                        return Err(why);
+                    }
+                }
+                None => break None,
+            }
         };
-        drop(dialling);
-        Ok(lent)
+        match dial.await {
+            Ok(dialled) => slot.add(dialled, made_for, tell).await,
+            Err(why) => {
+                if let Some(tell) = tell {
+                    let _ = tell.send(Some(why.clone()));
+                }
+                Err(why)
+            }
+        }
+    }
+
+    /// A connection that `dial` makes, and on which nothing has been sent yet.
+    ///
+    /// # Errors
+    /// Those of `dial`.
+    pub async fn connect_anew<F>(&self, made_for: &MadeFor, dial: F) -> Result<Lent, NoConnection>
+    where
+        F: Future<Output = Result<Dialled, NoConnection>>,
+    {
+        self.slot().add(dial.await?, made_for, None).await
     }
 
     /// A new HTTP/1 connection on this wire, for a request that can't go over HTTP/2. It is not kept.
     ///
     /// # Errors
     /// None that depends on the far end.
-    pub async fn connect_once(wire: Wire, open: Open) -> Result<Lent, hyper::Error> {
+    pub async fn connect_once(wire: Wire, open: Open) -> Result<Lent, NoConnection> {
         let sender = http1(wire, open).await?;
         Ok(Lent { connection: Connection::Http1(sender, None), reused: false })
     }
@@ -272,11 +300,7 @@ impl Pool {
         let worker = workers::current();
         let mut slots = self.slots();
         while slots.len() <= worker {
-            slots.push(Arc::new(Slot {
-                count: Arc::clone(&self.shared),
-                kept: Mutex::default(),
-                dialling: tokio::sync::Mutex::default(),
-            }));
+            slots.push(Arc::new(Slot { count: Arc::clone(&self.shared), kept: Mutex::default() }));
         }
         Arc::clone(&slots[worker])
     }
@@ -301,16 +325,39 @@ impl Slot {
                 return Some(Lent { connection: Connection::Http1(sender, Some(self.home(made_for))), reused: true });
             }
         }
-        kept.shared.retain(|shared| !shared.sender.is_closed());
-        let free = |shared: &&Shared| shared.streams.taken.load(Ordering::Relaxed) < STREAMS;
-        let shared = kept.shared.iter().find(free)?;
-        Some(Lent {
-            connection: Connection::Http2(shared.sender.clone(), Streams::enter(&shared.streams)),
-            reused: true,
-        })
+        kept.shared.retain(|shared| !shared.sender.known.is_retired());
+        let shared = kept.shared.iter().find(|shared| shared.sender.known.has_room())?;
+        Some(Lent { connection: shared.take(), reused: true })
     }
 
-    async fn add_http1(self: &Arc<Self>, dialled: Dialled, made_for: &MadeFor) -> Result<Lent, hyper::Error> {
+    /// `None` where no connection can be shared.
+    fn dialling(&self, made_for: &MadeFor) -> Option<Dial> {
+        let mut kept = self.kept();
+        kept.renew(made_for);
+        if kept.speaks == Some(Version::Http1) {
+            return None;
+        }
+        if let Some(outcome) = kept.dialling.clone().filter(|outcome| outcome.has_changed().is_ok()) {
+            return Some(Dial::Others(outcome));
+        }
+        let (tell, outcome) = watch::channel(None);
+        kept.dialling = Some(outcome);
+        Some(Dial::Ours(tell))
+    }
+
+    async fn add(
+        self: &Arc<Self>,
+        dialled: Dialled,
+        made_for: &MadeFor,
+        tell: Option<watch::Sender<Option<NoConnection>>>,
+    ) -> Result<Lent, NoConnection> {
+        match dialled.version {
+            Version::Http1 => self.add_http1(dialled, made_for).await,
+            Version::Http2 => self.add_http2(dialled, made_for, tell).await,
+        }
+    }
+
+    async fn add_http1(self: &Arc<Self>, dialled: Dialled, made_for: &MadeFor) -> Result<Lent, NoConnection> {
         let sender = http1(dialled.wire, dialled.open).await?;
         let mut kept = self.kept();
         kept.renew(made_for);
@@ -322,21 +369,27 @@ impl Slot {
         Home { made_for: made_for.clone(), slot: Arc::downgrade(self) }
     }
 
-    async fn add_http2(self: &Arc<Self>, dialled: Dialled, made_for: &MadeFor) -> Result<Lent, hyper::Error> {
+    /// Others that wait are told when it is known how many streams there may be.
+    async fn add_http2(
+        self: &Arc<Self>,
+        dialled: Dialled,
+        made_for: &MadeFor,
+        mut tell: Option<watch::Sender<Option<NoConnection>>>,
+    ) -> Result<Lent, NoConnection> {
         let Dialled { wire, open, .. } = dialled;
-        let (sender, connection) = http2::Builder::new(Parts::of(wire.clone()))
-            .timer(TokioTimer::new())
-            .keep_alive_interval(PING_INTERVAL)
-            .keep_alive_timeout(PING_TIMEOUT)
-            .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW)
-            .max_header_list_size(u32::try_from(HEAD_SIZE).unwrap_or(u32::MAX))
-            .handshake(TokioIo::new(wire.clone()))
-            .await?;
-        tokio::spawn(run(connection, open));
-        let streams = Arc::new(Load { taken: AtomicUsize::new(0), count: Arc::clone(&self.count) });
-        let shared = Shared { sender, streams, made: Instant::now() };
-        let connection = Connection::Http2(shared.sender.clone(), Streams::enter(&shared.streams));
+        let freed = Arc::clone(&self.count.freed);
+        let changed = {
+            let freed = Arc::clone(&freed);
+            move || {
+                drop(tell.take());
+                freed.notify_waiters();
+            }
+        };
+        let remote = matches!(made_for, MadeFor::Mesh(_));
+        let (sender, connection) = client::connect(wire.clone(), remote, freed, changed).await.map_err(no_codec)?;
+        tokio::spawn(run(Turn::new(connection, wire), open));
+        let shared = Shared { sender, made: Instant::now() };
+        let connection = shared.take();
         let mut kept = self.kept();
         kept.renew(made_for);
         kept.speaks = Some(Version::Http2);
@@ -373,8 +426,8 @@ impl Slot {
                 let mut kept = slot.kept();
                 kept.idle.retain(|idle| !idle.sender.is_closed() && idle.since.elapsed() < IDLE_TIME);
                 kept.shared.retain(|shared| {
-                    let used = shared.streams.taken.load(Ordering::Relaxed) > 0 || shared.made.elapsed() < IDLE_TIME;
-                    !shared.sender.is_closed() && used
+                    let known = &shared.sender.known;
+                    !known.is_retired() && (known.meter.open() > 0 || shared.made.elapsed() < IDLE_TIME)
                 });
                 if kept.idle.is_empty() && kept.shared.is_empty() {
                     kept.swept = false;
@@ -385,13 +438,15 @@ impl Slot {
     }
 }
 
+impl Shared {
+    fn take(&self) -> Connection {
+        Connection::Http2(self.sender.clone(), Counted::new(&self.sender.known.meter))
+    }
+}
+
 impl Kept {
     fn is_for(&self, made_for: &MadeFor) -> bool {
         self.made_for.as_ref().is_some_and(|made| made.is(made_for))
-    }
-
-    fn speaks(&self, made_for: &MadeFor) -> Option<Version> {
-        self.speaks.filter(|_| self.is_for(made_for))
     }
 
     /// Lets go of connections that were made for something else. Requests under way on them are not
@@ -401,6 +456,7 @@ impl Kept {
             self.idle.clear();
             self.shared.clear();
             self.speaks = None;
+            self.dialling = None;
             self.made_for = Some(made_for.clone());
         }
     }
@@ -429,22 +485,19 @@ impl Lent {
     pub async fn send(self, request: Request<Upload>) -> Result<(Response<Incoming>, Held), Failed> {
         match self.connection {
             Connection::Http1(mut sender, home) => {
-                let response = checked(sender.try_send_request(request).await)?;
-                Ok((response, Held::Http1(Lease { sender: Some(sender), home })))
+                let response = sender.try_send_request(request).await.map_err(Failed::http1)?;
+                Ok((checked(response.map(Incoming::from))?, Held::Http1(Lease { sender: Some(sender), home })))
             }
-            Connection::Http2(mut sender, streams) => {
-                let response = checked(sender.try_send_request(request).await)?;
-                Ok((response, Held::Http2(streams)))
+            Connection::Http2(sender, counted) => {
+                let response = sender.send(request, counted).await.map_err(|unanswered| Failed::http2(*unanswered))?;
+                Ok((checked(response)?, Held::Http2))
             }
         }
     }
 }
 
-type Answered = Result<Response<Incoming>, hyper::client::conn::TrySendError<Request<Upload>>>;
-
 /// Lets no response through whose headers describe another message than it is. Its connection ends with it.
-fn checked(answered: Answered) -> Result<Response<Incoming>, Failed> {
-    let mut response = answered.map_err(Failed::new)?;
+fn checked(mut response: Response<Incoming>) -> Result<Response<Incoming>, Failed> {
     match framing::check_response(&mut response) {
         Ok(()) => Ok(response),
         Err(fault) => Err(Failed { request: None, failure: Failure::Reset, cause: Cause::Framing(fault) }),
@@ -462,37 +515,41 @@ impl Drop for Lease {
 }
 
 impl Failed {
-    fn new(mut failed: hyper::client::conn::TrySendError<Request<Upload>>) -> Self {
+    fn http1(mut failed: hyper::client::conn::TrySendError<Request<Upload>>) -> Self {
         let request = failed.take_message().map(Box::new);
-        let error = failed.into_error();
-        let failure = match (&request, http2_error(&error)) {
-            (Some(_), _) => Failure::ResetBeforeRequest,
-            // Streams that a GOAWAY leaves out were not looked at (RFC 9113, 6.8), nor were refused ones (8.7).
-            (None, Some(error)) if error.is_remote() && error.is_go_away() => Failure::Refused,
-            (None, Some(error)) if error.is_remote() && error.reason() == Some(h2::Reason::REFUSED_STREAM) => {
-                Failure::Refused
-            }
-            _ => Failure::Reset,
+        let failure = if request.is_some() { Failure::ResetBeforeRequest } else { Failure::Reset };
+        Self { request, failure, cause: Cause::Http1(failed.into_error()) }
+    }
+
+    fn http2(failed: client::Unanswered) -> Self {
+        let client::Unanswered { request, error } = failed;
+        let failure = match &request {
+            Some(_) => Failure::ResetBeforeRequest,
+            None if client::is_refusal(&error) => Failure::Refused,
+            None => Failure::Reset,
         };
-        Self { request, failure, cause: Cause::Codec(error) }
+        Self { request: request.map(Box::new), failure, cause: Cause::Http2(error) }
     }
 
     /// The connection ended, or was ended, before there was an answer.
     #[must_use]
     pub fn is_lost(&self) -> bool {
-        let Cause::Codec(error) = &self.cause else { return false };
-        let io = std::error::Error::source(error).is_some_and(|source| source.is::<std::io::Error>());
-        error.is_incomplete_message() || error.is_closed() || error.is_canceled() || io
+        match &self.cause {
+            Cause::Http1(error) => {
+                let io = std::error::Error::source(error).is_some_and(|source| source.is::<std::io::Error>());
+                error.is_incomplete_message() || error.is_closed() || error.is_canceled() || io
+            }
+            Cause::Http2(error) => error.is_io(),
+            Cause::Framing(_) => false,
+        }
     }
 
     /// What came as an answer is none in HTTP, or not to be passed on.
     #[must_use]
     pub fn is_malformed(&self) -> bool {
         match &self.cause {
-            Cause::Codec(error) => {
-                let ours = |error: &h2::Error| error.is_library() && error.reason() == Some(h2::Reason::PROTOCOL_ERROR);
-                error.is_parse() || http2_error(error).is_some_and(ours)
-            }
+            Cause::Http1(error) => error.is_parse(),
+            Cause::Http2(error) => error.is_library() && error.reason() == Some(h2::Reason::PROTOCOL_ERROR),
             Cause::Framing(_) => true,
         }
     }
@@ -501,55 +558,34 @@ impl Failed {
     #[must_use]
     pub fn told(&self) -> String {
         match &self.cause {
-            Cause::Codec(error) => match std::error::Error::source(error) {
+            Cause::Http1(error) => match std::error::Error::source(error) {
                 Some(source) => format!("{error}: {source}"),
                 None => error.to_string(),
             },
+            Cause::Http2(error) => error.to_string(),
             Cause::Framing(fault) => (*fault).to_owned(),
         }
     }
 }
 
-fn http2_error(error: &hyper::Error) -> Option<&h2::Error> {
-    std::error::Error::source(error)?.downcast_ref()
+fn no_codec(error: impl fmt::Display) -> NoConnection {
+    NoConnection::Unreachable(format!("no HTTP connection could be made: {error}"))
 }
 
-async fn http1(wire: Wire, open: Open) -> Result<http1::SendRequest<Upload>, hyper::Error> {
+async fn http1(wire: Wire, open: Open) -> Result<http1::SendRequest<Upload>, NoConnection> {
     let (sender, connection) = http1::Builder::new()
         .max_headers(HEADERS)
         .max_header_size(HEAD_SIZE)
         .handshake(TokioIo::new(wire.clone()))
-        .await?;
+        .await
+        .map_err(no_codec)?;
     tokio::spawn(run(Turn::new(connection.with_upgrades(), wire), open));
     Ok(sender)
 }
 
-/// Runs the parts of an HTTP/2 client. The first is the one that reads and writes, and has the wire.
-#[derive(Clone)]
-struct Parts(Arc<Mutex<Option<Wire>>>);
-
-impl Parts {
-    fn of(wire: Wire) -> Self {
-        Self(Arc::new(Mutex::new(Some(wire))))
-    }
-}
-
-impl<F> hyper::rt::Executor<F> for Parts
-where
-    F: Future<Output = ()> + Send + 'static,
-{
-    fn execute(&self, part: F) {
-        let wire = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
-        match wire {
-            Some(wire) => tokio::spawn(Turn::new(part, wire)),
-            None => tokio::spawn(part),
-        };
-    }
-}
-
 /// Whoever sent a request learns how the connection ended.
-async fn run(connection: impl Future<Output = hyper::Result<()>>, open: Open) {
-    let _ = connection.await;
+async fn run<T>(connection: impl Future<Output = T>, open: Open) {
+    drop(connection.await);
     drop(open);
 }
 
@@ -559,8 +595,3 @@ const IDLE: usize = 256;
 /// theirs after a minute or more.
 const IDLE_TIME: Duration = Duration::from_secs(55);
 const SWEEP_TIME: Duration = Duration::from_secs(20);
-/// Requests at a time on one HTTP/2 connection; what peers allow is as a rule a hundred or more.
-const STREAMS: usize = 100;
-/// A connection on which something is waited for is asked for a sign of life.
-const PING_INTERVAL: Duration = Duration::from_secs(20);
-const PING_TIMEOUT: Duration = Duration::from_secs(10);

@@ -9,10 +9,10 @@ use std::task::{Context, Poll, Waker, ready};
 use bytes::Bytes;
 use http::HeaderMap;
 use http_body::{Frame, SizeHint};
-use hyper::body::Incoming;
 use tokio::time::Instant;
 
 use super::framing;
+use super::incoming::{BodyError, Incoming};
 
 /// The body of a request that we send.
 pub struct Upload(Option<Sending>);
@@ -249,7 +249,7 @@ fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
 #[derive(Debug)]
 pub enum Broken {
     /// Whoever sends it failed to.
-    Source(hyper::Error),
+    Source(BodyError),
     /// The request is sent again elsewhere.
     Superseded,
 }

@@ -43,6 +43,10 @@ struct State {
     moved: u64,
     /// What an HTTP/1 client may upgrade to.
     upgrades: Upgrades,
+    /// Counts reads that brought something.
+    received: u64,
+    /// Counts bytes that were written.
+    written: u64,
     /// Judges what an HTTP/1 client sends.
     strict: Option<Strict>,
     /// Follows what an HTTP/2 client sends.
@@ -93,6 +97,8 @@ impl Wire {
             broken: None,
             moved: 0,
             upgrades: Upgrades::default(),
+            received: 0,
+            written: 0,
             strict: None,
             blocks: None,
             answered: 0,
@@ -201,6 +207,32 @@ impl Wire {
         held || !state.outgoing.is_empty()
     }
 
+    /// A number that changes whenever something comes.
+    #[must_use]
+    pub fn received(&self) -> u64 {
+        self.state().received
+    }
+
+    /// Bytes that were written so far.
+    #[must_use]
+    pub fn sent(&self) -> u64 {
+        self.state().written
+    }
+
+    /// Whether the far end is another host, or may be.
+    #[must_use]
+    pub fn is_remote(&self) -> bool {
+        matches!(self.state().io, Io::Tls(_))
+    }
+
+    /// Ends the connection when what was sent has not been acknowledged for so long.
+    pub fn end_when_unacknowledged(&self, time: Duration) {
+        match &self.state().io {
+            Io::Plain(socket) => socket.end_when_unacknowledged(time),
+            Io::Tls(stream) => stream.io.end_when_unacknowledged(time),
+        }
+    }
+
     /// After the end of what was written: reads on for a moment, as bytes that nobody has read make the kernel
     /// reset the connection, and with it what the peer has not read yet.
     pub async fn linger(&self) {
@@ -300,7 +332,9 @@ impl State {
             let room = GATHERED.saturating_sub(self.outgoing.len());
             self.outgoing.extend_from_slice(&part[..part.len().min(room)]);
         }
-        Poll::Ready(Ok(self.outgoing.len() - before))
+        let count = self.outgoing.len() - before;
+        self.written += count as u64;
+        Poll::Ready(Ok(count))
     }
 
     /// Sends what was written.
@@ -406,6 +440,7 @@ impl AsyncRead for Wire {
         let before = buffer.filled().len();
         ready!(state.poll_read(cx, buffer))?;
         state.moved += 1;
+        state.received += u64::from(buffer.filled().len() > before);
         if let Some(blocks) = &mut state.blocks {
             blocks.follow(&buffer.filled()[before..]);
         }

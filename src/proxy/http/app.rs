@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use http::Response;
-use hyper::body::Incoming;
 use tokio::time::timeout;
 
 use super::body::Rest;
@@ -11,8 +10,9 @@ use super::message::Head;
 use super::note::Note;
 use super::patience::Patience;
 use super::refusal::{Kind, Refusal};
-use crate::proxy::codec::pool::{Dialled, Lent, MadeFor, Pool, Version};
-use crate::proxy::codec::upload::Upload;
+use crate::proxy::codec::incoming::Incoming;
+use crate::proxy::codec::pool::{Dialled, Lent, MadeFor, NoConnection, Pool, Version};
+use crate::proxy::codec::upload::{Upload, UploadState};
 use crate::proxy::codec::wire::Wire;
 use crate::proxy::socket::Socket;
 use crate::snapshot::{Failure, LocalApp, Protocol};
@@ -45,11 +45,15 @@ impl App<'_> {
             note.uploads(upload.as_ref());
         }
         let mut patience = Patience::new(self.request_timeout, self.idle_timeout, upload.as_ref());
+        // Where the app refuses streams, the next may be one too many for it as well on any connection but a new one.
+        let mut anew = false;
         for _ in 0..TRIES {
-            let lent = self.connection(head.upgrades()).await?;
+            let lent = patience.within(self.connection(head.upgrades(), anew)).await??;
             let authority = head.authority.clone();
             // A connection that was idle may be closing just now; then a request that changes nothing goes again.
-            let again = (lent.reused && head.is_safe() && body.is_empty()).then(|| head.clone());
+            let repeatable = lent.reused && head.is_safe() && body.is_empty();
+            // A stream of HTTP/2 can be refused, and then the app has not looked at the request.
+            let again = (repeatable || lent.version() == Version::Http2).then(|| head.clone());
             let request = head.into_request(lent.version(), body)?;
             match patience.within(lent.send(request)).await? {
                 Ok((response, held)) => {
@@ -59,25 +63,26 @@ impl App<'_> {
                 }
                 Err(mut failed) => match (failed.request.take(), again) {
                     (Some(request), _) => (head, body) = Head::from_request(*request, authority),
-                    (None, Some(again)) if failed.failure == Failure::Reset && failed.is_lost() => {
-                        (head, body) = (again, Upload::none());
+                    (None, Some(again)) if failed.failure == Failure::Refused || (repeatable && failed.is_lost()) => {
+                        anew = failed.failure == Failure::Refused;
+                        let body_again = upload.as_ref().map_or_else(|| Some(Upload::none()), UploadState::again);
+                        let Some(body_again) = body_again else { return Err(Refusal::of("the local app", &failed)) };
+                        (head, body) = (again, body_again);
                     }
-                    _ => {
-                        return Err(Refusal::of("the local app", &failed));
-                    }
+                    _ => return Err(Refusal::of("the local app", &failed)),
                 },
             }
         }
         Err(Refusal::new(Kind::Reset, "the local app closes connections before it takes a request"))
     }
 
-    async fn connection(&self, alone: bool) -> Result<Lent, Refusal> {
+    async fn connection(&self, alone: bool, anew: bool) -> Result<Lent, Refusal> {
         let made_for = MadeFor::App(self.address.clone());
         if alone {
             let open = self.pool.enter(None);
-            return Pool::connect_once(self.dial().await?, open).await.map_err(Refusal::from);
+            return Ok(Pool::connect_once(self.dial().await?, open).await?);
         }
-        if let Some(lent) = self.pool.reuse(&made_for) {
+        if !anew && let Some(lent) = self.pool.reuse(&made_for) {
             return Ok(lent);
         }
         let version = match self.protocol {
@@ -88,25 +93,27 @@ impl App<'_> {
             let open = self.pool.enter(None);
             Ok(Dialled { wire: self.dial().await?, version, open })
         };
-        self.pool.connect(&made_for, dial).await
+        let lent = if anew {
+            self.pool.connect_anew(&made_for, dial).await?
+        } else {
+            self.pool.connect(&made_for, dial).await?
+        };
+        Ok(lent)
     }
 
-    async fn dial(&self) -> Result<Wire, Refusal> {
+    async fn dial(&self) -> Result<Wire, NoConnection> {
         let app = self.address;
         let problem = match timeout(self.connect_timeout, Socket::connect_app(app)).await {
             Ok(Ok(socket)) => return Ok(Wire::plain(socket)),
             Ok(Err(error)) => error.to_string(),
             Err(_) => format!("no answer within {:?}", self.connect_timeout),
         };
-        Err(Refusal::new(
-            Kind::Unreachable,
-            format!(
-                "failed to dial the local app at {app}: {problem}; is it listening there? (LocalServiceAddress and \
-                 LocalServicePort of the registration)"
-            ),
-        ))
+        Err(NoConnection::Unreachable(format!(
+            "failed to dial the local app at {app}: {problem}; is it listening there? (LocalServiceAddress and \
+             LocalServicePort of the registration)"
+        )))
     }
 }
 
-/// Connections to the app that one request tries, where the app closes each before it takes the request.
-const TRIES: usize = 3;
+/// Connections to the app that one request tries, where the app does not process the request on any.
+const TRIES: usize = 5;

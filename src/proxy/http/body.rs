@@ -7,12 +7,12 @@ use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use http_body::{Frame, SizeHint};
-use hyper::body::Incoming;
 
 use super::note::Note;
 use super::patience::{Expired, Patience};
 use crate::proxy::balance::InFlight;
 use crate::proxy::codec::framing;
+use crate::proxy::codec::incoming::{BodyError, Incoming};
 use crate::proxy::codec::pool::Held;
 use crate::proxy::codec::wire::Wire;
 use crate::proxy::limits::Permit;
@@ -126,7 +126,7 @@ impl Body {
 #[derive(Debug)]
 pub enum Broken {
     /// Whoever sends it failed to.
-    Source(hyper::Error),
+    Source(BodyError),
     TimedOut(Expired),
 }
 

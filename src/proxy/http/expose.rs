@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::{Request, Response};
-use hyper::body::Incoming;
 use tokio::sync::watch;
 
 use super::app::App;
@@ -15,6 +14,7 @@ use super::note::{Caller, Note};
 use super::refusal::{Kind, Refusal};
 use super::reply::Asked;
 use super::serve::{self, Times};
+use crate::proxy::codec::incoming::Incoming;
 use crate::proxy::codec::pool::Pool;
 use crate::proxy::codec::wire::Wire;
 use crate::proxy::listener::Live;

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use http::{HeaderValue, Request, Response, StatusCode};
-use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 use tokio::sync::watch;
 
@@ -18,6 +17,7 @@ use super::reply::Asked;
 use super::{serve, upgrade};
 use crate::drain;
 use crate::jwt::Verified;
+use crate::proxy::codec::incoming::Incoming;
 use crate::proxy::codec::pool::Pool;
 use crate::proxy::codec::wire::Wire;
 use crate::proxy::listener::Live;

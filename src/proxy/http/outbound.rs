@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use http::header::SET_COOKIE;
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
-use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
@@ -20,7 +19,8 @@ use super::reply::Asked;
 use super::{serve, upgrade};
 use crate::drain;
 use crate::proxy::balance::{Balancer, Clock, Instance, Outcome, Picked, Plan, Retry};
-use crate::proxy::codec::pool::{Borrowed, Dialled, Failed, Lent, MadeFor, Pool, Version};
+use crate::proxy::codec::incoming::Incoming;
+use crate::proxy::codec::pool::{Borrowed, Dialled, Failed, Lent, MadeFor, NoConnection, Pool, Version};
 use crate::proxy::codec::upload::{Upload, UploadState};
 use crate::proxy::codec::wire::Wire;
 use crate::proxy::dial::{Offer, Pace, attempt};
@@ -580,8 +580,8 @@ impl Dial {
     async fn connect(self, picked: Picked, clock: Clock) -> Result<(Picked, Lent), Unconnected> {
         match self.connection(picked.instance()).await {
             Ok(lent) => Ok((picked, lent)),
-            Err(refusal) => {
-                let instance = Arc::clone(picked.instance());
+            Err(why) => {
+                let (instance, refusal) = (Arc::clone(picked.instance()), Refusal::from(why));
                 if refusal.kind != Kind::Overflow {
                     picked.report(Outcome::Unreachable, Duration::ZERO, clock.now());
                 }
@@ -590,22 +590,20 @@ impl Dial {
         }
     }
 
-    async fn connection(&self, instance: &Instance) -> Result<Lent, Refusal> {
+    async fn connection(&self, instance: &Instance) -> Result<Lent, NoConnection> {
         let permit = || self.balancer.admit(Limit::Connections);
         if self.alone {
             let open = instance.pool().enter(Some(permit()?));
             let (mesh, _) = attempt(&self.target, instance, self.until, Offer::Http1).await?;
-            return Pool::connect_once(Wire::tls(mesh), open).await.map_err(Refusal::from);
+            return Pool::connect_once(Wire::tls(mesh), open).await;
         }
         let made_for = MadeFor::Mesh(Arc::clone(&self.target.tls));
         match instance.pool().connect(&made_for, self.dial(instance, || permit().map(Some))).await {
             // As in Envoy, requests wait for one of the connections, and each instance may have one.
-            Err(refusal) if refusal.kind == Kind::Overflow && self.may_wait => {
-                match instance.pool().borrow(&made_for).await {
-                    Borrowed::Lent(lent) => Ok(*lent),
-                    Borrowed::None => instance.pool().connect(&made_for, self.dial(instance, || Ok(None))).await,
-                }
-            }
+            Err(NoConnection::Overflow(_)) if self.may_wait => match instance.pool().borrow(&made_for).await {
+                Borrowed::Lent(lent) => Ok(*lent),
+                Borrowed::None => instance.pool().connect(&made_for, self.dial(instance, || Ok(None))).await,
+            },
             dialled => dialled,
         }
     }
@@ -614,7 +612,7 @@ impl Dial {
         &self,
         instance: &Instance,
         permit: impl FnOnce() -> Result<Option<Permit>, Overflow>,
-    ) -> Result<Dialled, Refusal> {
+    ) -> Result<Dialled, NoConnection> {
         let open = instance.pool().enter(permit()?);
         let (mesh, _) = attempt(&self.target, instance, self.until, Offer::All).await?;
         let http2 = self.only_http2 || mesh.alpn() == Some(b"h2");

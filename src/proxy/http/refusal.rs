@@ -6,7 +6,7 @@ use std::fmt::Display;
 use http::StatusCode;
 
 use super::patience::Expired;
-use crate::proxy::codec::pool::Failed;
+use crate::proxy::codec::pool::{Failed, NoConnection};
 use crate::proxy::limits::Overflow;
 
 /// Why a request gets an answer of ours.
@@ -130,8 +130,11 @@ impl From<String> for Refusal {
     }
 }
 
-impl From<hyper::Error> for Refusal {
-    fn from(error: hyper::Error) -> Self {
-        Self::new(Kind::Unreachable, format!("no HTTP connection could be made: {error}"))
+impl From<NoConnection> for Refusal {
+    fn from(why: NoConnection) -> Self {
+        match why {
+            NoConnection::Overflow(overflow) => overflow.into(),
+            NoConnection::Unreachable(cause) => cause.into(),
+        }
     }
 }

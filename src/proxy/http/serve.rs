@@ -8,10 +8,9 @@ use std::time::Duration;
 
 use http::header::CONNECTION;
 use http::{HeaderValue, Request, Response, StatusCode};
-use hyper::body::Incoming;
-use hyper::server::conn::{http1, http2};
+use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::rt::TokioIo;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::watch;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, sleep, timeout};
@@ -19,8 +18,10 @@ use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, sleep, tim
 use super::body::Body;
 use super::message;
 use crate::drain::Stage;
+use crate::proxy::codec::incoming::Incoming;
+use crate::proxy::codec::server::Server;
 use crate::proxy::codec::wire::{Turn, Wire};
-use crate::proxy::codec::{CONNECTION_WINDOW, HEAD_SIZE, HEADERS, STREAM_WINDOW};
+use crate::proxy::codec::{HEAD_SIZE, HEADERS};
 use crate::proxy::listener::Live;
 
 /// For how long a client may be silent.
@@ -75,21 +76,13 @@ where
     F: Future<Output = Response<Body>> + Send + 'static,
 {
     wire.follow_blocks();
-    let service = service_fn(move |request| {
+    let answer = move |request| {
         let response = handle(request);
-        async move { Ok::<_, Infallible>(finish(response.await, true, None)) }
-    });
-    let connection = http2::Builder::new(TokioExecutor::new())
-        .auto_date_header(false)
-        .max_concurrent_streams(STREAMS)
-        .max_pending_accept_reset_streams(PENDING_RESETS)
-        .max_local_error_reset_streams(LOCAL_RESETS)
-        .max_header_list_size(u32::try_from(HEAD_SIZE).unwrap_or(u32::MAX))
-        .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .serve_connection(TokioIo::new(wire.clone()), service);
+        async move { finish(response.await, true, None) }
+    };
+    let connection = Server::new(wire.clone(), wire.is_remote(), answer);
     let watchman = Watchman::new(wire.clone(), times);
-    let ended = Box::pin(drive(connection, watchman, live, http2::Connection::graceful_shutdown, false)).await;
+    let ended = Box::pin(drive(connection, watchman, live, Server::graceful_shutdown, false)).await;
     // A request that crossed our last GOAWAY is sent elsewhere by whoever reads that; a reset would hide it.
     wire.linger().await;
     ended.map(drop)
@@ -109,9 +102,9 @@ where
     let mut comes_back = false;
     let ended = loop {
         let (handle, on, upgrades) = (handle.clone(), wire.clone(), wire.upgrades());
-        let service = service_fn(move |request| {
+        let service = service_fn(move |request: Request<hyper::body::Incoming>| {
             let leaves = message::leaves_http(&request, &upgrades).then(|| on.clone());
-            let (response, on) = (handle(request), on.clone());
+            let (response, on) = (handle(request.map(Incoming::from)), on.clone());
             async move { Ok::<_, Infallible>(finish(response.await, false, leaves).map(|body| body.answers(on))) }
         });
         let connection = http1::Builder::new()
@@ -172,7 +165,7 @@ enum Ended {
 }
 
 /// `rests`: it is to end as soon as nothing is under way, not only after a while.
-async fn drive<C, P>(
+async fn drive<C, P, E>(
     connection: C,
     mut watchman: Watchman,
     mut live: watch::Receiver<Live<P>>,
@@ -180,7 +173,8 @@ async fn drive<C, P>(
     rests: bool,
 ) -> Result<Ended, String>
 where
-    C: Future<Output = hyper::Result<()>>,
+    C: Future<Output = Result<(), E>>,
+    E: std::error::Error,
 {
     let (wire, mut observed) = (watchman.wire.clone(), live.clone());
     let mut connection = pin!(Turn::new(connection, wire.clone()));
@@ -221,8 +215,8 @@ where
     }
 }
 
-fn described(error: &hyper::Error) -> String {
-    match std::error::Error::source(error) {
+fn described(error: &impl std::error::Error) -> String {
+    match error.source() {
         Some(source) => format!("{error}: {source}"),
         None => error.to_string(),
     }
@@ -285,13 +279,6 @@ impl Watchman {
 const LAST_MOMENT: Duration = Duration::from_secs(1);
 /// A client that sends the next request within this time is taken to go on doing so.
 const SOON: Duration = Duration::from_secs(1);
-
-/// Requests at a time on one HTTP/2 connection.
-const STREAMS: u32 = 256;
-/// Streams that a client may have opened and reset before we looked at them ("rapid reset").
-const PENDING_RESETS: usize = 32;
-/// Streams that we may have reset over a connection's errors.
-const LOCAL_RESETS: usize = 256;
 
 #[cfg(test)]
 mod tests {

@@ -4,7 +4,6 @@ use std::io;
 
 use http::header::{CONNECTION, UPGRADE};
 use http::{HeaderValue, Response};
-use hyper::body::Incoming;
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncWriteExt, copy_bidirectional_with_sizes};
@@ -12,6 +11,7 @@ use tokio::sync::watch;
 
 use super::body::{Body, Rest};
 use crate::drain::{self, Stage};
+use crate::proxy::codec::incoming::Incoming;
 use crate::proxy::codec::wire::Wire;
 use crate::proxy::listener::Live;
 

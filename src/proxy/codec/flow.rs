@@ -1,0 +1,370 @@
+//! Flow control of HTTP/2: how much the far end may send before somebody has read it (RFC 9113, 5.2).
+//!
+//! What a stream holds is never taken from what the streams of its connection share: the window of a connection is the
+//! largest that there is, and the window of each stream is the limit. Streams begin with [`USUAL`]. The window grows
+//! where a stream reads a whole window in one round trip, which a PING measures: such a stream waits for the path. It
+//! shrinks where a connection has many streams, so that a connection's streams together hold no more than a few times
+//! [`TOGETHER`] when nobody reads. A window above that is lent by the thread, for as long as the connection has
+//! streams: [`LENT`] bytes at most.
+
+use std::cell::OnceCell;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll};
+
+use tokio::sync::Notify;
+
+/// The window of a connection, in bytes: the largest (RFC 9113, 6.9.1).
+pub const CONNECTION: u32 = (1 << 31) - 1;
+
+/// The window of a stream, in bytes, before anything is known of the path.
+pub const USUAL: u32 = 512 * 1024;
+const LEAST: u32 = 32 * 1024;
+/// Enough for 400 MB/s over 50 ms.
+const MOST: u32 = 32 * 1024 * 1024;
+/// What the windows of the streams that are open may be together without a loan.
+const TOGETHER: usize = 4 * 1024 * 1024;
+/// What a thread lends to all its connections.
+const LENT: usize = 64 * 1024 * 1024;
+/// A window that proves too small grows so many times. A few steps lead to the largest.
+const GROWTH: u32 = 8;
+/// A stream that has brought less is too short to measure anything.
+const BULK: usize = 64 * 1024;
+/// After so many measurements in a row without growth they are not made any rarer.
+const STEADY: u32 = 8;
+
+/// What a connection and its streams know of each other.
+#[derive(Debug)]
+pub struct Meter {
+    /// Streams.
+    open: AtomicUsize,
+    /// Streams at a time.
+    limit: AtomicUsize,
+    /// Notified when there is room again where there was none.
+    freed: Arc<Notify>,
+    /// Counts measurements.
+    round: AtomicUsize,
+    /// The most that one stream has read in this round.
+    most_read: AtomicUsize,
+    loan: AtomicUsize,
+    lender: Lender,
+}
+
+#[derive(Debug)]
+struct Lender(Arc<AtomicUsize>);
+
+impl Default for Lender {
+    fn default() -> Self {
+        thread_local! {
+            static OUT: OnceCell<Arc<AtomicUsize>> = const { OnceCell::new() };
+        }
+        Self(OUT.with(|out| Arc::clone(out.get_or_init(Arc::default))))
+    }
+}
+
+impl Default for Meter {
+    fn default() -> Self {
+        Self::limited(usize::MAX, Arc::default())
+    }
+}
+
+impl Meter {
+    /// For so many streams at a time. `freed` is notified when there is room again where there was none.
+    #[must_use]
+    pub fn limited(limit: usize, freed: Arc<Notify>) -> Self {
+        Self {
+            open: AtomicUsize::new(0),
+            limit: AtomicUsize::new(limit),
+            freed,
+            round: AtomicUsize::new(0),
+            most_read: AtomicUsize::new(0),
+            loan: AtomicUsize::new(0),
+            lender: Lender::default(),
+        }
+    }
+
+    pub fn limit(&self, limit: usize) {
+        self.limit.store(limit, Ordering::Relaxed);
+    }
+
+    #[must_use]
+    pub fn has_room(&self) -> bool {
+        self.open() < self.limit.load(Ordering::Relaxed)
+    }
+
+    #[must_use]
+    pub fn open(&self) -> usize {
+        self.open.load(Ordering::Relaxed)
+    }
+
+    /// Borrows so much more; false if there is not so much.
+    fn borrow(&self, more: usize) -> bool {
+        let lent = |out: usize| out.checked_add(more).filter(|out| *out <= LENT);
+        let lent = self.lender.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, lent).is_ok();
+        if lent {
+            self.loan.fetch_add(more, Ordering::Relaxed);
+        }
+        lent
+    }
+
+    fn give_back(&self) {
+        let loan = self.loan.swap(0, Ordering::Relaxed);
+        self.lender.0.fetch_sub(loan, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Meter {
+    fn drop(&mut self) {
+        self.give_back();
+    }
+}
+
+/// A stream, counted until dropped.
+#[derive(Debug)]
+pub struct Counted(Arc<Meter>);
+
+impl Counted {
+    #[must_use]
+    pub fn new(meter: &Arc<Meter>) -> Self {
+        meter.open.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(meter))
+    }
+
+    #[must_use]
+    pub fn reader(&self) -> Reader {
+        Reader { meter: Arc::clone(&self.0), round: 0, read: 0, all: 0 }
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let open = self.0.open.fetch_sub(1, Ordering::Relaxed);
+        if open == self.0.limit.load(Ordering::Relaxed) {
+            self.0.freed.notify_waiters();
+        }
+        if open == 1 && self.0.loan.load(Ordering::Relaxed) > 0 {
+            self.0.give_back();
+        }
+    }
+}
+
+/// Counts what is read of one stream.
+#[derive(Debug)]
+pub struct Reader {
+    meter: Arc<Meter>,
+    round: usize,
+    /// In this round.
+    read: usize,
+    all: usize,
+}
+
+impl Reader {
+    pub fn read(&mut self, bytes: usize) {
+        self.all = self.all.saturating_add(bytes);
+        if self.all < BULK {
+            return;
+        }
+        let round = self.meter.round.load(Ordering::Relaxed);
+        if self.round != round {
+            (self.round, self.read) = (round, 0);
+        }
+        self.read = self.read.saturating_add(bytes);
+        self.meter.most_read.fetch_max(self.read, Ordering::Relaxed);
+    }
+}
+
+/// The window of a connection's streams.
+#[derive(Debug)]
+pub struct Windows {
+    meter: Arc<Meter>,
+    window: u32,
+    /// What the far end was told.
+    told: u32,
+    /// The most streams at a time so far.
+    streams: usize,
+    /// Whether a measurement is under way; `None` where none is made.
+    measures: Option<bool>,
+    /// Measurements in a row without growth.
+    steady: u32,
+}
+
+impl Windows {
+    /// `adapt`: the path is measured, by PINGs. Where it is not, the window only shrinks.
+    #[must_use]
+    pub fn new(meter: Arc<Meter>, adapt: bool) -> Self {
+        Self { meter, window: USUAL, told: USUAL, streams: 0, measures: adapt.then_some(false), steady: 0 }
+    }
+
+    /// The window, if it is to be another than the far end was told.
+    #[must_use]
+    pub fn untold(&self) -> Option<u32> {
+        (self.window != self.told).then_some(self.window)
+    }
+
+    pub fn tell(&mut self, window: u32) {
+        self.told = window;
+    }
+
+    /// To be called when something came: keeps the window within its limit, and says whether a PING is wanted that
+    /// measures.
+    pub fn look(&mut self) -> bool {
+        let streams = self.meter.open();
+        if streams > self.streams || self.window as usize > TOGETHER {
+            self.streams = self.streams.max(streams);
+            self.window = self.window.min(within(TOGETHER + self.meter.loan.load(Ordering::Relaxed), streams));
+        }
+        let Some(measures @ false) = &mut self.measures else { return false };
+        let worth = (self.window as usize / 2) << self.steady;
+        if self.window >= MOST || self.meter.most_read.load(Ordering::Relaxed) < worth.max(BULK) {
+            return false;
+        }
+        *measures = true;
+        self.begin_round();
+        true
+    }
+
+    /// The PING that measures was answered.
+    pub fn measured(&mut self) {
+        let Some(measures @ true) = &mut self.measures else { return };
+        *measures = false;
+        let read = self.meter.most_read.load(Ordering::Relaxed);
+        self.begin_round();
+        let grown = if read / 2 >= self.window as usize / 3 { self.grown() } else { self.window };
+        if grown > self.window {
+            (self.window, self.steady) = (grown, 0);
+        } else {
+            self.steady = (self.steady + 1).min(STEADY);
+        }
+    }
+
+    fn begin_round(&self) {
+        self.meter.most_read.store(0, Ordering::Relaxed);
+        self.meter.round.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The largest that it may grow to now, with a loan if need be.
+    fn grown(&mut self) -> u32 {
+        let streams = self.meter.open().max(1);
+        self.streams = streams;
+        let mut wanted = self.window.saturating_mul(GROWTH).min(MOST);
+        while wanted > self.window {
+            let more = (wanted as usize * streams).saturating_sub(TOGETHER + self.meter.loan.load(Ordering::Relaxed));
+            if more == 0 || self.meter.borrow(more) {
+                break;
+            }
+            wanted /= 2;
+        }
+        wanted
+    }
+}
+
+/// The largest window with which so many streams stay within a limit together.
+fn within(limit: usize, streams: usize) -> u32 {
+    let each = u32::try_from(limit / streams.max(1)).unwrap_or(u32::MAX).clamp(LEAST, MOST);
+    1 << each.ilog2()
+}
+
+/// Sends PINGs one at a time, for whoever wants one.
+pub struct Pings {
+    ping_pong: Option<h2::PingPong>,
+    waits: bool,
+}
+
+impl Pings {
+    #[must_use]
+    pub fn new(ping_pong: Option<h2::PingPong>) -> Self {
+        Self { ping_pong, waits: false }
+    }
+
+    /// Sends one, if none is on its way.
+    pub fn send(&mut self) {
+        if !self.waits
+            && let Some(ping_pong) = &mut self.ping_pong
+        {
+            self.waits = ping_pong.send_ping(h2::Ping::opaque()).is_ok();
+        }
+    }
+
+    /// Whether one was answered just now.
+    pub fn answered(&mut self, cx: &mut Context<'_>) -> bool {
+        let Some(ping_pong) = self.ping_pong.as_mut().filter(|_| self.waits) else { return false };
+        let answered = matches!(ping_pong.poll_pong(cx), Poll::Ready(Ok(_)));
+        self.waits &= !answered;
+        answered
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn windows() -> (Arc<Meter>, Windows) {
+        let meter = Arc::new(Meter::default());
+        (Arc::clone(&meter), Windows::new(meter, true))
+    }
+
+    /// One stream reads `bytes` in each of `rounds` round trips.
+    fn reads(windows: &mut Windows, reader: &mut Reader, bytes: usize, rounds: usize) {
+        for _ in 0..rounds {
+            reader.read(bytes);
+            if windows.look() {
+                reader.read(bytes);
+                windows.measured();
+            }
+        }
+    }
+
+    #[test]
+    fn a_window_grows_where_the_path_is_the_limit() {
+        let (meter, mut windows) = windows();
+        let stream = Counted::new(&meter);
+        let mut reader = stream.reader();
+        reads(&mut windows, &mut reader, 100 * 1024, 50);
+        assert_eq!(windows.untold(), None, "a slow reader needs no more");
+        for grown in [GROWTH * USUAL, MOST] {
+            let window = windows.window as usize;
+            reads(&mut windows, &mut reader, window, 1 << STEADY);
+            assert_eq!(windows.untold(), Some(grown));
+        }
+        assert_eq!(meter.loan.load(Ordering::Relaxed), MOST as usize - TOGETHER);
+        drop(stream);
+        assert_eq!(meter.lender.0.load(Ordering::Relaxed), 0, "a loan ends with the last stream");
+        windows.look();
+        assert_eq!(windows.window as usize, TOGETHER);
+    }
+
+    #[test]
+    fn many_streams_hold_little_each() {
+        let (meter, mut windows) = windows();
+        let mut streams = Vec::new();
+        let mut held = 0;
+        for _ in 0..256 {
+            streams.push(Counted::new(&meter));
+            windows.look();
+            held += windows.window as usize;
+        }
+        assert_eq!(windows.window, LEAST);
+        // Those that came first may have filled a window that was larger then.
+        assert!(held <= 5 * TOGETHER, "{held}");
+    }
+
+    #[test]
+    fn a_thread_lends_so_much_and_no_more() {
+        let lender = Lender::default();
+        let mut connections = Vec::new();
+        for _ in 0..8 {
+            let meter = Arc::new(Meter::default());
+            let mut windows = Windows::new(Arc::clone(&meter), true);
+            let stream = Counted::new(&meter);
+            let mut reader = stream.reader();
+            for _ in 0..4 {
+                let window = windows.window as usize;
+                reads(&mut windows, &mut reader, window, 1 << STEADY);
+            }
+            assert!(lender.0.load(Ordering::Relaxed) <= LENT);
+            connections.push((stream, windows.window));
+        }
+        assert_eq!(connections[0].1, MOST);
+        assert_eq!(connections[7].1 as usize, TOGETHER);
+    }
+}

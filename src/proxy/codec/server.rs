@@ -1,0 +1,164 @@
+//! The server side of an HTTP/2 connection.
+
+use std::error::Error;
+use std::future::{Future, poll_fn};
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use h2::Reason;
+use h2::server::{Connection, Handshake, SendResponse};
+use http::header::{CONTENT_LENGTH, TE};
+use http::{HeaderValue, Request, Response};
+
+use super::flow::{CONNECTION, Counted, Meter, Pings, USUAL, Windows};
+use super::incoming::Incoming;
+use super::outgoing::Outgoing;
+use super::wire::Wire;
+use super::{HEAD_SIZE, SEND_BUFFER, SMALL_FRAMES};
+
+/// One connection, which ends when the client or a shutdown ends it.
+pub struct Server<H> {
+    state: State,
+    handle: Box<H>,
+    meter: Arc<Meter>,
+    remote: bool,
+    /// Begun before there was a connection to shut down.
+    shuts_down: bool,
+}
+
+enum State {
+    Begins(Box<Handshake<Wire, Bytes>>),
+    Serves(Box<Serving>),
+}
+
+struct Serving {
+    connection: Connection<Wire, Bytes>,
+    pings: Pings,
+    windows: Windows,
+}
+
+impl<H> Server<H> {
+    /// `remote`: the far end is another host. `handle` makes the answer to each request, in a task of its own; it is
+    /// dropped when the client resets the stream.
+    pub fn new(wire: Wire, remote: bool, handle: H) -> Self {
+        let mut builder = h2::server::Builder::new();
+        builder
+            .max_concurrent_streams(STREAMS)
+            .max_pending_accept_reset_streams(PENDING_RESETS)
+            .max_local_error_reset_streams(Some(LOCAL_RESETS))
+            .max_header_list_size(u32::try_from(HEAD_SIZE).unwrap_or(u32::MAX))
+            .initial_window_size(USUAL)
+            .initial_connection_window_size(CONNECTION)
+            .max_send_buffer_size(SEND_BUFFER)
+            .data_frame_budget(SMALL_FRAMES);
+        let state = State::Begins(Box::new(builder.handshake(wire)));
+        Self { state, handle: Box::new(handle), meter: Arc::default(), remote, shuts_down: false }
+    }
+
+    /// Takes no further requests, and ends after those under way.
+    pub fn graceful_shutdown(self: Pin<&mut Self>) {
+        let this = self.get_mut();
+        match &mut this.state {
+            State::Begins(_) => this.shuts_down = true,
+            State::Serves(serving) => serving.connection.graceful_shutdown(),
+        }
+    }
+}
+
+impl<H, F, B> Future for Server<H>
+where
+    H: Fn(Request<Incoming>) -> F,
+    F: Future<Output = Response<B>> + Send + 'static,
+    B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
+    B::Error: Error + 'static,
+{
+    type Output = Result<(), h2::Error>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.get_mut();
+        loop {
+            match &mut this.state {
+                State::Begins(handshake) => {
+                    let mut connection = ready!(Pin::new(handshake.as_mut()).poll(cx))?;
+                    if this.shuts_down {
+                        connection.graceful_shutdown();
+                    }
+                    let pings = Pings::new(connection.ping_pong().filter(|_| this.remote));
+                    let windows = Windows::new(Arc::clone(&this.meter), this.remote);
+                    this.state = State::Serves(Box::new(Serving { connection, pings, windows }));
+                }
+                State::Serves(serving) => {
+                    let Some(accepted) = ready!(serving.poll_request(cx)) else { return Poll::Ready(Ok(())) };
+                    let (request, respond) = accepted?;
+                    let counted = Counted::new(&this.meter);
+                    let (head, source) = request.into_parts();
+                    let body = Incoming::http2(source, &head.headers, counted.reader(), None);
+                    let response = (this.handle)(Request::from_parts(head, body));
+                    tokio::spawn(answer(response, respond, counted));
+                }
+            }
+        }
+    }
+}
+
+type Accepted = Result<(Request<h2::RecvStream>, SendResponse<Bytes>), h2::Error>;
+
+impl Serving {
+    fn poll_request(&mut self, cx: &mut Context<'_>) -> Poll<Option<Accepted>> {
+        loop {
+            if let Poll::Ready(accepted) = self.connection.poll_accept(cx) {
+                return Poll::Ready(accepted);
+            }
+            if self.pings.answered(cx) {
+                self.windows.measured();
+            }
+            if self.windows.look() {
+                self.pings.send();
+            }
+            // While the far end has not confirmed one change, there is no other.
+            match self.windows.untold() {
+                Some(window) if self.connection.set_initial_window_size(window).is_ok() => self.windows.tell(window),
+                _ => return Poll::Pending,
+            }
+        }
+    }
+}
+
+/// Sends the response that comes of a request, unless the client resets the stream before.
+async fn answer<B>(response: impl Future<Output = Response<B>>, mut respond: SendResponse<Bytes>, counted: Counted)
+where
+    B: http_body::Body<Data = Bytes> + Unpin,
+    B::Error: Error + 'static,
+{
+    let _counted = counted;
+    let mut response = pin!(response);
+    let response = poll_fn(|cx| match response.as_mut().poll(cx) {
+        Poll::Ready(response) => Poll::Ready(Some(response)),
+        Poll::Pending => respond.poll_reset(cx).map(|_| None),
+    });
+    let Some(response) = response.await else { return };
+    let (mut head, body) = response.into_parts();
+    head.headers.remove(TE);
+    let ends = body.is_end_stream();
+    if !ends && let Some(length) = body.size_hint().exact() {
+        head.headers.entry(CONTENT_LENGTH).or_insert_with(|| HeaderValue::from(length));
+    }
+    match respond.send_response(Response::from_parts(head, ()), ends) {
+        Ok(_) if ends => {}
+        // The connection tells who is to know.
+        Ok(stream) => drop(Outgoing::new(body, stream, Reason::INTERNAL_ERROR).await),
+        Err(error) => {
+            tracing::debug!(target: "proxy", %error, "A response could not be sent");
+            respond.send_reset(Reason::INTERNAL_ERROR);
+        }
+    }
+}
+
+/// Requests at a time on one connection.
+const STREAMS: u32 = 256;
+/// Streams that a client may have opened and reset before we looked at them ("rapid reset").
+const PENDING_RESETS: usize = 32;
+/// Streams that we may have reset over a connection's errors.
+const LOCAL_RESETS: usize = 256;
