@@ -40,17 +40,18 @@ impl Ca {
     }
 
     fn with(key: KeyPair, validity: (SystemTime, SystemTime)) -> Self {
+        Self::made(key, None, |params| *params = within(params.clone(), validity))
+    }
+
+    /// One that differs from the usual by what `adjust` does, signed by itself or by another.
+    pub fn made(key: KeyPair, by: Option<&Self>, adjust: impl FnOnce(&mut CertificateParams)) -> Self {
         static NUMBER: AtomicUsize = AtomicUsize::new(1);
-        let mut params = CertificateParams::default();
+        let mut params = within(CertificateParams::default(), validity(-3600, 86_400));
         params.distinguished_name.push(DnType::CommonName, format!("ca-{}", NUMBER.fetch_add(1, Ordering::Relaxed)));
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         params.subject_alt_names = vec![SanType::URI(format!("spiffe://{TRUST_DOMAIN}").try_into().unwrap())];
-        Self::signed(within(params, validity), key, None)
-    }
-
-    /// Signed by itself or by another.
-    pub fn signed(params: CertificateParams, key: KeyPair, by: Option<&Self>) -> Self {
+        adjust(&mut params);
         let certificate = match by {
             Some(by) => params.signed_by(&key, &by.issuer),
             None => params.self_signed(&key),
@@ -82,11 +83,17 @@ impl Ca {
 
     /// A leaf with these URIs, valid from and until seconds from now.
     pub fn leaf_with(&self, uris: &[&str], from: i64, until: i64) -> Leaf {
-        let key = KeyPair::generate().unwrap();
-        let mut params = CertificateParams::default();
+        self.leaf_made(KeyPair::generate().unwrap(), uris, |params| {
+            *params = within(params.clone(), validity(from, until))
+        })
+    }
+
+    /// A leaf that differs from the usual by what `adjust` does.
+    pub fn leaf_made(&self, key: KeyPair, uris: &[&str], adjust: impl FnOnce(&mut CertificateParams)) -> Leaf {
+        let mut params = within(CertificateParams::default(), validity(-60, 86_400));
         params.subject_alt_names = uris.iter().map(|uri| SanType::URI((*uri).try_into().unwrap())).collect();
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
-        let params = within(params, validity(from, until));
+        adjust(&mut params);
         Leaf { cert_pem: params.signed_by(&key, &self.issuer).unwrap().pem(), key_pem: key.serialize_pem() }
     }
 

@@ -6,6 +6,10 @@
 //! roots or the trust that it was made with.
 
 mod aead;
+mod certificate;
+mod der;
+mod names;
+mod path;
 mod policy;
 mod refusal;
 mod sides;
@@ -87,7 +91,11 @@ impl Credentials {
             .load_private_key(key)
             .map_err(|_| Error::new("the leaf's private key is of a kind that can't be used"))?;
         let key = CertifiedKey::new(chain, key);
-        key.keys_match().map_err(|_| Error::new("the leaf's private key is not the key of its certificate"))?;
+        // As the library does, whose reading of certificates is stricter than what is required of peers.
+        let public = key.cert.first().and_then(|leaf| certificate::Certificate::read(leaf)).map(|leaf| leaf.public_key);
+        if key.key.public_key().zip(public).is_none_or(|(of_key, of_leaf)| of_key != of_leaf) {
+            return Err(Error::new("the leaf's private key is not the key of its certificate"));
+        }
 
         let id = key.end_entity_cert().map_err(|_| PeerError::NoCertificate).and_then(verify::uri);
         let id = id.map_err(|e| Error::new(format!("the leaf certificate: {e}")))?;
@@ -208,6 +216,6 @@ fn trust(pems: &[String], provider: &Arc<CryptoProvider>, now: SystemTime) -> Re
     for pem in pems {
         roots.extend(certificates(pem).map_err(|e| Error::new(format!("a root certificate is not PEM: {e}")))?);
     }
-    let trust = Trust::new(&roots, Arc::clone(provider)).map_err(Error::new)?;
+    let trust = Trust::new(roots, Arc::clone(provider)).map_err(Error::new)?;
     if trust.is_valid(now) { Ok(trust) } else { Err(Error::new("no valid root certificate is listed")) }
 }

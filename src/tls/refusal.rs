@@ -25,7 +25,7 @@ pub enum PeerError {
     UnknownIssuer,
     /// Its extended key usage, or that of an authority on the path, does not allow what it is shown for.
     NotFor(Purpose),
-    /// There are paths to a root, and this is wrong with the best of them.
+    /// There is a path to a root, and this is wrong with it.
     BadPath(String),
     /// None, or more than one, URI in the subject's alternative names.
     NotOneUri(usize),
@@ -48,9 +48,12 @@ impl fmt::Display for PeerError {
             Self::NotYetValid => f.write_str("its certificate is not valid yet (compare the hosts' clocks)"),
             Self::Expired => f.write_str("its certificate has expired"),
             Self::UnknownIssuer => f.write_str("its certificate does not chain to a root of the mesh (unknown issuer)"),
-            Self::NotFor(purpose) => write!(f, "the extended key usage of its certificate does not allow a {purpose}"),
+            Self::NotFor(purpose) => write!(
+                f,
+                "the extended key usage of its certificate, or of an authority above it, does not allow a {purpose}"
+            ),
             Self::BadPath(problem) => {
-                write!(f, "its certificate chains to a root of the mesh, but not validly: {problem}")
+                write!(f, "its certificate chains to a root of the mesh, but {problem}")
             }
             Self::NotOneUri(count) => {
                 write!(f, "its certificate holds {count} URIs where a mesh identity is exactly one")

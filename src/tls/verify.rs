@@ -5,16 +5,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{verify_tls12_signature, verify_tls13_signature};
+use rustls::crypto::verify_tls13_signature_with_raw_key;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::{DigitallySignedStruct, DistinguishedName, SignatureScheme};
+use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, SignatureScheme};
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+use webpki::RawPublicKeyEntity;
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
+use super::certificate::{Certificate, Validity};
 use super::refusal::{PeerError, Purpose};
 use super::spiffe::SpiffeId;
-use super::trust::{Trust, Validity};
+use super::trust::Trust;
 
 /// Who a peer is, as its certificates prove.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -207,7 +209,8 @@ impl ServerCertVerifier for ServerIdentity {
     }
 }
 
-/// What a handshake is signed with.
+/// What a handshake is signed with. The key is taken from the certificate as it is read here, for the library's own
+/// reading refuses extensions that are allowed in a path.
 impl Peers {
     fn verify_tls12(
         &self,
@@ -215,8 +218,16 @@ impl Peers {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let algorithms = &self.trust.provider().signature_verification_algorithms;
-        verify_tls12_signature(message, certificate, signature, algorithms)
+        let leaf = Certificate::read(certificate).ok_or(PeerError::Malformed)?;
+        let key = RawPublicKeyEntity::try_from(&leaf.public_key).map_err(|_| PeerError::Malformed)?;
+        let schemes = self.trust.provider().signature_verification_algorithms.mapping;
+        // RSA-PKCS1 and ECDSA without a curve are what TLS 1.3 has no more; each may be several algorithms.
+        let fits = |(scheme, _): &&(SignatureScheme, _)| *scheme == signature.scheme;
+        let mut algorithms = schemes.iter().find(fits).map(|(_, algorithms)| algorithms.iter()).into_iter().flatten();
+        if algorithms.any(|algorithm| key.verify_signature(*algorithm, message, signature.signature()).is_ok()) {
+            return Ok(HandshakeSignatureValid::assertion());
+        }
+        Err(rustls::Error::InvalidCertificate(CertificateError::BadSignature))
     }
 
     fn verify_tls13(
@@ -225,8 +236,9 @@ impl Peers {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let leaf = Certificate::read(certificate).ok_or(PeerError::Malformed)?;
         let algorithms = &self.trust.provider().signature_verification_algorithms;
-        verify_tls13_signature(message, certificate, signature, algorithms)
+        verify_tls13_signature_with_raw_key(message, &leaf.public_key, signature, algorithms)
     }
 
     fn schemes(&self) -> Vec<SignatureScheme> {

@@ -7,8 +7,8 @@ use crate::tls::{Credentials, certificates};
 const HOUR: i64 = 3600;
 
 fn trust(roots: &[&str]) -> Trust {
-    let roots: Vec<_> = roots.iter().flat_map(|pem| certificates(pem).unwrap()).collect();
-    Trust::new(&roots, Arc::new(crate::tls::policy::provider(crate::tls::Aead::detect()))).unwrap()
+    let roots = roots.iter().flat_map(|pem| certificates(pem).unwrap()).collect();
+    Trust::new(roots, Arc::new(crate::tls::policy::provider(crate::tls::Aead::detect()))).unwrap()
 }
 
 fn chain(pems: &[&str]) -> Vec<CertificateDer<'static>> {
