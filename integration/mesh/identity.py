@@ -7,7 +7,7 @@ import tempfile
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from .apps import Conn, Echo
@@ -37,17 +37,27 @@ class Identity:
 class Authority:
     """A certificate authority whose key the scenario holds; with a trust domain it can be the mesh's own root."""
 
-    def __init__(self, trust_domain, name="Scenario CA", key=None):
-        self._key = key or ec.generate_private_key(ec.SECP256R1())
+    def __init__(self, trust_domain, name="Scenario CA", key=None, extensions=(), by=None):
+        """`extensions` are more of them, each with whether it is critical. With `by` it is an authority below another."""
+        self._key, self._domain = key or ec.generate_private_key(ec.SECP256R1()), trust_domain
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        self._cert = (
-            self._builder(self._name, self._key.public_key(), -DAY, 3650 * DAY)
+        issuer = by or self
+        builder = (
+            issuer._builder(self._name, self._key.public_key(), -DAY, 3650 * DAY)
             .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
             .add_extension(key_usage(key_cert_sign=True, crl_sign=True, digital_signature=True), critical=True)
             .add_extension(x509.SubjectAlternativeName([x509.UniformResourceIdentifier(f"spiffe://{trust_domain}")]), critical=False)
-            .sign(self._key, hashes.SHA256())
         )
+        for extension, critical in extensions:
+            builder = builder.add_extension(extension, critical)
+        self._cert = issuer._sign(builder)
         self.cert_pem, self.key_pem = pem(self._cert), pem_key(self._key)
+        # What a leaf of it is shown with.
+        self.chain_pem = self.cert_pem + by.chain_pem if by else ""
+
+    def below(self, name, key=None, extensions=()):
+        """An authority that this one signs for."""
+        return Authority(self._domain, name, key, extensions, by=self)
 
     def issue(self, *uris, starts=-DAY, ends=DAY, purposes=("client", "server"), key="ec", dns=()):
         """A leaf with these URIs (and DNS names), valid from now + `starts` to now + `ends`."""
@@ -62,7 +72,10 @@ class Authority:
         )
         if names:
             builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
-        return Identity(pem(builder.sign(self._key, hashes.SHA256())), pem_key(key))
+        return Identity(pem(self._sign(builder)) + self.chain_pem, pem_key(key))
+
+    def _sign(self, builder):
+        return builder.sign(self._key, None if isinstance(self._key, ed25519.Ed25519PrivateKey) else hashes.SHA256())
 
     def _builder(self, subject, public_key, starts, ends):
         now = datetime.datetime.now(datetime.timezone.utc)
@@ -85,7 +98,12 @@ def pem(cert):
 
 
 def pem_key(key):
-    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()).decode()
+    return key.private_bytes(serialization.Encoding.PEM, private_format(key), serialization.NoEncryption()).decode()
+
+
+def private_format(key):
+    is_ed25519 = isinstance(key, ed25519.Ed25519PrivateKey)
+    return serialization.PrivateFormat.PKCS8 if is_ed25519 else serialization.PrivateFormat.TraditionalOpenSSL
 
 
 def client_context(trust, identity=None, version=None):
