@@ -246,6 +246,16 @@ impl fmt::Display for DefaultPolicy {
     }
 }
 
+impl fmt::Display for Decision<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Allow(decider) => write!(f, "allowed by {decider}"),
+            Self::Deny(decider) => write!(f, "denied by {decider}"),
+            Self::EachRequest(intention) => write!(f, "left to requests by {intention}"),
+        }
+    }
+}
+
 impl fmt::Display for Decider<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -303,11 +313,7 @@ mod tests {
     fn decide(list: &[Intention], default: Action, name: &str) -> String {
         let default = DefaultPolicy { action: default, source: "default policy".to_owned() };
         let intentions = Intentions::new(list.to_vec(), default);
-        match intentions.decide(&peer(name)) {
-            Decision::Allow(decider) => format!("allowed by {decider}"),
-            Decision::Deny(decider) => format!("denied by {decider}"),
-            Decision::EachRequest(intention) => format!("left to requests by {intention}"),
-        }
+        intentions.decide(&peer(name)).to_string()
     }
 
     #[test]

@@ -118,7 +118,20 @@ impl Inbound {
     fn decide(&self, listener: &PublicListener, head: &Head) -> Result<Verified, Refusal> {
         let providers = &listener.token_providers;
         let now = SystemTime::now();
-        let (decision, verified) = listener.intentions.verify_and_decide(&self.peer, &head.view(), providers, now);
+        let view = head.view();
+        let (decision, verified) = listener.intentions.verify_and_decide(&self.peer, &view, providers, now);
+        // Without what may be secret, the query and the values of headers.
+        tracing::debug!(
+            target: "proxy.inbound",
+            source = %self.peer,
+            destination = listener.service,
+            request_id = view.headers.get(message::X_REQUEST_ID).and_then(|id| id.to_str().ok()),
+            method = view.method,
+            authority = view.authority,
+            path = view.path,
+            %decision,
+            "Request judged"
+        );
         match decision {
             Decision::Allow(_) => Ok(verified),
             Decision::Deny(decider) => {
