@@ -21,6 +21,7 @@ class Rpc:
             "Sum": grpc.stream_unary_rpc_method_handler(self._sum),
             "Chat": grpc.stream_stream_rpc_method_handler(self._chat),
             "Fail": grpc.unary_unary_rpc_method_handler(self._fail),
+            "Late": grpc.unary_stream_rpc_method_handler(self._late),
             "Wait": grpc.unary_unary_rpc_method_handler(self._wait),
             "Pour": grpc.unary_stream_rpc_method_handler(self._pour),
             "Hold": grpc.stream_unary_rpc_method_handler(self._hold),
@@ -47,6 +48,10 @@ class Rpc:
 
     def _fail(self, _request, context):
         context.abort(grpc.StatusCode.FAILED_PRECONDITION, "as you asked")
+
+    def _late(self, request, context):
+        yield request
+        context.abort(grpc.StatusCode.FAILED_PRECONDITION, "after the first")
 
     def _wait(self, request, context):
         over = threading.Event()

@@ -14,7 +14,7 @@ use super::message::{self, Head, Intake, X_FORWARDED_CLIENT_CERT};
 use super::note::{Caller, Note};
 use super::refusal::{Kind, Refusal};
 use super::reply::Asked;
-use super::{serve, upgrade};
+use super::{bridge, serve, upgrade};
 use crate::drain;
 use crate::jwt::Verified;
 use crate::proxy::codec::incoming::Incoming;
@@ -55,10 +55,14 @@ impl Inbound {
         serve::serve(wire, live, serve::TIMES, move |request| Arc::clone(&this).answer(request)).await
     }
 
-    async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
+    async fn answer(self: Arc<Self>, mut request: Request<Incoming>) -> Response<Body> {
         let mut asked = Asked::new(&self.caller, &request);
         let listener = Arc::clone(&self.live.borrow().part);
-        let result = Arc::clone(&self).try_answer(&listener, request, asked.note.as_deref_mut()).await;
+        let bridged = bridge::spans(listener.protocol, &mut request);
+        let mut result = Arc::clone(&self).try_answer(&listener, request, asked.note.as_deref_mut()).await;
+        if bridged && let Ok(response) = result {
+            result = bridge::gather(response).await;
+        }
         asked.answer(result.inspect_err(|refusal| self.log(&listener, refusal)), listener.tells_cause)
     }
 

@@ -7,6 +7,7 @@
 
 mod app;
 mod body;
+mod bridge;
 pub mod certificate;
 pub mod expose;
 pub mod inbound;

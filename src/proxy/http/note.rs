@@ -175,6 +175,7 @@ fn details(kind: Kind) -> &'static str {
         Kind::Unreachable => "upstream_reset_before_response_started{remote_connection_failure}",
         Kind::Reset => "upstream_reset_before_response_started{connection_termination}",
         Kind::BadResponse => "upstream_reset_before_response_started{protocol_error}",
+        Kind::LargeResponse => "response_payload_too_large",
         Kind::Overflow => "upstream_reset_before_response_started{overflow}",
         Kind::Timeout => "response_timeout",
         Kind::TryTimeout => "upstream_per_try_timeout",

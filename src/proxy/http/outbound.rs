@@ -16,7 +16,7 @@ use super::note::{Caller, Note};
 use super::patience::{Expired, Patience};
 use super::refusal::{Kind, Refusal};
 use super::reply::Asked;
-use super::{serve, upgrade};
+use super::{bridge, serve, upgrade};
 use crate::drain;
 use crate::proxy::balance::{Balancer, Clock, Instance, Outcome, Picked, Plan, Retry};
 use crate::proxy::codec::incoming::Incoming;
@@ -56,10 +56,14 @@ impl Outbound {
         serve::serve(wire, live, serve::TIMES, move |request| Arc::clone(&this).answer(request)).await
     }
 
-    async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
+    async fn answer(self: Arc<Self>, mut request: Request<Incoming>) -> Response<Body> {
         let mut asked = Asked::new(&self.caller, &request);
         let plan = Arc::clone(&self.live.borrow().part);
-        let result = self.try_answer(&plan, request, asked.note.as_deref_mut()).await;
+        let bridged = bridge::spans(plan.upstream.chain.protocol, &mut request);
+        let mut result = self.try_answer(&plan, request, asked.note.as_deref_mut()).await;
+        if bridged && let Ok(response) = result {
+            result = bridge::gather(response).await;
+        }
         asked.answer(result.inspect_err(|refusal| log(&plan, refusal)), plan.upstream.requests.tells_cause)
     }
 

@@ -36,6 +36,8 @@ pub enum Kind {
     Reset,
     /// What the other end answered is not HTTP, or two readers may see two answers in it.
     BadResponse,
+    /// Of which all is held back until its end.
+    LargeResponse,
     Overflow,
     Timeout,
     /// One try of perhaps several.
@@ -73,6 +75,7 @@ impl Kind {
                 "upstream connect error or disconnect/reset before headers. reset reason: protocol error",
                 "UPE",
             ),
+            Self::LargeResponse => (StatusCode::INTERNAL_SERVER_ERROR, "Internal Server Error", "-"),
             Self::Overflow => {
                 (UNAVAILABLE, "upstream connect error or disconnect/reset before headers. reset reason: overflow", "UO")
             }

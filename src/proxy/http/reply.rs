@@ -71,7 +71,7 @@ fn reply(refusal: &Refusal, grpc: bool, tells_cause: bool) -> Response<Body> {
 }
 
 /// Whether these are the headers of a gRPC request.
-fn is_grpc(headers: &HeaderMap) -> bool {
+pub fn is_grpc(headers: &HeaderMap) -> bool {
     headers.get(CONTENT_TYPE).is_some_and(|kind| {
         let kind = kind.as_bytes();
         kind.strip_prefix(b"application/grpc").is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';')))

@@ -1,0 +1,80 @@
+//! gRPC for clients that speak HTTP/1.1, as Envoy's gRPC-HTTP/1.1 bridge has it, which Consul gives services whose
+//! protocol is `grpc` (Consul 1.19.2, Envoy 1.40).
+//!
+//! How a call ended stands in the trailers, which such a client does not get. So the response is held back until they
+//! come, and then says it in its headers: `grpc-status` and `grpc-message`, and status 503 for a call that failed.
+
+use bytes::BytesMut;
+use http::header::{CONTENT_LENGTH, HeaderName, TE};
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Version};
+use http_body_util::BodyExt;
+
+use super::body::{Body, Broken};
+use super::refusal::{Kind, Refusal};
+use super::reply::is_grpc;
+use crate::snapshot::Protocol;
+
+/// Whether the response to this request is to be [`gather`]ed. If so the request says what gRPC apps insist on.
+pub fn spans<B>(protocol: Protocol, request: &mut Request<B>) -> bool {
+    let spans = protocol == Protocol::Grpc && request.version() < Version::HTTP_2 && is_grpc(request.headers());
+    if spans {
+        request.headers_mut().insert(TE, HeaderValue::from_static("trailers"));
+    }
+    spans
+}
+
+/// The response, whole, with the end of its call in the headers. Without trailers it stays as it is: a call that failed
+/// before the first message has said so in its headers.
+///
+/// # Errors
+/// It broke off, took too long or has more than 1 MiB.
+pub async fn gather(response: Response<Body>) -> Result<Response<Body>, Refusal> {
+    if response.body().is_empty() {
+        return Ok(response);
+    }
+    let (mut parts, mut body) = response.into_parts();
+    let mut messages = BytesMut::new();
+    while let Some(frame) = body.frame().await {
+        match frame.map_err(refused)?.into_data() {
+            Ok(data) if messages.len() + data.len() > GATHERED => {
+                return Err(Refusal::new(
+                    Kind::LargeResponse,
+                    "the response has more than 1 MiB, which is held back at most",
+                ));
+            }
+            Ok(data) => messages.extend_from_slice(&data),
+            Err(frame) => {
+                if let Ok(trailers) = frame.into_trailers() {
+                    tell_end(&trailers, &mut parts.status, &mut parts.headers);
+                }
+            }
+        }
+    }
+    parts.headers.insert(CONTENT_LENGTH, HeaderValue::from(messages.len()));
+    Ok(Response::from_parts(parts, Body::text(messages.freeze())))
+}
+
+/// The client has seen nothing of the response, so that it can be told.
+fn refused(broken: Broken) -> Refusal {
+    match broken {
+        Broken::Source(error) => Refusal::new(Kind::Reset, format!("the response broke off: {error}")),
+        Broken::TimedOut(expired) => expired.into(),
+    }
+}
+
+fn tell_end(trailers: &HeaderMap, status: &mut StatusCode, headers: &mut HeaderMap) {
+    let Some(ended) = trailers.get(GRPC_STATUS) else { return };
+    if ended.as_bytes() != b"0" {
+        *status = StatusCode::SERVICE_UNAVAILABLE;
+    }
+    headers.insert(GRPC_STATUS, ended.clone());
+    if let Some(message) = trailers.get(GRPC_MESSAGE) {
+        headers.insert(GRPC_MESSAGE, message.clone());
+    }
+}
+
+const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
+const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
+
+/// Of one response, in bytes: what Envoy holds back under Consul.
+const GATHERED: usize = 1024 * 1024;
