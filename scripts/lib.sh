@@ -28,6 +28,26 @@ install_packages() {
     fi
 }
 
+# Servers of others, which say what they understood of a request. Where they can't be had, the scenarios say so.
+want_servers() {
+    local -a missing=()
+    [ -x /usr/sbin/nginx ] || missing+=(nginx)
+    [ -x /usr/sbin/apache2 ] || missing+=(apache2-bin)
+    [ -x /usr/sbin/lighttpd ] || missing+=(lighttpd)
+    if [ "${#missing[@]}" = 0 ] || [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+        return 0
+    fi
+    (
+        # Packages of servers start them, unless this says no (Debian's policy-rc.d).
+        if ! [ -e /usr/sbin/policy-rc.d ]; then
+            trap 'rm -f /usr/sbin/policy-rc.d' EXIT
+            printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d
+            chmod 755 /usr/sbin/policy-rc.d
+        fi
+        install_packages "servers that scenarios compare at" "${missing[@]}"
+    ) || say "Without ${missing[*]}, what these servers understand is NOT TESTED."
+}
+
 # cargo, and the C compiler that the cryptography library is built with.
 need_rust() {
     command -v cargo >/dev/null || PATH=$PATH:${CARGO_HOME:-$HOME/.cargo}/bin

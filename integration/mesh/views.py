@@ -87,7 +87,8 @@ def breaks_denies(report):
     return [what for what, broken in {
         "method": report["method"].upper() in ("DELETE", "PATCH"),
         "path": any(path.startswith("/admin") or path == "/secret" for path in paths),
-        "host": any(canonical_host(host) == "admin.example" for host in report["hosts"]),
+        # Servers that hold several sites tell these apart by the name alone.
+        "host": any(re.sub(r":\d*$", "", host.lower()).removesuffix(".") == "admin.example" for host in report["hosts"]),
         "x-role": ["x-role", "admin"] in report["headers"],
         "x-deny": any(name == "x-deny" for name, _ in report["headers"]),
     }.items() if broken]

@@ -157,11 +157,16 @@ def served(mesh, ports, tmp_path):
         fronts = {"1": Http1(lambda: mtls_connect(service.public, None, context=context, sni=sni, within=5)),
                   "2": Http2(lambda: mtls_connect(service.public, None, context=http2, sni=sni, within=5))}
 
+        def answers(probe, status):
+            answered = fronts["1"].ask(probe, "ready")
+            assert answered == [status], answered
+            return True
+
         def rule(permissions, refused):
             mesh.agent.write("service-intentions", service.name, Sources=[{"Name": prober.name, "Permissions": permissions}])
             mesh.stack.callback(mesh.agent.delete, f"/v1/config/service-intentions/{service.name}")
-            eventually(lambda: fronts["1"].ask(refused, "ready") == [403], what="the rules hold")
-            eventually(lambda: fronts["1"].ask(Probe(), "ready") == [200], what="the server is reached")
+            eventually(lambda: answers(refused, 403), what="the rules hold")
+            eventually(lambda: answers(Probe(), 200), what="the server is reached")
         return server, service, fronts, rule
     return serve
 
@@ -189,15 +194,14 @@ def requests(protocol):
 def test_what_arrives_is_what_was_judged(served, kind, protocol):
     server, service, fronts, rule = served(kind, protocol)
     asked, phases = {}, {}
-    todo = list(requests(protocol))
+    known = server.knows_over_http2 if protocol == "http2" else None
+    todo = [request for request in requests(protocol) if known is None or request[2].method in known]
     for phase, (permissions, refused, _) in PHASES.items():
         rule(permissions, refused)
         for number, (when, version, probe) in enumerate(todo):
             if when == phase:
                 id = f"probe-{number}"
-                import time; t=time.time()
                 asked[id], phases[id] = (probe, version, fronts[version].ask(probe, id)), phase
-                if time.time()-t>0.2: print("SLOW",time.time()-t,version,probe,asked[id][2])
     for front in fronts.values():
         front.close()
     judged, understood = decisions(service.process.out()), by_id(server.reports())

@@ -486,6 +486,19 @@ mod tests {
     }
 
     #[test]
+    fn an_underscore_in_a_name_may_be_a_dash_to_a_server_or_nothing() {
+        let role = |test, invert| header("x-role", test, invert);
+        let exact = |value| ValueTest::Exact(text(value));
+        check(&role(exact("admin"), false), &with(&[("x_role", b"admin")]), true, false);
+        check(&role(exact("admin"), false), &with(&[("x-role", b"user"), ("x_role", b"admin")]), true, false);
+        check(&role(exact("user"), false), &with(&[("x-role", b"user"), ("x_role", b"admin")]), true, false);
+        check(&role(ValueTest::Present, false), &with(&[("x_role", b"1")]), true, false);
+        check(&role(ValueTest::Present, true), &with(&[("x_role", b"1")]), true, false);
+        check_both(&role(ValueTest::Present, true), &with(&[("x.role", b"1")]), true);
+        check(&header("x_role", exact("admin"), false), &with(&[("x-role", b"admin")]), true, false);
+    }
+
+    #[test]
     fn pseudo_headers_and_the_host_can_be_tested() {
         check_both(&header("Host", ValueTest::Prefix(text("db.")), false), &get("/"), true);
         check_both(&header(":authority", ValueTest::Exact(text("db.example:80")), false), &get("/"), true);

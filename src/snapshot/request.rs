@@ -112,8 +112,19 @@ impl HeaderMatch {
 
     /// Whether the condition of a permission holds. What a server may read in another way than it is written (method,
     /// path, authority) is taken in every way where a match is what refuses: plainly in a deny, inverted in an allow.
+    ///
+    /// Some servers take `_` for `-` in names of headers, others leave such a header out: where there is one, what refuses
+    /// needs one of these readings, and what allows needs both (RFC 3875, 4.1.18).
     pub(super) fn permits(&self, request: &RequestView<'_>, lines: Lines) -> bool {
-        self.compare(request, lines, (lines == Lines::Any) != self.invert)
+        let refuses = lines == Lines::Any;
+        let holds = self.compare(request, lines, refuses != self.invert);
+        match &self.name {
+            Name::Header(name) if holds != refuses && request.headers.keys().any(|other| is_taken_for(other, name)) => {
+                let taken = request.headers.iter().filter(|(other, _)| *other == name || is_taken_for(other, name));
+                self.judge(taken.map(|(_, value)| value.as_bytes()), lines)
+            }
+            _ => holds,
+        }
     }
 
     /// Without the header, only an inverted test for its presence passes (Envoy 1.40).
@@ -156,6 +167,13 @@ impl HeaderMatch {
             Lines::All => passes.all(|pass| pass),
         }
     }
+}
+
+/// Whether another name is this one where `_` and `-` are the same.
+fn is_taken_for(other: &HeaderName, name: &HeaderName) -> bool {
+    let dashed = |byte| if byte == b'_' { b'-' } else { byte };
+    let (other, name) = (other.as_str().as_bytes(), name.as_str().as_bytes());
+    other.len() == name.len() && other != name && other.iter().zip(name).all(|(a, b)| dashed(*a) == dashed(*b))
 }
 
 impl ValueTest {

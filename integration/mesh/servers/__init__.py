@@ -40,6 +40,8 @@ class Server(Process):
     is_cgi = False
     # Apps see a canonical host, and a canonical query.
     folds = False
+    # Methods that may be tried over HTTP/2; None is all.
+    knows_over_http2 = None
     # Headers that apps do not see.
     keeps_to_itself = frozenset()
 
@@ -107,7 +109,7 @@ class Cgi(Server):
     def understood(self, variables, body):
         target, _, _ = dict(variables)["REQUEST_URI"].partition("?")
         headers = [[name[5:].lower().replace("_", "-"), value] for name, value in variables if name.startswith("HTTP_")]
-        hosts = [value for name, value in variables if name in ("HTTP_HOST", "SERVER_NAME") and value]
+        hosts = [value for wanted in ("HTTP_HOST", "SERVER_NAME") for name, value in variables if name == wanted and value]
         variables = dict(variables)
         if variables.get("CONTENT_TYPE") and "HTTP_CONTENT_TYPE" not in variables:
             headers.append(["content-type", variables["CONTENT_TYPE"]])
@@ -188,6 +190,9 @@ ProxyPass / scgi://127.0.0.1:{self.program.port}/
 
 class Lighttpd(Cgi):
     folds = True
+    # 1.4.69 reads a header block over HTTP/2 no further than to a method that it does not know, and takes all later requests of the
+    # connection for others.
+    knows_over_http2 = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH", "PROPFIND")
 
     def __init__(self, ports, directory):
         self.binary = program("lighttpd")

@@ -47,6 +47,20 @@ pub fn check_response<B>(response: &mut Response<B>) -> Result<(), &'static str>
     Ok(())
 }
 
+/// Checks that no value begins or ends with a space or a tab. HTTP/1 has these around values and does not count them,
+/// HTTP/2 calls them malformed (RFC 9113, 8.2.1): what has them on one hop would be another value on the next.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn check_values(version: Version, headers: &HeaderMap) -> Result<(), &'static str> {
+    let is_blank = |byte: Option<&u8>| matches!(byte, Some(b' ' | b'\t'));
+    let is_padded = |value: &HeaderValue| is_blank(value.as_bytes().first()) || is_blank(value.as_bytes().last());
+    if version == Version::HTTP_2 && headers.values().any(is_padded) {
+        return Err("a header's value has spaces around it");
+    }
+    Ok(())
+}
+
 /// Takes out of trailers what may only stand before a body (RFC 9110, 6.5.1): what would frame another message, where
 /// trailers are joined with the headers, or name another host or client.
 pub fn clean_trailers(trailers: &mut HeaderMap) {
@@ -131,6 +145,15 @@ mod tests {
         for status in [200, 205, 304] {
             assert_eq!(judge(status, &[(LENGTH, "5")]), Ok(1));
             assert_eq!(judge(status, &[(CODING, "chunked")]), Ok(1));
+        }
+    }
+
+    #[test]
+    fn values_have_no_spaces_around_them_in_http2() {
+        for (value, clear) in [("", true), ("a b", true), (" a", false), ("a\t", false), (" ", false)] {
+            let headers = headers(&[("x-a", "1"), ("x-b", value)]);
+            assert_eq!(check_values(Version::HTTP_2, &headers).is_ok(), clear, "{value:?}");
+            assert!(check_values(Version::HTTP_11, &headers).is_ok());
         }
     }
 

@@ -67,6 +67,7 @@ impl Head {
             return Err(Refusal::new(Kind::TooLarge, "the request has too many headers"));
         }
         framing::check(version, &headers).map_err(|bad| Refusal::new(Kind::BadRequest, bad))?;
+        framing::check_values(version, &headers).map_err(|bad| Refusal::new(Kind::BadRequest, bad))?;
         let authority = authority(&uri, version, &headers, intake.service)?;
         let normalization = intake.normalization;
         normalization.headers(&mut headers).map_err(|bad| Refusal::new(Kind::BadRequest, bad.to_string()))?;
