@@ -78,7 +78,12 @@ impl Socket {
 
     /// Ends abruptly: the far end sees a reset instead of an end.
     pub fn abort(self) {
-        if let Self::Tcp(stream) = &self {
+        self.end_with_reset();
+    }
+
+    /// Whenever it is closed, the far end sees a reset instead of an end.
+    pub fn end_with_reset(&self) {
+        if let Self::Tcp(stream) = self {
             let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
         }
     }

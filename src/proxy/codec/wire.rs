@@ -57,6 +57,10 @@ struct State {
     blocked: bool,
     /// Shutting down is not for the codec to do.
     outlives_codec: bool,
+    /// The client takes the end of the connection for the end of a body.
+    end_is_bodys: bool,
+    /// A response broke off.
+    broke_off: bool,
 }
 
 enum Io {
@@ -104,6 +108,8 @@ impl Wire {
             answered: 0,
             blocked: false,
             outlives_codec: false,
+            end_is_bodys: false,
+            broke_off: false,
         })))
     }
 
@@ -162,6 +168,27 @@ impl Wire {
     /// Whether the codec may end without shutting the wire down.
     pub fn outlives_codec(&self, outlives: bool) {
         self.state().outlives_codec = outlives;
+    }
+
+    /// Whether the client takes the end of the connection for the end of a body, as HTTP/1.0 has it.
+    pub fn end_is_bodys(&self, is: bool) {
+        self.state().end_is_bodys = is;
+    }
+
+    /// The response that goes over it breaks off.
+    pub fn breaks_off(&self) {
+        self.state().broke_off = true;
+    }
+
+    /// Ends the connection that a codec has given up: with a reset where a response broke off that the client would
+    /// otherwise take for whole.
+    pub async fn give_up(&self) {
+        if self.state().upgraded {
+            return;
+        }
+        if !self.state().reset_if_cut() {
+            let _ = timeout(LINGER, poll_fn(|cx| self.state().poll_shutdown(cx))).await;
+        }
     }
 
     /// Waits for bytes; false at the end of the stream.
@@ -236,7 +263,7 @@ impl Wire {
     /// After the end of what was written: reads on for a moment, as bytes that nobody has read make the kernel
     /// reset the connection, and with it what the peer has not read yet.
     pub async fn linger(&self) {
-        if self.state().upgraded {
+        if self.state().upgraded || self.state().broken == Some(io::ErrorKind::ConnectionAborted) {
             return;
         }
         let mut left = LINGER_BYTES;
@@ -370,6 +397,19 @@ impl State {
             }
         }
         Poll::Ready(())
+    }
+
+    /// Makes a reset of the end, if the client would take another end for that of a body that broke off.
+    fn reset_if_cut(&mut self) -> bool {
+        if !(self.broke_off && self.end_is_bodys) {
+            return false;
+        }
+        self.broken = Some(io::ErrorKind::ConnectionAborted);
+        match &self.io {
+            Io::Plain(socket) => socket.end_with_reset(),
+            Io::Tls(stream) => stream.io.end_with_reset(),
+        }
+        true
     }
 
     fn poll_shutdown(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -21,7 +21,7 @@ use crate::proxy::limits::Permit;
 pub struct Body {
     source: Source,
     rest: Option<Box<Rest>>,
-    _answer: Option<Answer>,
+    answer: Option<Answer>,
     /// For the access log.
     note: Option<Box<Note>>,
 }
@@ -58,7 +58,7 @@ impl Rest {
 impl Body {
     #[must_use]
     pub fn text(text: impl Into<Bytes>) -> Self {
-        Self { source: Source::Text(text.into()), rest: None, _answer: None, note: None }
+        Self { source: Source::Text(text.into()), rest: None, answer: None, note: None }
     }
 
     #[must_use]
@@ -68,13 +68,13 @@ impl Body {
 
     #[must_use]
     pub fn stream(incoming: Incoming) -> Self {
-        Self { source: Source::Stream(incoming), rest: None, _answer: None, note: None }
+        Self { source: Source::Stream(incoming), rest: None, answer: None, note: None }
     }
 
     /// For a response that goes over `wire`.
     #[must_use]
     pub fn answers(mut self, wire: Wire) -> Self {
-        self._answer = Some(Answer(wire));
+        self.answer = Some(Answer(wire));
         self
     }
 
@@ -155,6 +155,9 @@ impl http_body::Body for Body {
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
         let this = self.get_mut();
         let polled = this.poll_source(cx);
+        if let (Poll::Ready(Some(Err(_))), Some(answer)) = (&polled, &this.answer) {
+            answer.0.breaks_off();
+        }
         if this.note.is_some() {
             this.tell(&polled);
         }

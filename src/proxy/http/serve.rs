@@ -7,7 +7,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use http::header::CONNECTION;
-use http::{HeaderValue, Request, Response, StatusCode};
+use http::{HeaderValue, Request, Response, StatusCode, Version};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
@@ -104,6 +104,7 @@ where
         let (handle, on, upgrades) = (handle.clone(), wire.clone(), wire.upgrades());
         let service = service_fn(move |request: Request<hyper::body::Incoming>| {
             let leaves = message::leaves_http(&request, &upgrades).then(|| on.clone());
+            on.end_is_bodys(request.version() == Version::HTTP_10);
             let (response, on) = (handle(request.map(Incoming::from)), on.clone());
             async move { Ok::<_, Infallible>(finish(response.await, false, leaves).map(|body| body.answers(on))) }
         });
@@ -128,6 +129,10 @@ where
         }
         comes_back = since.elapsed() < SOON;
     };
+    if ended.is_err() {
+        // Now, and not when the wire has lingered: the client waits for more of the response.
+        wire.give_up().await;
+    }
     wire.linger().await;
     ended
 }
