@@ -1,0 +1,87 @@
+"""Responses of an app that says the very bytes, asked for by clients that others wrote: directly, and through both sidecars.
+
+What is whole arrives whole and the same, what is broken never looks whole, and what two readers may take for two things is refused.
+"""
+
+import collections
+import contextlib
+import re
+
+import pytest
+
+from mesh import Mesh, Upstream
+from mesh.answers import by_hand, generated
+from mesh.clients import CLIENTS, CURL_HTTP2
+from mesh.raw import Raw
+from mesh.servers import Absent
+
+SEED = 9110
+FOR_ONE_HOP = {"connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade", "trailer", "x-hop"}
+
+
+@pytest.fixture(scope="module")
+def legs(shared_agent, binaries, ports, tmp_path_factory):
+    """(answers by path, the app's port, the port that leads to it through two sidecars, a directory)"""
+    answers = {f"/answer/{number}": answer for number, answer in enumerate([*by_hand(), *generated(150, SEED)])}
+    with contextlib.ExitStack() as stack:
+        mesh = Mesh(shared_agent, binaries, ports, tmp_path_factory.mktemp("answers"), stack, "ans")
+        server = mesh.service("server", app=lambda port: Raw(port, {path: answer.script for path, answer in answers.items()}), protocol="http")
+        client = mesh.service("client", [Upstream(server.name, ports.take())])
+        yield answers, server.port, client.port_to(server), mesh.directory
+
+
+@pytest.fixture(scope="module")
+def direct(legs):
+    """What each client makes of each answer without sidecars, by path. Some are lax where others are strict."""
+    answers, port, _, directory = legs
+    found = {}
+    # The app answers in HTTP/1.1, whoever asks.
+    for name in set(CLIENTS) - {"HTTP/1.0"}:
+        with contextlib.suppress(Absent):
+            found[name] = {told["path"]: told for told in CLIENTS[name](port, list(answers), directory)}
+    return {path: [told[path] for told in found.values() if path in told and (told[path]["status"] or 200) >= 200] for path in answers}
+
+
+def headers(told):
+    """Those that go on, with what they say; the length is told apart, as it may be left out where it says nothing new."""
+    return sorted((name, re.sub(r"[ \t]+", " ", value.strip(" \t"))) for name, value in told["headers"] if name not in FOR_ONE_HOP | {"content-length"})
+
+
+def length(told):
+    return [value for name, value in told["headers"] if name == "content-length"]
+
+
+def refused(told):
+    return told["status"] in (502, 503) and told["body"].startswith("upstream connect error")
+
+
+def is_wrong(answer, direct, through):
+    """What is wrong with what came through the sidecars, by what came directly to any client; "" if nothing is."""
+    if not through["complete"]:
+        return "" if answer.ambiguous or not all(told["complete"] for told in direct) else "whole, and arrives broken"
+    if refused(through):
+        return "" if answer.ambiguous or answer.cut or not all(told["complete"] for told in direct) else "whole, and refused"
+    if length(through) and through["body"] and length(through) != [str(len(through["body"]))]:
+        return "the length is of another body"
+    same = [told for told in direct if told["complete"] and (told["status"], told["body"]) == (through["status"], through["body"])]
+    if not same:
+        return "taken for another, or broken and looks whole"
+    return "" if any(headers(told) == headers(through) for told in same) else "other headers"
+
+
+@pytest.mark.parametrize("client", [*CLIENTS, "curl over HTTP/2"])
+def test_what_arrives_is_what_was_sent(legs, direct, client):
+    answers, _, port, directory = legs
+    try:
+        through = {told["path"]: told for told in {**CLIENTS, "curl over HTTP/2": CURL_HTTP2}[client](port, list(answers), directory)}
+    except Absent as absent:
+        pytest.skip(f"responses are NOT TESTED with {client}: {absent}")
+    tally, wrong = collections.Counter(), []
+    for path, answer in answers.items():
+        told = through[path]
+        tally["refused" if refused(told) else "whole" if told["complete"] else "broken"] += 1
+        if what := is_wrong(answer, direct[path], told):
+            wrong.append((what, b"".join(answer.script.pieces)[:200], answer.script.then, str(direct[path])[:300], str(told)[:300]))
+    print(client, dict(tally))
+    assert not wrong, "\n".join(map(str, [f"{len(wrong)} of {len(answers)}", *wrong[:30]]))
+    assert tally["whole"] > 100 and tally["broken"] + tally["refused"] > 30, tally
