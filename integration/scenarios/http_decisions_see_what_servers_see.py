@@ -141,6 +141,7 @@ class Http2(Front):
 def served(mesh, ports, tmp_path):
     """Puts a server behind a sidecar: (server, sidecar's service, fronts by version, how rules are written)."""
     def serve(kind, protocol):
+        mesh.agent.needs((1, 9), "rules for requests")
         try:
             server = mesh.keep(SERVERS[kind](ports, tmp_path))
         except Absent as absent:
