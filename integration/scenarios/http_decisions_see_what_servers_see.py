@@ -226,6 +226,8 @@ def test_what_arrives_is_what_was_judged(served, kind, protocol):
         tally[tuple(statuses)] += 1
         if 200 in statuses and id not in understood and f"{id}-hidden" not in understood:
             wrong.append((id, str(probe), version, f"{statuses}, and the server knows nothing of it"))
+        if 503 in statuses and probe.raw:
+            wrong.append((id, str(probe), version, "what the client wrote is told as a fault of the app"))
     print(kind, protocol, dict(tally))
     assert not wrong, "\n".join(map(str, [f"{len(wrong)} of {tally['asked']}", *wrong[:40]]))
     assert tally["arrived"] > tally["asked"] / 5, tally

@@ -61,6 +61,10 @@ impl App<'_> {
                     rest.patience = Some(patience);
                     return Ok((response, rest));
                 }
+                Err(failed) if upload.as_ref().is_some_and(UploadState::is_broken) => {
+                    let cause = format!("the request's body broke off: {}", failed.told());
+                    return Err(Refusal::new(Kind::BadRequest, cause));
+                }
                 Err(mut failed) => match (failed.request.take(), again) {
                     (Some(request), _) => (head, body) = Head::from_request(*request, authority),
                     (None, Some(again)) if failed.failure == Failure::Refused || (repeatable && failed.is_lost()) => {
