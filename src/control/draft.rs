@@ -243,11 +243,14 @@ impl Draft {
         Ok(())
     }
 
-    /// Tries again to use a leaf or roots that were refused.
+    /// Tries again to use a leaf or roots that were refused, and notes when a leaf should have been renewed.
     ///
     /// # Errors
     /// When they still can't be used.
     pub(super) fn retry(&mut self, now: SystemTime) -> Result<(), Bad> {
+        if let Some(note) = self.identity.overdue(now) {
+            self.notes.push(note);
+        }
         if self.identity.is_behind() { self.refresh_identity(now) } else { Ok(()) }
     }
 
@@ -1133,6 +1136,64 @@ mod tests {
         stage.publishes();
         stage.draft.retry(stage.now).unwrap();
         stage.publishes_nothing();
+    }
+
+    #[test]
+    fn a_leaf_that_is_not_renewed_is_told_of_twice_and_the_next_is_used() {
+        let ca = Ca::new();
+        let mut stage = Stage::ready(&ca);
+        let start = stage.now;
+        stage.leaf("web", ca.leaf_until("web", start + Duration::from_secs(3600))).unwrap();
+        stage.publishes();
+        drop(stage.draft.notes());
+        // Of its two hours one is over.
+        for (later, told) in [
+            (0, None),
+            (3000, None),
+            (3300, Some("expires at")),
+            (3305, None),
+            (3601, Some("expired at")),
+            (9000, None),
+            (0, None),
+        ] {
+            stage.draft.retry(start + Duration::from_secs(later)).unwrap();
+            let notes: Vec<String> = stage.draft.notes();
+            match told {
+                None => assert!(notes.is_empty(), "{later}: {notes:?}"),
+                Some(words) => assert!(notes.len() == 1 && notes[0].contains(words), "{later}: {notes:?}"),
+            }
+        }
+        stage.publishes_nothing();
+        stage.now = start + Duration::from_secs(9000);
+        stage.leaf("web", ca.leaf_until("web", start + Duration::from_secs(12_600))).unwrap();
+        stage.publishes();
+        stage.draft.retry(stage.now).unwrap();
+        assert_eq!(stage.draft.notes(), [] as [String; 0]);
+    }
+
+    #[test]
+    fn a_service_may_show_the_name_that_its_instances_were_registered_with() {
+        let ca = Ca::new();
+        let mut stage = Stage::ready(&ca);
+        stage.service(registration(&[("payapi", 9191)]));
+        stage.chain("payapi", chain(&["payapi.dc1"])).unwrap();
+        let named = |name: &str| {
+            let mut row = row("10.0.0.5", 21001);
+            row["Service"]["Proxy"] = json!({ "DestinationServiceName": name });
+            row
+        };
+        let expected = |stage: &mut Stage, names: &[&str]| {
+            let rows: Vec<Value> = names.iter().map(|name| named(name)).collect();
+            stage.endpoints("payapi.dc1", &rows);
+            let snapshot = stage.publishes();
+            let upstream = snapshot.upstreams.values().next().unwrap();
+            let target = upstream.chain.targets().next().unwrap();
+            target.tls.expected().iter().map(|id| id.service.clone()).collect::<Vec<_>>()
+        };
+        assert_eq!(expected(&mut stage, &["PayApi", "PAYAPI", "payapi"]), ["payapi", "PAYAPI", "PayApi"]);
+        assert_eq!(expected(&mut stage, &["PayApi", "payapi2", "other", ""]), ["payapi", "PayApi"]);
+        // The same addresses, another spelling.
+        assert_eq!(expected(&mut stage, &["PaYaPi", "payapi2", "other", ""]), ["payapi", "PaYaPi"]);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Who we are: the last good credentials, and the newest leaf and roots that are to replace them.
 
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use super::translate::Bad;
 use crate::consul::api;
@@ -21,7 +21,22 @@ struct Good {
     roots: Arc<api::CaRoots>,
     leaf: Arc<api::Leaf>,
     credentials: Arc<Credentials>,
+    /// What the log says of its age.
+    told: Age,
 }
+
+/// How much of the time is over for which credentials hold.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+enum Age {
+    #[default]
+    Usual,
+    /// Consul's agent renews a leaf when 60 to 90 % of its life are over (`calculateSoftExpiry`, 1.19.2).
+    Late,
+    Expired,
+}
+
+/// The last part of their life.
+const LATE: u32 = 20;
 
 impl Identity {
     /// Nothing is known yet. `aead` is what is to seal records.
@@ -62,6 +77,34 @@ impl Identity {
         true
     }
 
+    /// What is to be said of credentials that should have been renewed by now: once when they are late, and once when they
+    /// have expired.
+    pub(super) fn overdue(&mut self, now: SystemTime) -> Option<String> {
+        let good = self.good.as_mut()?;
+        let (id, from, until) = (good.credentials.id(), good.credentials.not_before(), good.credentials.not_after());
+        let life = until.duration_since(from).unwrap_or_default();
+        let left = until.duration_since(now).unwrap_or_default();
+        let age = match left {
+            Duration::ZERO => Age::Expired,
+            left if left < life / LATE => Age::Late,
+            _ => Age::Usual,
+        };
+        let is_news = age > std::mem::replace(&mut good.told, age);
+        let look = "look in the logs of the agent and of the servers for what is wrong with the certificate authority";
+        match age {
+            Age::Late if is_news => Some(format!(
+                "the leaf certificate {id} expires at {} and the agent has given no newer one: {look}",
+                httpdate::fmt_http_date(until)
+            )),
+            Age::Expired if is_news => Some(format!(
+                "the leaf certificate {id} expired at {} and the agent has given no newer one, so that peers refuse new \
+                 connections: {look}",
+                httpdate::fmt_http_date(until)
+            )),
+            _ => None,
+        }
+    }
+
     /// Drops all that is bound to the name of our service.
     pub(super) fn forget_service(&mut self) {
         self.leaf = None;
@@ -90,7 +133,7 @@ impl Identity {
             match credentials(&roots, &leaf, service, now) {
                 Ok(credentials) => {
                     let credentials = Arc::new(credentials.sealed_by(self.aead).under(self.policy.clone()));
-                    self.good = Some(Good { roots, leaf, credentials });
+                    self.good = Some(Good { roots, leaf, credentials, told: Age::Usual });
                     return (true, refused);
                 }
                 Err(bad) => refused = refused.and(Err(bad)),

@@ -1,11 +1,11 @@
 //! Upstreams in the making: each is built from its plan, its chain and the endpoints of its targets, on its
 //! own, and keeps what of it did not change.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use super::query::{ChainQuery, PreparedQuery, Query};
-use super::translate::chain::{ChainPlan, Prepared, Sni, TargetPlan};
+use super::translate::chain::{ChainPlan, Identity, Prepared, Sni, TargetPlan};
 use super::translate::definition::{Source, UpstreamPlan};
 use super::translate::endpoints::{self, Instance, View};
 use super::translate::{Bad, Notes};
@@ -54,6 +54,8 @@ pub(super) struct Instances {
     list: Vec<Instance>,
     /// As targets see them; seldom more than one.
     views: Vec<(View, Arc<Endpoints>)>,
+    /// The names of the services that they stand in front of, as registrations spell them.
+    services: BTreeSet<String>,
 }
 
 impl UpstreamDraft {
@@ -114,7 +116,8 @@ impl UpstreamDraft {
         let Some(endpoints) = endpoints else { return };
         let mut targets = Vec::with_capacity(endpoints.len());
         for (plan, endpoints) in chain.targets.iter().zip(endpoints) {
-            match self.target(plan, endpoints, chain.protocol, mesh.credentials) {
+            let expected = mesh.expected(plan);
+            match self.target(plan, &expected, endpoints, chain.protocol, mesh.credentials) {
                 Ok(target) => targets.push(target),
                 Err(bad) => return mesh.notes.push(format!("upstream {}: {bad}", self.plan.name)),
             }
@@ -151,6 +154,7 @@ impl UpstreamDraft {
     fn target(
         &self,
         plan: &TargetPlan,
+        expected: &[SpiffeId],
         endpoints: Arc<Endpoints>,
         protocol: Protocol,
         credentials: &Arc<Credentials>,
@@ -161,10 +165,11 @@ impl UpstreamDraft {
             let mut targets = built.chain.targets.iter().zip(&built.targets);
             targets.find(|(before, _)| *before == plan).map(|(_, target)| target)
         });
+        let before = before.filter(|target| target.tls.expected() == expected);
         match before {
             Some(target) if Arc::ptr_eq(&target.endpoints, &endpoints) => Ok(Arc::clone(target)),
             Some(target) => Ok(Arc::new(new_target(plan, Arc::clone(&target.tls), endpoints))),
-            None => Ok(Arc::new(new_target(plan, client(plan, protocol, credentials)?, endpoints))),
+            None => Ok(Arc::new(new_target(plan, client(plan, expected.to_vec(), protocol, credentials)?, endpoints))),
         }
     }
 
@@ -204,9 +209,37 @@ impl Mesh<'_> {
     }
 }
 
+impl Mesh<'_> {
+    /// The identities that a target may show: those of the chain, however the registrations of its instances spell the
+    /// service. Consul finds instances whatever the case, and a certificate names the service as it was registered.
+    fn expected(&self, plan: &TargetPlan) -> Vec<SpiffeId> {
+        let instances = plan.instances.as_ref().and_then(|query| self.instances.get(query));
+        let services = instances.map(|instances| &instances.services).into_iter().flatten();
+        let spelled = |identity: &Identity, service: &str| SpiffeId {
+            trust_domain: self.credentials.id().trust_domain.clone(),
+            partition: identity.partition.clone(),
+            namespace: identity.namespace.clone(),
+            datacenter: identity.datacenter.clone(),
+            service: service.to_owned(),
+        };
+        let mut expected: Vec<SpiffeId> =
+            plan.identities.iter().map(|identity| spelled(identity, &identity.service)).collect();
+        for service in services {
+            let lower = service.to_lowercase();
+            for identity in &plan.identities {
+                if identity.service != *service && identity.service.to_lowercase() == lower {
+                    expected.push(spelled(identity, service));
+                }
+            }
+        }
+        expected
+    }
+}
+
 impl Instances {
     pub(super) fn new(list: Vec<Instance>) -> Self {
-        Self { list, views: Vec::new() }
+        let services = services(&list);
+        Self { list, views: Vec::new(), services }
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -215,8 +248,9 @@ impl Instances {
 
     /// Takes a new list; says whether any target sees a change. What looks the same stays the same `Arc`.
     pub(super) fn set(&mut self, list: Vec<Instance>) -> bool {
-        self.list = list;
-        let mut changed = false;
+        let services = services(&list);
+        let mut changed = services != self.services;
+        (self.list, self.services) = (list, services);
         for (view, endpoints) in &mut self.views {
             let new = endpoints::endpoints(&self.list, *view);
             if **endpoints != new {
@@ -237,6 +271,16 @@ impl Instances {
     }
 }
 
+fn services(list: &[Instance]) -> BTreeSet<String> {
+    let mut services = BTreeSet::new();
+    for instance in list {
+        if !instance.service.is_empty() && !services.contains(&instance.service) {
+            services.insert(instance.service.clone());
+        }
+    }
+    services
+}
+
 fn new_target(plan: &TargetPlan, tls: Arc<tls::Client>, endpoints: Arc<Endpoints>) -> Target {
     Target {
         id: plan.id.clone(),
@@ -249,7 +293,12 @@ fn new_target(plan: &TargetPlan, tls: Arc<tls::Client>, endpoints: Arc<Endpoints
 }
 
 /// Connects to the target alone: what its instances may be is decided by the chain, not by who answers.
-fn client(plan: &TargetPlan, protocol: Protocol, credentials: &Credentials) -> Result<Arc<tls::Client>, Bad> {
+fn client(
+    plan: &TargetPlan,
+    expected: Vec<SpiffeId>,
+    protocol: Protocol,
+    credentials: &Credentials,
+) -> Result<Arc<tls::Client>, Bad> {
     let us = credentials.id();
     let sni = match &plan.sni {
         Sni::Given(name) => name.clone(),
@@ -258,18 +307,11 @@ fn client(plan: &TargetPlan, protocol: Protocol, credentials: &Credentials) -> R
             format!("{name}.default.{datacenter}.query.{}", us.trust_domain)
         }
     };
-    let expected = plan.identities.iter().map(|identity| SpiffeId {
-        trust_domain: us.trust_domain.clone(),
-        partition: identity.partition.clone(),
-        namespace: identity.namespace.clone(),
-        datacenter: identity.datacenter.clone(),
-        service: identity.service.clone(),
-    });
     let alpn: &[&[u8]] = match protocol {
         // Consul's own proxies offer none. A server that refuses a name it does not know is asked again without.
         Protocol::Tcp => tls::TUNNELS,
         Protocol::Http => &[b"h2", b"http/1.1"],
         Protocol::Http2 | Protocol::Grpc => &[b"h2"],
     };
-    credentials.client(&sni, expected.collect(), alpn).map_err(|error| Bad(error.to_string()))
+    credentials.client(&sni, expected, alpn).map_err(|error| Bad(error.to_string()))
 }

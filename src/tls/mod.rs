@@ -40,6 +40,7 @@ pub use spiffe::{NotAService, SpiffeId};
 pub use stream::{HandshakeError, ReadSide, Scratch, Stream, with_scratch};
 pub use verify::Peer;
 
+use certificate::{Certificate, Validity};
 use refusal::Purpose;
 use trust::Trust;
 use verify::{ClientIdentity, Peers, ServerIdentity};
@@ -55,7 +56,7 @@ pub const TUNNELS: &[&[u8]] = &[TUNNEL, TUNNEL_1];
 /// Our leaf and the mesh's roots, checked against each other and ready for handshakes.
 pub struct Credentials {
     id: SpiffeId,
-    not_after: SystemTime,
+    valid: Validity,
     key: Arc<CertifiedKey>,
     trust: Arc<Trust>,
     provider: Arc<CryptoProvider>,
@@ -92,7 +93,7 @@ impl Credentials {
             .map_err(|_| Error::new("the leaf's private key is of a kind that can't be used"))?;
         let key = CertifiedKey::new(chain, key);
         // As the library does, whose reading of certificates is stricter than what is required of peers.
-        let public = key.cert.first().and_then(|leaf| certificate::Certificate::read(leaf)).map(|leaf| leaf.public_key);
+        let public = key.cert.first().and_then(|leaf| Certificate::read(leaf)).map(|leaf| leaf.public_key);
         if key.key.public_key().zip(public).is_none_or(|(of_key, of_leaf)| of_key != of_leaf) {
             return Err(Error::new("the leaf's private key is not the key of its certificate"));
         }
@@ -107,14 +108,14 @@ impl Credentials {
         let valid = trust
             .verify(&key.cert, Purpose::Server, now)
             .map_err(|e| Error::new(format!("the leaf certificate: {e}")))?;
-        Ok(Self { id, not_after: valid.until, key: Arc::new(key), trust, provider, policy: Policy::default() })
+        Ok(Self { id, valid, key: Arc::new(key), trust, provider, policy: Policy::default() })
     }
 
     /// The same credentials, used as the mesh's policy says.
     #[must_use]
     pub fn under(&self, policy: Policy) -> Self {
         let (key, trust, provider) = (self.key.clone(), self.trust.clone(), self.provider.clone());
-        Self { id: self.id.clone(), not_after: self.not_after, key, trust, provider, policy }
+        Self { id: self.id.clone(), valid: self.valid, key, trust, provider, policy }
     }
 
     /// The same credentials, with records sealed by `aead`.
@@ -129,10 +130,16 @@ impl Credentials {
         &self.id
     }
 
+    /// Since when the leaf is valid, and all between it and its root.
+    #[must_use]
+    pub fn not_before(&self) -> SystemTime {
+        self.valid.from
+    }
+
     /// When the leaf expires, or a certificate between it and its root, or the root: whichever is first.
     #[must_use]
     pub fn not_after(&self) -> SystemTime {
-        self.not_after
+        self.valid.until
     }
 
     /// For a public listener: client certificates are required and chain to the roots. `alpn` is in order

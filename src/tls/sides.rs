@@ -76,6 +76,12 @@ impl Client {
         &self.config
     }
 
+    /// The identities that the server may have.
+    #[must_use]
+    pub fn expected(&self) -> &[SpiffeId] {
+        &self.expected
+    }
+
     /// What goes into the SNI, and the key of the session cache.
     #[must_use]
     pub fn name(&self) -> &ServerName<'static> {

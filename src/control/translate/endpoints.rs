@@ -17,6 +17,8 @@ pub(in crate::control) struct Instance {
     lan: Option<Address>,
     wan: Option<Address>,
     health: Health,
+    /// The service that its certificate speaks for, spelled as its registration spells it; empty for a gateway.
+    pub(in crate::control) service: String,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,7 +57,18 @@ pub(in crate::control) fn endpoints(instances: &[Instance], view: View) -> Endpo
 fn instance(row: &api::CheckServiceNode) -> Instance {
     // An instance with a socket can be reached on its own host alone, and we can't know that it is ours.
     let reachable = row.service.socket_path.is_empty();
-    Instance { lan: lan(row).filter(|_| reachable), wan: wan(row).filter(|_| reachable), health: health(row) }
+    let (lan, wan) = (lan(row).filter(|_| reachable), wan(row).filter(|_| reachable));
+    Instance { lan, wan, health: health(row), service: service(row).unwrap_or_default().to_owned() }
+}
+
+/// The service that an instance shows the certificate of; `None` for a gateway, which stands in front of many.
+fn service(row: &api::CheckServiceNode) -> Option<&str> {
+    match row.service.kind.as_str() {
+        "connect-proxy" => row.service.proxy.as_ref().map(|proxy| proxy.destination_service_name.as_str()),
+        // A mesh-native instance is itself.
+        "" => Some(&row.service.service),
+        _ => None,
+    }
 }
 
 /// `CheckServiceNode.BestAddress` of Consul 1.19.2: the service's address, else its node's.
@@ -93,14 +106,10 @@ fn health(row: &api::CheckServiceNode) -> Health {
 /// Whom the rows of a prepared query's answer may be: the service that each stands in front of.
 pub(in crate::control) fn prepared(result: &api::PreparedQueryResult) -> Prepared {
     let identity = |row: &api::CheckServiceNode| {
-        let service = match row.service.kind.as_str() {
-            "connect-proxy" => row.service.proxy.as_ref().map(|proxy| &proxy.destination_service_name),
-            // A mesh-native instance is itself.
-            "" => Some(&row.service.service),
-            // A terminating gateway shows the certificate of the service that was asked for.
-            _ => Some(&result.service),
-        };
-        let service = service.filter(|service| !service.is_empty())?.clone();
+        // A terminating gateway shows the certificate of the service that was asked for.
+        let is_gateway = !matches!(row.service.kind.as_str(), "" | "connect-proxy");
+        let service = if is_gateway { Some(result.service.as_str()) } else { service(row) };
+        let service = service.filter(|service| !service.is_empty())?.to_owned();
         let datacenter = [&row.node.datacenter, &result.datacenter].into_iter().find(|text| !text.is_empty())?.clone();
         Some(Identity {
             partition: or_default(&row.service.partition),
