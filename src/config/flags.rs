@@ -105,8 +105,9 @@ pub(super) struct AgentFlags {
     /// Admin partition of the proxy, for Consul Enterprise only.
     #[arg(long, value_name = "name")]
     pub(super) partition: Option<String>,
-    /// Most connections to the agent at one time, 4 to 128. An agent serves 200 to all programs of a host together.
-    /// The default is 32.
+    /// Most connections to the agent at one time, 2 to 128; more than 8 are never used. An agent serves 200 to all
+    /// programs of a host together, so that fewer are used where it refuses some. With https, one connection carries
+    /// all requests. The default is 4.
     #[arg(long, value_name = "number")]
     pub(super) agent_connections: Option<String>,
 }

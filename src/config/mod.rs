@@ -191,7 +191,16 @@ impl<'a> Reader<'a> {
     fn config(mut self, flags: flags::Flags) -> anyhow::Result<Config> {
         let process = self.process(flags.process)?;
         let max_connections = flags.agent.agent_connections.clone();
-        let max_connections = self.number("agent-connections", max_connections, 4..=128)?.unwrap_or(32);
+        let too_few = self.number("agent-connections", max_connections.clone(), 0..=1).is_ok_and(|few| few.is_some());
+        ensure!(
+            !too_few,
+            "-agent-connections: {} are needed, one that waits for intentions alone, so that a denial is known within a \
+             second, and one for everything else",
+            consul::FEWEST_CONNECTIONS
+        );
+        let max_connections = self
+            .number("agent-connections", max_connections, consul::FEWEST_CONNECTIONS..=128)?
+            .unwrap_or(consul::DEFAULT_CONNECTIONS);
         let agent = self.agent(flags.agent, max_connections).context("Error connecting to Consul agent")?;
         let mode = self.mode(flags.mode, flags.ad_hoc).context("Error preparing configuration")?;
         let Process { log, drain_time, workers, aead } = process;

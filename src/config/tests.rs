@@ -187,7 +187,7 @@ fn the_rest_of_the_agents_settings() {
     let plain = config("-service web", "").agent;
     assert!(plain.tls.verify && !plain.stale);
     assert_eq!((plain.basic_auth, plain.datacenter, plain.namespace, plain.partition), (None, None, None, None));
-    assert_eq!(plain.max_connections, 32);
+    assert_eq!(plain.max_connections, 4);
     let variables = "CONSUL_CACERT={here}/Cargo.toml CONSUL_CAPATH={here}/src CONSUL_CLIENT_CERT={here}/Cargo.toml \
         CONSUL_CLIENT_KEY={here}/Cargo.lock CONSUL_TLS_SERVER_NAME=agent.example:8501 CONSUL_HTTP_AUTH=me:a:b \
         CONSUL_NAMESPACE=ns CONSUL_PARTITION=part CONSUL_HTTP_SSL_VERIFY=0 LICTOR_AGENT_CONNECTIONS=4";
@@ -254,8 +254,12 @@ fn wrong_input_is_told_in_a_sentence() {
         ("-service web -log-level=", "", "Invalid log level"),
         ("-service web -drain-time soon", "", "-drain-time: \"soon\" is not a duration"),
         ("-service web", "LICTOR_DRAIN_TIME=25h", "LICTOR_DRAIN_TIME: \"25h\" is not a duration of at most a day"),
-        ("-service web -agent-connections 3", "", "-agent-connections: \"3\" is not a number from 4 to 128"),
-        ("-service web -agent-connections 129", "", "from 4 to 128"),
+        (
+            "-service web -agent-connections 1",
+            "",
+            "-agent-connections: 2 are needed, one that waits for intentions alone",
+        ),
+        ("-service web -agent-connections 129", "", "-agent-connections: \"129\" is not a number from 2 to 128"),
         ("-service web -workers 0", "", "-workers: \"0\" is not a number from 1 to 1024"),
         (
             "-service web -http-addr ftp://x",

@@ -1,7 +1,7 @@
 //! How connections to the agent are made: TCP, TLS or a unix socket, by way of a proxy or not.
 
 use std::net::{IpAddr, SocketAddr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,66 +15,115 @@ use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 
+use super::files::{Followed, files_of};
 use super::settings::{Address, Settings, TlsSettings};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Shorter than the time for which an agent or a proxy between us keeps an idle connection.
-const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a connection is kept that nothing uses. The agent's connections belong to the whole host.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A client for `settings`, the URL its requests start with, and the value of their `Host` header where
-/// that is not the URL's.
+/// The same for one that is used all the time. It is shorter than the time for which an agent or a proxy between us
+/// keeps an idle connection.
+const KEPT: Duration = Duration::from_secs(30);
+
+/// Between these, an agent that does not answer any more is noticed on an HTTP/2 connection.
+const PING_PERIOD: Duration = Duration::from_secs(20);
+const PING_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Clients for `settings`, the URL that requests start with, and the value of their `Host` header where that is not
+/// the URL's.
+#[derive(Clone)]
 pub(super) struct Transport {
-    pub(super) http: reqwest::Client,
+    /// Its connection is taken by no request of another kind. With `https` all share one connection by HTTP/2.
+    pub(super) authorization: reqwest::Client,
+    pub(super) shared: reqwest::Client,
     pub(super) base: Url,
     pub(super) host: Option<String>,
 }
 
-pub(super) fn transport(settings: &Settings) -> anyhow::Result<Transport> {
-    let builder = reqwest::Client::builder()
-        .no_proxy()
-        // The token goes nowhere else than to the address that was given.
-        .redirect(reqwest::redirect::Policy::none())
-        .user_agent(concat!("lictor/", env!("CARGO_PKG_VERSION")))
-        .connect_timeout(CONNECT_TIMEOUT)
-        .pool_idle_timeout(IDLE_TIMEOUT)
-        .pool_max_idle_per_host(settings.max_connections);
+/// The transport, which follows the files of `settings`.
+pub(super) fn followed(settings: &Settings) -> anyhow::Result<Followed<Transport>> {
+    let paths = match &settings.address {
+        Address::Tcp { https: true, .. } => files(&settings.tls),
+        _ => Vec::new(),
+    };
+    if paths.is_empty() {
+        return transport(settings).map(Followed::fixed);
+    }
+    let settings = settings.clone();
+    Followed::new(paths, NEWS, move || transport(&settings))
+}
+
+const NEWS: &str = "The files for TLS with the agent have changed: new connections use them";
+
+fn files(tls: &TlsSettings) -> Vec<PathBuf> {
+    // Go's client takes the file where both are given.
+    let authorities = tls.ca_file.as_ref().or(tls.ca_path.as_ref()).filter(|_| tls.verify);
+    [authorities, tls.client_cert.as_ref(), tls.client_key.as_ref()].into_iter().flatten().cloned().collect()
+}
+
+fn transport(settings: &Settings) -> anyhow::Result<Transport> {
     match &settings.address {
         Address::Unix(path) => {
-            let http = builder.tls_backend_preconfigured(no_tls()?).unix_socket(path.clone()).build()?;
-            Ok(Transport { http, base: Url::parse("http://localhost/")?, host: None })
+            let tls = no_tls()?;
+            let client = |idle| builder(idle).tls_backend_preconfigured(tls.clone()).unix_socket(path.clone()).build();
+            let (authorization, shared) = (client(KEPT)?, client(IDLE_TIMEOUT)?);
+            Ok(Transport { authorization, shared, base: Url::parse("http://localhost/")?, host: None })
         }
         Address::Tcp { https, authority, prefix } => {
             let scheme = if *https { "https" } else { "http" };
             let base = format!("{scheme}://{authority}{prefix}/");
             let base = Url::parse(&base).with_context(|| format!("the agent's address {base} cannot be used"))?;
-            tcp(builder, settings, base)
+            tcp(settings, base)
         }
     }
 }
 
-fn tcp(mut builder: reqwest::ClientBuilder, settings: &Settings, base: Url) -> anyhow::Result<Transport> {
+fn builder(idle: Duration) -> reqwest::ClientBuilder {
+    reqwest::Client::builder()
+        .no_proxy()
+        // The token goes nowhere else than to the address that was given.
+        .redirect(reqwest::redirect::Policy::none())
+        .user_agent(concat!("lictor/", env!("CARGO_PKG_VERSION")))
+        .connect_timeout(CONNECT_TIMEOUT)
+        .pool_idle_timeout(idle)
+        .http2_keep_alive_interval(PING_PERIOD)
+        .http2_keep_alive_timeout(PING_TIMEOUT)
+}
+
+fn tcp(settings: &Settings, base: Url) -> anyhow::Result<Transport> {
     let proxy = proxy(&base)?;
-    let tls = if base.scheme() == "https" { tls(&settings.tls)? } else { no_tls()? };
+    let https = base.scheme() == "https";
+    let tls = if https { tls(&settings.tls)? } else { no_tls()? };
     let mut transport_base = base.clone();
     let mut host = None;
+    let mut resolver = None;
     if let Some(name) = renamed(settings, &base)
         && proxy.is_none()
     {
         // The server name that is sent is that of the URL, so the URL gets the name and the resolver is
         // told what it stands for.
-        builder = builder.dns_resolver(Arc::new(Resolver { host: bare_host(&base), port: port(&base) }));
+        resolver = Some(Arc::new(Resolver { host: bare_host(&base), port: port(&base) }));
         transport_base.set_host(Some(&name)).with_context(|| format!("the TLS server name {name} is not a name"))?;
         host = Some(match base.port() {
             Some(port) => format!("{}:{port}", base.host_str().unwrap_or_default()),
             None => base.host_str().unwrap_or_default().to_string(),
         });
     }
-    if let Some(proxy) = proxy {
-        builder = builder.proxy(proxy);
-    }
-    let http = builder.tls_backend_preconfigured(tls).build()?;
-    Ok(Transport { http, base: transport_base, host })
+    let client = |idle| {
+        let mut builder = builder(idle).tls_backend_preconfigured(tls.clone());
+        if let Some(resolver) = &resolver {
+            builder = builder.dns_resolver(resolver.clone());
+        }
+        if let Some(proxy) = &proxy {
+            builder = builder.proxy(proxy.clone());
+        }
+        builder.build()
+    };
+    let authorization = client(KEPT)?;
+    let shared = if https { authorization.clone() } else { client(IDLE_TIMEOUT)? };
+    Ok(Transport { authorization, shared, base: transport_base, host })
 }
 
 /// The DNS name to send instead of the address's own. An IP address is verified but never sent (RFC 6066,
@@ -148,6 +197,7 @@ fn tls(settings: &TlsSettings) -> anyhow::Result<ClientConfig> {
     if settings.server_name.as_ref().is_some_and(|name| name.parse::<IpAddr>().is_ok()) {
         config.enable_sni = false;
     }
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     Ok(config)
 }
 
@@ -171,12 +221,8 @@ fn roots(settings: &TlsSettings) -> anyhow::Result<RootCertStore> {
         // Go's client takes the file where both are given.
         (Some(file), _) => add_roots(&mut roots, file)?,
         (None, Some(directory)) => {
-            let context = || format!("cannot read the CA directory {}", directory.display());
-            for entry in std::fs::read_dir(directory).with_context(context)? {
-                let path = entry.with_context(context)?.path();
-                if path.is_file() {
-                    add_roots(&mut roots, &path)?;
-                }
+            for path in files_of(directory).context("cannot read the CA directory")? {
+                add_roots(&mut roots, &path)?;
             }
         }
         (None, None) => {

@@ -20,32 +20,32 @@ const DEFAULT_POLICY_PERIOD: Duration = Duration::from_secs(60);
 pub struct Query<T> {
     pub(super) request: Request,
     pub(super) flow: Flow,
-    /// Keeps its connection to the agent while others take turns.
-    pub(super) always: bool,
-    /// The alarms that tell when to ask again, where there are such.
-    pub(super) class: Option<Class>,
-    /// Whether those tell of every change of this answer.
+    pub(super) priority: Priority,
+    /// The table that the answer is made from, where there is such.
+    pub(super) table: Option<Table>,
+    /// Whether that tells of every change of this answer.
     pub(super) covered: fn(&T) -> bool,
     pub(super) decode: fn(&Response) -> Result<T, String>,
 }
 
-/// Watches whose answers change for the same reasons.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(super) enum Class {
-    /// Instances of services in a datacenter, by default our own.
-    Instances(Option<String>),
-    /// Discovery chains.
-    Chains,
+/// What goes before what.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Priority {
+    /// Decides who may connect. It has a connection that nothing else uses.
+    Authorization,
+    /// What we are: registration, certificates, default policy.
+    Identity,
+    /// What we connect to.
+    Upstream,
 }
 
-impl fmt::Display for Class {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Instances(None) => f.write_str("instances"),
-            Self::Instances(Some(datacenter)) => write!(f, "instances in {datacenter}"),
-            Self::Chains => f.write_str("discovery chains"),
-        }
-    }
+/// What many answers are made from, so that one watch tells of changes of all of them.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) enum Table {
+    /// Nodes, services and checks of a datacenter, by default our own.
+    Instances(Option<String>),
+    /// Config entries of all kinds.
+    ConfigEntries,
 }
 
 /// How an answer is followed by a newer one.
@@ -57,8 +57,8 @@ pub(super) enum Flow {
     Hash,
     /// Blocks on the index of the matched list, or on that of the table where an agent before 1.9 gives none.
     Intentions,
-    /// As [`Index`](Self::Index); and the index is the answer.
-    Alarm,
+    /// Fetched again when its table has changed.
+    Table,
     /// Cannot block.
     Poll(Duration),
 }
@@ -184,11 +184,12 @@ impl<T> Query<T> {
 
 impl<T: DeserializeOwned> Query<T> {
     fn json(request: Request, flow: Flow) -> Self {
-        Self { request, flow, always: false, class: None, covered: |_| true, decode: |response| json(&response.body) }
+        let (priority, table) = (Priority::Upstream, None);
+        Self { request, flow, priority, table, covered: |_| true, decode: |response| json(&response.body) }
     }
 
-    fn always(mut self) -> Self {
-        self.always = true;
+    fn identity(mut self) -> Self {
+        self.priority = Priority::Identity;
         self
     }
 
@@ -200,7 +201,8 @@ impl<T: DeserializeOwned> Query<T> {
             StatusCode::OK => json(&response.body).map(Some),
             _ => Ok(None),
         };
-        Query { request, flow: Flow::Index, always: false, class: None, covered: |_| true, decode }
+        let (priority, table) = (Priority::Upstream, Some(Table::ConfigEntries));
+        Query { request, flow: Flow::Table, priority, table, covered: |_| true, decode }
     }
 }
 
@@ -208,13 +210,13 @@ impl Query<api::AgentService> {
     /// A registered service, by its id. Not found is an error.
     pub fn agent_service(id: &str) -> Self {
         let request = get(&["agent", "service", id]).needs(format!("service:read on the service of {id:?}"));
-        Self::json(request, Flow::Hash).always()
+        Self::json(request, Flow::Hash).identity()
     }
 }
 
 impl Query<api::CaRoots> {
     pub fn ca_roots() -> Self {
-        Self::json(get(&["agent", "connect", "ca", "roots"]), Flow::Index).always()
+        Self::json(get(&["agent", "connect", "ca", "roots"]), Flow::Index).identity()
     }
 }
 
@@ -222,7 +224,7 @@ impl Query<api::Leaf> {
     /// Our certificate for a service, by its name.
     pub fn ca_leaf(service: &str) -> Self {
         let request = get(&["agent", "connect", "ca", "leaf", service]);
-        Self::json(request.needs(format!("service:write on {service:?}")), Flow::Index).always()
+        Self::json(request.needs(format!("service:write on {service:?}")), Flow::Index).identity()
     }
 }
 
@@ -242,7 +244,8 @@ impl Query<Vec<api::Intention>> {
                 _ => Err("not exactly one list of intentions".into()),
             }
         };
-        Self { request, flow: Flow::Intentions, always: true, class: None, covered: |_| true, decode }
+        let (flow, priority) = (Flow::Intentions, Priority::Authorization);
+        Self { request, flow, priority, table: None, covered: |_| true, decode }
     }
 }
 
@@ -262,8 +265,9 @@ impl Query<api::CompiledDiscoveryChain> {
         let decode = |response: &Response| {
             json::<api::DiscoveryChainResponse>(&response.body)?.chain.ok_or_else(|| "no chain in it".to_string())
         };
-        let class = home(&chain.namespace, &chain.partition).then_some(Class::Chains);
-        Self { request, flow: Flow::Index, always: false, class, covered: is_of_default_tenancy, decode }
+        let table = is_default_tenancy(&chain.namespace, &chain.partition).then_some(Table::ConfigEntries);
+        let (flow, priority) = (Flow::Table, Priority::Upstream);
+        Self { request, flow, priority, table, covered: is_of_default_tenancy, decode }
     }
 }
 
@@ -287,9 +291,9 @@ impl Query<Vec<api::CheckServiceNode>> {
             .param("filter", instances.filter.as_deref())
             .needs(format!("service:read on {:?} and node:read", instances.service))
             .stale();
-        let local = home(&instances.namespace, &instances.partition) && instances.peer.is_none();
-        let class = local.then(|| Class::Instances(instances.datacenter.clone()));
-        Self { class, ..Self::json(request, Flow::Index) }
+        let local = is_default_tenancy(&instances.namespace, &instances.partition) && instances.peer.is_none();
+        let table = local.then(|| Table::Instances(instances.datacenter.clone()));
+        Self { table, ..Self::json(request, Flow::Table) }
     }
 }
 
@@ -345,8 +349,8 @@ impl Query<DefaultPolicy> {
         Self {
             request: request.needs(format!("service:write on {service:?}")),
             flow: Flow::Poll(DEFAULT_POLICY_PERIOD),
-            always: true,
-            class: None,
+            priority: Priority::Identity,
+            table: None,
             covered: |_| true,
             decode: default_policy,
         }
@@ -370,12 +374,12 @@ fn default_policy(response: &Response) -> Result<DefaultPolicy, String> {
     })
 }
 
-/// Whether nothing but the default namespace and partition is asked about. Alarms know no others.
-fn home(namespace: &Option<String>, partition: &Option<String>) -> bool {
+/// Whether nothing but the default namespace and partition is asked about. Table watches know no others.
+fn is_default_tenancy(namespace: &Option<String>, partition: &Option<String>) -> bool {
     namespace.is_none() && partition.is_none()
 }
 
-/// Whether a chain leads nowhere but where its alarms ring.
+/// Whether a chain leads nowhere but where its table watch looks.
 fn is_of_default_tenancy(chain: &api::CompiledDiscoveryChain) -> bool {
     let default = |name: &String| name.is_empty() || name == "default";
     chain.targets.values().all(|target| default(&target.namespace) && default(&target.partition))

@@ -89,7 +89,8 @@ impl Error {
     /// Errors of one class have one cause as far as can be told, and are logged once.
     pub(super) fn class(&self) -> String {
         match &self.kind {
-            ErrorKind::Unreachable(_) | ErrorKind::Transport(_) => "transport".into(),
+            ErrorKind::Unreachable(cause) => format!("unreachable {cause}"),
+            ErrorKind::Transport(cause) => format!("transport {cause}"),
             ErrorKind::Status { code: 403, text } if text.contains("ACL not found") => "token".into(),
             // Rights and existence are matters of the thing that was asked for.
             ErrorKind::Status { code: code @ (403 | 404), .. } => format!("{code} {}", self.request),

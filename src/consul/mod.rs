@@ -1,35 +1,39 @@
 //! The agent's HTTP API, nothing about proxying.
 //!
-//! [`Query`] says what to ask, [`Client`] asks once, and [`watches::Watches`] keeps asking.
+//! [`Query`] says what to ask, [`Client`] asks once, and [`watches::Watches`] keeps answers up to date.
 
-mod alarm;
 pub mod api;
+mod budget;
 mod connect;
 mod endpoint;
 mod error;
+mod failures;
+mod files;
 mod pace;
 pub mod query;
-mod ringer;
+mod schedule;
 mod settings;
-mod slots;
+mod table;
 mod token;
 pub mod watches;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::Context;
 use bytes::{Bytes, BytesMut};
 use reqwest::header::{CONTENT_TYPE, HOST, HeaderMap, HeaderName, HeaderValue};
-use reqwest::{Method, StatusCode, Url};
-use tokio::sync::Semaphore;
+use reqwest::{Method, StatusCode, Url, Version};
+use tokio::sync::{Mutex, MutexGuard, Semaphore};
 
+use connect::Transport;
 pub use endpoint::{Chain, DefaultPolicy, Instances, Query};
 use endpoint::{Request, Response};
 pub use error::{Error, ErrorKind};
-pub use settings::{Address, Settings, TlsSettings, Token};
-use token::TokenSource;
+use files::Followed;
+pub use settings::{Address, DEFAULT_CONNECTIONS, FEWEST_CONNECTIONS, Settings, TlsSettings, Token};
 
 /// Longest body that is read, in bytes.
 const BODY_LIMIT: usize = 64 * 1024 * 1024;
@@ -37,8 +41,8 @@ const BODY_LIMIT: usize = 64 * 1024 * 1024;
 /// How long an answer may take that does not have to wait for a change.
 const PROMPT: Duration = Duration::from_secs(15);
 
-/// Connections for requests that are no watches, such as a registration.
-const ONE_OFF_CONNECTIONS: usize = 2;
+/// Connections for requests that are asked once, such as a registration.
+const ONE_OFF_CONNECTIONS: usize = 1;
 
 const TOKEN_HEADER: HeaderName = HeaderName::from_static("x-consul-token");
 
@@ -49,10 +53,15 @@ pub struct Client {
 }
 
 struct Inner {
-    transport: connect::Transport,
+    transport: Followed<Transport>,
     /// For error messages.
     address: String,
-    token: TokenSource,
+    token: Followed<Option<HeaderValue>>,
+    https: bool,
+    /// Whether answers come over HTTP/2, so that one connection carries all requests.
+    multiplexed: AtomicBool,
+    /// Held while the first request of a connection is under way that may turn out to be such.
+    opening: Mutex<()>,
     basic_auth: Option<(String, Option<String>)>,
     datacenter: Option<String>,
     stale: bool,
@@ -70,6 +79,13 @@ pub struct Answer<T> {
     pub filtered_by_acls: bool,
 }
 
+/// Which connections a request goes over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Pool {
+    Authorization,
+    Shared,
+}
+
 /// Where a blocking query takes up.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 enum Cursor {
@@ -83,9 +99,12 @@ impl Client {
     /// Fails on files that cannot be read or used and on addresses that are none; nothing is sent yet.
     pub fn new(settings: &Settings) -> anyhow::Result<Self> {
         let inner = Inner {
-            transport: connect::transport(settings)?,
+            transport: connect::followed(settings)?,
             address: settings.address.to_string(),
-            token: TokenSource::new(&settings.token).context("no ACL token")?,
+            token: token::followed(&settings.token).context("no ACL token")?,
+            https: matches!(settings.address, Address::Tcp { https: true, .. }),
+            multiplexed: AtomicBool::new(false),
+            opening: Mutex::new(()),
             basic_auth: settings.basic_auth.clone(),
             datacenter: settings.datacenter.clone(),
             stale: settings.stale,
@@ -131,9 +150,22 @@ impl Client {
         self.one_off(&request.needs(format!("service:write on the service of check {check_id:?}"))).await.map(drop)
     }
 
-    /// Whether alarms ring for what is asked for: they know one namespace and the leader's answers.
-    fn has_alarms(&self) -> bool {
+    /// Whether table watches tell of changes of what is asked for: they know one namespace and the leader's answers.
+    fn has_tables(&self) -> bool {
         !self.inner.stale && self.inner.namespace.is_none() && self.inner.partition.is_none()
+    }
+
+    fn is_multiplexed(&self) -> bool {
+        self.inner.multiplexed.load(Ordering::Relaxed)
+    }
+
+    fn token_changes(&self) -> token::Changes {
+        self.inner.token.changes()
+    }
+
+    /// Follows the files that it was made from, without end.
+    async fn follow_files(&self) {
+        tokio::join!(self.inner.token.follow(), self.inner.transport.follow());
     }
 
     /// Sends a request that does not block. One that the agent refuses is sent once more where the token
@@ -141,9 +173,9 @@ impl Client {
     async fn one_off(&self, request: &Request) -> Result<Response, Error> {
         let _turn = self.inner.one_off.acquire().await;
         let changes = self.inner.token.changes();
-        match self.send(request, &Cursor::None, Duration::ZERO).await {
+        match self.send(Pool::Shared, request, &Cursor::None, Duration::ZERO).await {
             Err(error) if error.is_forbidden() && changes.has_changed().unwrap_or(false) => {
-                self.send(request, &Cursor::None, Duration::ZERO).await
+                self.send(Pool::Shared, request, &Cursor::None, Duration::ZERO).await
             }
             result => result,
         }
@@ -155,38 +187,67 @@ impl Client {
     }
 
     /// Sends one request. With a cursor, the agent answers when it has something newer, or after `wait`.
-    async fn send(&self, request: &Request, cursor: &Cursor, wait: Duration) -> Result<Response, Error> {
+    async fn send(&self, pool: Pool, request: &Request, cursor: &Cursor, wait: Duration) -> Result<Response, Error> {
         let limit = match cursor {
             Cursor::None => PROMPT,
             // The agent adds up to a sixteenth, so that not all queries end at once.
             _ => wait + wait / 16 + Duration::from_secs(10),
         };
-        let answer = match tokio::time::timeout(limit, self.exchange(request, cursor, wait)).await {
+        let answer = match tokio::time::timeout(limit, self.exchange(pool, request, cursor, wait)).await {
             Ok(answer) => answer,
             Err(_) => Err(ErrorKind::Transport(format!("nothing came within {} s", limit.as_secs()))),
         };
         let answer = answer.and_then(|response| accept(request, response));
-        if matches!(answer, Err(ErrorKind::Status { code: 403, .. })) {
-            self.inner.token.reload().await;
+        match &answer {
+            Err(ErrorKind::Status { code: 403, .. }) => self.inner.token.reload().await,
+            Err(ErrorKind::Transport(_) | ErrorKind::Unreachable(_)) => {
+                self.inner.multiplexed.store(false, Ordering::Relaxed);
+                // The agent may have refused a certificate that was replaced meanwhile.
+                self.inner.transport.reload().await;
+            }
+            _ => {}
         }
         answer.map_err(|kind| self.error(request, kind))
     }
 
-    async fn exchange(&self, request: &Request, cursor: &Cursor, wait: Duration) -> Result<Response, ErrorKind> {
-        let mut http = self.inner.transport.http.request(request.method.clone(), self.url(request, cursor, wait)?);
+    /// Where the first answer will tell whether one connection is enough, requests wait for it.
+    async fn opened(&self) -> Option<MutexGuard<'_, ()>> {
+        if !self.inner.https || self.is_multiplexed() {
+            return None;
+        }
+        let opening = self.inner.opening.lock().await;
+        Some(opening).filter(|_| !self.is_multiplexed())
+    }
+
+    async fn exchange(
+        &self,
+        pool: Pool,
+        request: &Request,
+        cursor: &Cursor,
+        wait: Duration,
+    ) -> Result<Response, ErrorKind> {
+        let transport = self.inner.transport.current();
+        let client = match pool {
+            Pool::Authorization => &transport.authorization,
+            Pool::Shared => &transport.shared,
+        };
+        let mut http = client.request(request.method.clone(), self.url(&transport, request, cursor, wait)?);
         if let Some(token) = self.inner.token.current() {
             http = http.header(TOKEN_HEADER, token);
         }
         if let Some((user, password)) = &self.inner.basic_auth {
             http = http.basic_auth(user, password.as_ref());
         }
-        if let Some(host) = &self.inner.transport.host {
+        if let Some(host) = &transport.host {
             http = http.header(HOST, host);
         }
         if let Some(body) = &request.body {
             http = http.header(CONTENT_TYPE, HeaderValue::from_static("application/json")).body(body.clone());
         }
+        let opening = self.opened().await;
         let mut response = http.send().await?;
+        self.inner.multiplexed.store(response.version() == Version::HTTP_2, Ordering::Relaxed);
+        drop(opening);
         let headers = std::mem::take(response.headers_mut());
         let answer = Response {
             status: response.status(),
@@ -204,8 +265,8 @@ impl Client {
         Ok(answer)
     }
 
-    fn url(&self, request: &Request, cursor: &Cursor, wait: Duration) -> Result<Url, ErrorKind> {
-        let mut url = self.inner.transport.base.clone();
+    fn url(&self, transport: &Transport, request: &Request, cursor: &Cursor, wait: Duration) -> Result<Url, ErrorKind> {
+        let mut url = transport.base.clone();
         let Ok(mut path) = url.path_segments_mut() else {
             return Err(ErrorKind::Unreachable("the address has no place for a path".into()));
         };

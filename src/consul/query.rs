@@ -1,29 +1,26 @@
-//! Keeps asking: the loop of blocking queries, within a bounded number of connections.
+//! Queries that go on: what comes of each answer, and what is asked next.
 //!
-//! The agent's rules, which the loop follows (Consul 1.8.7 to 1.22):
+//! The agent's rules, which this follows (Consul 1.8.7 to 1.22):
 //!
 //! * An index that is not in the agent's past blocks for the whole wait. After a restored server all are in
 //!   its future. So an index is forgotten after any failure, and when a newer one is lower.
 //! * A query that wakes need not have changed: only other bodies are passed on.
 //! * A refusal can carry an index, which means nothing.
-//! * An answer without an index cannot be blocked on, and is polled.
+//! * An answer without an index cannot be blocked on, and is fetched periodically.
 
-use std::collections::HashMap;
-use std::collections::hash_map::RandomState;
-use std::hash::{BuildHasher, Hash, Hasher};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::future::Future;
+use std::hash::{BuildHasher, Hash, Hasher, RandomState};
+use std::pin::Pin;
 use std::time::Duration;
 
-use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc};
-use tokio::task::{AbortHandle, JoinHandle};
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::alarm::{Alarms, Rest};
-use super::endpoint::{Flow, Request, Response};
+use super::endpoint::{Flow, Priority, Request, Response, Table};
+use super::failures::{Failing, Failures};
 use super::pace::{Backoff, Bucket, random};
-use super::slots::{Claim, Kind, Member, Slot, Slots};
-use super::token::Changes;
-use super::{Answer, Client, Cursor, Error, Query};
+use super::schedule::{Done, Role};
+use super::{Answer, Client, Cursor, Error, ErrorKind, Pool, Query, table};
 
 /// How often something is asked for that should have been blocked on, but came without an index.
 const NO_INDEX_PERIOD: Duration = Duration::from_secs(10);
@@ -33,498 +30,268 @@ const NO_INDEX_PERIOD: Duration = Duration::from_secs(10);
 const SPACING: Duration = Duration::from_millis(100);
 const PROMPT_SPACING: Duration = Duration::from_millis(10);
 
-/// An alarm that rings all the time has the agent look through whole tables.
-const ALARM_SPACING: Duration = Duration::from_secs(1);
+/// A table watch that wakes all the time has the agent look through whole tables.
+const TABLE_SPACING: Duration = Duration::from_secs(1);
 
-/// How often watches that failed or poll are told that the agent is back.
-const RECOVERY_SPACING: Duration = Duration::from_secs(1);
-
-/// An agent that has no connection left says so within this time.
-const PROMPT_REFUSAL: Duration = Duration::from_secs(1);
-
-/// What watches share.
-pub(super) struct Asker {
-    pub client: Client,
-    slots: Arc<Slots>,
-    failures: Failures,
-    /// Tells those who wait before they try again that somebody got through.
-    recovered: Notify,
-    /// Absent where alarms cannot be relied on.
-    pub alarms: Option<Arc<Alarms>>,
-    /// Those that follow the token file and keep the alarms.
-    tasks: Vec<JoinHandle<()>>,
-}
-
-impl Drop for Asker {
-    fn drop(&mut self) {
-        self.tasks.iter().for_each(JoinHandle::abort);
-    }
-}
-
-/// What a watch has to say.
+/// What a query has to say.
 #[derive(Debug)]
 pub enum Event<T> {
     /// The first value, or one that differs from the last.
     Value(Answer<T>),
-    /// The agent could not be asked, or refused, or answered rubbish. The watch goes on trying, and tells
-    /// of each failure. The last value is as good as it was.
+    /// The agent could not be asked, or refused, or answered rubbish. The query goes on, and tells of each failure.
+    /// The last value is as good as it was.
     Failed(Error),
 }
 
-/// A running watch. Dropping it ends the watch.
-#[must_use = "a watch ends when its handle is dropped"]
-#[derive(Debug)]
-pub struct Watch {
-    task: AbortHandle,
-    hurry: Arc<Notify>,
+/// The receiver of events is gone.
+pub(super) struct Gone;
+
+type Sent = Pin<Box<dyn Future<Output = Result<(), Gone>> + Send>>;
+
+/// Where the answers of a query go.
+trait Sink: Send {
+    /// Makes a value of an answer; what sends it, and whether the query's table tells of all changes of it.
+    fn decode(&self, response: &Response) -> Result<(Sent, bool), String>;
+
+    fn failed(&self, error: Error) -> Sent;
 }
 
-impl Watch {
-    /// Its first answer is waited for: it is asked before those of others.
-    pub fn hurry(&self) {
-        self.hurry.notify_one();
-    }
-}
-
-impl Drop for Watch {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
-impl Asker {
-    /// `tasks` end with it.
-    pub fn new(client: Client, slots: Arc<Slots>, alarms: Option<Arc<Alarms>>, tasks: Vec<JoinHandle<()>>) -> Self {
-        Self { client, slots, failures: Failures::default(), recovered: Notify::new(), alarms, tasks }
-    }
-
-    /// Asks `query` from now on, and sends what `wrap` makes of its events. The watch ends with its handle
-    /// or with the receiver.
-    pub fn watch<T, U, F>(self: &Arc<Self>, query: Query<T>, events: mpsc::Sender<U>, wrap: F) -> Watch
-    where
-        T: Send + 'static,
-        U: Send + 'static,
-        F: Fn(Event<T>) -> U + Send + 'static,
-    {
-        let hurry = Arc::<Notify>::default();
-        let rest = match (&self.alarms, &query.class) {
-            (Some(alarms), Some(class)) => Some(alarms.join(class)),
-            _ => None,
-        };
-        let spacing = match query.flow {
-            Flow::Alarm => ALARM_SPACING,
-            _ if query.always => PROMPT_SPACING,
-            _ => SPACING,
-        };
-        let worker = Worker {
-            asker: self.clone(),
-            hurry: hurry.clone(),
-            bucket: Bucket::new(spacing),
-            rest,
-            query,
-            events,
-            wrap,
-            cursor: Cursor::None,
-            table: false,
-            table_index: None,
-            seen: None,
-            fingerprint: RandomState::new(),
-            backoff: Backoff::default(),
-            failing: None,
-        };
-        Watch { task: tokio::spawn(worker.run()).abort_handle(), hurry }
-    }
-}
-
-struct Worker<T, U, F> {
-    asker: Arc<Asker>,
-    /// Notified when its first answer is waited for.
-    hurry: Arc<Notify>,
-    query: Query<T>,
+struct Typed<T, U, F> {
+    decode: fn(&Response) -> Result<T, String>,
+    covered: fn(&T) -> bool,
     events: mpsc::Sender<U>,
     wrap: F,
-    rest: Option<Rest>,
-    cursor: Cursor,
-    /// Whether the agent is one before 1.9, whose matched lists of intentions have no index of their own,
-    /// but block on that of the table.
-    table: bool,
-    /// The table's index, when it was asked for before the answer at hand.
-    table_index: Option<u64>,
-    /// Fingerprint of the last answer that was passed on.
-    seen: Option<u64>,
-    fingerprint: RandomState,
-    bucket: Bucket,
-    backoff: Backoff,
-    /// The class of failure that this watch is counted in.
-    failing: Option<String>,
 }
 
-enum Outcome {
-    Answered(Result<Response, Error>),
-    /// Another token is in force.
-    NewToken,
-    /// Somebody else needs the connection more.
-    AskedFor,
+impl<T, U: Send + 'static, F> Typed<T, U, F> {
+    fn send(&self, event: U) -> Sent {
+        let events = self.events.clone();
+        Box::pin(async move { events.send(event).await.map_err(|_| Gone) })
+    }
 }
 
-/// The receiver of events is gone.
-struct Gone;
-
-impl<T, U, F> Worker<T, U, F>
+impl<T, U, F> Sink for Typed<T, U, F>
 where
     T: Send + 'static,
     U: Send + 'static,
     F: Fn(Event<T>) -> U + Send + 'static,
 {
-    async fn run(mut self) {
-        let member = self.asker.slots.join(match self.query.flow {
-            Flow::Alarm => Kind::Alarm,
-            _ if self.query.always => Kind::Always,
-            _ => Kind::Turn,
-        });
-        let mut tokens = self.asker.client.inner.token.changes();
-        let mut kept = None;
-        while self.turn(&member, &mut tokens, &mut kept).await.is_ok() {}
+    fn decode(&self, response: &Response) -> Result<(Sent, bool), String> {
+        let value = (self.decode)(response)?;
+        let covered = (self.covered)(&value);
+        let event = (self.wrap)(Event::Value(Answer { value, filtered_by_acls: response.filtered_by_acls }));
+        Ok((self.send(event), covered))
     }
 
-    /// Asks once, and deals with the answer.
-    async fn turn(&mut self, member: &Member, tokens: &mut Changes, kept: &mut Option<Slot>) -> Result<(), Gone> {
-        let asker = self.asker.clone();
-        let sweep = self.rest(member, tokens).await;
-        let claim = self.claim(sweep.is_some());
-        let mut slot = match kept.take().filter(|_| claim == Claim::Always) {
-            Some(slot) => slot,
-            None => match self.acquire(claim).await {
-                Some(slot) => slot,
-                None => return Ok(()),
-            },
-        };
-        let asked = Instant::now();
-        let result = match self.ask_within(&mut slot, asker.slots.wait(claim), tokens).await {
-            Outcome::AskedFor => return Ok(()),
-            Outcome::NewToken => {
-                self.start_anew();
-                return Ok(());
-            }
-            Outcome::Answered(result) => result,
-        };
-        slot.end();
-        drop(sweep);
-        match result.and_then(|response| Ok((asker.client.decode(&self.query, &response)?, response))) {
-            Ok((answer, response)) => {
-                *kept = self.answered(answer, &response, Some(slot).filter(|_| claim == Claim::Always), tokens).await?;
-                Ok(())
-            }
-            Err(error) => {
-                // One that hangs up on a request that has waited for long is stopping.
-                if error.is_connection_limit() && asked.elapsed() < PROMPT_REFUSAL {
-                    slot.withhold();
-                } else {
-                    drop(slot);
-                }
-                self.failed(error, tokens).await
-            }
-        }
+    fn failed(&self, error: Error) -> Sent {
+        self.send((self.wrap)(Event::Failed(error)))
+    }
+}
+
+/// What goes on being asked.
+pub(super) struct Ongoing {
+    request: Request,
+    flow: Flow,
+    priority: Priority,
+    /// Absent for the watch of a table, whose index is all that matters.
+    sink: Option<Box<dyn Sink>>,
+    cursor: Cursor,
+    /// Whether the agent is one before 1.9, whose matched lists of intentions have no index of their own,
+    /// but block on that of the table.
+    by_intentions_table: bool,
+    /// The table's index, when it was asked for before the answer at hand.
+    intentions_index: Option<u64>,
+    /// Of a table watch: the last index, and when it came.
+    table_index: Option<u64>,
+    table_changed: Instant,
+    /// Fingerprint of the last answer that was passed on.
+    seen: Option<u64>,
+    covered: bool,
+    fingerprint: RandomState,
+    bucket: Bucket,
+    backoff: Backoff,
+    failing: Option<Failing>,
+}
+
+impl Ongoing {
+    pub(super) fn new<T, U, F>(query: Query<T>, events: mpsc::Sender<U>, wrap: F) -> Self
+    where
+        T: Send + 'static,
+        U: Send + 'static,
+        F: Fn(Event<T>) -> U + Send + 'static,
+    {
+        let sink = Typed { decode: query.decode, covered: query.covered, events, wrap };
+        let spacing = if query.priority == Priority::Upstream { SPACING } else { PROMPT_SPACING };
+        Self::of(query.request, query.flow, query.priority, Some(Box::new(sink)), spacing)
     }
 
-    /// Sends the request, and gives it up for a reason that comes first.
-    async fn ask_within(&mut self, slot: &mut Slot, wait: Duration, tokens: &mut Changes) -> Outcome {
-        if self.blocks() {
-            slot.begin(wait);
-        }
-        if let Some(rest) = &mut self.rest {
-            rest.asks();
-        }
-        tokio::select! {
-            biased;
-            // The sender lives in the client, so this cannot fail.
-            _ = tokens.changed() => Outcome::NewToken,
-            result = self.ask(wait) => Outcome::Answered(result),
-            () = slot.asked_for() => Outcome::AskedFor,
-        }
+    /// The watch of a table.
+    pub(super) fn watch(table: &Table) -> Self {
+        Self::of(table.request(), table.flow(), Priority::Upstream, None, TABLE_SPACING)
     }
 
-    /// Passes an answer on and lets the time pass until the next request. Gives back what of `slot`, which is always
-    /// ours, is still needed for that.
-    async fn answered(
-        &mut self,
-        answer: Answer<T>,
-        response: &Response,
-        slot: Option<Slot>,
-        tokens: &mut Changes,
-    ) -> Result<Option<Slot>, Gone> {
-        let pause = self.advance(response);
-        if let Some(rest) = &mut self.rest {
-            rest.answered((self.query.covered)(&answer.value));
-        }
-        let mut slot = slot.filter(|_| self.blocks());
-        self.succeeded(response, answer).await?;
-        self.pause(pause, tokens, &mut slot).await;
-        Ok(slot)
-    }
-
-    /// A slot, or `None` where there is no need to take turns any more.
-    async fn acquire(&mut self, claim: Claim) -> Option<Slot> {
-        let slots = &self.asker.slots;
-        match (claim, &self.rest) {
-            (Claim::Prompt, _) => tokio::select! {
-                biased;
-                slot = slots.acquire(claim) => Some(slot),
-                () = self.hurry.notified() => Some(slots.acquire(Claim::Always).await),
-            },
-            (Claim::Turn, Some(rest)) => tokio::select! {
-                biased;
-                slot = slots.acquire(claim) => Some(slot),
-                () = rest.set() => None,
-            },
-            _ => Some(slots.acquire(claim).await),
+    fn of(request: Request, flow: Flow, priority: Priority, sink: Option<Box<dyn Sink>>, spacing: Duration) -> Self {
+        Self {
+            request,
+            flow,
+            priority,
+            sink,
+            cursor: Cursor::None,
+            by_intentions_table: false,
+            intentions_index: None,
+            table_index: None,
+            table_changed: Instant::now(),
+            seen: None,
+            covered: true,
+            fingerprint: RandomState::new(),
+            bucket: Bucket::new(spacing),
+            backoff: Backoff::default(),
+            failing: None,
         }
     }
 
-    /// Waits for an alarm, where the last answer is one that alarms watch over.
-    async fn rest(&mut self, member: &Member, tokens: &mut Changes) -> Option<OwnedSemaphorePermit> {
-        if !self.blocks() {
-            return None;
-        }
-        let rest = self.rest.as_mut()?;
-        let sweep = tokio::select! {
-            biased;
-            _ = tokens.changed() => {
-                self.start_anew();
-                return None;
-            }
-            sweep = rest.until_alarm(member) => sweep,
-        };
-        if sweep.is_some() {
+    /// Sends its request; one that blocks for as long as `wait`, or a fetch.
+    pub(super) async fn ask(&mut self, client: &Client, pool: Pool, wait: Option<Duration>) -> Result<Response, Error> {
+        let Some(wait) = wait else {
             self.cursor = Cursor::None;
+            self.intentions_index = None;
+            if self.by_intentions_table {
+                // The index before the list: what changes in between wakes the query that comes next.
+                let table = Request::new(reqwest::Method::GET, &["connect", "intentions"]);
+                self.intentions_index = client.send(pool, &table, &Cursor::None, Duration::ZERO).await?.index;
+            }
+            return client.send(pool, &self.request, &Cursor::None, Duration::ZERO).await;
+        };
+        client.send(pool, &self.request, &self.cursor, wait).await
+    }
+
+    /// Takes an answer, and passes it on if it is a new one. Says what is next, and whether it is the first answer
+    /// after a failure that tells of the agent being back.
+    pub(super) async fn answered(
+        &mut self,
+        client: &Client,
+        failures: &Failures,
+        response: &Response,
+    ) -> Result<(Done, bool), Gone> {
+        let Some(sink) = self.sink.take() else {
+            let back = self.recovered();
+            return Ok((self.table_answered(response), back));
+        };
+        let fingerprint = self.fingerprint(response);
+        if self.seen != Some(fingerprint) {
+            match sink.decode(response) {
+                Ok((sent, covered)) => {
+                    self.seen = Some(fingerprint);
+                    self.covered = covered;
+                    sent.await?;
+                }
+                Err(cause) => {
+                    self.sink = Some(sink);
+                    let error = client.error(&self.request, ErrorKind::Decode(cause));
+                    return Ok((self.failed(failures, error).await?, false));
+                }
+            }
         }
-        sweep
+        self.sink = Some(sink);
+        let back = self.recovered();
+        Ok((self.advance(response), back))
     }
 
-    fn claim(&self, sweeps: bool) -> Claim {
-        if self.query.always && self.asker.slots.always_fits() {
-            Claim::Always
-        } else if sweeps {
-            Claim::Sweep
-        } else if self.blocks() {
-            Claim::Turn
-        } else {
-            Claim::Prompt
-        }
-    }
-
-    /// Whether the next request waits for a change.
-    fn blocks(&self) -> bool {
-        self.cursor != Cursor::None
-    }
-
-    /// As though nothing had been asked yet: the next answer comes at once.
-    fn start_anew(&mut self) {
-        self.cursor = Cursor::None;
+    fn recovered(&mut self) -> bool {
         self.backoff.reset();
+        self.failing.take().is_some_and(|failing| failing.recover(&self.request))
     }
 
-    async fn ask(&mut self, wait: Duration) -> Result<Response, Error> {
-        let client = &self.asker.client;
-        if self.table && !self.blocks() {
-            // The index before the list: what changes in between wakes the query that comes next.
-            let table = Request::new(reqwest::Method::GET, &["connect", "intentions"]);
-            self.table_index = client.send(&table, &Cursor::None, wait).await?.index;
-        }
-        client.send(&self.query.request, &self.cursor, wait).await
-    }
-
-    /// Takes the cursor for the next request from an answer; says how long to wait before it.
-    fn advance(&mut self, response: &Response) -> Pause {
+    /// Takes the cursor for the next request from an answer; says what is next.
+    fn advance(&mut self, response: &Response) -> Done {
         let asked = std::mem::take(&mut self.cursor);
-        let table_index = self.table_index.take();
-        let next = match self.query.flow {
-            Flow::Poll(period) => return Pause::Poll(period),
+        let intentions_index = self.intentions_index.take();
+        let next = match self.flow {
+            Flow::Poll(period) => return Done::Fetch(period.mul_f64(0.9 + 0.2 * random())),
+            Flow::Table => return Done::Member { covered: self.covered },
             Flow::Hash => response.hash.clone().map(Cursor::Hash),
-            Flow::Index | Flow::Intentions | Flow::Alarm => response.index.or(table_index).map(Cursor::Index),
+            Flow::Index | Flow::Intentions => response.index.or(intentions_index).map(Cursor::Index),
         };
         match (&asked, next) {
             // Going backwards: the next request has no index.
-            (Cursor::Index(asked), Some(Cursor::Index(index))) if index < *asked => Pause::Bucket,
+            (Cursor::Index(asked), Some(Cursor::Index(index))) if index < *asked => Done::Fetch(self.bucket.take()),
             (_, Some(next)) => {
                 self.cursor = next;
-                Pause::Bucket
+                Done::Block(self.bucket.take())
             }
             // The next request asks for the index of the table as well; unless this one did, in vain.
-            (_, None) if self.query.flow == Flow::Intentions && (!self.table || asked != Cursor::None) => {
-                self.table = true;
-                Pause::Bucket
+            (_, None) if self.flow == Flow::Intentions && (!self.by_intentions_table || asked != Cursor::None) => {
+                self.by_intentions_table = true;
+                Done::Fetch(self.bucket.take())
             }
-            (_, None) => Pause::Poll(NO_INDEX_PERIOD),
+            (_, None) => Done::Fetch(NO_INDEX_PERIOD.mul_f64(0.9 + 0.2 * random())),
         }
     }
 
-    /// Passes the answer on if it is a new one.
-    async fn succeeded(&mut self, response: &Response, answer: Answer<T>) -> Result<(), Gone> {
-        if let Some(class) = self.failing.take()
-            && self.asker.failures.leave(&class, &self.query.request)
-        {
-            // Whoever else waits for the agent to be back need not wait longer.
-            self.asker.recovered.notify_waiters();
+    fn table_answered(&mut self, response: &Response) -> Done {
+        let index = table::index(response);
+        let changed = std::mem::replace(&mut self.table_index, index) != index;
+        if changed {
+            self.table_changed = Instant::now();
         }
-        self.backoff.reset();
-        let fingerprint = self.fingerprint(response);
-        if self.seen == Some(fingerprint) {
-            return Ok(());
-        }
-        self.seen = Some(fingerprint);
-        self.send(Event::Value(answer)).await
+        self.cursor = index.map_or(Cursor::None, Cursor::Index);
+        let pause = match self.flow {
+            Flow::Poll(_) => table::period(self.table_changed.elapsed()),
+            _ => self.bucket.take(),
+        };
+        Done::Table { index, changed, before_1_9: table::is_before_1_9(response), pause }
     }
 
-    fn fingerprint(&self, response: &Response) -> u64 {
-        let mut hasher = self.fingerprint.build_hasher();
-        (response.status.as_u16(), &response.body, response.filtered_by_acls).hash(&mut hasher);
-        match self.query.flow {
-            Flow::Poll(_) => response.default_policy.hash(&mut hasher),
-            Flow::Alarm => (response.index, response.stale).hash(&mut hasher),
-            Flow::Index | Flow::Hash | Flow::Intentions => {}
-        }
-        hasher.finish()
-    }
-
-    async fn failed(&mut self, error: Error, tokens: &mut Changes) -> Result<(), Gone> {
+    /// Takes a failure, and passes it on.
+    pub(super) async fn failed(&mut self, failures: &Failures, error: Error) -> Result<Done, Gone> {
         self.cursor = Cursor::None;
-        self.note(&error);
+        self.table_index = None;
+        self.failing = Some(failures.enter(self.failing.take(), &error));
         if error.is_rate_limited() {
             self.backoff.be_patient();
         }
         let cap = self.backoff_cap(&error);
-        self.send(Event::Failed(error)).await?;
-        let delay = self.backoff.next(cap);
-        self.pause(Pause::Retry(delay), tokens, &mut None).await;
-        Ok(())
-    }
-
-    fn note(&mut self, error: &Error) {
-        if self.query.flow == Flow::Alarm {
-            // Nothing is amiss without it. The next answer is news even if it is what the last one was.
-            self.seen = None;
-            return;
+        if let Some(sink) = &self.sink {
+            sink.failed(error).await?;
         }
-        let class = error.class();
-        if self.failing.as_ref() == Some(&class) {
-            tracing::debug!("{error}");
-            return;
-        }
-        if let Some(former) = self.failing.replace(class.clone()) {
-            self.asker.failures.leave_quietly(&former);
-        }
-        self.asker.failures.enter(class, error);
+        Ok(Done::Failed(self.backoff.next(cap)))
     }
 
     /// The longest time between attempts.
     fn backoff_cap(&self, error: &Error) -> Duration {
         // A refused connection costs nothing, and a service that is not there yet is about to be: both
         // are what a start looks like. Who gets through wakes the others.
-        let urgent = self.query.always && self.query.flow != Flow::Alarm;
-        let soon = urgent && (error.is_unreachable() || error.is_not_found());
-        if soon { Duration::from_secs(2) } else { Backoff::CAP }
-    }
-
-    /// Lets time pass, unless a reason comes to ask at once.
-    async fn pause(&mut self, pause: Pause, tokens: &mut Changes, slot: &mut Option<Slot>) {
-        let delay = match pause {
-            Pause::Bucket => self.bucket.take(),
-            Pause::Poll(period) => period.mul_f64(0.9 + 0.2 * random()),
-            Pause::Retry(delay) => delay,
-        };
-        if delay.is_zero() {
-            return;
-        }
-        let recovered = !matches!(pause, Pause::Bucket);
-        if recovered {
-            *slot = None;
-        }
-        tokio::select! {
-            () = tokio::time::sleep(delay) => {}
-            _ = tokens.changed() => self.start_anew(),
-            () = self.asker.recovered.notified(), if recovered => {}
+        let soon = error.is_unreachable() || error.is_not_found() || error.is_connection_limit();
+        match self.priority {
+            // A denial must not wait.
+            Priority::Authorization if error.is_connection_limit() => Duration::from_millis(500),
+            Priority::Upstream => Backoff::CAP,
+            _ if soon => Duration::from_secs(2),
+            _ => Backoff::CAP,
         }
     }
 
-    async fn send(&mut self, event: Event<T>) -> Result<(), Gone> {
-        self.events.send((self.wrap)(event)).await.map_err(|_| Gone)
+    fn fingerprint(&self, response: &Response) -> u64 {
+        let mut hasher = self.fingerprint.build_hasher();
+        (response.status.as_u16(), &response.body, response.filtered_by_acls).hash(&mut hasher);
+        if let Flow::Poll(_) = self.flow {
+            response.default_policy.hash(&mut hasher);
+        }
+        hasher.finish()
     }
 }
 
-impl<T, U, F> Drop for Worker<T, U, F> {
-    fn drop(&mut self) {
-        if let Some(class) = self.failing.take() {
-            self.asker.failures.leave_quietly(&class);
+/// What tells that an answer is to be fetched again. `tables` is whether table watches can be relied on.
+pub(super) fn role<T>(query: &mut Query<T>, tables: bool) -> Role {
+    match (query.priority, query.flow, &query.table) {
+        (Priority::Authorization, _, _) => Role::Authorization,
+        (_, Flow::Poll(_), _) => Role::Periodic,
+        (_, Flow::Table, Some(table)) if tables => Role::Member(table.clone()),
+        (_, Flow::Table, _) => {
+            query.covered = |_| false;
+            Role::Periodic
         }
-    }
-}
-
-/// Why time is let pass before the next request.
-#[derive(Debug, Clone, Copy)]
-enum Pause {
-    /// To bound the rate.
-    Bucket,
-    /// The answer cannot be blocked on.
-    Poll(Duration),
-    /// The last attempt failed.
-    Retry(Duration),
-}
-
-/// The failures that go on, so that one that hits many watches is logged once.
-#[derive(Default)]
-struct Failures {
-    state: Mutex<FailuresState>,
-}
-
-#[derive(Default)]
-struct FailuresState {
-    /// Watches by the class of their failure.
-    watches: HashMap<String, usize>,
-    recovered: Option<Instant>,
-}
-
-impl Failures {
-    fn enter(&self, class: String, error: &Error) {
-        let mut state = self.lock();
-        let count = state.watches.entry(class).or_default();
-        *count += 1;
-        if *count == 1 {
-            tracing::warn!("{error}");
-        } else {
-            tracing::debug!("{error}");
-        }
-    }
-
-    /// True when this is news of the agent being back. An agent that comes and goes is not news each time,
-    /// for others ask at once when they hear it.
-    fn leave(&self, class: &str, request: &Request) -> bool {
-        if self.leave_quietly(class) {
-            tracing::info!("The agent answers again: {request}");
-        }
-        let mut state = self.lock();
-        let now = Instant::now();
-        let news = state.recovered.is_none_or(|last| now.saturating_duration_since(last) >= RECOVERY_SPACING);
-        if news {
-            state.recovered = Some(now);
-        }
-        news
-    }
-
-    /// True when no watch is left in the class.
-    fn leave_quietly(&self, class: &str) -> bool {
-        let mut state = self.lock();
-        let Some(count) = state.watches.get_mut(class) else { return false };
-        *count -= 1;
-        if *count > 0 {
-            return false;
-        }
-        state.watches.remove(class);
-        true
-    }
-
-    fn lock(&self) -> MutexGuard<'_, FailuresState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        (_, flow, _) => Role::Own { prompt: flow == Flow::Hash },
     }
 }
 
@@ -533,7 +300,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::consul::watches::Watches;
+    use crate::consul::watches::{Watch, Watches};
     use crate::consul::{Instances, Settings, Token, api};
     use crate::testing::{Agent, Fault, TempFile};
 
@@ -757,7 +524,6 @@ mod tests {
             Event::Failed(error) => panic!("{error}"),
         });
         assert_eq!(events.recv().await, Some(None));
-        until(|| last_index(&agent, PATH).is_some()).await;
         agent.set(PATH, json!({ "Mode": "transparent" }));
         assert_eq!(events.recv().await, Some(Some("transparent".into())));
         agent.remove(PATH);
@@ -875,7 +641,7 @@ mod tests {
     async fn makes_do_with_the_connections_that_the_agent_has() {
         const SERVICES: usize = 40;
         let agent = Agent::start().await;
-        agent.limit_connections(10);
+        agent.limit_connections(2);
         agent.set(ROOTS, roots("a"));
         agent.set("/v1/health/connect/db", json!([]));
         let watches = watches(&agent.settings());
@@ -892,7 +658,7 @@ mod tests {
         while served.len() < SERVICES {
             served.extend(events.recv().await.expect("running watches"));
         }
-        // From here on it is enough to take turns, whatever tries out whether there are more by now.
+        // From here on these are enough, whatever tries out whether there are more by now.
         tokio::spawn(async move { while events.recv().await.is_some() {} });
         let mut slowest = Duration::ZERO;
         for round in 0..20 {
@@ -902,25 +668,23 @@ mod tests {
             assert_eq!(always.value_at_last().await, round.to_string());
             slowest = slowest.max(start.elapsed());
         }
-        assert!(slowest < Duration::from_secs(1), "{slowest:?}");
+        assert!(slowest < Duration::from_secs(8), "{slowest:?}");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_new_watch_need_not_wait_for_those_that_block() {
+    async fn what_is_new_need_not_wait_for_what_blocks() {
         let agent = Agent::start().await;
-        let mut settings = agent.settings();
-        settings.max_connections = 4;
         agent.set(ROOTS, roots("a"));
-        agent.set("/v1/health/connect/a", json!([]));
-        agent.set("/v1/health/connect/b", json!([]));
-        let watches = watches(&settings);
+        let paths = ["/v1/agent/service/web", "/v1/agent/connect/ca/leaf/a", "/v1/agent/connect/ca/leaf/b"];
+        paths.iter().for_each(|path| agent.set(path, json!({})));
+        let watches = watches(&agent.settings());
         let (sender, mut events) = mpsc::channel(16);
-        let instances = |name: &str| Query::health_connect(&Instances { service: name.into(), ..Instances::default() });
-        let _blocking = ["a", "b"].map(|name| watches.watch(instances(name), sender.clone(), |_| ()));
-        events.recv().await.expect("running watches");
-        events.recv().await.expect("running watches");
-        until(|| ["a", "b"].iter().all(|name| last_index(&agent, &format!("/v1/health/connect/{name}")).is_some()))
-            .await;
+        let _service = watches.watch(Query::agent_service("web"), sender.clone(), |_| ());
+        let _leaves = ["a", "b"].map(|name| watches.watch(Query::ca_leaf(name), sender.clone(), |_| ()));
+        for _ in paths {
+            events.recv().await.expect("running watches");
+        }
+        tokio::time::sleep(Duration::from_secs(2)).await;
         let start = Instant::now();
         let mut watch = watch_roots(&watches);
         assert_eq!(watch.value().await, "a");

@@ -3,6 +3,12 @@
 use std::fmt;
 use std::path::PathBuf;
 
+/// Fewest connections that intentions and everything else can be asked over without waiting for each other.
+pub const FEWEST_CONNECTIONS: usize = 2;
+
+/// Three for what blocks (intentions, registration, instances), and one for all other requests in turn.
+pub const DEFAULT_CONNECTIONS: usize = 4;
+
 /// How to reach the agent, checked.
 #[derive(Clone)]
 pub struct Settings {
@@ -15,7 +21,8 @@ pub struct Settings {
     pub stale: bool,
     pub namespace: Option<String>,
     pub partition: Option<String>,
-    /// Connections to the agent at one time; default 32.
+    /// Connections to the agent at one time, at least [`FEWEST_CONNECTIONS`]; default [`DEFAULT_CONNECTIONS`]. With
+    /// `https`, requests share one connection.
     pub max_connections: usize,
 }
 

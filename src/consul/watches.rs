@@ -1,56 +1,623 @@
-//! Queries that are kept open, with what they share.
+//! Queries that are kept up to date, with what they share.
+//!
+//! There is one way to ask. A *worker* has one request under way at a time: the first asks for intentions and nothing
+//! else, the others take from the [`Schedule`] what is most urgent. How many of these work is up to the [`Budget`].
 
-use std::sync::{Arc, Weak};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
-use super::alarm::Alarms;
-use super::query::{Asker, Event, Watch};
-use super::slots::Slots;
-use super::{Client, ONE_OFF_CONNECTIONS, Query, ringer};
+use super::budget::Budget;
+use super::endpoint::Response;
+use super::failures::Failures;
+use super::pace::{Backoff, random};
+use super::query::{self, Event, Gone, Ongoing};
+use super::schedule::{Done, Id, Job, Next, Schedule, Worker};
+use super::token::Changes;
+use super::{Client, Error, Pool, Query};
 
-/// Watches that share connections to the agent. Dropping the last clone leaves running watches alone.
+/// Shared workers that there are, most of which rest.
+const SHARED: usize = 7;
+
+/// An agent that has no connection left says so within this time.
+const PROMPT_REFUSAL: Duration = Duration::from_secs(1);
+
+/// Longest pause of a worker after no connection could be had: where nobody listens, and otherwise.
+const UNREACHABLE_PAUSE: Duration = Duration::from_secs(2);
+const REFUSED_PAUSE: Duration = Duration::from_secs(8);
+/// The same for the one that asks for intentions.
+const AUTHORIZATION_PAUSE: Duration = Duration::from_millis(500);
+
+/// Queries that share connections to the agent. Dropping the last clone leaves running queries alone.
 #[derive(Clone)]
 pub struct Watches {
-    asker: Arc<Asker>,
+    running: Arc<Running>,
+}
+
+/// A query that is kept up to date. Dropping it ends that.
+#[must_use = "a query ends when its handle is dropped"]
+pub struct Watch {
+    id: Id,
+    running: Arc<Running>,
+}
+
+/// Workers and what else runs. It ends with the last query and the last [`Watches`].
+struct Running {
+    shared: Arc<Shared>,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+struct Shared {
+    client: Client,
+    schedule: Mutex<Schedule<Ongoing>>,
+    /// Something may be there to ask.
+    work: Notify,
+    /// Shared workers that wait for it.
+    waiting: AtomicUsize,
+    /// Something is there to ask, and nobody waits for it.
+    urgent: Notify,
+    /// Tells those that pause that the agent is back.
+    recovered: Notify,
+    failures: Failures,
+    budget: Budget,
 }
 
 impl Watches {
-    /// Watches that open no more connections than the client's settings allow, less a few that are kept
-    /// for requests of other kinds. Must be called within a runtime.
+    /// Must be called within a runtime.
     #[must_use]
     pub fn new(client: Client) -> Self {
-        let slots = Slots::new(client.inner.max_connections.saturating_sub(ONE_OFF_CONNECTIONS));
-        let alarms = client.has_alarms().then(|| Alarms::new(slots.clone()));
-        let follower = client.inner.token.follows_file().then(|| {
-            let client = client.clone();
-            tokio::spawn(async move { client.inner.token.follow().await })
+        let shared = Arc::new(Shared {
+            budget: Budget::new(client.inner.max_connections),
+            client,
+            schedule: Mutex::new(Schedule::new(Instant::now())),
+            work: Notify::new(),
+            waiting: AtomicUsize::new(0),
+            urgent: Notify::new(),
+            recovered: Notify::new(),
+            failures: Failures::default(),
         });
-        let asker = Arc::new_cyclic(|asker: &Weak<Asker>| {
-            let keeper = alarms.clone().map(|alarms| tokio::spawn(ringer::keep(alarms, asker.clone())));
-            Asker::new(client, slots, alarms, follower.into_iter().chain(keeper).collect())
-        });
-        Self { asker }
+        let mut tasks = vec![
+            tokio::spawn(authorization_worker(shared.clone())),
+            tokio::spawn(follow(shared.clone())),
+            tokio::spawn(follow_token(shared.clone())),
+        ];
+        tasks.extend((0..SHARED).map(|number| tokio::spawn(shared_worker(shared.clone(), number))));
+        Self { running: Arc::new(Running { shared, tasks }) }
     }
 
     #[must_use]
     pub fn client(&self) -> &Client {
-        &self.asker.client
+        &self.running.shared.client
     }
 
-    /// Asks `query` from now on, and sends what `wrap` makes of its events. The watch ends with its handle
-    /// or with the receiver.
-    pub fn watch<T, U, F>(&self, query: Query<T>, events: mpsc::Sender<U>, wrap: F) -> Watch
+    /// Asks `query` from now on, and sends what `wrap` makes of its events. That ends with the handle or with the
+    /// receiver.
+    pub fn watch<T, U, F>(&self, mut query: Query<T>, events: mpsc::Sender<U>, wrap: F) -> Watch
     where
         T: Send + 'static,
         U: Send + 'static,
         F: Fn(Event<T>) -> U + Send + 'static,
     {
-        self.asker.watch(query, events, wrap)
+        let shared = &self.running.shared;
+        let role = query::role(&mut query, shared.client.has_tables());
+        let ongoing = Ongoing::new(query, events, wrap);
+        let id = shared.lock().add(role, ongoing, Instant::now(), Ongoing::watch);
+        shared.work.notify_waiters();
+        if shared.waiting.load(Ordering::Relaxed) == 0 {
+            shared.urgent.notify_waiters();
+        }
+        Watch { id, running: self.running.clone() }
     }
 
     #[cfg(test)]
-    pub(super) fn alarms(&self) -> Option<&Arc<Alarms>> {
-        self.asker.alarms.as_ref()
+    pub(super) fn is_known(&self, table: &super::endpoint::Table) -> bool {
+        self.running.shared.lock().is_known(table)
+    }
+}
+
+impl Watch {
+    /// Its first answer is waited for: it is asked before those of others.
+    pub fn hurry(&self) {
+        self.running.shared.lock().await_first(self.id);
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.running.shared.lock().remove(self.id);
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.tasks.iter().for_each(JoinHandle::abort);
+    }
+}
+
+/// Follows the files that the client was made from.
+async fn follow(shared: Arc<Shared>) {
+    shared.client.follow_files().await;
+}
+
+/// Another token sees other things.
+async fn follow_token(shared: Arc<Shared>) {
+    let mut tokens = shared.client.token_changes();
+    while tokens.changed().await.is_ok() {
+        shared.lock().start_anew(Instant::now());
+        shared.work.notify_waiters();
+    }
+}
+
+async fn authorization_worker(shared: Arc<Shared>) {
+    let mut usage = shared.budget.follow();
+    let mut tokens = shared.client.token_changes();
+    let mut pause = Backoff::default();
+    loop {
+        let alone = usage.borrow_and_update().shared() == 0;
+        let job = tokio::select! {
+            biased;
+            job = shared.next(Worker::Authorization { alone }) => job,
+            _ = usage.changed() => continue,
+        };
+        if let Some(error) = shared.perform(job, Pool::Authorization, &mut tokens).await {
+            shared.pause(&mut pause, &error, AUTHORIZATION_PAUSE).await;
+        } else {
+            pause.reset();
+        }
+    }
+}
+
+async fn shared_worker(shared: Arc<Shared>, number: usize) {
+    let mut usage = shared.budget.follow();
+    let mut tokens = shared.client.token_changes();
+    let mut pause = Backoff::default();
+    loop {
+        shared.budget.reserve(number, &mut usage, random).await;
+        let of = usage.borrow_and_update().shared();
+        let job = tokio::select! {
+            biased;
+            job = shared.next(Worker::Shared { of }) => job,
+            _ = usage.changed() => continue,
+        };
+        if let Some(error) = shared.perform(job, Pool::Shared, &mut tokens).await {
+            let longest = if error.is_unreachable() { UNREACHABLE_PAUSE } else { REFUSED_PAUSE };
+            shared.pause(&mut pause, &error, longest).await;
+        } else {
+            pause.reset();
+        }
+    }
+}
+
+/// Counts a worker that waits.
+struct Waiting<'a>(&'a AtomicUsize);
+
+impl<'a> Waiting<'a> {
+    fn new(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Shared {
+    /// Waits for something to ask.
+    async fn next(&self, worker: Worker) -> Job<Ongoing> {
+        loop {
+            let work = self.work.notified();
+            tokio::pin!(work);
+            // What comes from here on is noticed.
+            work.as_mut().enable();
+            let later = match self.lock().next(worker, Instant::now()) {
+                Next::Job(job) => return job,
+                Next::Later(at) => at,
+            };
+            let _waiting = matches!(worker, Worker::Shared { .. }).then(|| Waiting::new(&self.waiting));
+            tokio::select! {
+                () = work => {}
+                () = tokio::time::sleep_until(later.unwrap_or_else(Instant::now)), if later.is_some() => {}
+            }
+        }
+    }
+
+    /// Asks, and deals with the answer; gives the error that concerns the connection rather than the query.
+    async fn perform(&self, mut job: Job<Ongoing>, pool: Pool, tokens: &mut Changes) -> Option<Error> {
+        tokens.mark_unchanged();
+        let asked = Instant::now();
+        let cancelled = job.cancelled.clone();
+        let result = tokio::select! {
+            biased;
+            // The sender lives in the client, so this cannot fail.
+            _ = tokens.changed() => {
+                self.done(job, Done::Fetch(Duration::ZERO));
+                return None;
+            }
+            () = cancelled.notified() => {
+                self.done(job, Done::Fetch(Duration::ZERO));
+                return None;
+            }
+            // The agent is busy with what is given up here for a few seconds more, and no longer.
+            () = self.urgent.notified(), if job.rotates() => {
+                self.done(job, Done::Block(Duration::ZERO));
+                return None;
+            }
+            result = job.work.ask(&self.client, pool, job.wait) => result,
+        };
+        self.budget.set_multiplexed(self.client.is_multiplexed());
+        let (outcome, error) = match result {
+            Ok(response) => (self.answered(&mut job, &response).await, None),
+            Err(error) => {
+                let prompt = asked.elapsed() < PROMPT_REFUSAL;
+                // One that hangs up on a request that has waited for long is stopping.
+                if error.is_connection_limit() && prompt {
+                    self.budget.refused(random());
+                }
+                let of_connection = error.is_transport() || error.is_rate_limited();
+                let kept = of_connection.then(|| error.clone());
+                (job.work.failed(&self.failures, error).await, kept)
+            }
+        };
+        match outcome {
+            Ok(done) => self.done(job, done),
+            // Nobody takes the answers any more.
+            Err(Gone) => self.lock().remove(job.id),
+        }
+        error
+    }
+
+    async fn answered(&self, job: &mut Job<Ongoing>, response: &Response) -> Result<Done, Gone> {
+        let (done, back) = job.work.answered(&self.client, &self.failures, response).await?;
+        if back {
+            // Whoever else waits for the agent to be back need not wait longer.
+            self.lock().recovered(Instant::now());
+            self.recovered.notify_waiters();
+        }
+        Ok(done)
+    }
+
+    fn done(&self, job: Job<Ongoing>, done: Done) {
+        self.lock().done(job, done, Instant::now(), random());
+        self.work.notify_waiters();
+    }
+
+    /// Lets time pass after a connection failed, unless another worker gets through.
+    async fn pause(&self, backoff: &mut Backoff, error: &Error, longest: Duration) {
+        if error.is_rate_limited() || error.is_connection_limit() {
+            backoff.be_patient();
+        }
+        tokio::select! {
+            () = tokio::time::sleep(backoff.next(longest)) => {}
+            () = self.recovered.notified() => {}
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Schedule<Ongoing>> {
+        self.schedule.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::consul::endpoint::Table;
+    use crate::consul::schedule::{LONG_WAIT, MOST_REFETCHES};
+    use crate::consul::{Instances, Settings};
+    use crate::testing::{Agent, CONFIG_ENTRIES, Fault, INSTANCES};
+
+    const SERVICES: usize = 300;
+    const MATCH: &str = "/v1/connect/intentions/match";
+    const SERVICE: &str = "/v1/agent/service/web-sidecar-proxy";
+
+    fn path(number: usize) -> String {
+        format!("/v1/health/connect/s{number}")
+    }
+
+    fn watches(settings: &Settings) -> Watches {
+        Watches::new(Client::new(settings).expect("the settings are good"))
+    }
+
+    /// A sidecar with upstreams: what it asks, and what it hears.
+    struct Sidecar {
+        events: mpsc::Receiver<(usize, Option<usize>)>,
+        all: Vec<Watch>,
+        watches: Watches,
+    }
+
+    /// The number of the query for intentions among the events.
+    const INTENTIONS: usize = usize::MAX;
+
+    impl Sidecar {
+        fn start(agent: &Agent, settings: &Settings, services: usize) -> Self {
+            agent.set(MATCH, json!({ "web": [] }));
+            agent.set(SERVICE, json!({ "Port": 1 }));
+            agent.set("/v1/agent/connect/ca/roots", json!({ "ActiveRootID": "a" }));
+            agent.set("/v1/agent/connect/ca/leaf/web", json!({}));
+            for number in 0..services {
+                agent.set(&path(number), json!([{}]));
+                agent.set(&format!("/v1/discovery-chain/s{number}"), json!({ "Chain": {} }));
+            }
+            let watches = watches(settings);
+            let (sender, events) = mpsc::channel(64);
+            let count = |number: usize| {
+                move |event: Event<Vec<crate::consul::api::CheckServiceNode>>| match event {
+                    Event::Value(answer) => (number, Some(answer.value.len())),
+                    Event::Failed(_) => (number, None),
+                }
+            };
+            let mut all: Vec<_> = (0..services)
+                .flat_map(|number| {
+                    let instances = Instances { service: format!("s{number}"), ..Instances::default() };
+                    let chain = crate::consul::Chain { service: format!("s{number}"), ..Default::default() };
+                    let (quiet, mut heard) = mpsc::channel(1);
+                    tokio::spawn(async move { while heard.recv().await.is_some() {} });
+                    [
+                        watches.watch(Query::health_connect(&instances), sender.clone(), count(number)),
+                        watches.watch(Query::discovery_chain(&chain), quiet, drop),
+                    ]
+                })
+                .collect();
+            let (quiet, mut heard) = mpsc::channel(1);
+            tokio::spawn(async move { while heard.recv().await.is_some() {} });
+            all.push(watches.watch(Query::agent_service("web-sidecar-proxy"), quiet.clone(), drop));
+            all.push(watches.watch(Query::ca_roots(), quiet.clone(), drop));
+            all.push(watches.watch(Query::ca_leaf("web"), quiet.clone(), drop));
+            all.push(watches.watch(Query::intentions("web"), sender, |event| match event {
+                Event::Value(answer) => (INTENTIONS, Some(answer.value.len())),
+                Event::Failed(_) => (INTENTIONS, None),
+            }));
+            Self { events, all, watches }
+        }
+
+        /// Waits for the first answers.
+        async fn ready(&mut self, services: usize) {
+            for _ in 0..=services {
+                self.value().await;
+            }
+        }
+
+        /// The next value, whatever failures come before it.
+        async fn value(&mut self) -> (usize, usize) {
+            loop {
+                let event = tokio::time::timeout(LONG_WAIT * 120, self.events.recv()).await.expect("an event in time");
+                if let (number, Some(count)) = event.expect("running queries") {
+                    return (number, count);
+                }
+            }
+        }
+
+        /// Another number of instances of one service, and how long it took to be seen.
+        async fn change(&mut self, agent: &Agent, number: usize, count: usize) -> Duration {
+            let start = Instant::now();
+            agent.set(&path(number), json!(vec![json!({}); count]));
+            assert_eq!(self.value().await, (number, count));
+            start.elapsed()
+        }
+
+        /// Another number of intentions, and how long it took to be seen.
+        async fn deny(&mut self, agent: &Agent, count: usize) -> Duration {
+            let start = Instant::now();
+            agent.set(MATCH, json!({ "web": vec![json!({ "Action": "deny" }); count] }));
+            while self.value().await != (INTENTIONS, count) {}
+            start.elapsed()
+        }
+
+        fn knows_instances(&self) -> bool {
+            self.watches.is_known(&Table::Instances(None))
+        }
+    }
+
+    async fn settle() {
+        tokio::time::sleep(Duration::from_secs(90)).await;
+    }
+
+    async fn many() -> (Agent, Sidecar) {
+        let agent = Agent::start().await;
+        let mut sidecar = Sidecar::start(&agent, &agent.settings(), SERVICES);
+        sidecar.ready(SERVICES).await;
+        (agent, sidecar)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn changes_are_seen_at_once_and_silence_costs_little() {
+        let (agent, mut sidecar) = many().await;
+        settle().await;
+        assert!(agent.open_connections() <= 4, "{} connections at rest", agent.open_connections());
+        let before = agent.count(|_| true);
+        tokio::time::sleep(Duration::from_secs(600)).await;
+        // Two a second of those that are looked at or rotate, a few that block, and each of all once in an hour.
+        let asked = agent.count(|_| true) - before;
+        assert!((400..800).contains(&asked), "{asked} requests");
+        for number in 0..4 {
+            let took = sidecar.change(&agent, 100 + number, 2).await;
+            assert!(took < Duration::from_secs(1), "{took:?}");
+            settle().await;
+        }
+        assert!(agent.most_connections() <= 4, "{} connections", agent.most_connections());
+        assert_eq!(agent.refused_connections(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn few_queries_are_followed_in_the_same_way() {
+        let agent = Agent::start().await;
+        let mut sidecar = Sidecar::start(&agent, &agent.settings(), 2);
+        sidecar.ready(2).await;
+        settle().await;
+        assert!(sidecar.change(&agent, 1, 2).await < Duration::from_secs(1));
+        // As many more settle as soon as if they had been there from the start.
+        drop(sidecar);
+        let mut grown = Sidecar::start(&agent, &agent.settings(), 200);
+        let start = Instant::now();
+        grown.ready(200).await;
+        assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+        assert!(grown.change(&agent, 150, 3).await < Duration::from_secs(1));
+        assert!(agent.most_connections() <= 8, "{} connections", agent.most_connections());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_change_that_no_table_tells_of_is_found_in_time() {
+        let (agent, mut sidecar) = many().await;
+        settle().await;
+        let start = Instant::now();
+        agent.set_untold(&path(7), json!([{}, {}]));
+        assert_eq!(sidecar.value().await, (7, 2));
+        let took = start.elapsed();
+        assert!(took > Duration::from_secs(1) && took <= Duration::from_secs(75 * 60), "{took:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn tables_that_change_all_the_time_cost_a_bounded_rate() {
+        let (agent, mut sidecar) = many().await;
+        settle().await;
+        let before = agent.count(|_| true);
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_secs(300) {
+            agent.touch_table(INSTANCES);
+            agent.touch_table(CONFIG_ENTRIES);
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let asked = agent.count(|_| true) - before;
+        let most = 300 * MOST_REFETCHES as usize + 5 * 2 * SERVICES + 900;
+        assert!((most / 3..=most).contains(&asked), "{asked} requests");
+        // All of both tables once, and what is left of the time before.
+        let took = sidecar.change(&agent, 7, 2).await;
+        assert!(took < Duration::from_secs(65), "{took:?}");
+        assert!(sidecar.deny(&agent, 3).await < Duration::from_secs(1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_no_table_tells_of_is_fetched_periodically() {
+        let agent = Agent::start().await;
+        agent.without_tables(true);
+        let mut sidecar = Sidecar::start(&agent, &agent.settings(), SERVICES);
+        sidecar.ready(SERVICES).await;
+        settle().await;
+        assert!(!sidecar.knows_instances());
+        assert!(sidecar.change(&agent, 7, 2).await < Duration::from_secs(40));
+        // And as soon as there is one, it tells.
+        agent.without_tables(false);
+        settle().await;
+        assert!(sidecar.knows_instances());
+        assert!(sidecar.change(&agent, 8, 2).await < Duration::from_secs(1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn stale_answers_and_other_namespaces_have_no_tables() {
+        for (stale, namespace) in [(true, None), (false, Some("team".to_string()))] {
+            let agent = Agent::start().await;
+            let settings = Settings { stale, namespace, ..agent.settings() };
+            let mut sidecar = Sidecar::start(&agent, &settings, 30);
+            sidecar.ready(30).await;
+            settle().await;
+            assert_eq!(agent.requests(INSTANCES).len(), 0);
+            assert!(sidecar.change(&agent, 7, 2).await < Duration::from_secs(10));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_agent_that_was_away_is_asked_for_everything() {
+        let (agent, mut sidecar) = many().await;
+        settle().await;
+        agent.fault(Some(Fault::Status(500, "No cluster leader")));
+        agent.disconnect();
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        // Its indexes are as they were, as those of another agent can be by chance.
+        agent.set_untold(&path(7), json!([]));
+        agent.fault(None);
+        let start = Instant::now();
+        assert_eq!(sidecar.value().await, (7, 0));
+        assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+        settle().await;
+        assert!(sidecar.knows_instances());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn indexes_that_go_backwards_are_noticed() {
+        let (agent, mut sidecar) = many().await;
+        settle().await;
+        agent.go_backwards();
+        let start = Instant::now();
+        agent.set(&path(7), json!([]));
+        assert_eq!(sidecar.value().await, (7, 0));
+        // A request with an index of the future ends with its wait.
+        assert!(start.elapsed() < LONG_WAIT * 2, "{:?}", start.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn everything_ends_with_the_last_handle() {
+        let (agent, mut sidecar) = many().await;
+        sidecar.all.truncate(10);
+        settle().await;
+        assert!(sidecar.change(&agent, 3, 2).await < Duration::from_secs(1));
+        drop(sidecar);
+        let gone = async {
+            while agent.open_connections() > 0 {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(300), gone).await.expect("nothing is left that asks");
+    }
+
+    /// Whatever the settings and however many connections the agent has, a denial comes within a second.
+    #[tokio::test(start_paused = true)]
+    async fn a_denial_is_seen_within_a_second() {
+        for (limit, max_connections) in [(200, 2), (200, 4), (200, 128), (3, 4), (2, 8), (1, 4)] {
+            let agent = Agent::start().await;
+            agent.limit_connections(limit);
+            let settings = Settings { max_connections, ..agent.settings() };
+            let mut sidecar = Sidecar::start(&agent, &settings, 100);
+            sidecar.ready(100).await;
+            let mut denials = 0;
+            for seconds in [0, 1, 30] {
+                tokio::time::sleep(Duration::from_secs(seconds)).await;
+                for _ in 0..4 {
+                    denials += 1;
+                    let took = sidecar.deny(&agent, denials).await;
+                    assert!(took < Duration::from_secs(1), "limit {limit}, {max_connections}: {took:?}");
+                    tokio::time::sleep(Duration::from_millis(170)).await;
+                }
+            }
+            let took = sidecar.change(&agent, 7, 2).await;
+            assert!(took < Duration::from_secs(10), "limit {limit}, {max_connections}: {took:?}");
+        }
+    }
+
+    /// Where sidecars want more connections than the agent has, they come to use fewer, and leave some to others.
+    #[tokio::test(start_paused = true)]
+    async fn many_sidecars_share_the_connections_of_an_agent() {
+        const SIDECARS: usize = 6;
+        const LIMIT: usize = 15;
+        let agent = Agent::start().await;
+        agent.limit_connections(LIMIT);
+        let mut sidecars: Vec<_> = (0..SIDECARS).map(|_| Sidecar::start(&agent, &agent.settings(), 3)).collect();
+        for sidecar in &mut sidecars {
+            sidecar.ready(3).await;
+        }
+        tokio::time::sleep(Duration::from_secs(120)).await;
+        let before = agent.refused_connections();
+        let mut most = 0;
+        for _ in 0..120 {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            most = most.max(agent.open_connections());
+        }
+        let refused = agent.refused_connections() - before;
+        assert!(refused <= SIDECARS, "{refused} refusals in two minutes");
+        assert!(most <= LIMIT, "{most} connections");
+        let mut took = HashMap::new();
+        for (number, sidecar) in sidecars.iter_mut().enumerate() {
+            took.insert(number, sidecar.deny(&agent, number + 1).await);
+        }
+        assert!(took.values().all(|took| *took < Duration::from_secs(1)), "{took:?}");
     }
 }

@@ -56,7 +56,27 @@ struct State {
     generation: u64,
     /// So many connections are served, and others closed at once.
     connection_limit: Option<usize>,
+    /// Connections that were closed at once.
+    refused: usize,
+    /// By the name of the table: its index.
+    tables: BTreeMap<&'static str, u64>,
+    without_tables: bool,
 }
+
+/// The table that the answer for `path` is made from.
+fn table_of(path: &str) -> Option<&'static str> {
+    if path.starts_with("/v1/health/") {
+        Some(INSTANCES)
+    } else if path.starts_with("/v1/config/") || path.starts_with("/v1/discovery-chain/") {
+        Some(CONFIG_ENTRIES)
+    } else {
+        None
+    }
+}
+
+/// What tells the index of a table.
+pub(crate) const INSTANCES: &str = "/v1/internal/ui/services";
+pub(crate) const CONFIG_ENTRIES: &str = "/v1/config/proxy-defaults";
 
 #[derive(Clone)]
 struct Stored {
@@ -128,7 +148,34 @@ impl Agent {
             state.index += 1;
             let stored = Stored { body: body.to_string().into(), index: state.index };
             state.answers.insert(path.into(), stored);
+            state.table_changed(path);
         });
+    }
+
+    /// The same, while the table that it is made from tells nothing.
+    pub(crate) fn set_untold(&self, path: &str, body: Value) {
+        self.change(|state| {
+            let stored = Stored { body: body.to_string().into(), index: state.index };
+            state.answers.insert(path.into(), stored);
+        });
+    }
+
+    /// Moves the index of a table with nothing new in it.
+    pub(crate) fn touch_table(&self, table: &'static str) {
+        self.change(|state| {
+            state.index += 1;
+            state.tables.insert(table, state.index);
+        });
+    }
+
+    /// Answers nothing about tables, or does again.
+    pub(crate) fn without_tables(&self, without: bool) {
+        self.change(|state| state.without_tables = without);
+    }
+
+    /// Connections that were closed at once.
+    pub(crate) fn refused_connections(&self) -> usize {
+        self.shared.lock().refused
     }
 
     /// Answers `path` with 404 from now on.
@@ -136,6 +183,7 @@ impl Agent {
         self.change(|state| {
             state.index += 1;
             state.answers.remove(path);
+            state.table_changed(path);
         });
     }
 
@@ -155,6 +203,7 @@ impl Agent {
         for stored in state.answers.values_mut() {
             stored.index = 2;
         }
+        state.tables.values_mut().for_each(|index| *index = 2);
     }
 
     /// Answers nothing but this, until `None` is set.
@@ -254,7 +303,7 @@ pub(crate) fn settings(address: Address) -> Settings {
         stale: false,
         namespace: None,
         partition: None,
-        max_connections: 32,
+        max_connections: 4,
     }
 }
 
@@ -262,7 +311,9 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
     let mut connections = JoinSet::new();
     loop {
         let Ok((stream, _)) = listener.accept().await else { continue };
-        if shared.lock().connection_limit.is_some_and(|limit| shared.open.load(Ordering::SeqCst) >= limit) {
+        let limit = shared.lock().connection_limit;
+        if limit.is_some_and(|limit| shared.open.load(Ordering::SeqCst) >= limit) {
+            shared.lock().refused += 1;
             continue;
         }
         let open = shared.open.fetch_add(1, Ordering::SeqCst) + 1;
@@ -318,6 +369,12 @@ impl Shared {
 }
 
 impl State {
+    fn table_changed(&mut self, path: &str) {
+        if let Some(table) = table_of(path) {
+            self.tables.insert(table, self.index);
+        }
+    }
+
     /// `None` while the request has to wait; `over` when it has waited for as long as it wanted.
     fn try_answer(&self, seen: &Seen, over: bool) -> Option<Response<Full<Bytes>>> {
         match self.fault {
@@ -328,6 +385,9 @@ impl State {
         }
         if !self.tokens.is_empty() && !seen.token().is_some_and(|token| self.tokens.contains(token)) {
             return Some(refusal(403, "Permission denied"));
+        }
+        if [INSTANCES, CONFIG_ENTRIES].contains(&seen.path.as_str()) && !self.answers.contains_key(&seen.path) {
+            return self.table(seen, over);
         }
         let table = seen.path == "/v1/connect/intentions";
         let stored = self.answers.get(&seen.key()).or_else(|| self.answers.get(&seen.path)).cloned();
@@ -357,6 +417,20 @@ impl State {
             response = response.header("X-Consul-Default-ACL-Policy", policy);
         }
         Some(response.body(Full::new(stored.body)).expect("the parts are valid"))
+    }
+
+    /// The index of a table, with nothing in it.
+    fn table(&self, seen: &Seen, over: bool) -> Option<Response<Full<Bytes>>> {
+        if self.without_tables {
+            return Some(refusal(404, "not found"));
+        }
+        let index = self.tables.get(seen.path.as_str()).copied().unwrap_or(1);
+        let asked_index = seen.param("index").and_then(|index| index.parse().ok()).unwrap_or(0);
+        if asked_index >= index && !over {
+            return None;
+        }
+        let response = Response::builder().header("X-Consul-Index", index).body(Full::new("[]".into()));
+        Some(response.expect("the parts are valid"))
     }
 
     fn missing(&self, seen: &Seen, over: bool) -> Option<Response<Full<Bytes>>> {
