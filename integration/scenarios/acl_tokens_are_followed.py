@@ -72,10 +72,25 @@ def test_a_token_that_the_agent_refuses_ends_the_start_with_a_sentence(pair):
     without_rights = token_for(mesh)[0]
     for token in ("00000000-dead-beef-0000-000000000000", without_rights, token_for(mesh, "something-else")[0]):
         process = mesh.proxy("-proxy-id", server.proxy_id, env={"CONSUL_HTTP_TOKEN": token})
-        assert process.wait() == 1
+        # One that is not known may have been created just now, and is waited for.
+        assert process.wait(90) == 1
         last = process.err().strip().splitlines()
         assert len(last) == 1 and "token" in last[0], process.text()
         assert token not in process.text()
+
+
+@pytest.mark.parametrize("flag", ["-sidecar-for", "-proxy-id"])
+def test_a_token_that_is_created_after_the_start_is_waited_for(pair, flag):
+    mesh, server, client = pair
+    mesh.allow(client, server)
+    secret = "5b1e7d0c-3a2f-4c58-9e61-0d2f6a7b8c9d"
+    process = mesh.proxy(flag, server.id if flag == "-sidecar-for" else server.proxy_id, env={"CONSUL_HTTP_TOKEN": secret})
+    process.logged("the agent does not know the token: waiting")
+    stays(process.running, 3)
+    mesh.agent.put("/v1/acl/token", {"SecretID": secret, "ServiceIdentities": [{"ServiceName": server.name}]})
+    start(mesh, client, token_for(mesh, client.name)[0])
+    client.eventually_reaches(within=60)
+    assert secret not in process.text()
 
 
 def test_a_changed_token_file_is_used_at_once(pair, tmp_path):

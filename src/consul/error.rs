@@ -55,6 +55,11 @@ impl Error {
         self.code() == Some(403)
     }
 
+    /// The agent does not know the token, or not yet.
+    pub fn is_unknown_token(&self) -> bool {
+        matches!(&self.kind, ErrorKind::Status { code: 403, text } if text.contains("ACL not found"))
+    }
+
     pub fn is_not_found(&self) -> bool {
         self.code() == Some(404)
     }
@@ -91,7 +96,7 @@ impl Error {
         match &self.kind {
             ErrorKind::Unreachable(cause) => format!("unreachable {cause}"),
             ErrorKind::Transport(cause) => format!("transport {cause}"),
-            ErrorKind::Status { code: 403, text } if text.contains("ACL not found") => "token".into(),
+            ErrorKind::Status { .. } if self.is_unknown_token() => "token".into(),
             // Rights and existence are matters of the thing that was asked for.
             ErrorKind::Status { code: code @ (403 | 404), .. } => format!("{code} {}", self.request),
             ErrorKind::Status { code, text } => format!("{code} {}", text.chars().take(80).collect::<String>()),
@@ -114,7 +119,7 @@ impl Error {
             ErrorKind::Unreachable(_) => {
                 Some("is a Consul agent running there? (-http-addr or CONSUL_HTTP_ADDR says where)".into())
             }
-            ErrorKind::Status { code: 403, text } if text.contains("ACL not found") => {
+            ErrorKind::Status { .. } if self.is_unknown_token() => {
                 Some("the agent does not know the token (-token, -token-file or CONSUL_HTTP_TOKEN)".into())
             }
             // Newer agents say it themselves.

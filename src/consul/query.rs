@@ -261,7 +261,8 @@ impl Ongoing {
     fn backoff_cap(&self, error: &Error) -> Duration {
         // A refused connection costs nothing, and a service that is not there yet is about to be: both
         // are what a start looks like. Who gets through wakes the others.
-        let soon = error.is_unreachable() || error.is_not_found() || error.is_connection_limit();
+        let soon =
+            error.is_unreachable() || error.is_not_found() || error.is_connection_limit() || error.is_unknown_token();
         match self.priority {
             // A denial must not wait.
             Priority::Authorization if error.is_connection_limit() => Duration::from_millis(500),

@@ -41,6 +41,9 @@ const NEWS: usize = 256;
 const RETRY: Duration = Duration::from_secs(5);
 /// Time between attempts to reach the agent before anything is known.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
+/// How long a token that the agent does not know is waited for at the start. One that was just created has to reach
+/// all servers, and an agent remembers for `acl.token_ttl`, 30 s by default, that it did not know a token.
+const UNKNOWN_TOKEN_WAIT: Duration = Duration::from_secs(40);
 /// How often a wait is told of again.
 const TELL_AGAIN: Duration = Duration::from_secs(60);
 
@@ -69,7 +72,8 @@ pub async fn run(
     .sealed_by(aead);
     let (sender, news) = mpsc::channel(NEWS);
     let (running, keepers) = (HashMap::new(), HashMap::new());
-    let control = Control { watches, running, keepers, sender, draft, registration: Registration::Unknown };
+    let (registration, unknown_token) = (Registration::Unknown, UnknownToken::default());
+    let control = Control { watches, running, keepers, sender, draft, registration, unknown_token };
     control.run(news, publish).await
 }
 
@@ -80,9 +84,11 @@ pub async fn run(
 /// When there is none or more than one, or the agent refuses to say.
 pub async fn resolve_proxy_id(client: &Client, service_id: &str) -> anyhow::Result<String> {
     let mut told: Option<Instant> = None;
+    let mut unknown_token = UnknownToken::default();
     loop {
         match client.agent_services().await {
             Ok(services) => return only_sidecar(&services, service_id),
+            Err(error) if unknown_token.may_become_known(&error) => {}
             Err(error) if !is_passing(&error) => bail!("can't look up the sidecar of {service_id}: {error}"),
             Err(error) => {
                 if told.is_none_or(|at| at.elapsed() >= TELL_AGAIN) {
@@ -121,6 +127,28 @@ fn only_sidecar(services: &BTreeMap<String, api::AgentService>, service_id: &str
     }
 }
 
+/// Since when the agent does not know our token.
+#[derive(Debug, Default)]
+struct UnknownToken(Option<Instant>);
+
+impl UnknownToken {
+    /// Whether the error is of a token that may yet become known; says so the first time.
+    fn may_become_known(&mut self, error: &consul::Error) -> bool {
+        if !error.is_unknown_token() {
+            return false;
+        }
+        let first = self.0.is_none();
+        let since = *self.0.get_or_insert_with(Instant::now);
+        if first {
+            tracing::warn!(
+                "the agent does not know the token: waiting for up to {} s, in case that it was created just now",
+                UNKNOWN_TOKEN_WAIT.as_secs()
+            );
+        }
+        since.elapsed() < UNKNOWN_TOKEN_WAIT
+    }
+}
+
 struct Control {
     watches: Watches,
     running: HashMap<Query, Watch>,
@@ -129,6 +157,7 @@ struct Control {
     sender: mpsc::Sender<News>,
     draft: Draft,
     registration: Registration,
+    unknown_token: UnknownToken,
 }
 
 enum News {
@@ -206,6 +235,7 @@ impl Control {
                 && starting
                 && query.is_essential()
                 && error.is_forbidden()
+                && !self.unknown_token.may_become_known(error)
             {
                 bail!("the agent refuses the token: {error}");
             }
@@ -510,10 +540,39 @@ mod tests {
     #[tokio::test]
     async fn an_agent_that_refuses_ends_the_search_for_the_sidecar() {
         let agent = Agent::start().await;
-        agent.fault(Some(Fault::Status(403, "ACL not found")));
+        agent.fault(Some(Fault::Status(403, "Permission denied")));
         let (control, _published) = start(&agent, Mode::SidecarFor("web".into()));
         let error = tokio::time::timeout(SOON, control).await.unwrap().unwrap().unwrap_err().to_string();
-        assert!(error.contains("web") && error.contains("ACL not found"), "{error}");
+        assert!(error.contains("web") && error.contains("Permission denied"), "{error}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_token_that_is_not_known_is_waited_for_and_not_forever() {
+        for mode in [Mode::SidecarFor("web".into()), Mode::ProxyId("web-sidecar-proxy".into())] {
+            let agent = Agent::start().await;
+            agent.fault(Some(Fault::Status(403, "ACL not found")));
+            let (control, _published) = start(&agent, mode);
+            let began = Instant::now();
+            let error = tokio::time::timeout(UNKNOWN_TOKEN_WAIT * 2, control).await.unwrap().unwrap().unwrap_err();
+            assert!(error.to_string().contains("ACL not found"), "{error}");
+            assert!(began.elapsed() >= UNKNOWN_TOKEN_WAIT, "{:?}", began.elapsed());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_token_that_becomes_known_is_enough() {
+        let ca = Ca::new();
+        let agent = agent(&ca).await;
+        agent.fault(Some(Fault::Status(403, "ACL not found")));
+        let (_control, mut published) = start(&agent, Mode::ProxyId("web-sidecar-proxy".into()));
+        let asked = async {
+            while agent.requests(SERVICE).is_empty() {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(SOON, asked).await.unwrap();
+        agent.fault(None);
+        until(&mut published, |snapshot| endpoints(snapshot, "service:db") == 1).await;
     }
 
     #[test]
