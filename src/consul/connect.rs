@@ -67,8 +67,9 @@ fn transport(settings: &Settings) -> anyhow::Result<Transport> {
     match &settings.address {
         Address::Unix(path) => {
             let tls = no_tls()?;
-            let client = |idle| builder(idle).tls_backend_preconfigured(tls.clone()).unix_socket(path.clone()).build();
-            let (authorization, shared) = (client(KEPT)?, client(IDLE_TIMEOUT)?);
+            let shared = most_idle(settings);
+            let client = |kept| builder(kept).tls_backend_preconfigured(tls.clone()).unix_socket(path.clone()).build();
+            let (authorization, shared) = (client((KEPT, 1))?, client((IDLE_TIMEOUT, shared))?);
             Ok(Transport { authorization, shared, base: Url::parse("http://localhost/")?, host: None })
         }
         Address::Tcp { https, authority, prefix } => {
@@ -80,7 +81,13 @@ fn transport(settings: &Settings) -> anyhow::Result<Transport> {
     }
 }
 
-fn builder(idle: Duration) -> reqwest::ClientBuilder {
+/// Connections that are kept while nothing uses them: those of the requests that share them.
+fn most_idle(settings: &Settings) -> usize {
+    settings.max_connections.saturating_sub(1).clamp(1, 3)
+}
+
+/// `idle` is how long a connection is kept that nothing uses, `most` how many of them.
+fn builder((idle, most): (Duration, usize)) -> reqwest::ClientBuilder {
     reqwest::Client::builder()
         .no_proxy()
         // The token goes nowhere else than to the address that was given.
@@ -88,6 +95,7 @@ fn builder(idle: Duration) -> reqwest::ClientBuilder {
         .user_agent(concat!("lictor/", env!("CARGO_PKG_VERSION")))
         .connect_timeout(CONNECT_TIMEOUT)
         .pool_idle_timeout(idle)
+        .pool_max_idle_per_host(most)
         .http2_keep_alive_interval(PING_PERIOD)
         .http2_keep_alive_timeout(PING_TIMEOUT)
 }
@@ -111,8 +119,8 @@ fn tcp(settings: &Settings, base: Url) -> anyhow::Result<Transport> {
             None => base.host_str().unwrap_or_default().to_string(),
         });
     }
-    let client = |idle| {
-        let mut builder = builder(idle).tls_backend_preconfigured(tls.clone());
+    let client = |kept| {
+        let mut builder = builder(kept).tls_backend_preconfigured(tls.clone());
         if let Some(resolver) = &resolver {
             builder = builder.dns_resolver(resolver.clone());
         }
@@ -121,8 +129,9 @@ fn tcp(settings: &Settings, base: Url) -> anyhow::Result<Transport> {
         }
         builder.build()
     };
-    let authorization = client(KEPT)?;
-    let shared = if https { authorization.clone() } else { client(IDLE_TIMEOUT)? };
+    let shared = most_idle(settings);
+    let authorization = client((KEPT, if https { shared } else { 1 }))?;
+    let shared = if https { authorization.clone() } else { client((IDLE_TIMEOUT, shared))? };
     Ok(Transport { authorization, shared, base: transport_base, host })
 }
 

@@ -19,12 +19,12 @@ pub mod watches;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use anyhow::Context;
 use bytes::{Bytes, BytesMut};
-use reqwest::header::{CONTENT_TYPE, HOST, HeaderMap, HeaderName, HeaderValue};
+use reqwest::header::{CONNECTION, CONTENT_TYPE, HOST, HeaderMap, HeaderName, HeaderValue};
 use reqwest::{Method, StatusCode, Url, Version};
 use tokio::sync::{Mutex, MutexGuard, Semaphore};
 
@@ -44,6 +44,9 @@ const PROMPT: Duration = Duration::from_secs(15);
 /// Connections for requests that are asked once, such as a registration.
 const ONE_OFF_CONNECTIONS: usize = 1;
 
+/// Tasks that take turns until a connection is back in its pool.
+const POOL_TASKS: usize = 4;
+
 const TOKEN_HEADER: HeaderName = HeaderName::from_static("x-consul-token");
 
 /// Asks the agent. Clones share connections and token.
@@ -58,8 +61,8 @@ struct Inner {
     address: String,
     token: Followed<Option<HeaderValue>>,
     https: bool,
-    /// Whether answers come over HTTP/2, so that one connection carries all requests.
-    multiplexed: AtomicBool,
+    /// Whether answers come over HTTP/2, so that one connection carries all requests; one of the constants below.
+    multiplexed: AtomicU8,
     /// Held while the first request of a connection is under way that may turn out to be such.
     opening: Mutex<()>,
     basic_auth: Option<(String, Option<String>)>,
@@ -70,6 +73,10 @@ struct Inner {
     max_connections: usize,
     one_off: Semaphore,
 }
+
+const UNKNOWN: u8 = 0;
+const MULTIPLEXED: u8 = 1;
+const NOT_MULTIPLEXED: u8 = 2;
 
 /// A value with what the agent said about it.
 #[derive(Debug, Clone, PartialEq)]
@@ -103,7 +110,7 @@ impl Client {
             address: settings.address.to_string(),
             token: token::followed(&settings.token).context("no ACL token")?,
             https: matches!(settings.address, Address::Tcp { https: true, .. }),
-            multiplexed: AtomicBool::new(false),
+            multiplexed: AtomicU8::new(UNKNOWN),
             opening: Mutex::new(()),
             basic_auth: settings.basic_auth.clone(),
             datacenter: settings.datacenter.clone(),
@@ -156,7 +163,7 @@ impl Client {
     }
 
     fn is_multiplexed(&self) -> bool {
-        self.inner.multiplexed.load(Ordering::Relaxed)
+        self.inner.multiplexed.load(Ordering::Relaxed) == MULTIPLEXED
     }
 
     fn token_changes(&self) -> token::Changes {
@@ -201,7 +208,7 @@ impl Client {
         match &answer {
             Err(ErrorKind::Status { code: 403, .. }) => self.inner.token.reload().await,
             Err(ErrorKind::Transport(_) | ErrorKind::Unreachable(_)) => {
-                self.inner.multiplexed.store(false, Ordering::Relaxed);
+                self.inner.multiplexed.store(UNKNOWN, Ordering::Relaxed);
                 // The agent may have refused a certificate that was replaced meanwhile.
                 self.inner.transport.reload().await;
             }
@@ -210,13 +217,15 @@ impl Client {
         answer.map_err(|kind| self.error(request, kind))
     }
 
-    /// Where the first answer will tell whether one connection is enough, requests wait for it.
-    async fn opened(&self) -> Option<MutexGuard<'_, ()>> {
-        if !self.inner.https || self.is_multiplexed() {
+    /// Where the first answer will tell whether one connection is enough, requests wait for it; one that blocks is never
+    /// waited for.
+    async fn opened(&self, wait: Duration) -> Option<MutexGuard<'_, ()>> {
+        let is_unknown = || self.inner.multiplexed.load(Ordering::Relaxed) == UNKNOWN;
+        if !self.inner.https || !wait.is_zero() || !is_unknown() {
             return None;
         }
         let opening = self.inner.opening.lock().await;
-        Some(opening).filter(|_| !self.is_multiplexed())
+        Some(opening).filter(|_| is_unknown())
     }
 
     async fn exchange(
@@ -244,9 +253,14 @@ impl Client {
         if let Some(body) = &request.body {
             http = http.header(CONTENT_TYPE, HeaderValue::from_static("application/json")).body(body.clone());
         }
-        let opening = self.opened().await;
+        if pool == Pool::Shared && wait >= schedule::LONG_WAIT && !self.inner.https {
+            // Others of the host have a chance of it.
+            http = http.header(CONNECTION, HeaderValue::from_static("close"));
+        }
+        let opening = self.opened(wait).await;
         let mut response = http.send().await?;
-        self.inner.multiplexed.store(response.version() == Version::HTTP_2, Ordering::Relaxed);
+        let version = if response.version() == Version::HTTP_2 { MULTIPLEXED } else { NOT_MULTIPLEXED };
+        self.inner.multiplexed.store(version, Ordering::Relaxed);
         drop(opening);
         let headers = std::mem::take(response.headers_mut());
         let answer = Response {
@@ -259,9 +273,11 @@ impl Client {
             default_policy: text(&headers, "x-consul-default-acl-policy").map(str::to_string),
             filtered_by_acls: text(&headers, "x-consul-results-filtered-by-acls") == Some("true"),
         };
-        // The connection goes back to the pool in a task of its own. Whoever asks next should find it
+        // The connection goes back to the pool by way of tasks of its own. Whoever asks next should find it
         // there rather than make one more.
-        tokio::task::yield_now().await;
+        for _ in 0..POOL_TASKS {
+            tokio::task::yield_now().await;
+        }
         Ok(answer)
     }
 

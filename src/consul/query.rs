@@ -458,7 +458,8 @@ mod tests {
         agent.fault(Some(Fault::Silent));
         let error = watch.failure().await;
         assert!(error.is_transport() && !error.is_unreachable(), "{error}");
-        assert!((Duration::from_secs(60)..Duration::from_secs(80)).contains(&start.elapsed()), "{:?}", start.elapsed());
+        // Soon after the start nothing blocks for long; later it is for a minute.
+        assert!((Duration::from_secs(10)..Duration::from_secs(80)).contains(&start.elapsed()), "{:?}", start.elapsed());
         agent.fault(None);
         agent.set(ROOTS, roots("b"));
         assert_eq!(watch.value_at_last().await, "b");
@@ -633,7 +634,8 @@ mod tests {
         let start = Instant::now();
         agent.set(ROOTS, roots("b"));
         assert_eq!(always.value().await, "b");
-        assert!(start.elapsed() < Duration::from_millis(100), "{:?}", start.elapsed());
+        // Roots rotate where there is no room.
+        assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
         let most = agent.most_connections();
         assert!(most <= settings.max_connections, "{most} connections");
     }

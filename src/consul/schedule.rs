@@ -21,6 +21,10 @@ use super::endpoint::Table;
 /// we have gone away, so it is not longer.
 pub(super) const LONG_WAIT: Duration = Duration::from_secs(60);
 
+/// What has blocked for that long without news waits for up to so long before it blocks again. Its connection is closed
+/// meanwhile: on a host that has none left, a program that was refused takes it, and we learn that there are too few.
+const GIVE_WAY: Duration = Duration::from_secs(1);
+
 /// Where more requests block than there is room for, some rotate: each has had a turn within about this time…
 const ROTATION: Duration = Duration::from_secs(8);
 /// …and blocks within these bounds.
@@ -381,8 +385,12 @@ impl<W> Schedule<W> {
         let due = entry.due.take();
         match done {
             Done::Block(pause) => {
-                let rests = wait.is_some_and(|wait| is_over(wait, sent, now)) && entry.role != Role::Authorization;
-                let rest = if rests { ROTATION_REST } else { Duration::ZERO };
+                let over = wait.filter(|wait| now.saturating_duration_since(sent) >= *wait);
+                let rest = match over.filter(|_| entry.role != Role::Authorization) {
+                    Some(wait) if wait < LONG_WAIT => ROTATION_REST,
+                    Some(_) => GIVE_WAY.mul_f64(chance),
+                    None => Duration::ZERO,
+                };
                 entry.blocks_from = Some(now + pause.max(rest));
                 entry.due = due;
             }
@@ -454,7 +462,7 @@ impl<W> Schedule<W> {
         }
         let known = self.tables.get(&table).and_then(|state| state.known);
         let from = match known {
-            Some(_) if !changed => now,
+            Some(_) if !changed => now + GIVE_WAY.mul_f64(chance),
             _ => self.refetch(&table, known.is_none(), now, chance),
         };
         if let Some(entry) = self.entries.get_mut(&id) {
@@ -507,11 +515,6 @@ impl<W> Schedule<W> {
     pub(super) fn is_known(&self, table: &Table) -> bool {
         self.tables.get(table).is_some_and(|state| state.known.is_some())
     }
-}
-
-/// Whether a request that rotates was answered because its time was up.
-fn is_over(wait: Duration, sent: Instant, now: Instant) -> bool {
-    wait <= ROTATION_BOUNDS.1 && now.saturating_duration_since(sent) >= wait
 }
 
 impl<W> Entry<W> {
