@@ -1,58 +1,13 @@
 """A path between two sidecars that carries nothing any more and says nothing: noticed while somebody waits."""
 
-import contextlib
-import socket
 import threading
 import time
 
 import pytest
 
 from mesh import Web, ask, eventually
-from mesh.apps import App
-from mesh.ports import is_listening
+from mesh.path import instance
 from mesh.rpc import Caller, Rpc
-
-
-class Path(App):
-    """Passes connections on to a port until it is cut: then nothing comes through, and nobody is told."""
-
-    def __init__(self, port, to):
-        self.to, self.made, self.whole = to, 0, threading.Event()
-        self.whole.set()
-        super().__init__(port)
-
-    def serve(self, conn):
-        self.made += 1
-        # A path that is cut carries no handshake either.
-        self.whole.wait()
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.to)) as far:
-            back = threading.Thread(target=self._pass, args=(far, conn.sock), daemon=True)
-            back.start()
-            self._pass(conn.sock, far)
-            back.join()
-
-    def _pass(self, source, sink):
-        with contextlib.suppress(OSError):
-            source.settimeout(None)
-            while data := source.recv(1 << 20):
-                self.whole.wait()
-                sink.sendall(data)
-        with contextlib.suppress(OSError):
-            sink.shutdown(socket.SHUT_WR)
-
-    def close(self):
-        self.whole.set()
-        super().close()
-
-
-def instance(mesh, what, of=None, **how):
-    """An instance that is reached by a path: (service, path)."""
-    bound = mesh.ports.take()
-    service = mesh.service(what, of=of, sidecar=None, proxy={"Config": {"bind_port": bound}}, **how)
-    path = mesh.keep(Path(service.public, bound))
-    service.start("lictor", ready=False)
-    eventually(lambda: is_listening(bound), what=f"{what} listens")
-    return service, path
 
 
 @pytest.mark.parametrize("workers_of_client", ["1", "2"])

@@ -2,7 +2,7 @@
 //!
 //! What a stream holds is never taken from what the streams of its connection share: the window of a connection is the
 //! largest that there is, and the window of each stream is the limit. Streams begin with [`USUAL`]. The window grows
-//! where a stream reads a whole window in one round trip, which a PING measures: such a stream waits for the path. It
+//! where a stream reads much of it in one round trip, which a PING measures: such a stream waits for the path. It
 //! shrinks where a connection has many streams, so that a connection's streams together hold no more than a few times
 //! [`TOGETHER`] when nobody reads. A window above that is lent by the thread, for as long as the connection has
 //! streams: [`LENT`] bytes at most.
@@ -229,7 +229,8 @@ impl Windows {
         *measures = false;
         let read = self.meter.most_read.load(Ordering::Relaxed);
         self.begin_round();
-        let grown = if read / 2 >= self.window as usize / 3 { self.grown() } else { self.window };
+        // The far end learns of half a window at a time, and answers a PING before it sends what it just learned of.
+        let grown = if read >= self.window as usize / 3 { self.grown() } else { self.window };
         if grown > self.window {
             (self.window, self.steady) = (grown, 0);
         } else {

@@ -21,8 +21,10 @@ pub mod wire;
 pub const HEADERS: usize = 100;
 pub const HEAD_SIZE: usize = 60 * 1024;
 
+/// What a codec of HTTP/1 reads or writes ahead, in bytes. A head fits in.
+pub const HTTP1_BUFFER: usize = 128 * 1024;
 /// What a stream of HTTP/2 may have waiting for the connection's turn to send, in bytes.
-const SEND_BUFFER: usize = 400 * 1024;
+const SEND_BUFFER: usize = 128 * 1024;
 /// Frames with a few bytes each take more memory than the bytes. A connection is ended where those that nobody has read
 /// would take more than this, in bytes.
 const SMALL_FRAMES: usize = 64 * 1024 * 1024;

@@ -22,7 +22,7 @@ use super::framing;
 use super::incoming::Incoming;
 use super::upload::Upload;
 use super::wire::{Turn, Wire};
-use super::{HEAD_SIZE, HEADERS};
+use super::{HEAD_SIZE, HEADERS, HTTP1_BUFFER};
 use crate::proxy::limits::{Overflow, Permit};
 use crate::proxy::workers;
 use crate::snapshot::{Failure, LocalApp};
@@ -576,6 +576,7 @@ async fn http1(wire: Wire, open: Open) -> Result<http1::SendRequest<Upload>, NoC
     let (sender, connection) = http1::Builder::new()
         .max_headers(HEADERS)
         .max_header_size(HEAD_SIZE)
+        .max_buf_size(HTTP1_BUFFER)
         .handshake(TokioIo::new(wire.clone()))
         .await
         .map_err(no_codec)?;

@@ -21,7 +21,7 @@ use crate::drain::Stage;
 use crate::proxy::codec::incoming::Incoming;
 use crate::proxy::codec::server::Server;
 use crate::proxy::codec::wire::{Turn, Wire};
-use crate::proxy::codec::{HEAD_SIZE, HEADERS};
+use crate::proxy::codec::{HEAD_SIZE, HEADERS, HTTP1_BUFFER};
 use crate::proxy::listener::Live;
 
 /// For how long a client may be silent.
@@ -113,6 +113,7 @@ where
             .header_read_timeout(None)
             .max_headers(HEADERS)
             .max_header_size(HEAD_SIZE)
+            .max_buf_size(HTTP1_BUFFER)
             .half_close(true)
             .serve_connection(TokioIo::new(wire.clone()), service)
             .with_upgrades();
