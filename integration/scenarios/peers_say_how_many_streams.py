@@ -27,13 +27,16 @@ class Frames(App):
         conn.sock.settimeout(None)
         conn.take(len(PREFACE))
         self.begin(conn)
-        streams = 0
+        streams, conn.begun = 0, set()
         while len(head := conn.take(9)) == 9:
             payload = conn.take(int.from_bytes(head[:3]))
             kind, flags, stream = head[3], head[4], int.from_bytes(head[5:])
             if kind in (SETTINGS, PING) and not flags & ACK:
                 conn.send(frame(kind, ACK, 0, payload if kind == PING else b""))
+            if kind == HEADERS:
+                conn.begun.add(stream)
             if kind in (HEADERS, DATA) and flags & END_STREAM:
+                conn.begun.discard(stream)
                 streams += 1
                 with self.lock:
                     self.asked += 1
@@ -60,12 +63,13 @@ class Refuses(Frames):
 
 
 class GoesAway(Frames):
-    """Answers the first two requests of each connection, says that these were the last, and closes it."""
+    """Answers two requests of each connection or some more, says which was the last, and closes it."""
 
     def request(self, conn, stream, number):
-        if number == 1:
+        if number == 1 or any(earlier < stream for earlier in conn.begun):
             self.answer(conn, stream)
-        elif number == 2:
+        elif not getattr(conn, "gone", False):
+            conn.gone = True
             conn.send(frame(GOAWAY, 0, 0, stream.to_bytes(4) + bytes(4)))
             self.answer(conn, stream)
             conn.sock.shutdown(socket.SHUT_WR)

@@ -1,6 +1,7 @@
 """Many requests share a connection between two sidecars, and one to the app: what is not read holds up nobody else."""
 
 import itertools
+import re
 import threading
 
 import pytest
@@ -135,3 +136,21 @@ def test_the_same_connection_serves_others_when_a_client_reads_on(mesh):
         assert len(conn.take(32 << 20)) == 32 << 20
     with Browser(port) as browser:
         assert browser.ask("/quick").status == 200
+
+
+def test_what_nobody_reads_takes_bounded_memory(mesh):
+    server, port = pair(mesh, lambda port: Slow(port, name="server"), "http", ())
+    eventually(lambda: ask(port).status == 200)
+    for _ in range(1000):
+        mesh.dial(port).send(b"GET /endless HTTP/1.1\r\nHost: x\r\n\r\n")
+    at_rest(lambda: server.app.sent)
+    assert ask(port, "/quick").status == 200
+    for process in mesh.processes:
+        # Measured: 372 MiB in the server's sidecar, 327 in the client's.
+        assert resident(process) < 600, process.label
+
+
+def resident(process):
+    """MiB."""
+    with open(f"/proc/{process.pid}/status") as status:
+        return int(re.search(r"VmRSS:\s+(\d+)", status.read())[1]) >> 10

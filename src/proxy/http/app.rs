@@ -45,7 +45,7 @@ impl App<'_> {
             note.uploads(upload.as_ref());
         }
         let mut patience = Patience::new(self.request_timeout, self.idle_timeout, upload.as_ref());
-        // Where the app refuses streams, the next may be one too many for it as well on any connection but a new one.
+        // Where a connection did not take the request, others that are there may not either.
         let mut anew = false;
         for _ in 0..TRIES {
             let lent = patience.within(self.connection(head.upgrades(), anew)).await??;
@@ -68,7 +68,6 @@ impl App<'_> {
                 Err(mut failed) => match (failed.request.take(), again) {
                     (Some(request), _) => (head, body) = Head::from_request(*request, authority),
                     (None, Some(again)) if failed.failure == Failure::Refused || (repeatable && failed.is_lost()) => {
-                        anew = failed.failure == Failure::Refused;
                         let body_again = upload.as_ref().map_or_else(|| Some(Upload::none()), UploadState::again);
                         let Some(body_again) = body_again else { return Err(Refusal::of("the local app", &failed)) };
                         (head, body) = (again, body_again);
@@ -76,6 +75,7 @@ impl App<'_> {
                     _ => return Err(Refusal::of("the local app", &failed)),
                 },
             }
+            anew = true;
         }
         Err(Refusal::new(Kind::Reset, "the local app closes connections before it takes a request"))
     }

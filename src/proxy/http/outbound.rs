@@ -500,7 +500,8 @@ impl<'a> Exchange<'a> {
         let Some((head, body)) = again.take() else { return Err(broken) };
         if unseen {
             self.reasons.push(format!("{} {told}", instance.address));
-            if refused {
+            // An old connection may be at its end, and not the instance.
+            if refused && !reused {
                 self.tried.push(instance);
             }
         } else if !self.retry(&instance, &told).await {
