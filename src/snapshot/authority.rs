@@ -1,23 +1,33 @@
 //! Authorities (`host[:port]`) as servers compare them.
 
-/// The spellings under which a server may know the host that an authority names, beside the one that is written, all in
-/// lower case.
-///
-/// Letter case, the dot at the end of a full name and the scheme's default port make no difference (RFC 9110, 4.2.3).
-/// Without any port the authority is among them too: servers that hold several hosts tell these apart by name alone.
-pub(super) fn spellings(authority: &str) -> Vec<String> {
-    let authority = authority.to_ascii_lowercase();
-    let (host, port) = split(&authority);
-    let name = host.trim_end_matches('.');
-    let ports: &[&str] = if is_default(port) { &["", ":", ":80", ":443"] } else { &["", ":"] };
-    let mut spellings = Vec::with_capacity(10);
-    for name in [name.to_owned(), format!("{name}.")] {
-        spellings.extend(ports.iter().map(|port| format!("{name}{port}")));
-        if let Some(port) = port.filter(|port| !port.is_empty()) {
-            spellings.push(format!("{name}:{port}"));
+/// An authority without what makes no difference to a server: in lower case, without the dot at the end of a full name,
+/// and without the scheme's default port (RFC 9110, 4.2.3).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Canonical {
+    text: String,
+    name_len: usize,
+}
+
+impl Canonical {
+    pub(super) fn of(authority: &str) -> Self {
+        let mut text = authority.to_ascii_lowercase();
+        let port = split(&text).1.filter(|port| !is_default(port)).map(str::to_owned);
+        text.truncate(split(&text).0.trim_end_matches('.').len());
+        let name_len = text.len();
+        if let Some(port) = port {
+            text.extend([":", &port]);
         }
+        Self { text, name_len }
     }
-    spellings
+
+    pub(super) fn as_str(&self) -> &str {
+        &self.text
+    }
+
+    /// Without any port, as servers know it that tell hosts apart by their names.
+    pub(super) fn name(&self) -> &str {
+        &self.text[..self.name_len]
+    }
 }
 
 /// The host, and the port if there is one. Colons within brackets are the host's.
@@ -29,8 +39,8 @@ fn split(authority: &str) -> (&str, Option<&str>) {
 }
 
 /// Of either scheme, as an app behind the mesh may think that it serves either.
-fn is_default(port: Option<&str>) -> bool {
-    port.is_none_or(|port| matches!(port.trim_start_matches('0'), "" | "80" | "443"))
+fn is_default(port: &str) -> bool {
+    matches!(port.trim_start_matches('0'), "" | "80" | "443")
 }
 
 #[cfg(test)]
@@ -38,35 +48,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_spelling_of_a_host_leads_to_every_other() {
-        let same = [
-            "Admin.Example",
-            "admin.example.",
-            "ADMIN.EXAMPLE:80",
-            "admin.example.:443",
-            "admin.example:",
-            "admin.example:0080",
-        ];
-        for written in same {
-            for known in ["admin.example", "admin.example.", "admin.example:80", "admin.example.:443"] {
-                assert!(spellings(written).iter().any(|spelling| spelling == known), "{written} is not {known}");
-            }
+    fn what_makes_no_difference_is_left_out() {
+        for (written, canonical, name) in [
+            ("admin.example", "admin.example", "admin.example"),
+            ("ADMIN.Example", "admin.example", "admin.example"),
+            ("admin.example.", "admin.example", "admin.example"),
+            ("admin.example:80", "admin.example", "admin.example"),
+            ("Admin.Example.:0443", "admin.example", "admin.example"),
+            ("admin.example:", "admin.example", "admin.example"),
+            ("admin.example.:8080", "admin.example:8080", "admin.example"),
+            ("[2001:DB8::1]", "[2001:db8::1]", "[2001:db8::1]"),
+            ("[2001:db8::1]:80", "[2001:db8::1]", "[2001:db8::1]"),
+            ("[::1]:81", "[::1]:81", "[::1]"),
+            (".", "", ""),
+            (":80", "", ""),
+            ("", "", ""),
+        ] {
+            let found = Canonical::of(written);
+            assert_eq!((found.as_str(), found.name()), (canonical, name), "{written}");
         }
-    }
-
-    #[test]
-    fn another_port_is_another_authority_of_the_same_host() {
-        let other = spellings("admin.example:8080");
-        for (known, is) in [("admin.example", true), ("admin.example.:8080", true), ("admin.example:80", false)] {
-            assert_eq!(other.iter().any(|spelling| spelling == known), is, "{known}");
-        }
-    }
-
-    #[test]
-    fn addresses_in_brackets_keep_their_colons() {
-        for written in ["[2001:DB8::1]", "[2001:db8::1]:80"] {
-            assert!(spellings(written).iter().any(|spelling| spelling == "[2001:db8::1]"), "{written}");
-        }
-        assert!(!spellings("[::1]").iter().any(|spelling| spelling == "[:"));
     }
 }

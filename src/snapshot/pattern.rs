@@ -14,13 +14,6 @@ pub struct Pattern {
     regex: Regex,
 }
 
-/// What a pattern is for.
-#[derive(Clone, Copy, Default)]
-struct Dialect {
-    path: bool,
-    ignores_case: bool,
-}
-
 /// The text is no regular expression, a too large one, or one that this dialect can't express.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BadPattern(String);
@@ -32,7 +25,7 @@ impl Pattern {
     /// When the text is not valid RE2 syntax, or is one of the few things that RE2 knows and this does not:
     /// octal escapes, `\C`, and ranges that begin or end with `-`.
     pub fn new(text: &str) -> Result<Self, BadPattern> {
-        Self::compile(text, Dialect::default())
+        Self::compile(text, false)
     }
 
     /// Compiles a pattern for paths, where the two spellings of an escape (`%2f`, `%2F`) are the same.
@@ -40,15 +33,7 @@ impl Pattern {
     /// # Errors
     /// As [`Pattern::new`].
     pub fn for_path(text: &str) -> Result<Self, BadPattern> {
-        Self::compile(text, Dialect { path: true, ..Dialect::default() })
-    }
-
-    /// The same pattern for text of any letter case.
-    ///
-    /// # Errors
-    /// When it becomes too large.
-    pub fn ignoring_case(&self) -> Result<Self, BadPattern> {
-        Self::compile(&self.text, Dialect { ignores_case: true, ..Dialect::default() })
+        Self::compile(text, true)
     }
 
     /// Bytes that are not UTF-8 count as one unknown character each run, so that they can't hide the rest
@@ -61,12 +46,10 @@ impl Pattern {
         }
     }
 
-    fn compile(text: &str, dialect: Dialect) -> Result<Self, BadPattern> {
+    fn compile(text: &str, path: bool) -> Result<Self, BadPattern> {
         let bad = |cause: String| BadPattern(format!("{text:?} is not a usable regular expression: {cause}"));
-        let translated = Translator::new(text, dialect.path).run().map_err(|cause| bad(cause.to_owned()))?;
-        let build = |pattern: &str| {
-            RegexBuilder::new(pattern).size_limit(SIZE_LIMIT).case_insensitive(dialect.ignores_case).build()
-        };
+        let translated = Translator::new(text, path).run().map_err(|cause| bad(cause.to_owned()))?;
+        let build = |pattern: &str| RegexBuilder::new(pattern).size_limit(SIZE_LIMIT).build();
         // Compiled alone, too: `a)|(b` would otherwise close the group that the anchors stand around.
         build(&translated).map_err(|error| bad(error.to_string()))?;
         let regex = build(&format!(r"\A(?:{translated})\z")).map_err(|error| bad(error.to_string()))?;

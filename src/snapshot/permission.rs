@@ -550,14 +550,36 @@ mod tests {
             check(&header(":authority", ValueTest::Exact(text("admin.example")), true), &with_host(other), true, false);
         }
         // The rule may have any spelling too.
-        for written in &others[..5] {
-            let rule = header("host", ValueTest::Exact(text(written)), false);
-            check(&rule, &with_host("admin.example"), true, false);
+        for written in others {
+            for test in
+                [ValueTest::Exact(text(written)), ValueTest::Suffix(text(written)), ValueTest::Prefix(text(written))]
+            {
+                check(&header("host", test, false), &with_host("admin.example"), true, false);
+            }
         }
         // Servers that hold several hosts look at the name alone.
-        let rule = |host| header("host", ValueTest::Exact(text(host)), false);
-        check(&rule("admin.example"), &with_host("admin.example:8080"), true, false);
-        check(&rule("admin.example:8080"), &with_host("admin.example"), false, false);
+        let rule = |test| header("host", test, false);
+        check(&rule(ValueTest::Exact(text("admin.example"))), &with_host("admin.example:8080"), true, false);
+        check(&rule(ValueTest::Exact(text("admin.example:8080"))), &with_host("admin.example"), false, false);
+        check(&rule(ValueTest::Exact(text("Admin.Example:8080"))), &with_host("admin.example.:8080"), true, false);
+    }
+
+    #[test]
+    fn a_deny_of_spellings_is_not_one_of_every_authority() {
+        let regex = |text| ValueTest::Regex(Pattern::new(text).unwrap());
+        for (test, denied) in [
+            (ValueTest::Contains(text(":")), "db.example:80"),
+            (ValueTest::Suffix(text(".")), "db.example."),
+            (ValueTest::Suffix(text(":80")), "db.example:80"),
+            (regex(".*[A-Z].*"), "DB.example"),
+            (regex(".*:[0-9]+"), "db.example:81"),
+        ] {
+            check_both(&header("host", test.clone(), false), &with_host(denied), true);
+            check_both(&header("host", test, false), &with_host("db.example"), false);
+        }
+        let lower = header(":method", regex(".*[a-z].*"), false);
+        check_both(&lower, &Request { method: "get", ..get("/") }, true);
+        check_both(&lower, &get("/"), false);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::iter;
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-use super::authority;
+use super::authority::Canonical;
 use super::path::lax;
 use super::pattern::Pattern;
 
@@ -48,8 +48,8 @@ impl<'a> RequestView<'a> {
 pub struct HeaderMatch {
     name: Name,
     test: ValueTest,
-    /// Of a method or an authority: the same test for any letter case.
-    any_case: Option<ValueTest>,
+    /// For what a server may read in another way than it is written.
+    otherwise: Vec<ValueTest>,
     invert: bool,
 }
 
@@ -88,8 +88,7 @@ pub(super) enum Lines {
 }
 
 impl HeaderMatch {
-    /// `None` when no header can have that name, it is a pseudo-header that requests are not judged by, or a pattern is
-    /// too large.
+    /// `None` when no header can have that name, or it is a pseudo-header that requests are not judged by.
     #[must_use]
     pub fn new(name: &str, test: ValueTest, invert: bool) -> Option<Self> {
         let name = match name.to_ascii_lowercase().as_str() {
@@ -98,11 +97,8 @@ impl HeaderMatch {
             ":authority" | "host" => Name::Authority,
             other => Name::Header(HeaderName::from_bytes(other.as_bytes()).ok()?),
         };
-        let any_case = match name {
-            Name::Method | Name::Authority => Some(test.ignoring_case()?),
-            Name::Path | Name::Header(_) => None,
-        };
-        Some(Self { name, test, any_case, invert })
+        let otherwise = test.otherwise(&name);
+        Some(Self { name, test, otherwise, invert })
     }
 
     /// As Envoy 1.40 routes: any line that passes, and inverted, none.
@@ -144,14 +140,17 @@ impl HeaderMatch {
 
     /// Whether a server that reads the request in another way sees what the test is for.
     fn matches_otherwise(&self, request: &RequestView<'_>) -> bool {
-        let test = self.any_case.as_ref().unwrap_or(&self.test);
+        let passes = |reading: &[u8]| self.otherwise.iter().any(|test| test.passes(reading));
         match &self.name {
-            Name::Method => test.passes(request.method.as_bytes()),
-            Name::Authority => authority::spellings(request.authority).iter().any(|host| test.passes(host.as_bytes())),
+            Name::Method => passes(request.method.to_ascii_uppercase().as_bytes()),
+            Name::Authority => {
+                let authority = Canonical::of(request.authority);
+                passes(authority.as_str().as_bytes()) || passes(authority.name().as_bytes())
+            }
             Name::Path if !request.path_as_written => {
                 let lax = lax(request.path);
                 let query = request.query.map(|query| [b"?", query.as_bytes()].concat()).unwrap_or_default();
-                lax.hides_dots || test.passes(&[&lax.path[..], &query].concat())
+                lax.hides_dots || passes(&[&lax.path[..], &query].concat())
             }
             Name::Path | Name::Header(_) => false,
         }
@@ -188,17 +187,40 @@ impl ValueTest {
         }
     }
 
-    /// `None` when a pattern becomes too large.
-    fn ignoring_case(&self) -> Option<Self> {
-        let any_case = |text: &Text| Text { bytes: text.bytes.clone(), ignore_case: true };
-        Some(match self {
-            Self::Present => Self::Present,
+    /// The tests for other readings of what has such a name, which have one spelling where the value may have several.
+    fn otherwise(&self, name: &Name) -> Vec<Self> {
+        match name {
+            Name::Header(_) => Vec::new(),
+            Name::Path => vec![self.clone()],
+            Name::Method => vec![self.clone().ignoring_case()],
+            Name::Authority => [Some(self.clone().ignoring_case()), self.canonical()].into_iter().flatten().collect(),
+        }
+    }
+
+    /// A pattern stays as it is: it may be about letter case.
+    fn ignoring_case(self) -> Self {
+        let any_case = |text: Text| Text { ignore_case: true, ..text };
+        match self {
             Self::Exact(text) => Self::Exact(any_case(text)),
             Self::Prefix(text) => Self::Prefix(any_case(text)),
             Self::Suffix(text) => Self::Suffix(any_case(text)),
             Self::Contains(text) => Self::Contains(any_case(text)),
-            Self::Regex(pattern) => Self::Regex(pattern.ignoring_case().ok()?),
-        })
+            Self::Present | Self::Regex(_) => self,
+        }
+    }
+
+    /// For an authority: where the text ends in what makes no difference, the test without that.
+    fn canonical(&self) -> Option<Self> {
+        let canonical = |text: &Text| {
+            let canonical = Canonical::of(&String::from_utf8_lossy(&text.bytes)).as_str().to_owned();
+            let differs = !canonical.is_empty() && !canonical.as_bytes().eq_ignore_ascii_case(&text.bytes);
+            differs.then(|| Text::new(&canonical, false))
+        };
+        match self {
+            Self::Exact(text) | Self::Prefix(text) => canonical(text).map(Self::Exact),
+            Self::Suffix(text) | Self::Contains(text) => canonical(text).map(Self::Suffix),
+            Self::Present | Self::Regex(_) => None,
+        }
     }
 }
 
