@@ -3,7 +3,8 @@
 import dataclasses
 import random
 
-from .raw import Script
+from .http2 import END_HEADERS, END_STREAM, HEADERS, block
+from .raw import Script, data, fields
 
 FIELDS = (b"X-Plain: yes", b"Set-Cookie: a=1; Path=/", b"Set-Cookie: b=2", b"X-Empty:", b"X-Spaces:   padded\t ", b"X-Latin: caf\xe9", b"X-Long: " + b"y" * 3000,
           b"Connection: x-hop", b"X-Hop: 1", b"Keep-Alive: timeout=5", b"Content-Type: text/plain", b"ETag: \"x\"", b"Vary: a", b"Vary: b", b"Server: raw",
@@ -90,3 +91,36 @@ def by_hand():
         yield Answer(Script((start + b"Content-Length: 5\r\n\r\nhello",), "fin"), ambiguous=True)
     for body, status in ((b"Content-Length: 5\r\n\r\nhello", b"204 No Content"), (b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", b"204 No Content")):
         yield Answer(Script((b"HTTP/1.1 " + status + b"\r\n" + body,), "fin"), ambiguous=True)
+
+
+def over_http2():
+    """Responses over HTTP/2: (script, what arrives of it). That is a status and a body, or None where nothing may arrive whole."""
+    length = ("content-length", "5")
+
+    def trailers(*more):
+        return HEADERS, END_HEADERS | END_STREAM, block([("x-end", "1"), *more])
+
+    head_alone = (HEADERS, END_HEADERS | END_STREAM, block([(":status", "404")]))
+    early = (HEADERS, END_HEADERS, block([(":status", "103"), ("link", "</a.css>")]))
+    for pieces in ((fields(200), data(b"hello", end=True)), (fields(200, length), data(b"hello", end=True)), (fields(200), data(b"hel"), data(b"lo"), data(b"", end=True)),
+                   (fields(200), data(b"hello"), trailers()), (fields(200, length), data(b"hello"), trailers()), (fields(200), data(b"hello"), trailers(length)),
+                   (early, fields(200), data(b"hello", end=True)), (early, early, fields(200, length), data(b"hello", end=True))):
+        yield Script(pieces), (200, "hello")
+    yield Script((head_alone,)), (404, "")
+    yield Script((fields(200), data(b"", end=True))), (200, "")
+    yield Script((fields(200), data(b"z" * 16_000), data(b"z" * 16_000, end=True))), (200, "z" * 32_000)
+    for code in range(14):
+        yield Script((fields(200), data(b"hello")), stream_end=code), None
+        yield Script((fields(200),), stream_end=code), None
+        yield Script((), stream_end=code), None
+    for then in ("fin", "reset"):
+        yield Script((), then), None
+        yield Script((fields(200),), then), None
+        yield Script((fields(200), data(b"hello")), then), None
+        yield Script((fields(200, ("content-length", "9")), data(b"hello")), then), None
+    for pieces in ((fields(200, ("content-length", "9")), data(b"hello", end=True)), (fields(200, ("content-length", "3")), data(b"hello", end=True)),
+                   (fields(200, ("content-length", "9")), data(b"hello"), trailers()), (early, data(b"hello", end=True)), (data(b"hello", end=True),),
+                   (fields(200, length, length), data(b"hello", end=True)), (fields(200, ("transfer-encoding", "chunked")), data(b"hello", end=True)),
+                   (fields(200, ("X-Capital", "1")), data(b"hello", end=True)), (fields("20"), data(b"hello", end=True)), (fields("2000"), data(b"hello", end=True)),
+                   ((HEADERS, END_HEADERS, block([("x-a", "1")])), data(b"hello", end=True)), (fields(204, length), data(b"hello", end=True))):
+        yield Script(pieces), None

@@ -10,7 +10,7 @@ import re
 import pytest
 
 from mesh import Mesh, Upstream
-from mesh.answers import by_hand, generated
+from mesh.answers import by_hand, generated, over_http2
 from mesh.clients import CLIENTS, CURL_HTTP2
 from mesh.raw import Raw
 from mesh.servers import Absent
@@ -85,3 +85,30 @@ def test_what_arrives_is_what_was_sent(legs, direct, client):
     print(client, dict(tally))
     assert not wrong, "\n".join(map(str, [f"{len(wrong)} of {len(answers)}", *wrong[:30]]))
     assert tally["whole"] > 100 and tally["broken"] + tally["refused"] > 30, tally
+
+
+@pytest.fixture(scope="module")
+def http2_leg(shared_agent, binaries, ports, tmp_path_factory):
+    """(scripts with what arrives of each, by path, the port that leads to their app through two sidecars, a directory)"""
+    answers = {f"/answer/{number}": answer for number, answer in enumerate(over_http2())}
+    with contextlib.ExitStack() as stack:
+        mesh = Mesh(shared_agent, binaries, ports, tmp_path_factory.mktemp("answers-http2"), stack, "an2")
+        server = mesh.service("server", app=lambda port: Raw(port, {path: script for path, (script, _) in answers.items()}), protocol="http2")
+        client = mesh.service("client", [Upstream(server.name, ports.take())])
+        yield answers, client.port_to(server), mesh.directory
+
+
+@pytest.mark.parametrize("client", [*CLIENTS, "curl over HTTP/2"])
+def test_what_an_app_sends_over_http2(http2_leg, client):
+    answers, port, directory = http2_leg
+    try:
+        through = {told["path"]: told for told in {**CLIENTS, "curl over HTTP/2": CURL_HTTP2}[client](port, list(answers), directory)}
+    except Absent as absent:
+        pytest.skip(f"responses are NOT TESTED with {client}: {absent}")
+    wrong = []
+    for path, (script, arrives) in answers.items():
+        told = through[path]
+        came = (told["status"], told["body"]) if told["complete"] and not refused(told) else None
+        if came != arrives:
+            wrong.append((script, arrives and str(arrives)[:60], str(told)[:300]))
+    assert not wrong, "\n".join(map(str, [f"{len(wrong)} of {len(answers)}", *wrong[:30]]))
