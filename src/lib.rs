@@ -39,5 +39,12 @@ pub mod snapshot;
 pub mod telemetry;
 pub mod tls;
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
+
 #[cfg(test)]
 pub(crate) mod testing;
+#[cfg(all(fuzzing, not(test)))]
+pub(crate) mod testing {
+    pub(crate) mod ca;
+}

@@ -1,6 +1,3 @@
 #![no_main]
 
-#[path = "../checks/path.rs"]
-mod check;
-
-libfuzzer_sys::fuzz_target!(|target: &str| check::path(target));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| lictor::fuzzing::path(bytes));

@@ -4,6 +4,8 @@
 //! writes lines without ever making the data path wait.
 
 mod format;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod operator;
 mod record;
 mod settings;

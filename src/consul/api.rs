@@ -244,33 +244,6 @@ wire! {
         pub service_name: String,
     }
 
-    /// A row of an intentions list.
-    pub struct Intention {
-        /// Empty for an intention that lives in a config entry.
-        #[serde(rename = "ID")]
-        pub id: String,
-        pub description: String,
-        #[serde(rename = "SourceNS")]
-        pub source_ns: String,
-        pub source_name: String,
-        pub source_partition: String,
-        /// Not empty for a source in another cluster.
-        pub source_peer: String,
-        pub source_sameness_group: String,
-        /// `consul` is the only type there is.
-        pub source_type: String,
-        #[serde(rename = "DestinationNS")]
-        pub destination_ns: String,
-        pub destination_name: String,
-        pub destination_partition: String,
-        /// `allow`, `deny`, or empty where `permissions` decide.
-        pub action: String,
-        pub permissions: Vec<IntentionPermission>,
-        #[serde(rename = "JWT")]
-        pub jwt: Option<IntentionJwt>,
-        pub precedence: i64,
-    }
-
     /// `POST /v1/agent/connect/authorize`.
     pub struct Authorization {
         pub authorized: bool,
@@ -654,6 +627,33 @@ macro_rules! strict_wire {
 }
 
 strict_wire! {
+    /// A row of an intentions list.
+    pub struct Intention {
+        /// Empty for an intention that lives in a config entry.
+        #[serde(rename = "ID")]
+        pub id: String,
+        pub description: String,
+        #[serde(rename = "SourceNS")]
+        pub source_ns: String,
+        pub source_name: String,
+        pub source_partition: String,
+        /// Not empty for a source in another cluster.
+        pub source_peer: String,
+        pub source_sameness_group: String,
+        /// `consul` is the only type there is.
+        pub source_type: String,
+        #[serde(rename = "DestinationNS")]
+        pub destination_ns: String,
+        pub destination_name: String,
+        pub destination_partition: String,
+        /// `allow`, `deny`, or empty where `permissions` decide.
+        pub action: String,
+        pub permissions: Vec<IntentionPermission>,
+        #[serde(rename = "JWT")]
+        pub jwt: Option<IntentionJwt>,
+        pub precedence: i64,
+    }
+
     pub struct IntentionPermission {
         pub action: String,
         #[serde(rename = "HTTP")]
@@ -700,6 +700,28 @@ strict_wire! {
     }
 }
 
+/// Fields of an intention that restrict nobody (Consul 1.8.7 to 1.22, `agent/structs/intention.go`).
+const INERT: [&str; 10] = [
+    "DefaultAddr",
+    "DefaultPort",
+    "Meta",
+    "LegacyMeta",
+    "LegacyID",
+    "CreatedAt",
+    "UpdatedAt",
+    "Hash",
+    "CreateIndex",
+    "ModifyIndex",
+];
+
+impl Intention {
+    /// The name of some field of the intention itself that this code does not know. It may restrict whom the
+    /// intention is about, so that one with such a field must not allow anybody.
+    pub fn unknown_field(&self) -> Option<&str> {
+        self.unknown.iter().find(|name| !INERT.contains(name))
+    }
+}
+
 impl IntentionPermission {
     /// The name of some field, here or further in, that this code does not know; such a permission cannot
     /// be evaluated, and must not allow anything.
@@ -736,7 +758,11 @@ pub struct Unknown(Vec<String>);
 
 impl Unknown {
     pub fn first(&self) -> Option<&str> {
-        self.0.first().map(String::as_str)
+        self.iter().next()
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().map(String::as_str)
     }
 }
 

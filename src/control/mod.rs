@@ -6,6 +6,8 @@
 mod draft;
 #[cfg(test)]
 mod fixture;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod identity;
 mod keys;
 mod query;

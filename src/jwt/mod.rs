@@ -4,6 +4,8 @@
 //! in, and key sets are given. Neither keys nor tokens nor claims are ever printed.
 
 mod base64url;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod keys;
 mod seen;
 mod token;

@@ -11,6 +11,8 @@ mod dial;
 mod expose;
 #[cfg(test)]
 mod fixture;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod http;
 mod inbound;
 pub mod limits;

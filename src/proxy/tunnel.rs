@@ -591,5 +591,7 @@ const REFUSED_TIME: Duration = Duration::from_secs(300);
 /// How long a server does: longer, so that it is the client that closes first as a rule.
 pub const SERVER_IDLE_TIME: Duration = Duration::from_secs(10);
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 #[cfg(test)]
 mod tests;

@@ -7,6 +7,8 @@ mod address;
 mod authority;
 mod chain;
 mod exposed;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod hash;
 mod intention;
 mod path;

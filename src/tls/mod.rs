@@ -8,6 +8,8 @@
 mod aead;
 mod certificate;
 mod der;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod names;
 mod path;
 mod policy;

@@ -35,6 +35,13 @@ fn intention(wire: &api::Intention, notes: &mut Notes) -> Option<Intention> {
 
 /// What the intention says; `None` where each request has to be judged.
 fn action(wire: &api::Intention, notes: &mut Notes) -> Option<Action> {
+    if let Some(field) = wire.unknown_field().filter(|_| wire.action != "deny") {
+        notes.push(format!(
+            "the intention {} => {} has a field {field:?} that is not known and may restrict it, so it denies",
+            wire.source_name, wire.destination_name
+        ));
+        return Some(Action::Deny);
+    }
     let source_known = matches!(wire.source_type.as_str(), "" | "consul");
     match wire.action.as_str() {
         "allow" | "" if source_known && !wire.permissions.is_empty() => None,
@@ -84,6 +91,11 @@ mod tests {
             (json!({"Action": "perhaps"}), deny, true),
             (json!({"Action": "allow", "SourceType": "spiffe"}), deny, true),
             (json!({"Permissions": permissions, "SourceType": "spiffe"}), deny, true),
+            (json!({"Action": "allow", "SourceCIDRs": ["10.0.0.0/8"]}), deny, true),
+            (json!({"Permissions": permissions, "NotAfter": "2030-01-01T00:00:00Z"}), deny, true),
+            (json!({"Action": "deny", "SourceCIDRs": ["10.0.0.0/8"]}), deny, false),
+            (json!({"Action": "allow", "SourceCIDRs": [], "NotAfter": "", "Port": 0}), allow, false),
+            (json!({"Action": "allow", "Hash": "x", "Meta": {"a": "b"}, "CreateIndex": 7}), allow, false),
         ] {
             let mut wire = wire;
             wire["SourceName"] = "web".into();

@@ -5,7 +5,7 @@
 //! ([`strict`], [`blocks`]). HTTP/1 is hyper's; of HTTP/2 the frames are h2's, and what follows from them is decided
 //! here ([`client`], [`server`], [`flow`]). What a codec has decoded says its length in one way ([`framing`]).
 
-mod blocks;
+pub mod blocks;
 mod client;
 mod flow;
 pub mod framing;
@@ -13,7 +13,7 @@ pub mod incoming;
 mod outgoing;
 pub mod pool;
 pub mod server;
-mod strict;
+pub mod strict;
 pub mod upload;
 pub mod wire;
 

@@ -1,14 +1,14 @@
-//! What must hold for every request target, by way of the public API alone.
+//! Checks of request targets: no spelling of a path gets round a rule.
 
 use std::sync::LazyLock;
 
-use http::HeaderMap;
-use lictor::jwt::Verified;
-use lictor::snapshot::{
+use super::{
     Action, Conditions, Decision, DefaultPolicy, EscapedSlashes, Intention, Intentions, NormalPath, Normalization,
     PathRule, Permission, RequestView, Underscores,
 };
-use lictor::tls::SpiffeId;
+use crate::jwt::Verified;
+use crate::tls::SpiffeId;
+use http::HeaderMap;
 
 static PEER: LazyLock<SpiffeId> = LazyLock::new(|| SpiffeId::parse("spiffe://td/ns/default/dc/dc1/svc/web").unwrap());
 
@@ -22,7 +22,9 @@ static ALLOW: LazyLock<[Intentions; 2]> = LazyLock::new(|| {
     [PathRule::prefix("/public/"), PathRule::regex("/public/.*").unwrap()].map(|rule| rules(rule, Action::Allow))
 });
 
-pub fn path(target: &str) {
+/// A request target.
+pub fn path(target: &[u8]) {
+    let Ok(target) = std::str::from_utf8(target) else { return };
     for settings in all_settings() {
         let Ok(NormalPath::Forward(normal)) = settings.path(target) else { continue };
         let again = settings.path(&normal);
