@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::thread;
+use std::time::SystemTime;
 
 use divan::counter::BytesCount;
 use divan::{Bencher, black_box};
@@ -11,6 +12,7 @@ use http::{HeaderMap, HeaderValue};
 use tokio::io::DuplexStream;
 use tokio::sync::watch;
 
+use lictor::operators::Record;
 use lictor::snapshot::{Edits, Normalization, Protocol, Snapshot, UpstreamKey};
 use lictor::tls::{Stream, with_scratch};
 use mesh::Mesh;
@@ -73,10 +75,10 @@ fn rewrite_headers(bencher: Bencher<'_, '_>, changes: usize) {
     let names: Vec<String> = (0..changes).map(|number| format!("x-added-{number}")).collect();
     let add = names.iter().map(|name| (name.as_str(), "a value"));
     let edits = Edits::new(["x-debug"], add, [("x-request-id", "another")]).expect("edits");
-    let normalization = Normalization::default();
+    let (normalization, known) = (Normalization::default(), Record::new(SystemTime::UNIX_EPOCH));
     bencher.with_inputs(headers).bench_local_refs(|headers| {
         let accepted = normalization.headers(headers).is_ok();
-        edits.apply(headers);
+        edits.apply_to_request(headers, &known);
         accepted
     });
 }

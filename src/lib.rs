@@ -10,6 +10,7 @@
 //!   blocking query open. It knows nothing about proxying.
 //! * [`tls`] is identity and mutual TLS: SPIFFE ids, credentials, verification.
 //! * [`jwt`] verifies tokens of requests.
+//! * [`operators`] fills in Envoy's `%…%`, for access logs and edits of headers.
 //! * [`access_log`] turns requests that are over into lines, and writes them.
 //! * [`snapshot`] holds what the data plane knows at one instant. Values only: no IO, no clock, no
 //!   randomness. Routing and intention decisions are pure functions here.
@@ -33,6 +34,7 @@ pub mod control;
 pub mod demand;
 pub mod drain;
 pub mod jwt;
+pub mod operators;
 pub mod proxy;
 pub mod registration;
 pub mod snapshot;

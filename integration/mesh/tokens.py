@@ -29,6 +29,9 @@ class Issuer:
         n, e = (b64(number.to_bytes((number.bit_length() + 7) // 8, "big")) for number in (numbers.n, numbers.e))
         return {"keys": [{"kty": "RSA", "use": "sig", "alg": "RS256", "kid": "main", "n": n, "e": e}]}
 
+    def key_set_base64(self):
+        return base64.b64encode(json.dumps(self.key_set()).encode()).decode()
+
     def sign(self, claims, header=None, key=None):
         header = {"alg": "RS256", "kid": "main", "typ": "JWT", **(header or {})}
         signed = f"{b64(header)}.{b64(claims)}"

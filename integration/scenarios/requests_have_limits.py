@@ -150,3 +150,16 @@ def test_the_cause_is_told_in_a_header_where_that_is_asked(mesh, tells):
     answer = eventually(lambda: (got := ask(port)).body == b"no healthy upstream" and got)
     cause = answer.header("x-lictor-cause")
     assert server.name in cause and "passing" in cause if tells else cause is None, cause
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_the_cause_that_another_sidecar_tells_is_passed_on_only_where_that_is_asked(mesh, tells):
+    """And what an app says under that name is nobody's cause."""
+    server, _, port = pair(mesh, {"lictor_tell_cause": True}, **({"lictor_tell_cause": True} if tells else {}))
+    server.app.answer = lambda request: server.app.say(request, b"", 200, [("x-lictor-cause", "the app's")])
+    answer = eventually(lambda: (got := ask(port)).status == 200 and got)
+    assert answer.header("x-lictor-cause") == ("the app's" if tells else None)
+    server.app.close()
+    answer = eventually(lambda: (got := ask(port)).status == 503 and got)
+    cause = answer.header("x-lictor-cause")
+    assert "local app" in cause if tells else cause is None, cause

@@ -5,8 +5,8 @@ use std::fmt;
 
 use serde_json::{Map, Value as Json};
 
-use super::operator::{Operator, Value};
-use super::record::Record;
+use super::secrets::Secrets;
+use crate::operators::{BadTemplate, Piece, Record, Template, Value};
 use crate::telemetry;
 
 /// How a record becomes a line.
@@ -18,7 +18,7 @@ pub struct Format {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Shape {
-    Text(Pieces),
+    Text(Template),
     Json(Node),
 }
 
@@ -27,20 +27,9 @@ enum Shape {
 enum Node {
     Object(Vec<(String, Node)>),
     List(Vec<Node>),
-    Text(Pieces),
+    Text(Template),
     /// Neither text nor of several parts: written as it is.
     Fixed(Json),
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-struct Pieces(Vec<Piece>);
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Piece {
-    Literal(String),
-    Operator(Operator),
-    /// One that can't be told here.
-    Unknown,
 }
 
 /// The text is no format.
@@ -80,12 +69,8 @@ const DEFAULT: [(&str, &str); 24] = [
 
 impl Default for Format {
     fn default() -> Self {
-        let mut unknown = Vec::new();
-        let nodes = DEFAULT.map(|(key, text)| {
-            let pieces = Pieces::read(text, &mut unknown).unwrap_or_default();
-            (key.to_owned(), Node::Text(pieces))
-        });
-        Self { shape: Shape::Json(Node::Object(nodes.into())), unknown }
+        let node = |(key, text): (&str, &str)| (key.to_owned(), Node::Text(Template::read(text).unwrap_or_default()));
+        Self { shape: Shape::Json(Node::Object(DEFAULT.map(node).into())), unknown: Vec::new() }
     }
 }
 
@@ -95,9 +80,9 @@ impl Format {
     /// # Errors
     /// When percent signs don't pair up.
     pub fn text(text: &str) -> Result<Self, BadFormat> {
-        let mut unknown = Vec::new();
-        let pieces = Pieces::read(text.strip_suffix('\n').unwrap_or(text), &mut unknown)?;
-        Ok(Self { shape: Shape::Text(pieces), unknown })
+        let template = Template::read(text.strip_suffix('\n').unwrap_or(text))?;
+        let unknown = template.unknown().map(str::to_owned).collect();
+        Ok(Self { shape: Shape::Text(template), unknown })
     }
 
     /// Reads a JSON format: an object whose texts have operators in them.
@@ -117,12 +102,12 @@ impl Format {
         &self.unknown
     }
 
-    /// The line for a record, with its end and no other: whatever a stranger sent is escaped.
+    /// The line for a record, with its end and no other: whatever a stranger sent is escaped, and tokens are left out.
     #[must_use]
-    pub fn line(&self, record: &Record<'_>) -> String {
+    pub fn line(&self, record: &Record<'_>, secrets: Secrets<'_>) -> String {
         let mut line = match &self.shape {
-            Shape::Text(pieces) => pieces.text(record, telemetry::escape),
-            Shape::Json(node) => node.value(record).to_string(),
+            Shape::Text(template) => text(template, record, secrets, telemetry::escape),
+            Shape::Json(node) => node.value(record, secrets).to_string(),
         };
         line.push('\n');
         line
@@ -132,112 +117,79 @@ impl Format {
 impl Node {
     fn read(json: Json, unknown: &mut Vec<String>) -> Result<Self, BadFormat> {
         Ok(match json {
-            Json::String(text) => Self::Text(Pieces::read(&text, unknown)?),
+            Json::String(text) => {
+                let template = Template::read(&text)?;
+                unknown.extend(template.unknown().map(str::to_owned));
+                Self::Text(template)
+            }
             Json::Array(items) => {
                 Self::List(items.into_iter().map(|item| Self::read(item, unknown)).collect::<Result<_, _>>()?)
             }
             Json::Object(members) => {
-                let member = |(key, value)| Ok((key, Self::read(value, unknown)?));
+                let member = |(key, value)| Self::read(value, unknown).map(|node| (key, node));
                 Self::Object(members.into_iter().map(member).collect::<Result<_, _>>()?)
             }
             fixed => Self::Fixed(fixed),
         })
     }
 
-    fn value(&self, record: &Record<'_>) -> Json {
+    fn value(&self, record: &Record<'_>, secrets: Secrets<'_>) -> Json {
         match self {
             Self::Object(members) => {
-                members.iter().map(|(key, node)| (key.clone(), node.value(record))).collect::<Map<_, _>>().into()
+                let member = |(key, node): &(String, Node)| (key.clone(), node.value(record, secrets));
+                members.iter().map(member).collect::<Map<_, _>>().into()
             }
-            Self::List(items) => items.iter().map(|node| node.value(record)).collect(),
-            Self::Text(pieces) => pieces.json(record),
+            Self::List(items) => items.iter().map(|node| node.value(record, secrets)).collect(),
+            Self::Text(template) => json(template, record, secrets),
             Self::Fixed(json) => json.clone(),
         }
     }
 }
 
-impl Pieces {
-    fn read(text: &str, unknown: &mut Vec<String>) -> Result<Self, BadFormat> {
-        let mut pieces = Vec::new();
-        let mut literal = String::new();
-        let mut rest = text;
-        while let Some((before, after)) = rest.split_once('%') {
-            literal.push_str(before);
-            if let Some(after) = after.strip_prefix('%') {
-                literal.push('%');
-                rest = after;
-                continue;
-            }
-            let end = operator_end(after).ok_or(BadFormat("a percent sign has no other that ends its operator"))?;
-            if !literal.is_empty() {
-                pieces.push(Piece::Literal(std::mem::take(&mut literal)));
-            }
-            let (operator, after) = (&after[..end], &after[end + 1..]);
-            pieces.push(Operator::read(operator).map_or_else(
-                || {
-                    unknown.push(operator.to_owned());
-                    Piece::Unknown
-                },
-                Piece::Operator,
-            ));
-            rest = after;
+/// A template as text. What is not literal is escaped, and shows no secrets.
+fn text(template: &Template, record: &Record<'_>, secrets: Secrets<'_>, escape: fn(&str) -> Cow<'_, str>) -> String {
+    let mut text = String::with_capacity(256);
+    for piece in template.pieces() {
+        match value(piece, record, secrets) {
+            Some(Value::Text(value)) if matches!(piece, Piece::Literal(_)) => text.push_str(&value),
+            Some(Value::Text(value)) => text.push_str(&escape(&value)),
+            Some(Value::Number(number)) => text.push_str(&number.to_string()),
+            None => text.push_str(NOTHING),
         }
-        literal.push_str(rest);
-        if !literal.is_empty() || pieces.is_empty() {
-            pieces.push(Piece::Literal(literal));
-        }
-        Ok(Self(pieces))
     }
+    text
+}
 
-    fn text(&self, record: &Record<'_>, escape: fn(&str) -> Cow<'_, str>) -> String {
-        let mut text = String::with_capacity(256);
-        for piece in &self.0 {
-            match piece.value(record) {
-                Some(Value::Text(value)) if matches!(piece, Piece::Literal(_)) => text.push_str(&value),
-                Some(Value::Text(value)) => text.push_str(&escape(&value)),
-                Some(Value::Number(number)) => text.push_str(&number.to_string()),
-                None => text.push_str(NOTHING),
-            }
-        }
-        text
-    }
-
-    /// A single operator keeps its type.
-    fn json(&self, record: &Record<'_>) -> Json {
-        match &self.0[..] {
-            [piece] => match piece.value(record) {
-                Some(Value::Text(text)) => text.into_owned().into(),
-                Some(Value::Number(number)) => number.into(),
-                None => Json::Null,
-            },
-            _ => self.text(record, |text| Cow::Borrowed(text)).into(),
-        }
+/// A template as a JSON value. A single operator keeps its type.
+fn json(template: &Template, record: &Record<'_>, secrets: Secrets<'_>) -> Json {
+    match template.pieces() {
+        [piece] => match value(piece, record, secrets) {
+            Some(Value::Text(text)) => text.into_owned().into(),
+            Some(Value::Number(number)) => number.into(),
+            None => Json::Null,
+        },
+        _ => text(template, record, secrets, |text| Cow::Borrowed(text)).into(),
     }
 }
 
-impl Piece {
-    fn value<'a>(&'a self, record: &Record<'a>) -> Option<Value<'a>> {
-        match self {
-            Self::Literal(text) => Some(Value::Text(text.as_str().into())),
-            Self::Operator(operator) => operator.value(record),
-            Self::Unknown => None,
-        }
-    }
+/// What a piece stands for, without secrets.
+fn value<'a>(piece: &'a Piece, record: &Record<'a>, secrets: Secrets<'_>) -> Option<Value<'a>> {
+    let (operator, text) = match (piece, piece.value(record)?) {
+        (Piece::Operator(operator), Value::Text(text)) => (operator, text),
+        (_, value) => return Some(value),
+    };
+    let shown = match operator.header(record) {
+        Some(name) => secrets.hide_header(name, &text),
+        None => secrets.hide(&text),
+    };
+    let hidden = (shown != text).then(|| shown.into_owned());
+    Some(Value::Text(hidden.map_or(text, Cow::Owned)))
 }
 
-/// Where the operator ends that `text` begins with: at the first percent sign that is in no parentheses, as
-/// times have percent signs of their own.
-fn operator_end(text: &str) -> Option<usize> {
-    let mut depth = 0_usize;
-    for (at, byte) in text.bytes().enumerate() {
-        match byte {
-            b'(' => depth += 1,
-            b')' => depth = depth.saturating_sub(1),
-            b'%' if depth == 0 => return Some(at),
-            _ => {}
-        }
+impl From<BadTemplate> for BadFormat {
+    fn from(bad: BadTemplate) -> Self {
+        Self(bad.reason())
     }
-    None
 }
 
 impl fmt::Display for BadFormat {
@@ -354,8 +306,8 @@ mod tests {
             for (text, full, empty) in CASES {
                 match Format::text(text) {
                     Ok(format) => {
-                        assert_eq!(format.line(record), format!("{full}\n"), "{text}");
-                        assert_eq!(format.line(&nothing), format!("{empty}\n"), "{text}");
+                        assert_eq!(format.line(record, Secrets::default()), format!("{full}\n"), "{text}");
+                        assert_eq!(format.line(&nothing, Secrets::default()), format!("{empty}\n"), "{text}");
                     }
                     Err(_) => assert!(text.ends_with("(%"), "{text}"),
                 }
@@ -367,7 +319,8 @@ mod tests {
     fn the_default_is_consuls() {
         let format = Format::default();
         assert!(format.unknown().is_empty());
-        let line = |record: &Record<'_>| serde_json::from_str::<Json>(&format.line(record)).unwrap();
+        let line =
+            |record: &Record<'_>| serde_json::from_str::<Json>(&format.line(record, Secrets::default())).unwrap();
         with_record(|record| {
             let expected = json!({
                 "start_time": "1970-01-01T00:00:01.500Z", "route_name": "main", "method": "GET", "path": "/a?b=c",
@@ -390,7 +343,7 @@ mod tests {
         let format = Format::json(json).unwrap();
         assert_eq!(format.unknown(), ["HOSTNAME"]);
         with_record(|record| {
-            let line: Json = serde_json::from_str(&format.line(record)).unwrap();
+            let line: Json = serde_json::from_str(&format.line(record, Secrets::default())).unwrap();
             let deep = json!({"list": ["HTTP/1.1", null, "%"]});
             assert_eq!(line, json!({"n": 4, "t": "4 b, -", "none": null, "one": 1, "deep": deep, "odd": null}));
         });
@@ -408,9 +361,9 @@ mod tests {
         let request =
             Request { protocol: "HTTP/2", method: "GET", path: "/\u{2028}", authority: "", headers: &hostile };
         let record = Record { request: Some(request), ..Record::new(UNIX_EPOCH) };
-        let text = Format::text("%REQ(x-a)% %REQ(:PATH)%").unwrap().line(&record);
+        let text = Format::text("%REQ(x-a)% %REQ(:PATH)%").unwrap().line(&record, Secrets::default());
         assert_eq!(text, "a\\tb\u{fffd}\\u{85}\" /\\u{2028}\n");
-        let json = Format::json(r#"{"a": "%REQ(x-a)%"}"#).unwrap().line(&record);
+        let json = Format::json(r#"{"a": "%REQ(x-a)%"}"#).unwrap().line(&record, Secrets::default());
         assert_eq!(json.matches('\n').count(), 1);
         assert_eq!(serde_json::from_str::<Json>(&json).unwrap()["a"], "a\tb\u{fffd}\u{85}\"");
     }

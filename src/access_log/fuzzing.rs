@@ -4,7 +4,7 @@ use std::time::UNIX_EPOCH;
 
 use http::{HeaderMap, HeaderValue};
 
-use super::{Format, Record, Request, Response};
+use super::{Format, Record, Request, Response, Secrets};
 
 /// A format, then a zero and what a stranger sends in every place.
 pub fn log_format(bytes: &[u8]) {
@@ -25,13 +25,14 @@ pub fn log_format(bytes: &[u8]) {
         ..nothing.clone()
     };
     if let Ok(format) = Format::text(format) {
-        let controls = |record: &Record<'_>| format.line(record).chars().filter(|c| c.is_control()).count();
+        let controls =
+            |record: &Record<'_>| format.line(record, Secrets::default()).chars().filter(|c| c.is_control()).count();
         assert_eq!(controls(&hostile), controls(&nothing), "a stranger adds control characters");
-        assert!(format.line(&hostile).ends_with('\n'));
+        assert!(format.line(&hostile, Secrets::default()).ends_with('\n'));
     }
     if let Ok(format) = Format::json(format) {
         for record in [&hostile, &nothing] {
-            let line = format.line(record);
+            let line = format.line(record, Secrets::default());
             assert_eq!(line.find('\n'), Some(line.len() - 1), "{line:?}");
             assert!(serde_json::from_str::<serde_json::Value>(&line).is_ok_and(|line| line.is_object()), "{line:?}");
         }

@@ -1,18 +1,18 @@
 //! Access logs: one line for each request or connection, in a format made of Envoy's operators.
 //!
-//! [`Settings`] say what is written where, [`Format`] turns a [`Record`] into a line (pure), and [`AccessLog`]
-//! writes lines without ever making the data path wait.
+//! [`Settings`] say what is written where, [`Format`] turns a [`Record`] into a line without its [`Secrets`] (pure), and
+//! [`AccessLog`] writes lines without ever making the data path wait.
 
 mod format;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
-mod operator;
-mod record;
+mod secrets;
 mod settings;
-mod time;
 mod writer;
 
 pub use format::{BadFormat, Format};
-pub use record::{Record, Request, Response, Upstream};
+pub use secrets::Secrets;
 pub use settings::{Settings, Sink};
 pub use writer::{AccessLog, Active};
+
+pub use crate::operators::{Record, Request, Response, Upstream};

@@ -10,8 +10,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use super::record::Record;
+use super::secrets::Secrets;
 use super::settings::{Settings, Sink};
+use crate::operators::Record;
 
 /// Lines that wait to be written; more are dropped.
 const QUEUE: usize = 4096;
@@ -114,8 +115,8 @@ impl Active {
     }
 
     /// Has the record's line written. Never waits: without room in the queue the line is dropped and counted.
-    pub fn log(&self, record: &Record<'_>) {
-        let line = self.settings.format.line(record);
+    pub fn log(&self, record: &Record<'_>, secrets: Secrets<'_>) {
+        let line = self.settings.format.line(record, secrets);
         if let Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) = self.queue.try_send(line) {
             self.dropped.fetch_add(1, Ordering::Relaxed);
         }
@@ -256,9 +257,9 @@ mod tests {
         let log = AccessLog::default();
         assert!(log.active().is_none());
         log.set(Some(&settings(file.path(), "one %RESPONSE_CODE%")));
-        log.active().unwrap().log(&record());
+        log.active().unwrap().log(&record(), Secrets::default());
         log.set(Some(&settings(file.path(), "two")));
-        log.active().unwrap().log(&record());
+        log.active().unwrap().log(&record(), Secrets::default());
         until(|| std::fs::read_to_string(file.path()).unwrap() == "before\none 0\ntwo\n");
         log.set(None);
         assert!(log.active().is_none());
@@ -270,7 +271,7 @@ mod tests {
         let log = AccessLog::default();
         log.set(Some(&settings(file.path(), "line")));
         for _ in 0..1000 {
-            log.active().unwrap().log(&record());
+            log.active().unwrap().log(&record(), Secrets::default());
         }
         log.close(SOON).await;
         assert_eq!(std::fs::read_to_string(file.path()).unwrap().lines().count(), 1000);
@@ -282,12 +283,12 @@ mod tests {
         let log = AccessLog::default();
         log.set(Some(&settings(file.path(), "line")));
         let active = log.active().unwrap();
-        active.log(&record());
+        active.log(&record(), Secrets::default());
         until(|| std::fs::read_to_string(file.path()).unwrap() == "line\n");
         let old = TempFile::new("");
         std::fs::rename(file.path(), old.path()).unwrap();
         until(|| {
-            active.log(&record());
+            active.log(&record(), Secrets::default());
             std::fs::read_to_string(file.path()).is_ok_and(|text| text.starts_with("line\n"))
         });
         assert!(std::fs::read_to_string(old.path()).unwrap().starts_with("line\n"));
@@ -299,11 +300,11 @@ mod tests {
         let settings = settings(Path::new("/nowhere"), "line");
         let active = Active { settings, queue, dropped: Arc::default() };
         for _ in 0..10 {
-            active.log(&record());
+            active.log(&record(), Secrets::default());
         }
         assert_eq!(active.dropped.load(Ordering::Relaxed), 8);
         drop(lines);
-        active.log(&record());
+        active.log(&record(), Secrets::default());
         assert_eq!(active.dropped.load(Ordering::Relaxed), 9);
     }
 
@@ -315,10 +316,10 @@ mod tests {
         let log = AccessLog::default();
         log.set(Some(&settings(&path, "line")));
         let active = log.active().unwrap();
-        active.log(&record());
+        active.log(&record(), Secrets::default());
         std::fs::create_dir(directory.path()).unwrap();
         until(|| {
-            active.log(&record());
+            active.log(&record(), Secrets::default());
             path.exists()
         });
         std::fs::remove_dir_all(directory.path()).unwrap();

@@ -518,6 +518,36 @@ wire! {
         pub prioritize_by_locality: Option<PrioritizeByLocality>,
     }
 
+    pub struct JwksRetryPolicy {
+        pub num_retries: u32,
+        pub retry_policy_back_off: Option<JwksBackOff>,
+    }
+
+    pub struct JwksBackOff {
+        pub base_interval: GoDuration,
+        pub max_interval: GoDuration,
+    }
+
+    pub struct JwtCacheConfig {
+        pub size: i64,
+    }
+}
+
+/// Declares a wire type that remembers which fields it did not know.
+macro_rules! strict_wire {
+    ($($(#[$meta:meta])* pub struct $name:ident { $($(#[$field_meta:meta])* pub $field:ident: $type:ty,)* })*) => {$(
+        $(#[$meta])*
+        #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+        #[serde(rename_all = "PascalCase", default)]
+        pub struct $name {
+            $($(#[$field_meta])* #[serde(deserialize_with = "null_is_default")] pub $field: $type,)*
+            #[serde(flatten)]
+            pub unknown: Unknown,
+        }
+    )*};
+}
+
+strict_wire! {
     /// A config entry `jwt-provider`.
     pub struct JwtProvider {
         pub name: String,
@@ -550,19 +580,12 @@ wire! {
         pub request_timeout_ms: i64,
         pub cache_duration: GoDuration,
         pub fetch_asynchronously: bool,
+        /// Whether the server of the keys is told its name; it always is.
+        #[serde(rename = "UseSNI")]
+        pub use_sni: bool,
         pub retry_policy: Option<JwksRetryPolicy>,
         #[serde(rename = "JWKSCluster")]
         pub jwks_cluster: Option<JwksCluster>,
-    }
-
-    pub struct JwksRetryPolicy {
-        pub num_retries: u32,
-        pub retry_policy_back_off: Option<JwksBackOff>,
-    }
-
-    pub struct JwksBackOff {
-        pub base_interval: GoDuration,
-        pub max_interval: GoDuration,
     }
 
     pub struct JwksCluster {
@@ -607,26 +630,6 @@ wire! {
         pub pad_forward_payload_header: bool,
     }
 
-    pub struct JwtCacheConfig {
-        pub size: i64,
-    }
-}
-
-/// Declares a wire type that remembers which fields it did not know.
-macro_rules! strict_wire {
-    ($($(#[$meta:meta])* pub struct $name:ident { $($(#[$field_meta:meta])* pub $field:ident: $type:ty,)* })*) => {$(
-        $(#[$meta])*
-        #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-        #[serde(rename_all = "PascalCase", default)]
-        pub struct $name {
-            $($(#[$field_meta])* #[serde(deserialize_with = "null_is_default")] pub $field: $type,)*
-            #[serde(flatten)]
-            pub unknown: Unknown,
-        }
-    )*};
-}
-
-strict_wire! {
     /// A row of an intentions list.
     pub struct Intention {
         /// Empty for an intention that lives in a config entry.
@@ -697,6 +700,47 @@ strict_wire! {
     pub struct IntentionJwtClaim {
         pub path: Vec<String>,
         pub value: String,
+    }
+}
+
+/// Fields that every config entry has.
+const OF_ENTRIES: [&str; 7] = ["Kind", "Meta", "Hash", "CreateIndex", "ModifyIndex", "Namespace", "Partition"];
+
+impl JwtProvider {
+    /// The name of some field, here or further in, that this code does not know. It may narrow which tokens are good or
+    /// whose keys are trusted, so that such an entry can't be used.
+    pub fn unknown_field(&self) -> Option<&str> {
+        let own = self.unknown.iter().find(|name| !OF_ENTRIES.contains(name));
+        let keys = || self.json_web_key_set.as_ref().and_then(JsonWebKeySet::unknown_field);
+        let locations = || self.locations.iter().find_map(JwtLocation::unknown_field);
+        let forwarding = || self.forwarding.as_ref().and_then(|forwarding| forwarding.unknown.first());
+        own.or_else(keys).or_else(locations).or_else(forwarding)
+    }
+}
+
+impl JsonWebKeySet {
+    fn unknown_field(&self) -> Option<&str> {
+        let local = || self.local.as_ref().and_then(|local| local.unknown.first());
+        let remote = || self.remote.as_ref().and_then(RemoteJwks::unknown_field);
+        self.unknown.first().or_else(local).or_else(remote)
+    }
+}
+
+impl RemoteJwks {
+    fn unknown_field(&self) -> Option<&str> {
+        let cluster = self.jwks_cluster.as_ref();
+        let tls = cluster.and_then(|cluster| cluster.tls_certificates.as_ref());
+        let trusted = tls.and_then(|tls| tls.trusted_ca.as_ref());
+        let parts = [cluster.map(|it| &it.unknown), tls.map(|it| &it.unknown), trusted.map(|it| &it.unknown)];
+        self.unknown.first().or_else(|| parts.into_iter().flatten().find_map(Unknown::first))
+    }
+}
+
+impl JwtLocation {
+    fn unknown_field(&self) -> Option<&str> {
+        let named = [&self.query_param, &self.cookie].into_iter().flatten().find_map(|named| named.unknown.first());
+        let header = || self.header.as_ref().and_then(|header| header.unknown.first());
+        self.unknown.first().or(named).or_else(header)
     }
 }
 

@@ -232,7 +232,7 @@ impl Draft {
                 self.endpoints(Query::Endpoints(query), &rows, filtered_by_acls);
             }
             Update::PreparedQuery(query, result) => self.prepared_query(query, &result),
-            Update::Mesh(entry) => self.mesh(entry.as_ref()),
+            Update::Mesh(entry) => return self.mesh(entry.as_ref()),
             Update::JwtProvider(name, entry) => return self.jwt_provider(name, entry.as_deref()),
             Update::Keys(source, fetched) => {
                 self.tokens.set_keys(source, fetched);
@@ -334,7 +334,9 @@ impl Draft {
         let definition = self.definition.as_ref()?;
         self.identity.credentials()?;
         self.mesh.as_ref()?;
-        (self.rules.built.is_some() || definition.public.is_none()).then_some(())
+        // The first requests would find no token good.
+        let tokens = self.last.is_some() || !self.tokens.are_waiting();
+        (tokens && (self.rules.built.is_some() || definition.public.is_none())).then_some(())
     }
 
     fn public(&mut self) -> Result<Option<PublicListener>, Bad> {
@@ -342,6 +344,10 @@ impl Draft {
         let plan = definition.public.as_ref().or(self.former.as_ref());
         let parts = plan.zip(self.rules.built.as_ref()).zip(self.identity.credentials());
         let Some((((plan, intentions), credentials), mesh)) = parts.zip(self.mesh.as_ref()) else { return Ok(None) };
+        // One that runs goes on, as denials must not wait; whoever needs a token is denied.
+        if self.public.is_none() && self.tokens.have_refused() {
+            return Ok(None);
+        }
         let made = match &self.server {
             Some((of, protocol, server)) if Arc::ptr_eq(of, credentials) && *protocol == plan.protocol => {
                 Ok(Arc::clone(server))
@@ -465,10 +471,11 @@ impl Draft {
         self.touch(Urgency::Now);
     }
 
-    fn mesh(&mut self, entry: Option<&api::MeshConfig>) {
-        let settings = mesh::settings(entry, &mut self.notes);
+    /// An entry that cannot be used leaves the last good one in force; before there was one, nothing is whole.
+    fn mesh(&mut self, entry: Option<&api::MeshConfig>) -> Result<(), Bad> {
+        let settings = mesh::settings(entry, &mut self.notes)?;
         if self.mesh.as_ref() == Some(&settings) {
-            return;
+            return Ok(());
         }
         if self.identity.set_policy(settings.tls.clone()) {
             self.dirty.upstreams.extend(self.upstreams.keys().cloned());
@@ -476,11 +483,17 @@ impl Draft {
         self.mesh = Some(settings);
         self.dirty.public = true;
         self.touch(Urgency::Now);
+        Ok(())
     }
 
-    /// An entry that cannot be used leaves the last good one in force.
+    /// An entry that cannot be used leaves the last good one in force; before there was one, no public listener is started.
     fn jwt_provider(&mut self, name: String, entry: Option<&api::JwtProvider>) -> Result<(), Bad> {
-        let plan = entry.map(|entry| jwt::provider(entry, &mut self.notes)).transpose()?;
+        let plan = entry.map(|entry| jwt::provider(entry, &mut self.notes)).transpose();
+        let plan = plan.map_err(|Bad(cause)| {
+            self.tokens.refuse_provider(&name);
+            let waits = self.public.is_none() && self.tokens.have_refused();
+            Bad(if waits { format!("{cause}; the public listener does not start before it can be") } else { cause })
+        })?;
         if plan.is_none() {
             self.notes.push(format!(
                 "an intention requires a token of jwt-provider {name}, which there is none of (or the agent is older \
@@ -491,6 +504,10 @@ impl Draft {
         self.tokens.set_provider(name, plan);
         self.ask(before, self.tokens.queries());
         self.refresh_tokens();
+        if self.public.is_none() {
+            self.dirty.public = true;
+            self.touch(Urgency::Now);
+        }
         Ok(())
     }
 
@@ -570,6 +587,11 @@ impl Draft {
     /// An answer that did not come changes nothing, unless there never was one: no upstream waits for ever
     /// for endpoints, as its other targets may have some.
     fn failed(&mut self, query: Query) {
+        if let Query::JwtProvider(name) = &query {
+            self.tokens.miss_provider(name);
+            self.dirty.public |= self.public.is_none();
+            self.touch(Urgency::Now);
+        }
         if !self.users.contains_key(&query) {
             return;
         }
@@ -1420,6 +1442,38 @@ mod tests {
         assert_eq!(names(&stage.publishes()), []);
         bring(&mut stage, "okta", provider(false)).unwrap();
         stage.apply(Update::Keys(source, fetched())).unwrap();
+        stage.publishes_nothing();
+    }
+
+    #[test]
+    fn demands_that_are_not_known_keep_the_public_listener_from_starting() {
+        let ca = Ca::new();
+        let mut stage = Stage::new();
+        let mut service = registration(&[]);
+        service["Proxy"]["Config"] = json!({"protocol": "http"});
+        stage.service(service);
+        let entry = || Some(read(json!({"TLS": {"Incoming": {"TLSMinVersion": "TLSv1_4"}}})));
+        assert!(stage.apply(Update::Mesh(entry())).is_err());
+        stage.roots(&[&ca]).unwrap();
+        stage.leaf("web", ca.leaf("web")).unwrap();
+        let jwt = json!({"Providers": [{"Name": "okta"}]});
+        stage.intentions(json!([{"SourceName": "*", "Action": "allow", "JWT": jwt, "Precedence": 8}]));
+        stage.default_policy(Action::Deny);
+        stage.publishes_nothing();
+        stage.mesh(None);
+        // Nothing was said of the provider yet.
+        stage.publishes_nothing();
+        let provider = |new: &str| {
+            let keys = json!({"Local": {"JWKS": "eyJrZXlzIjpbXX0="}});
+            let entry = read(json!({"Name": "okta", "JSONWebKeySet": keys, "New": new}));
+            Update::JwtProvider("okta".into(), Some(Box::new(entry)))
+        };
+        assert!(stage.apply(provider("x")).unwrap_err().0.contains("does not start"));
+        assert!(stage.publishes().public.is_none());
+        stage.apply(provider("")).unwrap();
+        assert!(stage.publishes().public.is_some());
+        // What runs stays as it is.
+        assert!(stage.apply(provider("x")).is_err() && stage.apply(Update::Mesh(entry())).is_err());
         stage.publishes_nothing();
     }
 

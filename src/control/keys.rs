@@ -37,8 +37,9 @@ pub(super) enum KeySource {
     Remote(RemoteKeys),
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Clone, PartialEq, Eq, Hash)]
 pub(super) struct RemoteKeys {
+    /// May hold credentials.
     pub(super) uri: String,
     /// For one request, from the dial to the last byte.
     pub(super) timeout: Duration,
@@ -150,6 +151,16 @@ impl KeySource {
 }
 
 impl RemoteKeys {
+    /// Scheme, host and path. User, password, query and fragment may be secrets.
+    fn shown_uri(&self) -> String {
+        let Ok(mut uri) = reqwest::Url::parse(&self.uri) else { return "a URI that is none".to_owned() };
+        // They fail where there can be none.
+        let _ = uri.set_username("").and_then(|()| uri.set_password(None));
+        uri.set_query(None);
+        uri.set_fragment(None);
+        uri.into()
+    }
+
     fn pause(&self, failures: u32) -> Duration {
         let grown = |failures: u32| self.back_off.saturating_mul(2_u32.saturating_pow(failures.min(16)));
         match failures {
@@ -240,13 +251,18 @@ fn told(error: reqwest::Error) -> anyhow::Error {
     anyhow::Error::new(error.without_url())
 }
 
-/// A URI without its query, which may hold a secret.
 impl fmt::Display for KeySource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::File(path) => write!(f, "{}", path.display()),
-            Self::Remote(remote) => f.write_str(remote.uri.split('?').next().unwrap_or_default()),
+            Self::Remote(remote) => f.write_str(&remote.shown_uri()),
         }
+    }
+}
+
+impl fmt::Debug for RemoteKeys {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RemoteKeys").field("uri", &self.shown_uri()).finish_non_exhaustive()
     }
 }
 

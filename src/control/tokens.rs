@@ -14,6 +14,10 @@ pub(super) struct Tokens {
     wanted: BTreeSet<String>,
     /// Those of them that there are.
     plans: BTreeMap<String, ProviderPlan>,
+    /// Those whose entry can't be used, and never could: who may do what is not known.
+    refused: BTreeSet<String>,
+    /// Those of which there is no entry, or none that we may read.
+    absent: BTreeSet<String>,
     keys: HashMap<KeySource, Fetched>,
     built: Arc<Providers>,
 }
@@ -30,17 +34,57 @@ impl Tokens {
     /// Takes the names of the providers that matter from now on.
     pub(super) fn want(&mut self, names: BTreeSet<String>) {
         self.plans.retain(|name, _| names.contains(name));
+        self.refused.retain(|name| names.contains(name));
+        self.absent.retain(|name| names.contains(name));
         self.wanted = names;
         self.forget_keys();
     }
 
     /// Takes what became of a provider; `None` is that there is none of that name.
     pub(super) fn set_provider(&mut self, name: String, plan: Option<ProviderPlan>) {
+        if !self.wanted.contains(&name) {
+            return;
+        }
+        self.refused.remove(&name);
+        self.absent.remove(&name);
         match plan {
-            Some(plan) if self.wanted.contains(&name) => drop(self.plans.insert(name, plan)),
-            _ => drop(self.plans.remove(&name)),
+            Some(plan) => drop(self.plans.insert(name, plan)),
+            None => {
+                self.plans.remove(&name);
+                self.absent.insert(name);
+            }
         }
         self.forget_keys();
+    }
+
+    /// The entry of a provider can't be used, so that the last one stays.
+    pub(super) fn refuse_provider(&mut self, name: &str) {
+        if self.wanted.contains(name) && !self.plans.contains_key(name) {
+            self.absent.remove(name);
+            self.refused.insert(name.to_owned());
+        }
+    }
+
+    /// The entry of a provider can't be read, so that the last one stays.
+    pub(super) fn miss_provider(&mut self, name: &str) {
+        if self.are_waiting_for(name) {
+            self.absent.insert(name.to_owned());
+        }
+    }
+
+    /// Whether there is a provider whose entry could never be used.
+    pub(super) fn have_refused(&self) -> bool {
+        !self.refused.is_empty()
+    }
+
+    /// Whether nothing is known yet of some provider.
+    pub(super) fn are_waiting(&self) -> bool {
+        self.wanted.iter().any(|name| self.are_waiting_for(name))
+    }
+
+    fn are_waiting_for(&self, name: &str) -> bool {
+        self.wanted.contains(name)
+            && !(self.plans.contains_key(name) || self.refused.contains(name) || self.absent.contains(name))
     }
 
     pub(super) fn set_keys(&mut self, source: KeySource, fetched: Fetched) {

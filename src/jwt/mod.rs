@@ -229,6 +229,21 @@ impl Providers {
         verified
     }
 
+    /// Names of parameters and cookies that hold tokens.
+    pub fn parameters_and_cookies(&self) -> impl Iterator<Item = &str> {
+        self.0.values().flat_map(|provider| &provider.locations).filter_map(|location| match location {
+            Location::QueryParameter(name) | Location::Cookie(name) => Some(name.as_str()),
+            Location::Header { .. } => None,
+        })
+    }
+
+    /// Whether tokens are looked for in a header of that name.
+    #[must_use]
+    pub fn look_in_header(&self, header: &HeaderName) -> bool {
+        let is_there = |location: &Location| matches!(location, Location::Header { name, .. } if name == header);
+        self.0.values().any(|provider| provider.locations().iter().any(is_there))
+    }
+
     /// The query that the app gets: without the verified tokens, as with headers.
     #[must_use]
     pub fn query_for_app<'a>(&self, verified: &Verified, query: &'a str) -> Cow<'a, str> {

@@ -127,7 +127,9 @@ fn time(claims: &Map<String, Value>, name: &str) -> Result<Option<f64>, Refusal>
 
 fn json<T: for<'de> Deserialize<'de>>(part: &str) -> Result<T, Refusal> {
     let bytes = decode(part).ok_or(Refusal::Malformed)?;
-    serde_json::from_slice(&bytes).map_err(|_| Refusal::Malformed)
+    // Also what is skipped has to be UTF-8 (RFC 7515, 4).
+    let text = std::str::from_utf8(&bytes).map_err(|_| Refusal::Malformed)?;
+    serde_json::from_str(text).map_err(|_| Refusal::Malformed)
 }
 
 impl fmt::Debug for Claims {

@@ -113,7 +113,7 @@ impl Record {
             attempts: 1,
         });
         let flags = if upstream.is_none() && outcome != "denied" { "UF" } else { "" };
-        access.log.log(&access_log::Record {
+        let record = access_log::Record {
             duration: self.started.elapsed(),
             flags: Cow::Borrowed(flags),
             bytes_received: received,
@@ -124,7 +124,8 @@ impl Record {
             downstream_remote: self.remote,
             peer: access.peer.as_deref(),
             ..access_log::Record::new(access.start)
-        });
+        };
+        access.log.log(&record, access_log::Secrets::default());
     }
 }
 

@@ -11,6 +11,7 @@ use super::hash::HashPolicy;
 use super::pattern::Pattern;
 use super::request::{HeaderMatch, RequestView, Text};
 use super::resolver::{REQUEST_TIMEOUT, Resolver};
+use crate::operators::{self, Record, Template};
 
 /// Envoy's default for a stream without bytes in either direction.
 pub const IDLE_TIMEOUT: Duration = Duration::from_secs(5 * 60);
@@ -102,15 +103,23 @@ pub struct Leg<R = Arc<Resolver>> {
     pub resolver: R,
 }
 
-/// Changes to headers, one after the other.
+/// Changes to headers: those of one config entry after those of another.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Edits(Vec<Edit>);
+pub struct Edits(Vec<EntryEdits>);
+
+/// The changes of one config entry, of which no value depends on another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct EntryEdits {
+    remove: Vec<HeaderName>,
+    add: Vec<(HeaderName, EditValue)>,
+    set: Vec<(HeaderName, EditValue)>,
+}
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Edit {
-    Remove(HeaderName),
-    Add(HeaderName, HeaderValue),
-    Set(HeaderName, HeaderValue),
+enum EditValue {
+    Fixed(HeaderValue),
+    /// With operators.
+    Template(Template),
 }
 
 /// When to try again, and how often. A policy without a condition would never apply and is not made.
@@ -206,7 +215,7 @@ impl<'a> Routed<'a> {
 }
 
 impl Route {
-    /// A leg's request edits come after the route's, its response edits before.
+    /// A leg's edits come before the route's, both ways (Envoy 1.40).
     fn routed<'a>(&'a self, request: &RequestView<'_>, random: u64) -> Option<Routed<'a>> {
         let next = match &self.next {
             Next::Splitter(splitter) => splitter.routed(random)?,
@@ -218,7 +227,7 @@ impl Route {
             request_timeout: self.request_timeout,
             idle_timeout: self.idle_timeout,
             retries: self.retries.as_ref(),
-            request_edits: [&self.request_edits, next.request_edits[1]],
+            request_edits: [next.request_edits[0], &self.request_edits],
             response_edits: [next.response_edits[0], &self.response_edits],
             ..next
         })
@@ -335,7 +344,7 @@ impl Splitter {
         let leg = self.pick(random)?;
         let to = Routed::to(&leg.resolver);
         Some(Routed {
-            request_edits: [to.request_edits[0], &leg.request_edits],
+            request_edits: [&leg.request_edits, to.request_edits[1]],
             response_edits: [&leg.response_edits, to.response_edits[1]],
             hash_policies: &self.hash_policies,
             ..to
@@ -354,21 +363,25 @@ impl Splitter {
 }
 
 impl Edits {
-    /// Reads one entry's changes in the order in which Envoy makes them. `%%` in a value is a percent
-    /// sign; Envoy's other `%…%` formats are passed on as they are written.
+    /// Reads one entry's changes, which Envoy makes in this order. `%…%` in values are Envoy's operators.
     ///
     /// # Errors
-    /// Names a header that can't be edited, as it frames the message or is no header, or a value that
-    /// can't be sent.
+    /// Names a header that can't be edited, as it frames the message or is no header, or a value that can't be sent
+    /// or has an operator that Envoy does not know.
     pub fn new<'a>(
         remove: impl IntoIterator<Item = &'a str>,
         add: impl IntoIterator<Item = (&'a str, &'a str)>,
         set: impl IntoIterator<Item = (&'a str, &'a str)>,
     ) -> Result<Self, BadEdit> {
-        let remove = remove.into_iter().map(|name| Ok(Edit::Remove(editable(name)?)));
-        let add = add.into_iter().map(|(name, text)| Ok(Edit::Add(editable(name)?, value(name, text)?)));
-        let set = set.into_iter().map(|(name, text)| Ok(Edit::Set(editable(name)?, value(name, text)?)));
-        remove.chain(add).chain(set).collect::<Result<_, _>>().map(Self)
+        let valued = |(name, text)| Ok((editable(name)?, value(name, text)?));
+        // A value of nothing is not sent.
+        let sent = |edit: &Result<(HeaderName, EditValue), BadEdit>| !matches!(edit, Ok((_, EditValue::Fixed(value))) if value.is_empty());
+        let edits = EntryEdits {
+            remove: remove.into_iter().map(editable).collect::<Result<_, _>>()?,
+            add: add.into_iter().map(valued).filter(sent).collect::<Result<_, _>>()?,
+            set: set.into_iter().map(valued).filter(sent).collect::<Result<_, _>>()?,
+        };
+        Ok(if edits.is_empty() { Self::default() } else { Self(vec![edits]) })
     }
 
     /// These changes, then those.
@@ -383,13 +396,84 @@ impl Edits {
         self.0.is_empty()
     }
 
-    pub fn apply(&self, headers: &mut HeaderMap) {
-        for edit in &self.0 {
-            match edit {
-                Edit::Remove(name) => drop(headers.remove(name)),
-                Edit::Add(name, value) => drop(headers.append(name, value.clone())),
-                Edit::Set(name, value) => drop(headers.insert(name, value.clone())),
-            }
+    /// Operators in values that are never known here, so that nothing stands in their place.
+    pub fn unknown_operators(&self) -> impl Iterator<Item = &str> {
+        self.templates().flat_map(Template::unknown)
+    }
+
+    /// Whether values depend on the exchange.
+    #[must_use]
+    pub fn have_operators(&self) -> bool {
+        self.templates().next().is_some()
+    }
+
+    fn templates(&self) -> impl Iterator<Item = &Template> {
+        let values = self.0.iter().flat_map(|edits| edits.add.iter().chain(&edits.set));
+        values.filter_map(|(_, value)| value.template())
+    }
+
+    /// Makes the changes to the headers of a request. `known` is what operators stand for, but for those headers.
+    pub fn apply_to_request(&self, headers: &mut HeaderMap, known: &Record<'_>) {
+        for edits in &self.0 {
+            edits.apply(headers, |template, headers| {
+                let mut record = known.clone();
+                if let Some(request) = &mut record.request {
+                    request.headers = headers;
+                }
+                template.text(&record)
+            });
+        }
+    }
+
+    /// The same for a response.
+    pub fn apply_to_response(&self, headers: &mut HeaderMap, known: &Record<'_>) {
+        for edits in &self.0 {
+            edits.apply(headers, |template, headers| {
+                let mut record = known.clone();
+                if let Some(response) = &mut record.response {
+                    response.headers = headers;
+                }
+                template.text(&record)
+            });
+        }
+    }
+}
+
+impl EntryEdits {
+    fn is_empty(&self) -> bool {
+        self.remove.is_empty() && self.add.is_empty() && self.set.is_empty()
+    }
+
+    /// What is removed is not there any more when values are made; and no value sees another (Envoy 1.40). One that comes
+    /// to nothing is left out, and leaves what was there.
+    fn apply(&self, headers: &mut HeaderMap, fill: impl Fn(&Template, &HeaderMap) -> String) {
+        for name in &self.remove {
+            headers.remove(name);
+        }
+        let templates = self.add.iter().chain(&self.set).filter_map(|(_, value)| value.template());
+        let made: Vec<Option<HeaderValue>> = templates
+            .map(|template| HeaderValue::from_bytes(fill(template, headers).as_bytes()).ok())
+            .map(|value| value.filter(|value| !value.is_empty()))
+            .collect();
+        let mut made = made.into_iter();
+        let mut value = |value: &EditValue| match value {
+            EditValue::Fixed(value) => Some(value.clone()),
+            EditValue::Template(_) => made.next().flatten(),
+        };
+        for (name, edit) in &self.add {
+            value(edit).map(|value| headers.append(name, value));
+        }
+        for (name, edit) in &self.set {
+            value(edit).map(|value| headers.insert(name, value));
+        }
+    }
+}
+
+impl EditValue {
+    fn template(&self) -> Option<&Template> {
+        match self {
+            Self::Template(template) => Some(template),
+            Self::Fixed(_) => None,
         }
     }
 }
@@ -406,9 +490,17 @@ fn editable(name: &str) -> Result<HeaderName, BadEdit> {
         .ok_or_else(|| BadEdit(format!("the header {name:?} can't be edited")))
 }
 
-fn value(name: &str, text: &str) -> Result<HeaderValue, BadEdit> {
-    HeaderValue::try_from(text.replace("%%", "%"))
-        .map_err(|_| BadEdit(format!("the value of the header {name:?} can't be sent")))
+fn value(name: &str, text: &str) -> Result<EditValue, BadEdit> {
+    let bad = |why: &dyn fmt::Display| BadEdit(format!("the value of the header {name:?} can't be sent: {why}"));
+    let template = Template::read(text).map_err(|error| bad(&error))?;
+    if let Some(operator) = template.unknown().find(|operator| !operators::is_known_to_envoy(operator)) {
+        return Err(bad(&format_args!("there is no operator %{operator}%")));
+    }
+    match template.fixed() {
+        Some(text) => HeaderValue::try_from(text).map(EditValue::Fixed).map_err(|error| bad(&error)),
+        None if HeaderValue::try_from(text).is_err() => Err(bad(&"it has characters that no header has")),
+        None => Ok(EditValue::Template(template)),
+    }
 }
 
 impl RetryPolicy {
@@ -484,7 +576,10 @@ impl std::error::Error for BadEdit {}
 
 #[cfg(test)]
 mod tests {
+    use std::time::SystemTime;
+
     use super::*;
+    use crate::operators::Request;
     use crate::snapshot::{Chain, HashSource, Protocol, ValueTest};
 
     fn resolver() -> Arc<Resolver> {
@@ -679,8 +774,12 @@ mod tests {
         assert!(Splitter::<Arc<Resolver>>::new(Vec::new(), Vec::new()).is_none());
     }
 
+    fn apply(edits: &Edits, headers: &mut HeaderMap) {
+        edits.apply_to_request(headers, &Record::new(SystemTime::UNIX_EPOCH));
+    }
+
     #[test]
-    fn header_edits_of_a_leg_come_inside_those_of_its_route() {
+    fn header_edits_of_a_leg_come_before_those_of_its_route() {
         let add = |value| Edits::new([], [("x-by", value)], []).unwrap();
         let hash = HashPolicy { source: HashSource::SourceIp, terminal: false };
         let leg = Leg { weight: 1, request_edits: add("leg"), response_edits: add("leg"), resolver: resolver() };
@@ -695,10 +794,10 @@ mod tests {
         let routed = chain.route(&view("GET", "/", &headers), 0).unwrap();
         let applied = |edits: [&Edits; 2]| {
             let mut headers = HeaderMap::new();
-            edits.iter().for_each(|edits| edits.apply(&mut headers));
+            edits.iter().for_each(|edits| apply(edits, &mut headers));
             headers.get_all("x-by").iter().map(|value| value.to_str().unwrap().to_owned()).collect::<Vec<_>>()
         };
-        assert_eq!(applied(routed.request_edits), ["route", "leg"]);
+        assert_eq!(applied(routed.request_edits), ["leg", "route"]);
         assert_eq!(applied(routed.response_edits), ["leg", "route"]);
         assert_eq!(routed.hash_policies, [hash]);
     }
@@ -707,13 +806,67 @@ mod tests {
     fn edits_remove_then_add_then_set() {
         let edits = Edits::new(["x-a", "X-B"], [("x-a", "1"), ("x-c", "50%%")], [("x-c", "2"), ("x-d", "3")]).unwrap();
         let mut map = headers(&[("x-a", "0"), ("x-a", "00"), ("x-b", "0"), ("x-c", "0"), ("x-e", "0")]);
-        edits.apply(&mut map);
+        apply(&edits, &mut map);
         assert_eq!(map, headers(&[("x-a", "1"), ("x-c", "2"), ("x-d", "3"), ("x-e", "0")]));
         let mut map = HeaderMap::new();
-        Edits::new([], [("x-c", "50%%")], []).unwrap().then(&Edits::new(["x-a"], [], []).unwrap()).apply(&mut map);
+        apply(&Edits::new([], [("x-c", "50%%")], []).unwrap().then(&Edits::new(["x-a"], [], []).unwrap()), &mut map);
         assert_eq!(map, headers(&[("x-c", "50%")]));
         for (name, value) in [("content-length", "1"), (":path", "/"), ("a b", ""), ("Host", "x"), ("x", "a\nb")] {
             assert!(Edits::new([], [(name, value)], []).is_err(), "{name}");
+        }
+    }
+
+    /// As Envoy 1.40 does with them.
+    #[test]
+    fn operators_in_values_of_edits() {
+        let found = headers(&[("x-in", "in"), ("x-two", "1"), ("x-two", "2"), ("x-old", "old")]);
+        let edited = |remove: &[&str], set: &[(&str, &str)]| {
+            let edits = Edits::new(remove.iter().copied(), [], set.iter().copied()).unwrap();
+            let mut map = found.clone();
+            let (protocol, headers) = ("HTTP/1.1", &HeaderMap::new());
+            let request = Request { protocol, method: "GET", path: "/a?b=c", authority: "db.local", headers };
+            edits.apply_to_request(&mut map, &Record { request: Some(request), ..Record::new(SystemTime::UNIX_EPOCH) });
+            map
+        };
+        for (value, expected) in [
+            ("%PROTOCOL%", Some("HTTP/1.1")),
+            ("%REQ(x-in)%", Some("in")),
+            ("%REQ(X-None?x-in):1%", Some("i")),
+            ("%REQ(x-two)%", Some("1")),
+            ("%REQ(:PATH)%", Some("/a?b=c")),
+            ("%REQ(:METHOD)% %REQ(:AUTHORITY)%", Some("GET db.local")),
+            ("a%REQ(x-none)%b", Some("ab")),
+            ("%REQ(x-none)%", None),
+            ("", None),
+            ("%HOSTNAME%", None),
+            ("%%%PROTOCOL%%%", Some("%HTTP/1.1%")),
+        ] {
+            let expected: Vec<_> = expected.into_iter().collect();
+            let map = edited(&[], &[("x-new", value)]);
+            assert_eq!(map.get_all("x-new").iter().collect::<Vec<_>>(), expected, "{value}");
+        }
+        // What has no value leaves what was there; no value sees another; what is removed is not seen.
+        let map = edited(&[], &[("x-old", "%REQ(x-none)%"), ("x-in", "new"), ("x-copy", "%REQ(x-in)%")]);
+        assert_eq!(
+            (&map["x-old"], &map["x-in"], &map["x-copy"]),
+            (&"old".parse().unwrap(), &"new".parse().unwrap(), &"in".parse().unwrap())
+        );
+        assert!(!edited(&["x-in"], &[("x-copy", "%REQ(x-in)%")]).contains_key("x-copy"));
+        let unknown = Edits::new([], [("x", "%HOSTNAME%%PROTOCOL%")], []).unwrap();
+        assert_eq!(unknown.unknown_operators().collect::<Vec<_>>(), ["HOSTNAME"]);
+        for refused in [
+            "%",
+            "50% off",
+            "%UNKNOWN%",
+            "%REQ(x",
+            "%protocol%",
+            "% PROTOCOL %",
+            "%%%",
+            "%REQ(a b)%",
+            "%REQ%",
+            "%REQ()%",
+        ] {
+            assert!(Edits::new([], [("x", refused)], []).is_err(), "{refused}");
         }
     }
 

@@ -230,7 +230,7 @@ impl<'a> Walk<'a> {
         }
         for wire in &node.splits {
             let next = self.node(&wire.next_node)?;
-            let mut leg = within(outer, wire)?;
+            let mut leg = within(outer, wire, self.notes)?;
             match next.kind.as_str() {
                 "splitter" => self.legs(next, &leg, depth + 1, found)?,
                 "resolver" => {
@@ -328,10 +328,10 @@ impl<'a> Walk<'a> {
 }
 
 /// A leg of a nested splitter: a part of the outer leg's share, with its edits inside the outer ones.
-fn within(outer: &Leg<usize>, wire: &api::ChainSplit) -> Result<Leg<usize>, Bad> {
+fn within(outer: &Leg<usize>, wire: &api::ChainSplit, notes: &mut Notes) -> Result<Leg<usize>, Bad> {
     let definition = wire.definition.as_ref();
-    let request = route::edits(definition.and_then(|definition| definition.request_headers.as_ref()))?;
-    let response = route::edits(definition.and_then(|definition| definition.response_headers.as_ref()))?;
+    let request = route::edits(definition.and_then(|definition| definition.request_headers.as_ref()), notes)?;
+    let response = route::edits(definition.and_then(|definition| definition.response_headers.as_ref()), notes)?;
     // A percentage is at most 10000 hundredths, which also keeps the product of all depths within bounds.
     let hundredths = (wire.weight * 100.0).round().clamp(0.0, 10_000.0);
     Ok(Leg {

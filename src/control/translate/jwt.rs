@@ -37,6 +37,9 @@ pub(in crate::control) struct ProviderPlan {
 /// # Errors
 /// When it has no usable keys, or says something that cannot be followed.
 pub(in crate::control) fn provider(wire: &api::JwtProvider, notes: &mut Notes) -> Result<ProviderPlan, Bad> {
+    if let Some(field) = wire.unknown_field() {
+        return Err(Bad(format!("its field {field:?} is not known and may say which tokens are good")));
+    }
     let set = wire.json_web_key_set.as_ref();
     let (keys, source) = match set.map(|set| (&set.local, &set.remote)) {
         Some((Some(local), _)) => local_keys(local)?,
@@ -235,6 +238,36 @@ mod tests {
             (json!({"TrustedCA": {"InlineBytes": STANDARD.encode("pem")}}), Trust::Pem("pem".into())),
         ] {
             assert_eq!(trust(ca.clone()), expected, "{ca}");
+        }
+    }
+
+    #[test]
+    fn an_entry_with_fields_that_are_not_known_is_refused() {
+        let jwks = STANDARD.encode(r#"{"keys":[]}"#);
+        let remote = |name: &str, value: Value| json!({"Remote": {"URI": "https://a.example/", name: value}});
+        for (field, value) in [
+            ("RequiredClaims", json!(["sub"])),
+            ("JSONWebKeySet", json!({"Local": {"JWKS": jwks}, "Pinned": "x"})),
+            ("JSONWebKeySet", json!({"Local": {"JWKS": jwks, "KeyIDs": ["a"]}})),
+            ("JSONWebKeySet", remote("Pin", "x".into())),
+            ("JSONWebKeySet", remote("JWKSCluster", json!({"Pin": "x"}))),
+            ("JSONWebKeySet", remote("JWKSCluster", json!({"TLSCertificates": {"Pin": "x"}}))),
+            ("JSONWebKeySet", remote("JWKSCluster", json!({"TLSCertificates": {"TrustedCA": {"Pin": "x"}}}))),
+            ("Locations", json!([{"Cookie": {"Name": "c", "Secure": true}}])),
+            ("Locations", json!([{"Header": {"Name": "c", "Once": true}}])),
+            ("Forwarding", json!({"HeaderName": "c", "Only": "x"})),
+        ] {
+            let refused = with(field, value.clone()).expect_err("it says something that is not known");
+            assert!(refused.0.contains("not known"), "{field} {value}: {refused}");
+        }
+        for (field, value) in [
+            ("Meta", json!({"a": "b"})),
+            ("Hash", json!(7)),
+            ("CacheConfig", json!({"Size": 7, "New": 1})),
+            ("RequiredClaims", json!([])),
+            ("JSONWebKeySet", remote("UseSNI", true.into())),
+        ] {
+            assert!(with(field, value.clone()).is_ok(), "{field} {value}");
         }
     }
 

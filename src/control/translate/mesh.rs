@@ -1,6 +1,6 @@
 //! The mesh config entry: what holds for every proxy.
 
-use super::Notes;
+use super::{Bad, Notes};
 use crate::consul::api;
 use crate::snapshot::{EscapedSlashes, Normalization, Underscores};
 use crate::tls::{Parameters, Policy, Versions, is_known_suite};
@@ -13,55 +13,63 @@ pub(in crate::control) struct MeshSettings {
     pub(in crate::control) sanitize_forwarded_cert: bool,
 }
 
-pub(in crate::control) fn settings(wire: Option<&api::MeshConfig>, notes: &mut Notes) -> MeshSettings {
-    let Some(wire) = wire else { return MeshSettings::default() };
+/// # Errors
+/// When it asks of TLS what is not known here, so that peers could agree on less than was asked for.
+pub(in crate::control) fn settings(wire: Option<&api::MeshConfig>, notes: &mut Notes) -> Result<MeshSettings, Bad> {
+    let Some(wire) = wire else { return Ok(MeshSettings::default()) };
     let direction = |name: &str, wire: Option<&api::MeshTlsDirection>, notes: &mut Notes| {
-        wire.map_or_else(Parameters::default, |wire| parameters(wire, name, notes))
+        wire.map_or_else(|| Ok(Parameters::default()), |wire| parameters(wire, name, notes))
     };
     let tls = wire.tls.as_ref();
     let http = wire.http.as_ref();
     let normalization = http.and_then(|http| http.incoming.as_ref()?.request_normalization.as_ref());
-    MeshSettings {
+    Ok(MeshSettings {
         tls: Policy {
-            incoming: direction("Incoming", tls.and_then(|tls| tls.incoming.as_ref()), notes),
-            outgoing: direction("Outgoing", tls.and_then(|tls| tls.outgoing.as_ref()), notes),
+            incoming: direction("Incoming", tls.and_then(|tls| tls.incoming.as_ref()), notes)?,
+            outgoing: direction("Outgoing", tls.and_then(|tls| tls.outgoing.as_ref()), notes)?,
         },
         normalization: normalization.map_or_else(Normalization::default, |wire| self::normalization(wire, notes)),
         sanitize_forwarded_cert: http.is_some_and(|http| http.sanitize_x_forwarded_client_cert),
-    }
+    })
 }
 
-fn parameters(wire: &api::MeshTlsDirection, direction: &str, notes: &mut Notes) -> Parameters {
-    Parameters {
-        versions: versions(&wire.tls_min_version, &wire.tls_max_version, direction, notes),
-        cipher_suites: suites(&wire.cipher_suites, direction, notes),
-    }
+fn parameters(wire: &api::MeshTlsDirection, direction: &str, notes: &mut Notes) -> Result<Parameters, Bad> {
+    Ok(Parameters {
+        versions: versions(&wire.tls_min_version, &wire.tls_max_version, direction, notes)?,
+        cipher_suites: suites(&wire.cipher_suites, direction, notes)?,
+    })
 }
 
-/// The nearest that can be done: nothing below TLS 1.2 is ever spoken.
-fn versions(lowest: &str, highest: &str, direction: &str, notes: &mut Notes) -> Versions {
-    let is_followed = |text: &str| matches!(text, "" | "TLS_AUTO" | "TLSv1_2" | "TLSv1_3");
+/// The nearest that can be done: nothing below TLS 1.2 is ever spoken. A version that is not known may be one above
+/// those that are.
+fn versions(lowest: &str, highest: &str, direction: &str, notes: &mut Notes) -> Result<Versions, Bad> {
     for (bound, text) in [("TLSMinVersion", lowest), ("TLSMaxVersion", highest)] {
-        if !is_followed(text) {
-            notes.push(format!("mesh config entry: TLS.{direction}.{bound} {text:?} becomes TLSv1_2"));
+        match text {
+            "" | "TLS_AUTO" | "TLSv1_2" | "TLSv1_3" => {}
+            "TLSv1_0" | "TLSv1_1" => {
+                notes.push(format!("mesh config entry: TLS.{direction}.{bound} {text:?} becomes TLSv1_2"));
+            }
+            _ => return Err(Bad(format!("its TLS.{direction}.{bound} {text:?} is not known"))),
         }
     }
-    match (lowest, highest) {
+    Ok(match (lowest, highest) {
         ("TLSv1_3", _) => Versions::Tls13,
         (_, "" | "TLS_AUTO" | "TLSv1_3") => Versions::Both,
         _ => Versions::Tls12,
-    }
+    })
 }
 
-fn suites(names: &[String], direction: &str, notes: &mut Notes) -> Vec<String> {
+fn suites(names: &[String], direction: &str, notes: &mut Notes) -> Result<Vec<String>, Bad> {
     let (known, unknown): (Vec<&String>, Vec<&String>) = names.iter().partition(|name| is_known_suite(name));
+    if known.is_empty() && !unknown.is_empty() {
+        return Err(Bad(format!("of its TLS.{direction}.CipherSuites, none is supported: {unknown:?}")));
+    }
     if !unknown.is_empty() {
-        let instead = if known.is_empty() { "; as none is left, all that we know may be used" } else { "" };
         notes.push(format!(
-            "mesh config entry: of TLS.{direction}.CipherSuites, {unknown:?} are not supported and left out{instead}"
+            "mesh config entry: of TLS.{direction}.CipherSuites, {unknown:?} are not supported and left out"
         ));
     }
-    known.into_iter().cloned().collect()
+    Ok(known.into_iter().cloned().collect())
 }
 
 fn normalization(wire: &api::RequestNormalization, notes: &mut Notes) -> Normalization {
@@ -111,12 +119,17 @@ mod tests {
     fn read(wire: Value) -> (MeshSettings, usize) {
         let mut notes = Notes::default();
         let wire: api::MeshConfig = serde_json::from_value(wire).unwrap();
-        (settings(Some(&wire), &mut notes), notes.take().len())
+        (settings(Some(&wire), &mut notes).unwrap(), notes.take().len())
+    }
+
+    fn is_refused(wire: Value) -> bool {
+        let wire: api::MeshConfig = serde_json::from_value(wire).unwrap();
+        settings(Some(&wire), &mut Notes::default()).is_err()
     }
 
     #[test]
     fn without_an_entry_paths_are_normalised_and_no_version_is_ruled_out() {
-        let defaults = settings(None, &mut Notes::default());
+        let defaults = settings(None, &mut Notes::default()).unwrap();
         assert_eq!(read(json!({})), (defaults.clone(), 0));
         assert!(defaults.normalization.path && !defaults.sanitize_forwarded_cert);
         assert_eq!(defaults.tls, Policy::default());
@@ -163,7 +176,6 @@ mod tests {
             ("TLSv1_3", "TLSv1_2", Versions::Tls13, 0),
             ("", "TLSv1_2", Versions::Tls12, 0),
             ("TLSv1_0", "TLSv1_1", Versions::Tls12, 2),
-            ("TLSv1_4", "", Versions::Both, 1),
         ] {
             let wire = json!({"TLSMinVersion": lowest, "TLSMaxVersion": highest});
             let (settings, notes) = direction(&wire);
@@ -171,14 +183,25 @@ mod tests {
             assert_eq!(settings.tls.outgoing, Parameters::default());
         }
         let (known, old) = ("TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384", "TLS_RSA_WITH_AES_128_CBC_SHA");
-        for (names, expected, noted) in
-            [(json!([known]), vec![known], 0), (json!([old, known]), vec![known], 1), (json!([old]), vec![], 1)]
-        {
+        for (names, expected, noted) in [(json!([known]), vec![known], 0), (json!([old, known]), vec![known], 1)] {
             let (settings, notes) = direction(&json!({"CipherSuites": names}));
             assert_eq!(
                 (settings.tls.incoming.cipher_suites, notes),
                 (expected.iter().map(ToString::to_string).collect(), noted)
             );
+        }
+    }
+    #[test]
+    fn what_is_not_known_of_tls_is_refused() {
+        for direction in ["Incoming", "Outgoing"] {
+            for wire in [
+                json!({"TLSMinVersion": "TLSv1_4"}),
+                json!({"TLSMaxVersion": "tlsv1_2"}),
+                json!({"CipherSuites": ["TLS_RSA_WITH_AES_128_CBC_SHA"]}),
+            ] {
+                assert!(is_refused(json!({"TLS": { direction: wire }})), "{direction} {wire}");
+            }
+            assert!(!is_refused(json!({"TLS": { direction: {"CipherSuites": []} }})));
         }
     }
 }

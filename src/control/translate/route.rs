@@ -31,8 +31,8 @@ pub(super) fn route<R>(
         request_timeout: timeout(destination.request_timeout, REQUEST_TIMEOUT),
         idle_timeout: timeout(destination.idle_timeout, IDLE_TIMEOUT),
         retries: retries(destination, &name, notes),
-        request_edits: edits(destination.request_headers.as_ref()).map_err(in_route)?,
-        response_edits: edits(destination.response_headers.as_ref()).map_err(in_route)?,
+        request_edits: edits(destination.request_headers.as_ref(), notes).map_err(in_route)?,
+        response_edits: edits(destination.response_headers.as_ref(), notes).map_err(in_route)?,
         next,
         name,
     })
@@ -47,11 +47,15 @@ pub(super) fn timeout(wire: GoDuration, default: Duration) -> Option<Duration> {
 ///
 /// # Errors
 /// When one of them can't be made.
-pub(super) fn edits(wire: Option<&api::HeaderModifiers>) -> Result<Edits, Bad> {
+pub(super) fn edits(wire: Option<&api::HeaderModifiers>, notes: &mut Notes) -> Result<Edits, Bad> {
     let Some(wire) = wire else { return Ok(Edits::default()) };
     let add = wire.add.iter().map(|(name, value)| (name.as_str(), value.as_str()));
     let set = wire.set.iter().map(|(name, value)| (name.as_str(), value.as_str()));
-    Edits::new(wire.remove.iter().map(String::as_str), add, set).map_err(|bad| Bad(bad.to_string()))
+    let edits = Edits::new(wire.remove.iter().map(String::as_str), add, set).map_err(|bad| Bad(bad.to_string()))?;
+    for operator in edits.unknown_operators() {
+        notes.push(format!("the value of %{operator}% in a header is not known here: nothing stands in its place"));
+    }
+    Ok(edits)
 }
 
 /// Reads how a node's instances are chosen.

@@ -15,6 +15,7 @@ use super::note::{Caller, Note};
 use super::refusal::{Kind, Refusal};
 use super::reply::Asked;
 use super::{bridge, serve, upgrade};
+use crate::access_log::Secrets;
 use crate::drain;
 use crate::jwt::Verified;
 use crate::proxy::codec::incoming::Incoming;
@@ -58,6 +59,9 @@ impl Inbound {
     async fn answer(self: Arc<Self>, mut request: Request<Incoming>) -> Response<Body> {
         let mut asked = Asked::new(&self.caller, &request);
         let listener = Arc::clone(&self.live.borrow().part);
+        if let Some(note) = &mut asked.note {
+            note.hide_tokens_of(&listener.token_providers);
+        }
         let bridged = bridge::spans(listener.protocol, &mut request);
         let mut result = Arc::clone(&self).try_answer(&listener, request, asked.note.as_deref_mut()).await;
         if bridged && let Ok(response) = result {
@@ -159,13 +163,15 @@ impl Inbound {
     }
 
     fn log(&self, listener: &PublicListener, refusal: &Refusal) {
+        // A redirect's is a location, with the query.
+        let secrets = Secrets { providers: Some(&listener.token_providers) };
         tracing::info!(
             target: "proxy.inbound",
             source = %self.peer,
             destination = listener.service,
             src = %Shown(self.remote),
             flag = refusal.kind.flag(),
-            cause = &*refusal.cause,
+            cause = &*secrets.hide(&refusal.cause),
             "Request refused"
         );
     }

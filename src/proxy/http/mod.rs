@@ -11,6 +11,7 @@ mod bridge;
 pub mod certificate;
 pub mod expose;
 pub mod inbound;
+mod known;
 mod message;
 pub mod note;
 pub mod outbound;

@@ -11,7 +11,8 @@ use http_body::Frame;
 
 use super::patience::Expired;
 use super::refusal::{Kind, Refusal};
-use crate::access_log::{self, AccessLog, Active, Record};
+use crate::access_log::{self, AccessLog, Active, Record, Secrets};
+use crate::jwt::Providers;
 use crate::proxy::codec::upload::UploadState;
 use crate::tls::SpiffeId;
 
@@ -40,6 +41,8 @@ pub struct Note {
     trailers: Option<HeaderMap>,
     details: Option<&'static str>,
     flag: &'static str,
+    /// They say where tokens are that the log must not show.
+    providers: Option<Arc<Providers>>,
     upstream: Option<Upstream>,
     upload: Option<UploadState>,
     sent: u64,
@@ -72,6 +75,7 @@ impl Caller {
             trailers: None,
             details: None,
             flag: "",
+            providers: None,
             upstream: None,
             upload: None,
             sent: 0,
@@ -81,6 +85,11 @@ impl Caller {
 }
 
 impl Note {
+    /// The log shows no tokens where these look for them.
+    pub fn hide_tokens_of(&mut self, providers: &Arc<Providers>) {
+        self.providers = Some(Arc::clone(providers));
+    }
+
     /// Where it is sent now.
     pub fn sent_to(&mut self, cluster: impl ToString, host: impl ToString) {
         let attempts = self.upstream.as_ref().map_or(1, |upstream| upstream.attempts + 1);
@@ -131,7 +140,8 @@ impl Drop for Note {
         let host = || self.headers.get(http::header::HOST).and_then(|host| host.to_str().ok());
         // Not all was taken: whoever asked is gone.
         let flag = if self.complete { self.flag } else { "DC" };
-        self.log.log(&Record {
+        let secrets = Secrets { providers: self.providers.as_deref() };
+        let record = Record {
             duration: self.began.elapsed(),
             response_duration: self.answered.map(|at| at - self.began),
             request: Some(access_log::Request {
@@ -162,7 +172,8 @@ impl Drop for Note {
             downstream_remote: self.caller.remote,
             peer: self.caller.peer.as_deref(),
             ..Record::new(self.start)
-        });
+        };
+        self.log.log(&record, secrets);
     }
 }
 

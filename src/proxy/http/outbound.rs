@@ -11,6 +11,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 
 use super::body::{Body, Rest};
+use super::known::Known;
 use super::message::{self, Head, Intake, X_FORWARDED_CLIENT_CERT};
 use super::note::{Caller, Note};
 use super::patience::{Expired, Patience};
@@ -75,6 +76,7 @@ impl Outbound {
     ) -> Result<Response<Body>, Refusal> {
         let client = request.extensions_mut().remove::<OnUpgrade>();
         let (parts, body) = request.into_parts();
+        let version = parts.version;
         // The target goes on as it came: whoever decides about the request normalises it.
         let intake =
             Intake { normalization: &Normalization::NONE, upgrades: &self.upgrades, service: &plan.upstream.name };
@@ -90,7 +92,9 @@ impl Outbound {
             hash_request(routed.hash_policies, &head.view(), source, fastrand::u64(..));
         // HTTP/2 apps are not upgraded to anything.
         let upgradable = client.is_some() && plan.upstream.chain.protocol == Protocol::Http;
-        let head = self.edit(head, &routed, upgradable)?;
+        let known = Known::new(&self.caller, &routed, version);
+        let head = self.edit(head, &known, upgradable)?;
+        let kept = known.keep(&head);
         let upgrades = head.upgrades();
         let exchange = Exchange::new(plan, &routed, &self.live, self.clock, hash);
         let (response, rest) = exchange.run(head, body, note).await?;
@@ -102,9 +106,7 @@ impl Outbound {
                 message::refuse_unasked_switch(&response)?;
                 let (mut parts, body) = response.into_parts();
                 message::strip(&mut parts.headers);
-                for edits in routed.response_edits {
-                    edits.apply(&mut parts.headers);
-                }
+                known.edit_response(kept.as_ref(), parts.status, &mut parts.headers);
                 for cookie in set_cookies {
                     parts.headers.append(SET_COOKIE, cookie);
                 }
@@ -113,17 +115,16 @@ impl Outbound {
         }
     }
 
-    fn edit(&self, mut head: Head, routed: &Routed<'_>, upgradable: bool) -> Result<Head, Refusal> {
+    fn edit(&self, mut head: Head, known: &Known<'_>, upgradable: bool) -> Result<Head, Refusal> {
         if !upgradable {
             head.stay();
         }
         head.headers.remove(X_FORWARDED_CLIENT_CERT);
         message::annotate(&mut head.headers);
-        if let Some(path) = &routed.path {
+        // As in Envoy, before the path is rewritten.
+        known.edit_request(&mut head);
+        if let Some(path) = &known.routed.path {
             head.rewrite(path)?;
-        }
-        for edits in routed.request_edits {
-            edits.apply(&mut head.headers);
         }
         Ok(head)
     }

@@ -20,11 +20,18 @@ impl Asked {
         Self { grpc: is_grpc(request.headers()), note: caller.note(request) }
     }
 
-    /// The response to the request, or to what it was refused for. `tells_cause` has a header say why.
+    /// The response to the request, or to what it was refused for. `tells_cause` has a header say why, ours or that of the
+    /// sidecar behind.
     #[must_use]
     pub fn answer(self, result: Result<Response<Body>, Refusal>, tells_cause: bool) -> Response<Body> {
         let (response, refusal) = match result {
-            Ok(response) => (response, None),
+            Ok(mut response) => {
+                // What another sidecar says names services and addresses too.
+                if !tells_cause {
+                    response.headers_mut().remove(X_LICTOR_CAUSE);
+                }
+                (response, None)
+            }
             Err(refusal) => (reply(&refusal, self.grpc, tells_cause), Some(refusal)),
         };
         let Some(mut note) = self.note else { return response };

@@ -11,7 +11,7 @@ use super::time;
 
 /// One `%…%` of a format.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Operator {
+pub struct Operator {
     kind: Kind,
     /// Longer values are cut to so many bytes.
     longest: Option<usize>,
@@ -112,9 +112,63 @@ const SIMPLE: [(&str, Simple); 28] = [
     ("REQUESTED_SERVER_NAME", Simple::RequestedServerName),
 ];
 
+/// Envoy's other operators (1.40), apart from those about either side of a connection, whose names begin so.
+const OTHERS: [&str; 41] = [
+    "ACCESS_LOG_TYPE",
+    "BYTES_RETRANSMITTED",
+    "CEL",
+    "CLUSTER_METADATA",
+    "COALESCE",
+    "COMMON_DURATION",
+    "CONNECTION_ID",
+    "CUSTOM_FLAGS",
+    "DYNAMIC_METADATA",
+    "EMIT_TIME",
+    "EMIT_TIME_LOCAL",
+    "ENVIRONMENT",
+    "FILTER_CHAIN_NAME",
+    "FILTER_STATE",
+    "HOSTNAME",
+    "LISTENER_NAME",
+    "LOCAL_REPLY_BODY",
+    "METADATA",
+    "PACKETS_RETRANSMITTED",
+    "PATH",
+    "PER_REQUEST_STATE",
+    "QUERY_PARAM",
+    "QUERY_PARAMS",
+    "REQUEST_HEADER",
+    "REQUEST_HEADERS_BYTES",
+    "REQUEST_TX_DURATION",
+    "RESPONSE_FLAGS_LONG",
+    "RESPONSE_HEADER",
+    "RESPONSE_HEADERS_BYTES",
+    "RESPONSE_TRAILER",
+    "RESPONSE_TRAILERS_BYTES",
+    "ROUNDTRIP_DURATION",
+    "ROUTE_RESOLUTION_COUNT",
+    "ROUTE_RESOLUTION_TIME_US",
+    "SPAN_ID",
+    "START_TIME_LOCAL",
+    "STREAM_ID",
+    "STREAM_INFO_REQ",
+    "TRACE_ID",
+    "UNIQUE_ID",
+    "VIRTUAL_CLUSTER_NAME",
+];
+
+/// Whether an operator that can't be told here is one of Envoy's, going by its name.
+#[must_use]
+pub fn is_known_to_envoy(operator: &str) -> bool {
+    let name = operator.split('(').next().unwrap_or_default();
+    let is_name = name.bytes().all(|byte| matches!(byte, b'A'..=b'Z' | b'0'..=b'9' | b'_'));
+    let of_a_side = name.starts_with("DOWNSTREAM_") || name.starts_with("UPSTREAM_");
+    (is_name && of_a_side) || OTHERS.contains(&name)
+}
+
 /// What an operator stands for in one record.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Value<'a> {
+pub enum Value<'a> {
     Text(Cow<'a, str>),
     Number(u64),
 }
@@ -134,8 +188,27 @@ impl Operator {
         Some(Self { kind: Kind::read(name, argument)?, longest })
     }
 
+    /// The header that its value in the record is of.
+    #[must_use]
+    pub fn header(&self, record: &Record<'_>) -> Option<&HeaderName> {
+        type Find = fn(&Name, &Record<'_>) -> bool;
+        let (main, other, is_there): (_, _, Find) = match &self.kind {
+            Kind::Request(main, other) | Kind::RequestWithoutQuery(main, other) => {
+                (main, other, |name, record| name.in_request(record).is_some())
+            }
+            Kind::Response(main, other) => (main, other, |name, record| name.in_response(record).is_some()),
+            Kind::Trailer(name) => return Some(name),
+            _ => return None,
+        };
+        match [Some(main), other.as_ref()].into_iter().flatten().find(|name| is_there(name, record))? {
+            Name::Header(name) => Some(name),
+            _ => None,
+        }
+    }
+
     /// What it stands for; `None` where that is not known.
-    pub(super) fn value<'a>(&self, record: &Record<'a>) -> Option<Value<'a>> {
+    #[must_use]
+    pub fn value<'a>(&self, record: &Record<'a>) -> Option<Value<'a>> {
         let value = self.kind.value(record)?;
         Some(match (value, self.longest) {
             (Value::Text(text), Some(longest)) if text.len() > longest => {
