@@ -146,11 +146,12 @@ impl Strict {
     }
 
     fn step_line(&mut self, bytes: &[u8]) -> Result<usize, &'static str> {
-        let Some(end) = bytes.iter().position(|byte| *byte == b'\n') else {
-            let limit = if self.place == Place::ChunkSize { CHUNK_SIZE_LIMIT } else { LINE_LIMIT };
-            if self.line.len() + bytes.len() > limit {
-                return Err("a line is too long");
-            }
+        let end = bytes.iter().position(|byte| *byte == b'\n');
+        let limit = if self.place == Place::ChunkSize { CHUNK_SIZE_LIMIT } else { LINE_LIMIT };
+        if self.line.len() + end.unwrap_or(bytes.len()) > limit {
+            return Err("a line is too long");
+        }
+        let Some(end) = end else {
             self.line.extend_from_slice(bytes);
             return Ok(bytes.len());
         };
