@@ -12,6 +12,7 @@
 //! * [`jwt`] verifies tokens of requests.
 //! * [`operators`] fills in Envoy's `%…%`, for access logs and edits of headers.
 //! * [`access_log`] turns requests that are over into lines, and writes them.
+//! * `race` runs attempts of which one is to succeed; `resolve` finds and connects to what host names stand for.
 //! * [`snapshot`] holds what the data plane knows at one instant. Values only: no IO, no clock, no
 //!   randomness. Routing and intention decisions are pure functions here.
 //! * [`control`] is the only writer of snapshots: it gathers the agent's answers and publishes whole ones.
@@ -36,7 +37,9 @@ pub mod drain;
 pub mod jwt;
 pub mod operators;
 pub mod proxy;
+mod race;
 pub mod registration;
+mod resolve;
 pub mod snapshot;
 pub mod telemetry;
 pub mod tls;

@@ -206,16 +206,16 @@ class Silent(App):
 class Blackhole:
     """Listens, but answers no connect: its backlog is full of connections that nobody takes."""
 
-    def __init__(self, port):
+    def __init__(self, port, host="127.0.0.1"):
         self._sockets = [socket.socket()]
         self._sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._sockets[0].bind(("127.0.0.1", port))
+        self._sockets[0].bind((host, port))
         self._sockets[0].listen(0)
         # The kernel takes one more than it is told. The others ask again and again, so that it stays full.
         for _ in range(8):
             filler = socket.socket()
             filler.setblocking(False)
-            filler.connect_ex(("127.0.0.1", port))
+            filler.connect_ex((host, port))
             self._sockets.append(filler)
 
     def close(self):

@@ -22,7 +22,6 @@ mod memory;
 mod outbound;
 mod places;
 mod probe;
-mod race;
 mod record;
 mod relay;
 mod socket;

@@ -13,7 +13,7 @@ use super::http::outbound::Outbound;
 use super::limits::{Limit, Permit};
 use super::listener::{Accepted, Live};
 use super::probe;
-use super::race::{Next, Race};
+use crate::race::{Next, Race};
 use super::record::{Direction, Record};
 use super::relay::{self, Broken, Relay, Side};
 use super::socket::Socket;

@@ -13,6 +13,7 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 
+use crate::resolve;
 use crate::snapshot::{Address, Host, LocalApp};
 use crate::tls::with_scratch;
 
@@ -35,14 +36,14 @@ impl Socket {
         }
     }
 
-    /// Dials an address; a name is resolved first.
+    /// Dials an address; a name is resolved first, and whichever of its addresses answers is used.
     ///
     /// # Errors
     /// Those of name resolution and `connect`. The caller sets the time limit.
     pub async fn connect(address: &Address) -> io::Result<Self> {
         let stream = match &address.host {
             Host::Ip(ip) => TcpStream::connect((*ip, address.port)).await?,
-            Host::Name(name) => TcpStream::connect((name.as_str(), address.port)).await?,
+            Host::Name(name) => resolve::connect(&resolve::lookup(name).await?, address.port).await?,
         };
         Ok(Self::tcp(stream))
     }
