@@ -25,7 +25,7 @@ use crate::{control, proxy};
 /// What keeps the proxy from starting: settings that can't be used, and whatever the agent refuses for good
 /// before anything runs.
 pub async fn run(config: Config) -> anyhow::Result<()> {
-    let Config { mode, agent, drain_time, workers, aead, .. } = config;
+    let Config { mode, agent, drain_time, workers, aead, tunnel, .. } = config;
     tracing::info!(target: "proxy", aead = %aead, "TLS record encryption chosen for this processor");
     let mut signals = Signals::new().context("can't listen for signals")?;
     let client = Client::new(&agent)?;
@@ -46,7 +46,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         proxy::run(snapshots, &workers, logged, drained).await;
         Ok(())
     });
-    tasks.spawn(async move { control::run(Watches::new(client), &agent, &mode, aead, publish).await });
+    tasks.spawn(async move { control::run(Watches::new(client), &agent, &mode, aead, tunnel, publish).await });
     if let Some(registration) = registration.clone() {
         tasks.spawn(async move {
             registration.keep().await;

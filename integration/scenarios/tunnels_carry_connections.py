@@ -4,7 +4,9 @@ import signal
 import threading
 import time
 
-from mesh import Authority, Churn, eventually
+import pytest
+
+from mesh import Authority, Churn, Upstream, eventually
 
 CONNECTIONS = 200
 LISTEN, TIME_WAIT = "0A", "06"
@@ -184,3 +186,38 @@ def test_a_sidecar_that_dies_is_passed_on_as_a_reset(mesh):
         assert conn.ask(b"open") == b"open"
         server.process.kill()
         assert conn.end() == "reset"
+
+
+@pytest.mark.parametrize("where", ["client's flag", "client's variable", "server's flag", "server's config", "upstream's config"])
+def test_it_can_be_turned_off(mesh, where):
+    side, _, how = where.partition("'s ")
+    config = {"Config": {"lictor_tunnel": False}}
+    words = {"client": [], "server": [], side: ["-tunnel=false"] if how == "flag" else []}
+    server = mesh.service("server", sidecar=None, proxy=config if where == "server's config" else None)
+    server.start("lictor", *words["server"])
+    upstream = Upstream(server.name, mesh.ports.take(), config if side == "upstream" else {})
+    client = mesh.service("client", [upstream], sidecar=None)
+    client.start("lictor", *words["client"], env={"LICTOR_TUNNEL": "false"} if how == "variable" else None)
+    client.eventually_reaches()
+    made = Sessions(server)
+    for _ in range(20):
+        assert client.reaches()
+        made.look()
+    assert made.count() >= 20
+
+
+def test_it_is_turned_off_and_on_without_a_restart(mesh):
+    server, client = pair(mesh)
+
+    def sessions():
+        made = Sessions(server)
+        for _ in range(20):
+            assert client.reaches()
+            made.look()
+        return made.count()
+
+    eventually(lambda: sessions() < 8, what="sessions are used again and again")
+    for off in (True, False):
+        server.proxy = {"Config": {"lictor_tunnel": not off}}
+        server.register()
+        eventually(lambda: (sessions() >= 20) == off, what=f"it is {'off' if off else 'on'}")

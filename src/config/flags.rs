@@ -132,6 +132,10 @@ pub(super) struct ProcessFlags {
     /// processor.
     #[arg(long, value_name = "library")]
     pub(super) aead: Option<String>,
+    /// Use one TLS session with another lictor for one TCP connection after another (docs/tunnel.md). The default is
+    /// true.
+    #[arg(long, value_name = "true|false")]
+    pub(super) tunnel: Option<String>,
 }
 
 /// The environment variable that stands in for a flag.
@@ -153,6 +157,7 @@ pub(super) fn variable_of(flag: &str) -> Option<&'static str> {
         "drain-time" => "LICTOR_DRAIN_TIME",
         "workers" => "LICTOR_WORKERS",
         "aead" => "LICTOR_AEAD",
+        "tunnel" => "LICTOR_TUNNEL",
         _ => return None,
     })
 }

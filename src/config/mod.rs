@@ -35,6 +35,8 @@ pub struct Config {
     pub workers: usize,
     /// What seals TLS records; default the fastest on this processor.
     pub aead: Aead,
+    /// Whether TLS sessions with other sidecars of ours carry one TCP connection after another; default true.
+    pub tunnel: bool,
     /// What was given in vain, each a sentence for the log.
     pub warnings: Vec<String>,
 }
@@ -174,6 +176,7 @@ struct Process {
     drain_time: Duration,
     workers: usize,
     aead: Aead,
+    tunnel: bool,
 }
 
 /// Brings flags and environment together.
@@ -203,8 +206,8 @@ impl<'a> Reader<'a> {
             .unwrap_or(consul::DEFAULT_CONNECTIONS);
         let agent = self.agent(flags.agent, max_connections).context("Error connecting to Consul agent")?;
         let mode = self.mode(flags.mode, flags.ad_hoc).context("Error preparing configuration")?;
-        let Process { log, drain_time, workers, aead } = process;
-        Ok(Config { mode, agent, log, drain_time, workers, aead, warnings: self.warnings })
+        let Process { log, drain_time, workers, aead, tunnel } = process;
+        Ok(Config { mode, agent, log, drain_time, workers, aead, tunnel, warnings: self.warnings })
     }
 
     fn process(&mut self, flags: ProcessFlags) -> anyhow::Result<Process> {
@@ -224,7 +227,13 @@ impl<'a> Reader<'a> {
             None => std::thread::available_parallelism().map_or(1, usize::from),
         };
         let aead = self.given("aead", flags.aead)?.map_or(Ok(Aead::detect()), |given| aead(&given))?;
-        Ok(Process { log: telemetry::Settings { level, json: flags.log_json }, drain_time, workers, aead })
+        let tunnel = match self.given("tunnel", flags.tunnel)? {
+            None => true,
+            Some(Given { value, from }) => {
+                values::boolean(&value).with_context(|| format!("{from}: {value:?} is neither true nor false"))?
+            }
+        };
+        Ok(Process { log: telemetry::Settings { level, json: flags.log_json }, drain_time, workers, aead, tunnel })
     }
 
     fn mode(&mut self, mode: ModeFlags, ad_hoc: AdHocFlags) -> anyhow::Result<Mode> {

@@ -229,6 +229,9 @@ fn logs_and_process() {
     assert_eq!(aead("ring"), Aead::forced(Implementation::Ring));
     assert_eq!(config("-service web", "LICTOR_AEAD=aws-lc").aead, Aead::forced(Implementation::AwsLc));
     assert_eq!(config("-service web", "").aead, Aead::detect());
+    let tunnel = |line: &str, environment: &str| config(&format!("-service web {line}"), environment).tunnel;
+    assert!(tunnel("", "") && tunnel("-tunnel true", "LICTOR_TUNNEL=false") && tunnel("-tunnel=1", ""));
+    assert!(!tunnel("-tunnel=false", "") && !tunnel("", "LICTOR_TUNNEL=0"));
     let config = config("-service web -log-json -drain-time 1m -workers 3", "LICTOR_DRAIN_TIME=5 LICTOR_WORKERS=9");
     assert_eq!((config.log.json, config.drain_time, config.workers), (true, Duration::from_secs(60), 3));
     assert_eq!(self::config("-service web", "LICTOR_DRAIN_TIME=5").drain_time, Duration::from_secs(5));
@@ -260,6 +263,7 @@ fn wrong_input_is_told_in_a_sentence() {
             "-agent-connections: 2 are needed, one that waits for intentions alone",
         ),
         ("-service web -agent-connections 129", "", "-agent-connections: \"129\" is not a number from 2 to 128"),
+        ("-service web -tunnel off", "", "-tunnel: \"off\" is neither true nor false"),
         ("-service web -workers 0", "", "-workers: \"0\" is not a number from 1 to 1024"),
         (
             "-service web -http-addr ftp://x",

@@ -96,6 +96,8 @@ pub(super) enum Urgency {
 pub(super) struct Draft {
     /// Whether namespaces and partitions may be sent.
     enterprise: bool,
+    /// Whether this process uses the tunnel at all.
+    tunnel: bool,
     definition: Option<Definition>,
     /// `None` until the agent has said whether there is an entry.
     mesh: Option<MeshSettings>,
@@ -107,9 +109,9 @@ pub(super) struct Draft {
     prepared: HashMap<PreparedQuery, Prepared>,
     /// By the query, for endpoints or of a prepared query, that brought them.
     instances: HashMap<Query, Instances>,
-    /// Made of these credentials for this protocol. It outlives changes of all else, as it holds the keys of the tickets
+    /// Made of these credentials for these application protocols. It outlives changes of all else, as it holds the keys of the tickets
     /// that were given out.
-    server: Option<(Arc<Credentials>, Protocol, Arc<tls::Server>)>,
+    server: Option<(Arc<Credentials>, Alpn, Arc<tls::Server>)>,
     public: Option<Arc<PublicListener>>,
     /// The plan of the public listener that the registration no longer has. Whatever is still open on it is judged on.
     former: Option<PublicPlan>,
@@ -165,6 +167,15 @@ impl Draft {
         Self { identity: Identity::new(aead), ..self }
     }
 
+    /// The same with the tunnel, or without it whatever the definition says. To be said before there is a definition.
+    pub(super) fn with_tunnel(mut self, tunnel: bool) -> Self {
+        self.tunnel = tunnel;
+        if let Some(definition) = &mut self.definition {
+            definition.restrict_tunnel(tunnel);
+        }
+        self
+    }
+
     /// Without an id, the definition comes from elsewhere and is not asked for.
     fn new(proxy_id: Option<String>, enterprise: bool) -> Self {
         let registered = proxy_id.map(|id| [Query::Service(id), Query::Mesh]);
@@ -172,6 +183,7 @@ impl Draft {
         Self {
             wants: first.map(Want::Start).collect(),
             enterprise,
+            tunnel: true,
             definition: None,
             mesh: None,
             identity: Identity::default(),
@@ -348,11 +360,10 @@ impl Draft {
         if self.public.is_none() && self.tokens.have_refused() {
             return Ok(None);
         }
+        let alpn = server_alpn(plan.protocol, plan.tunnel);
         let made = match &self.server {
-            Some((of, protocol, server)) if Arc::ptr_eq(of, credentials) && *protocol == plan.protocol => {
-                Ok(Arc::clone(server))
-            }
-            _ => credentials.server(server_alpn(plan.protocol)),
+            Some((of, offered, server)) if Arc::ptr_eq(of, credentials) && *offered == alpn => Ok(Arc::clone(server)),
+            _ => credentials.server(alpn),
         };
         let tls = match (made, &self.server) {
             (Ok(server), _) => server,
@@ -363,7 +374,7 @@ impl Draft {
             }
             (Err(error), None) => return Err(Bad(error.to_string())),
         };
-        self.server = Some((Arc::clone(credentials), plan.protocol, Arc::clone(&tls)));
+        self.server = Some((Arc::clone(credentials), alpn, Arc::clone(&tls)));
         Ok(Some(PublicListener {
             bind: plan.bind.clone(),
             service: definition.service.clone(),
@@ -388,7 +399,8 @@ impl Draft {
         self.definition.as_ref().is_some_and(|definition| definition.service == service)
     }
 
-    fn define(&mut self, new: Definition) {
+    fn define(&mut self, mut new: Definition) {
+        new.restrict_tunnel(self.tunnel);
         if self.definition.as_ref() == Some(&new) {
             return;
         }
@@ -684,6 +696,9 @@ impl Draft {
     }
 }
 
+/// Application protocols that a server offers.
+type Alpn = &'static [&'static [u8]];
+
 /// What the definition alone makes us ask. Who neither has a public listener nor had one needs no rules.
 fn about_us(definition: &Definition, former: Option<&PublicPlan>) -> Vec<Query> {
     let service = &definition.service;
@@ -693,9 +708,10 @@ fn about_us(definition: &Definition, former: Option<&PublicPlan>) -> Vec<Query> 
 }
 
 /// What Envoy's public listener offers under Consul 1.14 and later, and what two of ours speak.
-fn server_alpn(protocol: Protocol) -> &'static [&'static [u8]] {
+fn server_alpn(protocol: Protocol, tunnel: bool) -> Alpn {
     match protocol {
-        Protocol::Tcp => tls::TUNNELS,
+        Protocol::Tcp if tunnel => tls::TUNNELS,
+        Protocol::Tcp => &[],
         Protocol::Http | Protocol::Http2 | Protocol::Grpc => &[b"h2", b"http/1.1"],
     }
 }

@@ -50,7 +50,8 @@ const UNKNOWN_TOKEN_WAIT: Duration = Duration::from_secs(40);
 const TELL_AGAIN: Duration = Duration::from_secs(60);
 
 /// Keeps `publish` up to date with what the agent says, until nobody reads it any more. The value is `None`
-/// until the first whole snapshot. `aead` is what its credentials seal TLS records with.
+/// until the first whole snapshot. `aead` is what its credentials seal TLS records with. Without `tunnel` each
+/// connection has a TLS session of its own.
 ///
 /// # Errors
 /// What [`resolve_proxy_id`] fails with, flags that define no proxy, and a token that the agent refuses before
@@ -60,6 +61,7 @@ pub async fn run(
     agent: &consul::Settings,
     mode: &Mode,
     aead: Aead,
+    tunnel: bool,
     publish: watch::Sender<Option<Arc<Snapshot>>>,
 ) -> anyhow::Result<()> {
     let enterprise = agent.namespace.is_some() || agent.partition.is_some();
@@ -71,7 +73,8 @@ pub async fn run(
             Draft::ad_hoc(definition)
         }
     }
-    .sealed_by(aead);
+    .sealed_by(aead)
+    .with_tunnel(tunnel);
     let (sender, news) = mpsc::channel(NEWS);
     let (running, keepers) = (HashMap::new(), HashMap::new());
     let (registration, unknown_token) = (Registration::Unknown, UnknownToken::default());
@@ -451,7 +454,7 @@ mod tests {
         let (publish, published) = watch::channel(None);
         let control = tokio::spawn(async move {
             let watches = Watches::new(Client::new(&settings)?);
-            run(watches, &settings, &mode, Aead::detect(), publish).await
+            run(watches, &settings, &mode, Aead::detect(), true, publish).await
         });
         (control, published)
     }

@@ -159,7 +159,11 @@ impl UpstreamDraft {
         protocol: Protocol,
         credentials: &Arc<Credentials>,
     ) -> Result<Arc<Target>, Bad> {
-        let same = |built: &&Built| Arc::ptr_eq(&built.credentials, credentials) && built.chain.protocol == protocol;
+        let tunnel = self.plan.tunnel;
+        let same = |built: &&Built| {
+            let settings = (built.chain.protocol, built.plan.tunnel);
+            Arc::ptr_eq(&built.credentials, credentials) && settings == (protocol, tunnel)
+        };
         let before = self.built().filter(same);
         let before = before.and_then(|built| {
             let mut targets = built.chain.targets.iter().zip(&built.targets);
@@ -169,7 +173,10 @@ impl UpstreamDraft {
         match before {
             Some(target) if Arc::ptr_eq(&target.endpoints, &endpoints) => Ok(Arc::clone(target)),
             Some(target) => Ok(Arc::new(new_target(plan, Arc::clone(&target.tls), endpoints))),
-            None => Ok(Arc::new(new_target(plan, client(plan, expected.to_vec(), protocol, credentials)?, endpoints))),
+            None => {
+                let tls = client(plan, expected.to_vec(), protocol, tunnel, credentials)?;
+                Ok(Arc::new(new_target(plan, tls, endpoints)))
+            }
         }
     }
 
@@ -297,6 +304,7 @@ fn client(
     plan: &TargetPlan,
     expected: Vec<SpiffeId>,
     protocol: Protocol,
+    tunnel: bool,
     credentials: &Credentials,
 ) -> Result<Arc<tls::Client>, Bad> {
     let us = credentials.id();
@@ -309,7 +317,8 @@ fn client(
     };
     let alpn: &[&[u8]] = match protocol {
         // Consul's own proxies offer none. A server that refuses a name it does not know is asked again without.
-        Protocol::Tcp => tls::TUNNELS,
+        Protocol::Tcp if tunnel => tls::TUNNELS,
+        Protocol::Tcp => &[],
         Protocol::Http => &[b"h2", b"http/1.1"],
         Protocol::Http2 | Protocol::Grpc => &[b"h2"],
     };

@@ -13,13 +13,13 @@ use super::http::outbound::Outbound;
 use super::limits::{Limit, Permit};
 use super::listener::{Accepted, Live};
 use super::probe;
-use crate::race::{Next, Race};
 use super::record::{Direction, Record};
 use super::relay::{self, Broken, Relay, Side};
 use super::socket::Socket;
 use super::tunnel::{Carrier, Refusal};
 use crate::access_log::AccessLog;
 use crate::drain::{self, Stage};
+use crate::race::{Next, Race};
 use crate::snapshot::Target;
 use crate::tls::{self, SpiffeId};
 

@@ -38,6 +38,14 @@ pub(in crate::control) struct Definition {
     pub(in crate::control) access_log: Option<AccessLog>,
 }
 
+impl Definition {
+    /// Leaves the tunnel as it is, or turns it off everywhere.
+    pub(in crate::control) fn restrict_tunnel(&mut self, on: bool) {
+        self.public.iter_mut().for_each(|public| public.tunnel &= on);
+        self.upstreams.values_mut().for_each(|upstream| upstream.tunnel &= on);
+    }
+}
+
 /// The public listener but for credentials and intentions.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::control) struct PublicPlan {
@@ -52,6 +60,8 @@ pub(in crate::control) struct PublicPlan {
     /// Answers of ours say why in a header.
     pub(in crate::control) tells_cause: bool,
     pub(in crate::control) upgrades: Upgrades,
+    /// Whether the tunnel is agreed to, tcp only: `lictor_tunnel`.
+    pub(in crate::control) tunnel: bool,
 }
 
 /// An upstream but for its chain.
@@ -62,6 +72,8 @@ pub(in crate::control) struct UpstreamPlan {
     pub(in crate::control) limits: Limits,
     pub(in crate::control) passive_health_check: PassiveHealthCheck,
     pub(in crate::control) requests: RequestSettings,
+    /// Whether the tunnel is offered, tcp only: `lictor_tunnel`, of the upstream or else of the proxy.
+    pub(in crate::control) tunnel: bool,
 }
 
 /// What tells an upstream's targets.
@@ -140,6 +152,7 @@ pub(in crate::control) fn ad_hoc(flags: &AdHoc) -> Result<Definition, Bad> {
             limits: Limits::default(),
             passive_health_check: PassiveHealthCheck::default(),
             requests: RequestSettings::default(),
+            tunnel: true,
         };
         (key, plan)
     });
@@ -164,6 +177,7 @@ fn plain_public(bind: Bind, local_app: LocalApp) -> PublicPlan {
         max_connections: None,
         tells_cause: false,
         upgrades: Upgrades::default(),
+        tunnel: true,
     }
 }
 
@@ -194,6 +208,7 @@ fn public(service: &api::AgentService, proxy: &api::Proxy, notes: &mut Notes) ->
         max_connections: config.count("max_inbound_connections", notes).filter(|max| *max > 0).map(saturate),
         tells_cause: tells_cause(config, notes),
         upgrades: upgrades(config, notes),
+        tunnel: tunnel(config, notes).unwrap_or(true),
         ..plain
     })
 }
@@ -310,8 +325,9 @@ fn local_app(proxy: &api::Proxy, notes: &mut Notes) -> Option<LocalApp> {
 fn upstreams(proxy: &api::Proxy, enterprise: bool, notes: &mut Notes) -> BTreeMap<UpstreamKey, UpstreamPlan> {
     let mut bound = BTreeSet::new();
     let mut plans = BTreeMap::new();
+    let tunnel = tunnel(Opaque::new(Some(&proxy.config), "proxy config"), notes).unwrap_or(true);
     for wire in &proxy.upstreams {
-        let Some((key, plan)) = upstream(wire, &proxy.mesh_gateway.mode, enterprise, notes) else { continue };
+        let Some((key, plan)) = upstream(wire, &proxy.mesh_gateway.mode, tunnel, enterprise, notes) else { continue };
         if bound.insert(key.bind.clone()) {
             plans.insert(key, plan);
         } else {
@@ -325,6 +341,7 @@ fn upstreams(proxy: &api::Proxy, enterprise: bool, notes: &mut Notes) -> BTreeMa
 fn upstream(
     wire: &api::Upstream,
     proxy_mode: &str,
+    proxy_tunnel: bool,
     enterprise: bool,
     notes: &mut Notes,
 ) -> Option<(UpstreamKey, UpstreamPlan)> {
@@ -363,6 +380,7 @@ fn upstream(
             tells_cause: tells_cause(config, notes),
             upgrades: upgrades(config, notes),
         },
+        tunnel: tunnel(config, notes).unwrap_or(proxy_tunnel),
     };
     Some((key, plan))
 }
@@ -457,6 +475,11 @@ fn upgrades(config: Opaque<'_>, notes: &mut Notes) -> Upgrades {
         ));
     }
     Upgrades::new(names)
+}
+
+/// Whether two of ours may use a session for several connections.
+fn tunnel(config: Opaque<'_>, notes: &mut Notes) -> Option<bool> {
+    config.count("lictor_tunnel", notes).map(|on| on > 0)
 }
 
 fn limits(config: Opaque<'_>, notes: &mut Notes) -> Limits {
@@ -751,6 +774,28 @@ mod tests {
         );
         let inherited = definition.upstreams.into_values().next().unwrap().source;
         assert!(matches!(inherited, Source::Chain(q) if q.overrides.mesh_gateway_mode.as_deref() == Some("none")));
+    }
+
+    #[test]
+    fn an_upstream_uses_the_tunnel_unless_it_or_the_proxy_says_otherwise() {
+        let upstreams = json!([
+            {"DestinationName": "a", "LocalBindPort": 1},
+            {"DestinationName": "b", "LocalBindPort": 2, "Config": {"lictor_tunnel": true}},
+            {"DestinationName": "c", "LocalBindPort": 3, "Config": {"LictorTunnel": false}},
+        ]);
+        for (config, public, expected) in [
+            (json!({}), true, [true, true, false]),
+            (json!({"lictor_tunnel": false}), false, [false, true, false]),
+            (json!({"lictor_tunnel": "true"}), true, [true, true, false]),
+        ] {
+            let (mut definition, _) = sidecar(json!({}), json!({"Config": config, "Upstreams": upstreams}));
+            let seen = |definition: &Definition| -> Vec<bool> {
+                definition.upstreams.values().map(|upstream| upstream.tunnel).collect()
+            };
+            assert_eq!((definition.public.as_ref().unwrap().tunnel, seen(&definition)), (public, expected.to_vec()));
+            definition.restrict_tunnel(false);
+            assert_eq!((definition.public.as_ref().unwrap().tunnel, seen(&definition)), (false, vec![false; 3]));
+        }
     }
 
     #[test]

@@ -28,8 +28,8 @@ use crate::proxy::dial::{Offer, Pace, attempt};
 use crate::proxy::limits::{Limit, Overflow, Permit};
 use crate::proxy::listener::Live;
 use crate::proxy::probe;
-use crate::race::{Next, Race};
 use crate::proxy::socket::Socket;
+use crate::race::{Next, Race};
 use crate::snapshot::{Failure, Normalization, Protocol, RequestHash, Routed, Target, Upgrades, hash_request};
 
 /// One connection of the local app.
