@@ -177,7 +177,7 @@ enum Reached {
     /// Its app has the connection.
     App(InFlight),
     /// Its sidecar has it. Whether there is an app behind is seen from what comes back.
-    Sidecar(Picked),
+    Sidecar(Box<Picked>),
 }
 
 /// An instance that gave no connection.
@@ -267,7 +267,7 @@ type Won = (Carrier<Socket>, Arc<SpiffeId>, Reached);
 async fn reach(target: Arc<Target>, picked: Picked, until: Instant, clock: Clock) -> Result<Won, Failure> {
     match dial::connect(&target, picked.instance(), until).await {
         Ok((mesh, peer)) if mesh.answers_for_app() => Ok((mesh, peer, Reached::App(picked.connected(clock.now())))),
-        Ok((mesh, peer)) => Ok((mesh, peer, Reached::Sidecar(picked))),
+        Ok((mesh, peer)) => Ok((mesh, peer, Reached::Sidecar(Box::new(picked)))),
         Err(why) => {
             let instance = Arc::clone(picked.instance());
             // A denial says nothing of the instance.

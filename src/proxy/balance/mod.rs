@@ -451,12 +451,12 @@ impl Balancer {
     }
 
     /// Ejects an instance, unless too many are.
-    fn eject(&self, instance: &Instance, now: u64, probe: bool) {
+    fn eject(&self, instance: &Instance, now: u64, probe: bool, gone: bool) {
         let _ejecting = self.shared.ejecting.lock().unwrap_or_else(PoisonError::into_inner);
         if !probe && !instance.state.circuit.lets_in(now) {
             return;
         }
-        if !self.may_be_ejected(instance, now) {
+        if !self.may_be_ejected(instance, now, gone) {
             if probe {
                 instance.state.circuit.open();
             }
@@ -466,13 +466,15 @@ impl Balancer {
         tracing::warn!(target: "proxy.upstream", instance = %instance.address, seconds = time.as_secs(), "An instance is ejected for its errors");
     }
 
-    fn may_be_ejected(&self, instance: &Instance, now: u64) -> bool {
+    /// Where nothing is said: as many as give no answer, but of those that answer with errors, which may be the requests'
+    /// own, few. Never the last that can be used.
+    fn may_be_ejected(&self, instance: &Instance, now: u64, gone: bool) -> bool {
         let others = || self.instances.iter().filter(|other| !other.is_same(instance));
         let ejected = 1 + others().filter(|other| !other.state.circuit.lets_in(now)).count();
         let within = |percent: u32| ejected * 100 <= self.instances.len().saturating_mul(percent as usize);
         match self.settings.passive_health_check.max_ejection_percent {
             Some(percent) => within(percent),
-            None => (ejected == 1 || within(EJECTED)) && others().any(|other| other.is_fit(now)),
+            None => (gone || ejected == 1 || within(EJECTED)) && others().any(|other| other.is_fit(now)),
         }
     }
 }
@@ -545,7 +547,7 @@ impl Picked {
             Outcome::ServerError | Outcome::Reset => {
                 state.latency.record_error(latency, now);
                 state.reached();
-                self.failed(now);
+                self.failed(now, outcome == Outcome::Reset);
             }
             Outcome::Unreachable => state.could_not_be_reached(now, self.probe.aside),
         }
@@ -562,12 +564,13 @@ impl Picked {
         }
     }
 
-    fn failed(&self, now: u64) {
+    /// `gone`: there was no answer.
+    fn failed(&self, now: u64, gone: bool) {
         let instance = self.in_flight.instance();
         let check = &self.balancer.settings.passive_health_check;
         let enforced = self.die < u64::from(check.enforcing_consecutive_5xx);
         if self.probe.circuit || (instance.state.fails_too_often(check.max_failures) && enforced) {
-            self.balancer.eject(instance, now, self.probe.circuit);
+            self.balancer.eject(instance, now, self.probe.circuit, gone);
         }
     }
 }
@@ -658,7 +661,7 @@ const OF_LATE: u64 = 60_000;
 /// How exactly such a time is kept, in milliseconds, so that few have to write it.
 const NOTED: u64 = 1_000;
 const NEVER: u64 = u64::MAX;
-/// Part in percent of the instances that may be ejected where nothing is said; the default of Envoy.
+/// Part in percent of the instances that may be ejected for errors where nothing is said; the default of Envoy.
 const EJECTED: u32 = 10;
 
 /// Milliseconds since it was made, for states that are shared between threads without a lock.

@@ -582,3 +582,15 @@ fn a_probe_keeps_an_instance_aside_and_brings_it_back() {
     drop(permits);
     assert!(balancer.probe_permit().is_some());
 }
+
+#[test]
+fn as_many_as_give_no_answer_are_ejected_while_another_is_left() {
+    for (outcome, ejected) in [(Outcome::Reset, 3), (Outcome::ServerError, 1)] {
+        let balancer = balancer(Policy::Unset, &[1; 4]);
+        for instance in 0..4 {
+            (0..20).for_each(|_| report(&balancer, instance, outcome, 0));
+        }
+        let out = balancer.instances.iter().filter(|instance| !instance.is_fit(0)).count();
+        assert_eq!(out, ejected, "{outcome:?}");
+    }
+}

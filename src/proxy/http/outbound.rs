@@ -149,6 +149,8 @@ struct Exchange<'a> {
     hash: Option<u64>,
     /// Where an instance is being connected to.
     current: Option<Current<'a>>,
+    /// Where the request was sent last.
+    sent_to: Option<&'a Arc<Target>>,
     /// Those that are being connected to.
     connecting: Vec<Arc<Instance>>,
     /// Those that could not be used or have answered badly.
@@ -191,6 +193,7 @@ impl<'a> Exchange<'a> {
             clock,
             hash,
             current: None,
+            sent_to: None,
             connecting: Vec::new(),
             tried: Vec::new(),
             unreachable: Vec::new(),
@@ -410,7 +413,10 @@ impl<'a> Exchange<'a> {
         upload: Option<&UploadState>,
         patience: &mut Patience,
     ) -> Result<Tried, Refusal> {
-        let permit = self.current.take().map(|current| current.permit);
+        let permit = self.current.take().map(|Current { target, permit, .. }| {
+            self.sent_to = Some(target);
+            permit
+        });
         let authority = head.authority.clone();
         let reused = lent.reused;
         // What may be sent twice: streams can be refused, idle connections can be closing, retries be asked for.
@@ -480,6 +486,9 @@ impl<'a> Exchange<'a> {
             self.reasons.push(format!("{} closed the connection: {told}", instance.address));
             if !reused {
                 picked.report(Outcome::Unreachable, Duration::ZERO, now);
+                if let Some(target) = self.sent_to {
+                    probe::begin(self.live, target, &instance, self.clock);
+                }
                 self.unreachable.push(Arc::clone(&instance));
                 self.tried.push(instance);
             }
