@@ -138,6 +138,7 @@ pub(super) struct Schedule<W> {
     next_id: Id,
     refetches: RefetchBudget,
     began: Instant,
+    interrupted: Option<Instant>,
 }
 
 struct Entry<W> {
@@ -186,7 +187,7 @@ struct Known {
 impl<W> Schedule<W> {
     pub(super) fn new(began: Instant) -> Self {
         let (entries, tables, refetches) = (BTreeMap::new(), HashMap::new(), RefetchBudget::default());
-        Self { entries, tables, before_1_9: false, next_id: 0, refetches, began }
+        Self { entries, tables, before_1_9: false, next_id: 0, refetches, began, interrupted: None }
     }
 
     /// Asks one more thing from now on. `watch` makes the work of the table's watch, where there is none yet.
@@ -240,6 +241,18 @@ impl<W> Schedule<W> {
         if let Some(entry) = self.entries.get_mut(&id) {
             entry.awaited = true;
         }
+    }
+
+    /// Whether a request that rotates may be given up for something new: seldom enough that the agent has let go of the one
+    /// before.
+    pub(super) fn may_interrupt(&mut self, now: Instant) -> bool {
+        let rotates = |entry: &Entry<W>| entry.blocking.is_some_and(|wait| wait < LONG_WAIT);
+        let may = self.entries.values().any(rotates)
+            && self.interrupted.is_none_or(|at| now.saturating_duration_since(at) >= ROTATION_BOUNDS.1 * 2);
+        if may {
+            self.interrupted = Some(now);
+        }
+        may
     }
 
     /// The agent is back: what failed is tried at once, and what time tells of is looked at.

@@ -105,9 +105,14 @@ impl Watches {
         let shared = &self.running.shared;
         let role = query::role(&mut query, shared.client.has_tables());
         let ongoing = Ongoing::new(query, events, wrap);
-        let id = shared.lock().add(role, ongoing, Instant::now(), Ongoing::watch);
+        let nobody_waits = shared.waiting.load(Ordering::Relaxed) == 0;
+        let now = Instant::now();
+        let mut schedule = shared.lock();
+        let id = schedule.add(role, ongoing, now, Ongoing::watch);
+        let interrupts = nobody_waits && schedule.may_interrupt(now);
+        drop(schedule);
         shared.work.notify_waiters();
-        if shared.waiting.load(Ordering::Relaxed) == 0 {
+        if interrupts {
             shared.urgent.notify_waiters();
         }
         Watch { id, running: self.running.clone() }
