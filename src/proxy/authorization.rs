@@ -5,14 +5,84 @@
 //! runs out ends nothing that is open, as in Envoy: peers renew theirs while connections go on.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
 
+use rustls_pki_types::CertificateDer;
 use tokio::sync::watch;
 
 use super::listener::Live;
 use crate::drain::Stage;
-use crate::snapshot::{Decision, PublicListener};
-use crate::tls::SpiffeId;
+use crate::jwt::Verified;
+use crate::snapshot::{Decider, Decision, PublicListener, RequestView};
+use crate::tls::{self, PeerError, SpiffeId};
+
+/// A peer that has proved who it is.
+#[derive(Debug)]
+pub struct Peer {
+    pub id: Arc<SpiffeId>,
+    proof: Mutex<Proof>,
+}
+
+/// To whom it was proved, and until when that holds.
+#[derive(Debug)]
+struct Proof {
+    to: Arc<tls::Server>,
+    until: SystemTime,
+}
+
+/// A chain as it was shown, leaf first.
+type Chain<'a, 'b> = Option<&'a [CertificateDer<'b>]>;
+
+impl Peer {
+    /// Who a peer with this chain is.
+    ///
+    /// # Errors
+    /// When it is nobody of the mesh.
+    pub fn new(listener: &PublicListener, chain: Chain<'_, '_>) -> Result<Self, PeerError> {
+        let to = Arc::clone(&listener.tls);
+        let (id, until) = authenticate(&to, chain)?;
+        Ok(Self { id, proof: Mutex::new(Proof { to, until }) })
+    }
+
+    /// Whether the peer is still who it was, by the credentials of now: the leaf has not expired, and the roots still
+    /// vouch for it. `chain` gives what it showed, and is asked only where something has changed.
+    ///
+    /// # Errors
+    /// Why it is not. It gets nothing new then.
+    pub fn check(
+        &self,
+        listener: &PublicListener,
+        chain: impl FnOnce(&mut dyn FnMut(Chain<'_, '_>)),
+    ) -> Result<(), PeerError> {
+        let mut proof = self.proof.lock().unwrap_or_else(PoisonError::into_inner);
+        if Arc::ptr_eq(&proof.to, &listener.tls) && SystemTime::now() <= proof.until {
+            return Ok(());
+        }
+        let mut checked = Err(PeerError::NoCertificate);
+        chain(&mut |chain| checked = authenticate(&listener.tls, chain));
+        let (_, until) = checked?;
+        *proof = Proof { to: Arc::clone(&listener.tls), until };
+        Ok(())
+    }
+
+    /// Whether it was the present credentials that it proved itself to.
+    #[must_use]
+    pub fn is_proved_to(&self, listener: &PublicListener) -> bool {
+        Arc::ptr_eq(&self.proof.lock().unwrap_or_else(PoisonError::into_inner).to, &listener.tls)
+    }
+
+    /// When it is to be checked again at the latest.
+    #[must_use]
+    pub fn until(&self) -> SystemTime {
+        self.proof.lock().unwrap_or_else(PoisonError::into_inner).until
+    }
+}
+
+fn authenticate(to: &tls::Server, chain: Chain<'_, '_>) -> Result<(Arc<SpiffeId>, SystemTime), PeerError> {
+    let peer = to.authenticate(chain, SystemTime::now())?;
+    Ok((peer.id, peer.until))
+}
 
 /// What a connection of bytes, and whatever it was upgraded to, may no longer go on for.
 pub enum Revoked {
@@ -58,5 +128,44 @@ pub fn denial(listener: &PublicListener, peer: &SpiffeId) -> Option<String> {
         Decision::EachRequest(intention) => {
             Some(format!("{intention} has L7 permissions, which deny everything on a tcp service"))
         }
+    }
+}
+
+/// What is kept of the decision about a request, besides the request.
+#[derive(Debug)]
+pub struct Judged {
+    /// Tokens that were valid then. That one expires ends nothing that is open, as in Envoy.
+    pub verified: Verified,
+    /// When the decision was made.
+    pub began: SystemTime,
+    /// The request's headers are kept too.
+    pub headers: bool,
+}
+
+/// Why a request that is under way may not go on, if it may not.
+pub fn request_denial(
+    listener: &PublicListener,
+    peer: &SpiffeId,
+    request: &RequestView<'_>,
+    judged: &Judged,
+) -> Option<String> {
+    let intentions = &listener.intentions;
+    if !judged.headers && intentions.look_at_headers(peer) {
+        // No rule looked at headers when the request came, and they are gone.
+        return Some("the rules look at headers now, which were not kept".into());
+    }
+    match intentions.decide_request(peer, request, &judged.verified) {
+        Decision::Allow(_) => None,
+        Decision::Deny(Decider::Token(..)) => {
+            // Other tokens may be asked for than those that were looked at.
+            let providers = &listener.token_providers;
+            match intentions.verify_and_decide(peer, request, providers, judged.began).0 {
+                Decision::Allow(_) => None,
+                Decision::Deny(decider) => Some(decider.to_string()),
+                Decision::EachRequest(intention) => Some(intention.to_string()),
+            }
+        }
+        Decision::Deny(decider) => Some(decider.to_string()),
+        Decision::EachRequest(intention) => Some(intention.to_string()),
     }
 }

@@ -3,16 +3,17 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-use super::authorization::{self, Revoked, denial};
+use super::authorization::{self, Peer, Revoked, denial};
 use super::codec::pool::Pool;
 use super::http::certificate;
 use super::http::inbound::Inbound;
 use super::http::note::Caller;
+use super::http::ongoing::Open;
 use super::listener::{Accepted, Live};
 use super::log_limit::LogLimit;
 use super::places::Places;
@@ -23,7 +24,7 @@ use super::tunnel::{self, Carrier, Refusal, Role};
 use crate::access_log::AccessLog;
 use crate::drain::{self, Stage};
 use crate::snapshot::PublicListener;
-use crate::tls::{self, HandshakeError, SpiffeId, Stream};
+use crate::tls::{HandshakeError, Stream};
 
 /// What the connections of the public listener share.
 #[derive(Debug, Clone)]
@@ -98,9 +99,7 @@ pub async fn serve(accepted: Accepted<PublicListener>, shared: Shared) {
 /// A session with a peer that has proved who it is.
 struct Session {
     mesh: Carrier<Socket>,
-    peer: Arc<SpiffeId>,
-    /// What it proved that to.
-    tls: Arc<tls::Server>,
+    peer: Peer,
     remote: Option<SocketAddr>,
     /// Of us, for the access log.
     local: Option<SocketAddr>,
@@ -132,7 +131,7 @@ async fn establish(accepted: Accepted<PublicListener>, shared: Shared) -> Option
         record.finish("no handshake");
         return None;
     };
-    record.peer(&peer);
+    record.peer(&peer.id);
     if listener.protocol.is_http() {
         let Some(open) = shared.enter(listener.max_connections) else {
             too_many(&listener, remote, record, &shared.log_limit);
@@ -141,9 +140,11 @@ async fn establish(accepted: Accepted<PublicListener>, shared: Shared) -> Option
         };
         // Each request is judged, so that a refused one gets an answer.
         let certificate = certificate::element(listener.tls.id(), mesh.peer_certificates().unwrap_or_default());
-        let caller = Caller { access_log: shared.access_log, remote, local, peer: Some(Arc::clone(&peer)) };
-        let upgrades = listener.upgrades.clone();
-        let connection = Inbound { peer, remote, live, drain, app: shared.app, certificate, upgrades, caller };
+        let caller = Caller { access_log: shared.access_log, remote, local, peer: Some(Arc::clone(&peer.id)) };
+        let (app, log_limit, upgrades) = (shared.app, shared.log_limit, listener.upgrades.clone());
+        let under_way = Open::default();
+        let connection =
+            Inbound { peer, remote, live, drain, app, certificate, upgrades, caller, log_limit, open: under_way };
         tokio::spawn(async move {
             let ended = connection.serve(mesh).await;
             record.finish(ended.as_ref().map_or_else(String::as_str, |()| "ended"));
@@ -151,8 +152,8 @@ async fn establish(accepted: Accepted<PublicListener>, shared: Shared) -> Option
         });
         return None;
     }
-    let (mesh, tls) = (Carrier::new(mesh, Role::Server), Arc::clone(&listener.tls));
-    Session { mesh, peer, tls, remote, local, live, shared, _drain: drain }.first(record).await
+    let mesh = Carrier::new(mesh, Role::Server);
+    Session { mesh, peer, remote, local, live, shared, _drain: drain }.first(record).await
 }
 
 fn too_many(listener: &PublicListener, remote: Option<SocketAddr>, mut record: Record, log_limit: &LogLimit) {
@@ -197,10 +198,10 @@ impl Session {
     /// Opens the connection that the peer asks for, if it may have it. It begins when the local app has taken it, so that
     /// a client of ours goes to another instance otherwise.
     async fn open(mut self, mut record: Record, open: Counted) -> Option<Connection> {
-        record.log_to(&self.shared.access_log, self.local, Some(&self.peer));
+        record.log_to(&self.shared.access_log, self.local, Some(&self.peer.id));
         // From here on changes are noticed, so that none slips between the decision and the relay.
         let listener = Arc::clone(&self.live.borrow_and_update().part);
-        if let Some(reason) = denial(&listener, &self.peer) {
+        if let Some(reason) = denial(&listener, &self.peer.id) {
             self.log_denial("Connection denied", &listener, &reason);
             record.finish("denied");
             return self.refuse(Refusal::Denied).await;
@@ -240,14 +241,14 @@ impl Session {
             return None;
         }
         let listener = Arc::clone(&self.live.borrow().part);
-        if !self.mesh.answers_for_app() && denial(&listener, &self.peer).is_some() {
+        if !self.mesh.answers_for_app() && denial(&listener, &self.peer.id).is_some() {
             // The client makes another session for the same connection, which is denied there and told once.
             self.mesh.part();
             return None;
         }
         let mut record = Record::new(Direction::Inbound, self.remote);
-        record.peer(&self.peer);
-        if let Err(problem) = self.tls.authenticate(self.mesh.tls.peer_certificates(), SystemTime::now()) {
+        record.peer(&self.peer.id);
+        if let Err(problem) = self.peer.check(&listener, |act| act(self.mesh.tls.peer_certificates())) {
             refuse(self.remote, &problem.to_string(), &self.shared.log_limit);
             record.finish("no longer proved");
             self.mesh.part();
@@ -257,10 +258,10 @@ impl Session {
     }
 
     fn log_denial(&self, what: &str, listener: &PublicListener, reason: &str) {
-        if self.shared.log_limit.is_first(&self.peer, reason) {
+        if self.shared.log_limit.is_first(&self.peer.id, reason) {
             tracing::info!(
                 target: "proxy.inbound",
-                source = %self.peer,
+                source = %self.peer.id,
                 destination = listener.service,
                 src = %Shown(self.remote),
                 reason,
@@ -273,10 +274,10 @@ impl Session {
     async fn wait(&mut self) -> bool {
         let limit = self.live.borrow().part.max_connections;
         let Some(_waiting) = self.shared.wait(limit) else { return false };
-        let Self { mesh, live, tls, peer, .. } = self;
+        let Self { mesh, live, peer, .. } = self;
         tokio::select! {
             biased;
-            () = unfit(live, tls, peer) => false,
+            () = unfit(live, peer) => false,
             asked = timeout(tunnel::SERVER_IDLE_TIME, mesh.asked()) => matches!(asked, Ok(Ok(()))),
         }
     }
@@ -284,10 +285,10 @@ impl Session {
 
 /// Ends when a session is to carry nothing any more: the drain has begun, its credentials were replaced, or the peer
 /// is denied.
-async fn unfit(live: &mut watch::Receiver<Live<PublicListener>>, tls: &Arc<tls::Server>, peer: &SpiffeId) {
+async fn unfit(live: &mut watch::Receiver<Live<PublicListener>>, peer: &Peer) {
     let unfit = |live: &Live<PublicListener>| {
         let Live { part, stage } = live;
-        *stage >= Stage::Draining || !Arc::ptr_eq(&part.tls, tls) || denial(part, peer).is_some()
+        *stage >= Stage::Draining || !peer.is_proved_to(part) || denial(part, &peer.id).is_some()
     };
     let _ = live.wait_for(unfit).await;
 }
@@ -305,7 +306,7 @@ async fn shake(
     remote: Option<SocketAddr>,
     listener: &PublicListener,
     shared: &Shared,
-) -> Option<(Stream<Socket>, Arc<SpiffeId>)> {
+) -> Option<(Stream<Socket>, Peer)> {
     let mut place = shared.handshakes.take();
     let handshake = Stream::accept_offer(socket, &listener.tls);
     let shaken = tokio::select! {
@@ -319,8 +320,8 @@ async fn shake(
     };
     drop(place);
     let problem = match shaken {
-        Ok(Ok(mesh)) => match listener.tls.authenticate(mesh.peer_certificates(), SystemTime::now()) {
-            Ok(peer) => return Some((mesh, peer.id)),
+        Ok(Ok(mesh)) => match Peer::new(listener, mesh.peer_certificates()) {
+            Ok(peer) => return Some((mesh, peer)),
             Err(e) => {
                 relay::close_tls(mesh).await;
                 e.to_string()
@@ -352,7 +353,7 @@ impl Connection {
                 let end = tokio::select! {
                     biased;
                     ended = copy.run(&mut self.app, &mut self.session.mesh) => End::Relayed(ended),
-                    revoked = authorization::revoked(&mut self.session.live, &self.session.peer) => End::Revoked(revoked),
+                    revoked = authorization::revoked(&mut self.session.live, &self.session.peer.id) => End::Revoked(revoked),
                 };
                 self.record.bytes(copy.opened, copy.sealed);
                 // Boxed, for an open connection is to keep none of the memory that this takes.

@@ -89,6 +89,16 @@ impl Socket {
         }
     }
 
+    /// What has gone wrong since this was asked last.
+    #[must_use]
+    pub fn take_error(&self) -> Option<io::Error> {
+        let error = match self {
+            Self::Tcp(stream) => stream.take_error(),
+            Self::Unix(stream) => stream.take_error(),
+        };
+        error.unwrap_or_else(Some)
+    }
+
     /// Ends cleanly: the far end sees the end of the stream and not a reset, which the kernel would send if
     /// the socket were closed with bytes unread. What still comes is thrown away, for a short while.
     pub async fn close(mut self) {

@@ -53,6 +53,8 @@ pub struct Intentions {
     list: Vec<Intention>,
     by_source: BySource,
     default: DefaultPolicy,
+    /// One of them judges requests by what they are.
+    judge_requests: bool,
 }
 
 /// Where in the list the first intention of each source is: by partition, then namespace, then name.
@@ -91,7 +93,8 @@ impl Intentions {
             let names = names.entry(intention.source_namespace.clone()).or_default();
             names.entry(intention.source.clone()).or_insert(index);
         }
-        Self { list, by_source, default }
+        let judge_requests = list.iter().any(|intention| intention.action.is_none());
+        Self { list, by_source, default, judge_requests }
     }
 
     /// Decides about a peer whose certificate chains to our roots and is of our trust domain: the first
@@ -139,6 +142,25 @@ impl Intentions {
         let verified = providers.verify(intention.providers(), request.headers, request.query, now);
         let decision = self.judge(intention, &Subject::new(request, &verified));
         (decision, verified)
+    }
+
+    /// Whether requests of any source are judged by what they are.
+    #[must_use]
+    pub fn judge_requests(&self) -> bool {
+        self.judge_requests
+    }
+
+    /// Whether what decides about such a peer's requests looks at their headers, or at tokens.
+    #[must_use]
+    pub fn look_at_headers(&self, peer: &SpiffeId) -> bool {
+        let looks = |permission: &Permission| {
+            let headers = permission.conditions.as_ref().is_some_and(|conditions| !conditions.headers.is_empty());
+            headers || permission.token.is_some()
+        };
+        match self.decide(peer) {
+            Decision::EachRequest(intention) => intention.token.is_some() || intention.permissions.iter().any(looks),
+            Decision::Allow(_) | Decision::Deny(_) => false,
+        }
     }
 
     /// An intention with permissions uses up its source: what none of them matches is left to the default

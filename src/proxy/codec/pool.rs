@@ -580,7 +580,14 @@ async fn http1(wire: Wire, open: Open) -> Result<http1::SendRequest<Upload>, NoC
         .handshake(TokioIo::new(wire.clone()))
         .await
         .map_err(no_codec)?;
-    tokio::spawn(run(Turn::new(connection.with_upgrades(), wire), open));
+    let turns = Turn::new(connection.with_upgrades(), wire.clone());
+    tokio::spawn(async move {
+        if turns.await.is_err() {
+            // Who has half of a request would otherwise wait for the rest, or go on with its answer.
+            wire.abort();
+        }
+        drop(open);
+    });
     Ok(sender)
 }
 

@@ -11,12 +11,13 @@ use h2::Reason;
 use h2::server::{Connection, Handshake, SendResponse};
 use http::header::{CONTENT_LENGTH, TE};
 use http::{HeaderValue, Request, Response};
+use pin_project_lite::pin_project;
 
 use super::flow::{CONNECTION, Counted, Meter, Pings, USUAL, Windows};
 use super::incoming::Incoming;
 use super::outgoing::Outgoing;
 use super::wire::Wire;
-use super::{HEAD_SIZE, SEND_BUFFER, SMALL_FRAMES};
+use super::{HEAD_SIZE, SMALL_FRAMES};
 
 /// One connection, which ends when the client or a shutdown ends it.
 pub struct Server<H> {
@@ -41,7 +42,7 @@ struct Serving {
 
 impl<H> Server<H> {
     /// `remote`: the far end is another host. `handle` makes the answer to each request, in a task of its own; it is
-    /// dropped when the client resets the stream.
+    /// dropped when the client resets the stream. It also gives what watches over the stream.
     pub fn new(wire: Wire, remote: bool, handle: H) -> Self {
         let mut builder = h2::server::Builder::new();
         builder
@@ -67,9 +68,10 @@ impl<H> Server<H> {
     }
 }
 
-impl<H, F, B> Future for Server<H>
+impl<H, F, B, W> Future for Server<H>
 where
-    H: Fn(Request<Incoming>) -> F,
+    H: Fn(Request<Incoming>) -> (F, W),
+    W: Watch + Send + 'static,
     F: Future<Output = Response<B>> + Send + 'static,
     B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
     B::Error: Error + 'static,
@@ -95,8 +97,8 @@ where
                     let counted = Counted::new(&this.meter);
                     let (head, source) = request.into_parts();
                     let body = Incoming::http2(source, &head.headers, counted.reader(), None);
-                    let response = (this.handle)(Request::from_parts(head, body));
-                    tokio::spawn(answer(response, respond, counted));
+                    let (response, watch) = (this.handle)(Request::from_parts(head, body));
+                    tokio::spawn(Watched { stream: answer(response, respond, counted), watch });
                 }
             }
         }
@@ -123,6 +125,41 @@ impl Serving {
                 _ => return Poll::Pending,
             }
         }
+    }
+}
+
+/// Watches over a stream, as nothing of its response is asked for while the client takes nothing.
+pub trait Watch {
+    /// Ready once the stream must end. Whoever asks is woken when that changes.
+    fn poll_over(&self, cx: &mut Context<'_>) -> Poll<()>;
+
+    /// There is nothing left to end.
+    fn is_done(&self) -> bool;
+}
+
+pin_project! {
+    /// A stream with what watches over it. When it must end and does not by itself, it is dropped, which resets it.
+    struct Watched<F, W> {
+        #[pin]
+        stream: F,
+        watch: W,
+    }
+}
+
+impl<F: Future<Output = ()>, W: Watch> Future for Watched<F, W> {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let mut this = self.project();
+        if this.stream.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(());
+        }
+        ready!(this.watch.poll_over(cx));
+        // The response's body, or whoever waits for the response, ends it if asked.
+        if this.stream.poll(cx).is_pending() && this.watch.is_done() {
+            return Poll::Pending;
+        }
+        Poll::Ready(())
     }
 }
 
@@ -156,6 +193,8 @@ where
     }
 }
 
+/// What a stream may have waiting for the socket, in bytes, beside one frame: 16 MiB for all streams of a connection.
+const SEND_BUFFER: usize = 64 * 1024;
 /// Requests at a time on one connection.
 const STREAMS: u32 = 256;
 /// Streams that a client may have opened and reset before we looked at them ("rapid reset").

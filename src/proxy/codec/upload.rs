@@ -2,6 +2,7 @@
 
 use std::error::Error;
 use std::fmt;
+use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker, ready};
@@ -27,7 +28,8 @@ struct Sending {
 }
 
 struct Shared {
-    source: Incoming,
+    /// `None`: it was cut.
+    source: Option<Incoming>,
     kept: Vec<Bytes>,
     kept_bytes: usize,
     trailers: Option<HeaderMap>,
@@ -37,8 +39,14 @@ struct Shared {
     whole: bool,
     /// The source broke off: the client is gone, or what it sent is no HTTP.
     broken: bool,
-    /// Whoever wants to know when it breaks off.
+    /// Whoever sends it has asked for the first frame.
+    asked: bool,
+    /// When all of it had come.
+    complete: Option<Instant>,
+    /// Whoever wants to know when it is complete or breaks off.
     waits: Option<Waker>,
+    /// Whoever sends it, and waits for the next frame.
+    sender: Option<Waker>,
     turn: u32,
     /// Data bytes that came.
     received: u64,
@@ -64,14 +72,17 @@ impl Upload {
             return (Self::none(), None);
         }
         let shared = Arc::new(Mutex::new(Shared {
-            source,
+            source: Some(source),
             kept: Vec::new(),
             kept_bytes: 0,
             trailers: None,
             ended: false,
             whole: true,
             broken: false,
+            asked: false,
+            complete: None,
             waits: None,
+            sender: None,
             turn: 0,
             received: 0,
             moved: None,
@@ -114,6 +125,7 @@ impl Sending {
         if shared.turn != self.turn {
             return Poll::Ready(Some(Err(Broken::Superseded)));
         }
+        shared.asked = true;
         if let Some(frame) = shared.kept.get(self.given) {
             self.given += 1;
             return Poll::Ready(Some(Ok(Frame::data(frame.clone()))));
@@ -123,18 +135,20 @@ impl Sending {
             self.given = shared.kept.len() + 1;
             return Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers.clone()))));
         }
-        let frame = ready!(Pin::new(&mut shared.source).poll_frame(cx));
+        let Some(source) = &mut shared.source else { return Poll::Ready(Some(Err(Broken::Cut))) };
+        let Poll::Ready(frame) = Pin::new(source).poll_frame(cx) else {
+            keep_waker(&mut shared.sender, cx);
+            return Poll::Pending;
+        };
         shared.moved = Some(Instant::now());
-        Poll::Ready(match frame {
+        let frame = match frame {
             None => {
                 shared.ended = true;
                 None
             }
             Some(Err(error)) => {
                 shared.broken = true;
-                if let Some(waker) = shared.waits.take() {
-                    waker.wake();
-                }
+                wake(&mut shared.waits);
                 Some(Err(Broken::Source(error)))
             }
             Some(Ok(mut frame)) => {
@@ -145,7 +159,12 @@ impl Sending {
                 self.given += shared.keep(&frame);
                 Some(Ok(frame))
             }
-        })
+        };
+        if shared.complete.is_none() && shared.is_ended() {
+            shared.complete = shared.moved;
+            wake(&mut shared.waits);
+        }
+        Poll::Ready(frame)
     }
 
     /// Nothing will come any more. What is not sure is not said.
@@ -155,20 +174,19 @@ impl Sending {
     }
 
     fn size_hint(&self) -> SizeHint {
-        use http_body::Body as _;
         let shared = lock(&self.shared);
         let again = shared.kept.iter().skip(self.given).map(|frame| frame.len() as u64).sum::<u64>();
-        match shared.source.size_hint().exact() {
+        let rest = shared.source.as_ref().map(http_body::Body::size_hint).unwrap_or_default();
+        match rest.exact() {
             Some(rest) if shared.whole => SizeHint::with_exact(rest + again),
-            _ => shared.source.size_hint(),
+            _ => rest,
         }
     }
 }
 
 impl Shared {
     fn is_ended(&self) -> bool {
-        use http_body::Body as _;
-        self.ended || self.source.is_end_stream()
+        self.ended || self.source.as_ref().is_some_and(http_body::Body::is_end_stream)
     }
 
     /// Keeps a frame while there is room, and tells how many data frames were kept.
@@ -198,6 +216,54 @@ impl UploadState {
         lock(&self.0).is_ended()
     }
 
+    /// How far it has come.
+    #[must_use]
+    pub fn progress(&self) -> Progress {
+        let shared = lock(&self.0);
+        match (shared.complete.or(shared.moved.filter(|_| shared.is_ended())), shared.asked) {
+            (Some(at), _) => Progress::Complete(at),
+            (None, true) => Progress::Coming,
+            (None, false) => Progress::NotAsked,
+        }
+    }
+
+    /// Lets nothing more of it through. Whoever sends it breaks off.
+    pub fn cut(&self) {
+        let mut shared = lock(&self.0);
+        if shared.is_ended() {
+            return;
+        }
+        let source = shared.source.take();
+        shared.broken = true;
+        wake(&mut shared.sender);
+        wake(&mut shared.waits);
+        drop(shared);
+        drop(source);
+    }
+
+    /// Reads what nobody wants of it, up to `limit` bytes, and tells whether that was all. Nobody may be sending it.
+    pub async fn drain(&self, limit: u64) -> bool {
+        let mut left = limit;
+        poll_fn(|cx| {
+            use http_body::Body as _;
+            let mut shared = lock(&self.0);
+            while !shared.is_ended() {
+                let Some(source) = &mut shared.source else { return Poll::Ready(false) };
+                match ready!(Pin::new(source).poll_frame(cx)) {
+                    None => shared.ended = true,
+                    Some(Err(_)) => return Poll::Ready(false),
+                    Some(Ok(frame)) => {
+                        let length = frame.data_ref().map_or(0, |data| data.len() as u64);
+                        let Some(rest) = left.checked_sub(length) else { return Poll::Ready(false) };
+                        left = rest;
+                    }
+                }
+            }
+            Poll::Ready(true)
+        })
+        .await
+    }
+
     /// The whole body once more, if all that was sent of it is kept.
     #[must_use]
     pub fn again(&self) -> Option<Upload> {
@@ -221,15 +287,14 @@ impl UploadState {
         lock(&self.0).broken
     }
 
-    /// Ready once it broke off.
+    /// Ready once it broke off. Who waits is also woken when it is complete.
     pub fn poll_broken(&self, cx: &mut Context<'_>) -> Poll<()> {
         let mut shared = lock(&self.0);
         if shared.broken {
             return Poll::Ready(());
         }
-        match &mut shared.waits {
-            Some(waker) => waker.clone_from(cx.waker()),
-            none => *none = Some(cx.waker().clone()),
+        if shared.complete.is_none() {
+            keep_waker(&mut shared.waits, cx);
         }
         Poll::Pending
     }
@@ -238,6 +303,28 @@ impl UploadState {
     #[must_use]
     pub fn moved(&self) -> Option<Instant> {
         lock(&self.0).moved
+    }
+}
+
+/// How far an upload has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Progress {
+    /// Nobody has wanted any of it yet.
+    NotAsked,
+    Coming,
+    Complete(Instant),
+}
+
+fn keep_waker(kept: &mut Option<Waker>, cx: &Context<'_>) {
+    match kept {
+        Some(waker) => waker.clone_from(cx.waker()),
+        none => *none = Some(cx.waker().clone()),
+    }
+}
+
+fn wake(waker: &mut Option<Waker>) {
+    if let Some(waker) = waker.take() {
+        waker.wake();
     }
 }
 
@@ -252,6 +339,8 @@ pub enum Broken {
     Source(BodyError),
     /// The request is sent again elsewhere.
     Superseded,
+    /// The request is not to go on.
+    Cut,
 }
 
 impl fmt::Display for Broken {
@@ -259,6 +348,7 @@ impl fmt::Display for Broken {
         match self {
             Self::Source(error) => error.fmt(f),
             Self::Superseded => f.write_str("the request is sent elsewhere"),
+            Self::Cut => f.write_str("the request was ended"),
         }
     }
 }
@@ -267,7 +357,7 @@ impl Error for Broken {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         match self {
             Self::Source(error) => Some(error),
-            Self::Superseded => None,
+            Self::Superseded | Self::Cut => None,
         }
     }
 }

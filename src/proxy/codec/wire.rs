@@ -12,6 +12,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use pin_project_lite::pin_project;
+use rustls_pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::timeout;
 
@@ -51,8 +52,14 @@ struct State {
     strict: Option<Strict>,
     /// Follows what an HTTP/2 client sends.
     blocks: Option<Blocks>,
-    /// Responses that the codec has been given.
+    /// Responses that the codec has been given, the last of them perhaps not whole.
+    begun: u64,
+    /// Responses that the codec has been given whole.
     answered: u64,
+    /// The client has ended its direction.
+    ended: bool,
+    /// Bytes of the next response that were sent before the codec wrote them.
+    ahead: usize,
     /// The codec waits to write.
     blocked: bool,
     /// Shutting down is not for the codec to do.
@@ -75,8 +82,24 @@ const LINGER_BYTES: usize = 1024 * 1024;
 /// Bytes gathered at most; then the socket has to take some.
 const GATHERED: usize = 64 * 1024;
 
+/// Read at most while an answer is awaited.
+const AHEAD: usize = 16 * 1024;
+
+/// How every answer in HTTP/1 begins.
+const COMMON: &[u8] = b"HTTP/1.";
+
 /// How an HTTP/2 client begins, whatever was said about protocols before (RFC 9113, 3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// What a client waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Awaits {
+    Nothing,
+    /// An answer of which nothing has been written.
+    Answer,
+    /// The rest of one.
+    Rest,
+}
 
 impl Wire {
     #[must_use]
@@ -105,7 +128,10 @@ impl Wire {
             written: 0,
             strict: None,
             blocks: None,
+            begun: 0,
             answered: 0,
+            ended: false,
+            ahead: 0,
             blocked: false,
             outlives_codec: false,
             end_is_bodys: false,
@@ -148,7 +174,12 @@ impl Wire {
         matches!(&self.state().io, Io::Tls(stream) if stream.alpn() == Some(b"h2"))
     }
 
-    /// The codec has been given one more response.
+    /// The codec is given one more response.
+    pub fn begins_answer(&self) {
+        self.state().begun += 1;
+    }
+
+    /// The codec has been given all of it.
     pub fn answered(&self) {
         self.state().answered += 1;
     }
@@ -208,6 +239,7 @@ impl Wire {
     pub fn release(&self) {
         let mut state = self.state();
         state.gathers = false;
+        state.upgraded = false;
         state.strict = None;
     }
 
@@ -224,6 +256,70 @@ impl Wire {
         let state = self.state();
         let begun_block = || state.blocks.as_ref().and_then(Blocks::begun_head);
         (state.moved, state.strict.as_ref().and_then(Strict::begun_head).or_else(begun_block))
+    }
+
+    /// What an HTTP/1 client waits for that has sent a whole request.
+    #[must_use]
+    pub fn awaits(&self) -> Awaits {
+        let state = self.state();
+        let requests = state.strict.as_ref().and_then(Strict::whole_requests).filter(|_| !state.upgraded);
+        match requests {
+            Some(requests) if requests > state.begun => Awaits::Answer,
+            Some(requests) if requests > state.answered => Awaits::Rest,
+            _ => Awaits::Nothing,
+        }
+    }
+
+    /// Reads what the client sends while the codec does not, up to a limit. Ready at the end of the client's direction.
+    ///
+    /// # Errors
+    /// Those of the socket: the client has reset the connection.
+    pub fn poll_end(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut state = self.state();
+        while !state.ended {
+            if state.incoming.len() - state.taken >= AHEAD {
+                return Poll::Pending;
+            }
+            state.ended = ready!(state.poll_fill(cx))? == 0;
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Sends the first bytes of the answer that is awaited, which are the same in each, one at a time. A client that
+    /// has closed its connection replies with a reset, and one that has only ended its direction takes them. False if
+    /// there are none left or the socket takes nothing.
+    ///
+    /// # Errors
+    /// Those of the socket: the client is gone.
+    pub fn probe(&self, cx: &mut Context<'_>) -> io::Result<bool> {
+        let mut state = self.state();
+        if state.ahead == COMMON.len() || state.blocked || !state.outgoing.is_empty() {
+            return state.check().map(|()| false);
+        }
+        let at = state.ahead;
+        state.ahead += 1;
+        state.outgoing.push(COMMON[at]);
+        let _ = state.poll_send(cx)?;
+        Ok(true)
+    }
+
+    /// # Errors
+    /// The client is gone, as the socket knows.
+    pub fn check(&self) -> io::Result<()> {
+        self.state().check()
+    }
+
+    /// What the peer showed in the handshake.
+    pub fn peer_certificates(&self, act: &mut dyn FnMut(Option<&[CertificateDer<'_>]>)) {
+        match &self.state().io {
+            Io::Tls(stream) => act(stream.peer_certificates()),
+            Io::Plain(_) => act(None),
+        }
+    }
+
+    /// Has the connection end with a reset, so that nobody takes it for a good end.
+    pub fn abort(&self) {
+        self.state().socket().end_with_reset();
     }
 
     /// Whether the socket has not taken all that was written.
@@ -276,6 +372,20 @@ impl Wire {
 }
 
 impl State {
+    fn socket(&mut self) -> &mut Socket {
+        match &mut self.io {
+            Io::Plain(socket) => socket,
+            Io::Tls(stream) => &mut stream.io,
+        }
+    }
+
+    fn check(&mut self) -> io::Result<()> {
+        match self.broken {
+            Some(kind) => Err(kind.into()),
+            None => self.socket().take_error().map_or(Ok(()), Err),
+        }
+    }
+
     fn poll_begins_http2(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
         loop {
             let seen = self.incoming.len().min(PREFACE.len());
@@ -355,11 +465,17 @@ impl State {
         }
         self.moved += 1;
         let before = self.outgoing.len();
+        let mut gone = 0;
         for part in parts {
+            // What has gone ahead of the codec is not sent again.
+            let ahead = self.ahead.min(part.len());
+            self.ahead -= ahead;
+            gone += ahead;
+            let part = &part[ahead..];
             let room = GATHERED.saturating_sub(self.outgoing.len());
             self.outgoing.extend_from_slice(&part[..part.len().min(room)]);
         }
-        let count = self.outgoing.len() - before;
+        let count = self.outgoing.len() - before + gone;
         self.written += count as u64;
         Poll::Ready(Ok(count))
     }
@@ -384,10 +500,7 @@ impl State {
     }
 
     fn poll_discard(&mut self, cx: &mut Context<'_>, left: &mut usize) -> Poll<()> {
-        let socket = match &mut self.io {
-            Io::Plain(socket) => socket,
-            Io::Tls(stream) => &mut stream.io,
-        };
+        let socket = self.socket();
         let mut bytes = [0; 4096];
         while *left > 0 {
             let mut buffer = ReadBuf::new(&mut bytes);

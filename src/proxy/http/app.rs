@@ -36,15 +36,15 @@ impl App<'_> {
     pub async fn exchange(
         &self,
         mut head: Head,
-        body: Incoming,
+        mut body: Upload,
+        upload: Option<&UploadState>,
         note: Option<&mut Note>,
     ) -> Result<(Response<Incoming>, Rest), Refusal> {
-        let (mut body, upload) = Upload::new(body);
         if let Some(note) = note {
             note.sent_to("local_app", self.address);
-            note.uploads(upload.as_ref());
+            note.uploads(upload);
         }
-        let mut patience = Patience::new(self.request_timeout, self.idle_timeout, upload.as_ref());
+        let mut patience = Patience::new(self.request_timeout, self.idle_timeout, upload);
         // Where a connection did not take the request, others that are there may not either.
         let mut anew = false;
         for _ in 0..TRIES {
@@ -61,14 +61,14 @@ impl App<'_> {
                     rest.patience = Some(patience);
                     return Ok((response, rest));
                 }
-                Err(failed) if upload.as_ref().is_some_and(UploadState::is_broken) => {
+                Err(failed) if upload.is_some_and(UploadState::is_broken) => {
                     let cause = format!("the request's body broke off: {}", failed.told());
                     return Err(Refusal::new(Kind::BadRequest, cause));
                 }
                 Err(mut failed) => match (failed.request.take(), again) {
                     (Some(request), _) => (head, body) = Head::from_request(*request, authority),
                     (None, Some(again)) if failed.failure == Failure::Refused || (repeatable && failed.is_lost()) => {
-                        let body_again = upload.as_ref().map_or_else(|| Some(Upload::none()), UploadState::again);
+                        let body_again = upload.map_or_else(|| Some(Upload::none()), UploadState::again);
                         let Some(body_again) = body_again else { return Err(Refusal::of("the local app", &failed)) };
                         (head, body) = (again, body_again);
                     }

@@ -3,13 +3,15 @@
 use std::error::Error;
 use std::fmt;
 use std::pin::Pin;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use http_body::{Frame, SizeHint};
 
 use super::note::Note;
+use super::ongoing::{Ongoing, Over};
 use super::patience::{Expired, Patience};
+use super::reply;
 use crate::proxy::balance::InFlight;
 use crate::proxy::codec::framing;
 use crate::proxy::codec::incoming::{BodyError, Incoming};
@@ -21,9 +23,18 @@ use crate::proxy::limits::Permit;
 pub struct Body {
     source: Source,
     rest: Option<Box<Rest>>,
+    ongoing: Option<Ongoing>,
     answer: Option<Answer>,
     /// For the access log.
     note: Option<Box<Note>>,
+}
+
+impl Drop for Body {
+    fn drop(&mut self) {
+        if let Some(ongoing) = self.ongoing.take() {
+            ongoing.done();
+        }
+    }
 }
 
 /// Tells the wire when the response that goes over it has been given to the codec, whole or broken off.
@@ -58,7 +69,7 @@ impl Rest {
 impl Body {
     #[must_use]
     pub fn text(text: impl Into<Bytes>) -> Self {
-        Self { source: Source::Text(text.into()), rest: None, answer: None, note: None }
+        Self { source: Source::Text(text.into()), rest: None, ongoing: None, answer: None, note: None }
     }
 
     #[must_use]
@@ -68,7 +79,21 @@ impl Body {
 
     #[must_use]
     pub fn stream(incoming: Incoming) -> Self {
-        Self { source: Source::Stream(incoming), rest: None, answer: None, note: None }
+        Self { source: Source::Stream(incoming), rest: None, ongoing: None, answer: None, note: None }
+    }
+
+    /// For the answer to `ongoing`, which watches over it from here on.
+    #[must_use]
+    pub fn of(mut self, ongoing: Ongoing) -> Self {
+        ongoing.answered(self.rest.as_mut().and_then(|rest| rest.patience.take()));
+        self.ongoing = Some(ongoing);
+        self
+    }
+
+    /// Whether it is of our own words, so that whatever there was of an exchange is over.
+    #[must_use]
+    pub fn is_ours(&self) -> bool {
+        matches!(self.source, Source::Text(_))
     }
 
     /// For a response that goes over `wire`.
@@ -112,7 +137,8 @@ impl Body {
         match polled {
             Poll::Ready(Some(Ok(frame))) => note.frame(frame),
             Poll::Ready(Some(Err(Broken::Source(_)))) => note.broken(None),
-            Poll::Ready(Some(Err(Broken::TimedOut(expired)))) => note.broken(Some(*expired)),
+            Poll::Ready(Some(Err(Broken::Over(Over::Expired(expired))))) => note.broken(Some(*expired)),
+            Poll::Ready(Some(Err(Broken::Over(Over::Denied)))) => note.denied(),
             Poll::Ready(None) => note.complete(),
             Poll::Pending => return,
         }
@@ -127,14 +153,16 @@ impl Body {
 pub enum Broken {
     /// Whoever sends it failed to.
     Source(BodyError),
-    TimedOut(Expired),
+    /// It is not to go on.
+    Over(Over),
 }
 
 impl fmt::Display for Broken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Source(error) => error.fmt(f),
-            Self::TimedOut(expired) => expired.fmt(f),
+            Self::Over(Over::Expired(expired)) => expired.fmt(f),
+            Self::Over(Over::Denied) => f.write_str("its source is denied now"),
         }
     }
 }
@@ -143,7 +171,7 @@ impl Error for Broken {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         match self {
             Self::Source(error) => Some(error),
-            Self::TimedOut(_) => None,
+            Self::Over(_) => None,
         }
     }
 }
@@ -182,6 +210,11 @@ impl http_body::Body for Body {
 impl Body {
     fn poll_source(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
         use http_body::Body as _;
+        if matches!(self.source, Source::Stream(_))
+            && let Some(over) = self.ongoing.as_ref().and_then(Ongoing::over)
+        {
+            return Poll::Ready(Some(self.break_off(over)));
+        }
         let mut polled = match &mut self.source {
             Source::Text(text) if text.is_empty() => Poll::Ready(None),
             Source::Text(text) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(text))))),
@@ -192,16 +225,40 @@ impl Body {
         {
             framing::clean_trailers(trailers);
         }
-        let patience = self.rest.as_mut().and_then(|rest| rest.patience.as_mut());
-        match (&polled, patience) {
-            (Poll::Ready(Some(Ok(_))), Some(patience)) => patience.moved(),
-            (Poll::Pending, Some(patience)) => {
-                let expired = ready!(patience.poll_expired(cx));
-                return Poll::Ready(Some(Err(Broken::TimedOut(expired))));
-            }
+        if self.ongoing.is_none()
+            && let Some(expired) = self.poll_unwatched(cx, polled.is_pending())
+        {
+            return Poll::Ready(Some(self.break_off(Over::Expired(expired))));
+        }
+        match (&polled, &self.ongoing) {
+            (Poll::Ready(Some(Ok(_))), Some(ongoing)) => ongoing.moved(),
             (Poll::Ready(None), _) => self.rest = None,
             _ => {}
         }
         polled
+    }
+
+    /// Why it is not waited for any longer, before it is the answer to anything.
+    fn poll_unwatched(&mut self, cx: &mut Context<'_>, is_pending: bool) -> Option<Expired> {
+        let patience = self.rest.as_mut()?.patience.as_mut()?;
+        if !is_pending {
+            patience.moved();
+            return None;
+        }
+        match patience.poll_expired(cx) {
+            Poll::Ready(expired) => Some(expired),
+            Poll::Pending => None,
+        }
+    }
+
+    /// Ends it before its end, such that the client sees that: with trailers, or not at all.
+    fn break_off(&mut self, over: Over) -> Result<Frame<Bytes>, Broken> {
+        let told = self.ongoing.as_ref().is_some_and(Ongoing::tells_in_trailers);
+        self.source = Source::Text(Bytes::new());
+        self.rest = None;
+        match over {
+            Over::Denied if told => Ok(Frame::trailers(reply::grpc_denial())),
+            _ => Err(Broken::Over(over)),
+        }
     }
 }

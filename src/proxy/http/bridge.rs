@@ -10,6 +10,7 @@ use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Version};
 use http_body_util::BodyExt;
 
 use super::body::{Body, Broken};
+use super::ongoing::Over;
 use super::refusal::{Kind, Refusal};
 use super::reply::is_grpc;
 use crate::snapshot::Protocol;
@@ -58,7 +59,8 @@ pub async fn gather(response: Response<Body>) -> Result<Response<Body>, Refusal>
 fn refused(broken: Broken) -> Refusal {
     match broken {
         Broken::Source(error) => Refusal::new(Kind::Reset, format!("the response broke off: {error}")),
-        Broken::TimedOut(expired) => expired.into(),
+        Broken::Over(Over::Expired(expired)) => expired.into(),
+        Broken::Over(Over::Denied) => Refusal::new(Kind::Denied, "denied while it was under way"),
     }
 }
 

@@ -11,11 +11,12 @@ use super::app::App;
 use super::body::Body;
 use super::message::{self, Head, Intake, X_FORWARDED_CLIENT_CERT};
 use super::note::{Caller, Note};
+use super::ongoing::Ongoing;
 use super::refusal::{Kind, Refusal};
 use super::reply::Asked;
-use super::serve::{self, Times};
-use crate::proxy::codec::incoming::Incoming;
+use super::serve::{self, Terms, Times};
 use crate::proxy::codec::pool::Pool;
+use crate::proxy::codec::upload::Upload;
 use crate::proxy::codec::wire::Wire;
 use crate::proxy::listener::Live;
 use crate::proxy::socket::Socket;
@@ -56,22 +57,24 @@ impl Exposure {
     /// # Errors
     /// Why it ended otherwise than well, for the log.
     pub async fn serve(self, socket: Socket) -> Result<(), String> {
-        let live = self.live.clone();
+        let terms = Terms::new(self.live.clone(), TIMES, Arc::default());
         let this = Arc::new(self);
-        serve::serve(Wire::plain(socket), live, TIMES, move |request| Arc::clone(&this).answer(request)).await
+        let answer = move |request, ongoing| Arc::clone(&this).answer(request, ongoing);
+        serve::serve(Wire::plain(socket), &terms, answer).await
     }
 
-    async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
+    async fn answer(self: Arc<Self>, request: Request<Upload>, ongoing: Ongoing) -> Response<Body> {
         let mut asked = Asked::new(&self.caller, &request);
         let plan = Arc::clone(&self.live.borrow().part);
-        let result = try_answer(&plan, request, asked.note.as_deref_mut()).await;
+        let result = try_answer(&plan, request, &ongoing, asked.note.as_deref_mut()).await;
         asked.answer(result.inspect_err(|refusal| log(&plan, refusal)), false)
     }
 }
 
 async fn try_answer(
     plan: &Plan,
-    request: Request<Incoming>,
+    request: Request<Upload>,
+    ongoing: &Ongoing,
     note: Option<&mut Note>,
 ) -> Result<Response<Body>, Refusal> {
     let (parts, body) = request.into_parts();
@@ -94,7 +97,7 @@ async fn try_answer(
         idle_timeout: plan.exposed.idle_timeout,
         pool,
     };
-    let (response, rest) = app.exchange(head, body, note).await?;
+    let (response, rest) = app.exchange(head, body, ongoing.upload().as_ref(), note).await?;
     message::refuse_unasked_switch(&response)?;
     let (mut parts, body) = response.into_parts();
     message::strip(&mut parts.headers);

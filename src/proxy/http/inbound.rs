@@ -1,35 +1,41 @@
 //! Requests from the mesh: who asks is known, and each request is judged by the intentions of its moment.
 
+use std::future::pending;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use http::{HeaderValue, Request, Response, StatusCode};
 use hyper::upgrade::OnUpgrade;
 use tokio::sync::watch;
+use tokio::time::timeout;
 
 use super::app::App;
 use super::body::Body;
 use super::message::{self, Head, Intake, X_FORWARDED_CLIENT_CERT};
 use super::note::{Caller, Note};
+use super::ongoing::{Case, Ongoing, Open};
 use super::refusal::{Kind, Refusal};
 use super::reply::Asked;
-use super::{bridge, serve, upgrade};
+use super::serve::{self, Leaving, Terms};
+use super::{bridge, upgrade};
 use crate::access_log::Secrets;
 use crate::drain;
 use crate::jwt::Verified;
-use crate::proxy::codec::incoming::Incoming;
+use crate::proxy::authorization::{Judged, Peer, request_denial};
 use crate::proxy::codec::pool::Pool;
+use crate::proxy::codec::upload::Upload;
 use crate::proxy::codec::wire::Wire;
 use crate::proxy::listener::Live;
+use crate::proxy::log_limit::LogLimit;
 use crate::proxy::record::Shown;
 use crate::proxy::socket::Socket;
 use crate::snapshot::{Decision, Protocol, PublicListener, Upgrades};
-use crate::tls::{SpiffeId, Stream};
+use crate::tls::{PeerError, Stream};
 
 /// One connection from the mesh.
 pub struct Inbound {
-    pub peer: Arc<SpiffeId>,
+    pub peer: Peer,
     pub remote: Option<SocketAddr>,
     pub live: watch::Receiver<Live<PublicListener>>,
     pub drain: drain::Watch,
@@ -41,6 +47,9 @@ pub struct Inbound {
     pub upgrades: Upgrades,
     /// For the access log.
     pub caller: Caller,
+    pub log_limit: LogLimit,
+    /// Requests under way.
+    pub open: Open,
 }
 
 impl Inbound {
@@ -49,31 +58,82 @@ impl Inbound {
     /// # Errors
     /// Why it ended otherwise than well, for the log.
     pub async fn serve(self, mesh: Stream<Socket>) -> Result<(), String> {
-        let live = self.live.clone();
-        let wire = Wire::tls(mesh);
+        let (wire, leaving) = (Wire::tls(mesh), Arc::default());
         wire.allow_upgrades(self.upgrades.clone());
+        let terms = Terms::new(self.live.clone(), serve::TIMES, Arc::clone(&leaving));
         let this = Arc::new(self);
-        serve::serve(wire, live, serve::TIMES, move |request| Arc::clone(&this).answer(request)).await
+        let (asked, on) = (Arc::clone(&this), wire.clone());
+        let answer = move |request, ongoing| Arc::clone(&asked).answer(request, ongoing, on.clone());
+        tokio::select! {
+            biased;
+            () = this.watch(&wire, &leaving) => Ok(()),
+            ended = serve::serve(wire.clone(), &terms, answer) => ended,
+        }
     }
 
-    async fn answer(self: Arc<Self>, mut request: Request<Incoming>) -> Response<Body> {
+    /// Judges again what is under way whenever the listener has changed, and has the connection take no more requests
+    /// once the peer is no longer who it was.
+    async fn watch(&self, wire: &Wire, leaving: &Leaving) {
+        let mut live = self.live.clone();
+        let mut judged = Arc::clone(&live.borrow_and_update().part);
+        loop {
+            let left = self.peer.until().duration_since(SystemTime::now()).unwrap_or_default();
+            // Clocks are set: a long time is not slept through.
+            let changed = timeout(left.min(LOOK_TIME) + MOMENT, live.changed()).await;
+            if matches!(changed, Ok(Err(_))) {
+                return pending().await;
+            }
+            let listener = Arc::clone(&live.borrow_and_update().part);
+            if !Arc::ptr_eq(&judged.intentions, &listener.intentions)
+                || !Arc::ptr_eq(&judged.token_providers, &listener.token_providers)
+            {
+                self.open.judge(|case| self.is_denied(&listener, case));
+            }
+            judged = Arc::clone(&listener);
+            if let Err(problem) = self.peer.check(&listener, |act| wire.peer_certificates(act)) {
+                leaving.tell();
+                self.log(&listener, &unproved(&problem));
+                // What is under way goes on, and is judged on.
+                while live.changed().await.is_ok() {
+                    let listener = Arc::clone(&live.borrow_and_update().part);
+                    self.open.judge(|case| self.is_denied(&listener, case));
+                }
+                return pending().await;
+            }
+        }
+    }
+
+    fn is_denied(&self, listener: &PublicListener, case: &Case) -> bool {
+        let denied = request_denial(listener, &self.peer.id, &case.head.view(), &case.judged);
+        if let Some(reason) = &denied {
+            self.log(listener, &Refusal::new(Kind::Denied, format!("under way, and denied now: {reason}")));
+        }
+        denied.is_some()
+    }
+
+    async fn answer(self: Arc<Self>, mut request: Request<Upload>, ongoing: Ongoing, wire: Wire) -> Response<Body> {
         let mut asked = Asked::new(&self.caller, &request);
         let listener = Arc::clone(&self.live.borrow().part);
         if let Some(note) = &mut asked.note {
             note.hide_tokens_of(&listener.token_providers);
         }
         let bridged = bridge::spans(listener.protocol, &mut request);
-        let mut result = Arc::clone(&self).try_answer(&listener, request, asked.note.as_deref_mut()).await;
-        if bridged && let Ok(response) = result {
-            result = bridge::gather(response).await;
-        }
+        let answer = async {
+            self.peer.check(&listener, |act| wire.peer_certificates(act)).map_err(|problem| unproved(&problem))?;
+            let note = asked.note.as_deref_mut();
+            let response = Arc::clone(&self).try_answer(&listener, request, &ongoing, note).await?;
+            if bridged { bridge::gather(response).await } else { Ok(response) }
+        };
+        let result = ongoing.unless_over(answer).await;
+        let result = result.unwrap_or_else(|_| Err(Refusal::new(Kind::Denied, "denied while it was under way")));
         asked.answer(result.inspect_err(|refusal| self.log(&listener, refusal)), listener.tells_cause)
     }
 
     async fn try_answer(
         self: Arc<Self>,
         listener: &PublicListener,
-        mut request: Request<Incoming>,
+        mut request: Request<Upload>,
+        ongoing: &Ongoing,
         note: Option<&mut Note>,
     ) -> Result<Response<Body>, Refusal> {
         let client = request.extensions_mut().remove::<OnUpgrade>();
@@ -84,19 +144,21 @@ impl Inbound {
         }
         // What is added is judged too: the decision is about what the app receives.
         self.annotate(listener, &mut head);
-        let verified = self.decide(listener, &head)?;
+        let began = SystemTime::now();
+        let verified = self.decide(listener, &head, began)?;
         head.check_method()?;
-        // To be judged again whenever the intentions change, for as long as an upgraded connection is open.
-        let judged = head.upgrades().then(|| head.clone());
+        // To be judged again whenever the intentions change, for as long as it is under way.
+        let (upgrades, headers) = (head.upgrades(), listener.intentions.judge_requests() || head.upgrades());
+        let kept = head.outline(headers);
         head.pass_tokens_on(&listener.token_providers, &verified);
-        let (response, rest) = self.app(listener).exchange(head, body, note).await?;
-        match (client, judged) {
-            (Some(client), Some(head)) if response.status() == StatusCode::SWITCHING_PROTOCOLS => {
+        ongoing.judge_by(Case { head: kept, judged: Judged { verified, began, headers } });
+        self.open.add(ongoing);
+        let (response, rest) = self.app(listener).exchange(head, body, ongoing.upload().as_ref(), note).await?;
+        let switches = upgrades && response.status() == StatusCode::SWITCHING_PROTOCOLS;
+        match (client, switches.then(|| ongoing.take_case()).flatten()) {
+            (Some(client), Some(case)) => {
                 let this = Arc::clone(&self);
-                let may_stay = move |listener: &PublicListener| {
-                    let decided = this.decide(listener, &head);
-                    decided.inspect_err(|refusal| this.log(listener, refusal)).is_ok()
-                };
+                let may_stay = move |listener: &PublicListener| !this.is_denied(listener, &case);
                 Ok(upgrade::join(client, response, rest, self.live.clone(), self.drain.clone(), may_stay))
             }
             _ => {
@@ -123,15 +185,14 @@ impl Inbound {
         }
     }
 
-    fn decide(&self, listener: &PublicListener, head: &Head) -> Result<Verified, Refusal> {
+    fn decide(&self, listener: &PublicListener, head: &Head, now: SystemTime) -> Result<Verified, Refusal> {
         let providers = &listener.token_providers;
-        let now = SystemTime::now();
         let view = head.view();
-        let (decision, verified) = listener.intentions.verify_and_decide(&self.peer, &view, providers, now);
+        let (decision, verified) = listener.intentions.verify_and_decide(&self.peer.id, &view, providers, now);
         // Without what may be secret, the query and the values of headers.
         tracing::debug!(
             target: "proxy.inbound",
-            source = %self.peer,
+            source = %self.peer.id,
             destination = listener.service,
             request_id = view.headers.get(message::X_REQUEST_ID).and_then(|id| id.to_str().ok()),
             method = view.method,
@@ -165,14 +226,27 @@ impl Inbound {
     fn log(&self, listener: &PublicListener, refusal: &Refusal) {
         // A redirect's is a location, with the query.
         let secrets = Secrets { providers: Some(&listener.token_providers) };
+        let cause = secrets.hide(&refusal.cause);
+        if !self.log_limit.is_first(&self.peer.id, &cause) {
+            return;
+        }
         tracing::info!(
             target: "proxy.inbound",
-            source = %self.peer,
+            source = %self.peer.id,
             destination = listener.service,
             src = %Shown(self.remote),
             flag = refusal.kind.flag(),
-            cause = &*secrets.hide(&refusal.cause),
+            cause = &*cause,
             "Request refused"
         );
     }
 }
+
+fn unproved(problem: &PeerError) -> Refusal {
+    Refusal::new(Kind::Denied, format!("the peer does not prove its identity any more: {problem}"))
+}
+
+/// A peer is looked at again at least so often.
+const LOOK_TIME: Duration = Duration::from_secs(600);
+/// Behind the end of an identity, so that it has surely ended.
+const MOMENT: Duration = Duration::from_millis(10);

@@ -114,6 +114,18 @@ impl Head {
         }
     }
 
+    /// What it is judged by: all of it, or all but its headers, which costs next to nothing.
+    #[must_use]
+    pub fn outline(&mut self, with_headers: bool) -> Self {
+        if with_headers {
+            return self.clone();
+        }
+        let headers = std::mem::take(&mut self.headers);
+        let outline = self.clone();
+        self.headers = headers;
+        outline
+    }
+
     #[must_use]
     pub fn view(&self) -> RequestView<'_> {
         RequestView {

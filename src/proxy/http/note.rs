@@ -122,6 +122,12 @@ impl Note {
         self.complete = true;
     }
 
+    /// The response broke off, as its source is denied now.
+    pub fn denied(&mut self) {
+        self.complete = true;
+        self.details = Some(details(Kind::Denied));
+    }
+
     /// The response broke off: it was not waited for any longer, or (`None`) whoever sent it failed to.
     pub fn broken(&mut self, expired: Option<Expired>) {
         self.complete = true;

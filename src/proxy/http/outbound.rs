@@ -14,10 +14,12 @@ use super::body::{Body, Rest};
 use super::known::Known;
 use super::message::{self, Head, Intake, X_FORWARDED_CLIENT_CERT};
 use super::note::{Caller, Note};
+use super::ongoing::Ongoing;
 use super::patience::{Expired, Patience};
 use super::refusal::{Kind, Refusal};
 use super::reply::Asked;
-use super::{bridge, serve, upgrade};
+use super::serve::{self, Terms};
+use super::{bridge, upgrade};
 use crate::drain;
 use crate::proxy::balance::{Balancer, Clock, Instance, Outcome, Picked, Plan, Retry};
 use crate::proxy::codec::incoming::Incoming;
@@ -50,18 +52,19 @@ impl Outbound {
     /// # Errors
     /// Why it ended otherwise than well, for the log.
     pub async fn serve(self, app: Socket) -> Result<(), String> {
-        let live = self.live.clone();
         let wire = Wire::plain(app);
         wire.allow_upgrades(self.upgrades.clone());
+        let terms = Terms::new(self.live.clone(), serve::TIMES, Arc::default());
         let this = Arc::new(self);
-        serve::serve(wire, live, serve::TIMES, move |request| Arc::clone(&this).answer(request)).await
+        let answer = move |request, ongoing| Arc::clone(&this).answer(request, ongoing);
+        serve::serve(wire, &terms, answer).await
     }
 
-    async fn answer(self: Arc<Self>, mut request: Request<Incoming>) -> Response<Body> {
+    async fn answer(self: Arc<Self>, mut request: Request<Upload>, ongoing: Ongoing) -> Response<Body> {
         let mut asked = Asked::new(&self.caller, &request);
         let plan = Arc::clone(&self.live.borrow().part);
         let bridged = bridge::spans(plan.upstream.chain.protocol, &mut request);
-        let mut result = self.try_answer(&plan, request, asked.note.as_deref_mut()).await;
+        let mut result = self.try_answer(&plan, request, &ongoing, asked.note.as_deref_mut()).await;
         if bridged && let Ok(response) = result {
             result = bridge::gather(response).await;
         }
@@ -71,7 +74,8 @@ impl Outbound {
     async fn try_answer(
         &self,
         plan: &Plan,
-        mut request: Request<Incoming>,
+        mut request: Request<Upload>,
+        ongoing: &Ongoing,
         note: Option<&mut Note>,
     ) -> Result<Response<Body>, Refusal> {
         let client = request.extensions_mut().remove::<OnUpgrade>();
@@ -96,8 +100,9 @@ impl Outbound {
         let head = self.edit(head, &known, upgradable)?;
         let kept = known.keep(&head);
         let upgrades = head.upgrades();
+        let upload = ongoing.upload();
         let exchange = Exchange::new(plan, &routed, &self.live, self.clock, hash);
-        let (response, rest) = exchange.run(head, body, note).await?;
+        let (response, rest) = exchange.run(head, body, upload.as_ref(), note).await?;
         match client {
             Some(client) if upgrades && response.status() == StatusCode::SWITCHING_PROTOCOLS => {
                 Ok(upgrade::join(client, response, rest, self.live.clone(), self.drain.clone(), |_| true))
@@ -206,16 +211,16 @@ impl<'a> Exchange<'a> {
     async fn run(
         mut self,
         mut head: Head,
-        body: Incoming,
+        mut body: Upload,
+        upload: Option<&UploadState>,
         mut note: Option<&mut Note>,
     ) -> Result<(Response<Incoming>, Rest), Refusal> {
         self.plan.balancers.budget.request(self.clock.now());
-        let (mut body, upload) = Upload::new(body);
         if let Some(note) = &mut note {
-            note.uploads(upload.as_ref());
+            note.uploads(upload);
         }
         let limits = (self.routed.request_timeout, self.routed.idle_timeout);
-        let mut patience = Patience::new(limits.0, limits.1, upload.as_ref());
+        let mut patience = Patience::new(limits.0, limits.1, upload);
         loop {
             patience.try_for(self.plan.upstream.requests.per_try_timeout);
             let mut race = Race::new();
@@ -230,7 +235,7 @@ impl<'a> Exchange<'a> {
                 }
                 Err(expired) => return Err(expired.into()),
             };
-            match self.send(picked, lent, head, body, upload.as_ref(), &mut patience).await? {
+            match self.send(picked, lent, head, body, upload, &mut patience).await? {
                 Tried::Response(response, mut rest) => {
                     patience.try_for(None);
                     rest.patience = Some(patience);

@@ -8,16 +8,41 @@ use std::time::Duration;
 
 use tokio::time::{Instant, Sleep, sleep_until};
 
-use crate::proxy::codec::upload::UploadState;
+use crate::proxy::codec::upload::{Progress, UploadState};
 
 /// The patience with one exchange: one timer for all of its limits, and an eye on its upload.
+///
+/// As in Envoy, the time for the response begins when the request is complete: an upload may take as long as it
+/// goes on. What bounds one that does not is the idle time.
 pub struct Patience {
     sleep: Option<Pin<Box<Sleep>>>,
-    whole: Option<Instant>,
-    one_try: Option<Instant>,
+    whole: Option<Limit>,
+    one_try: Option<Limit>,
     idle: Option<Duration>,
     moved: Instant,
     upload: Option<UploadState>,
+    /// The upload was complete when the timer was set last.
+    complete: bool,
+}
+
+/// A time that counts from an instant, or from when the request is complete if that is later.
+#[derive(Debug, Clone, Copy)]
+struct Limit {
+    start: Instant,
+    time: Duration,
+}
+
+impl Limit {
+    /// `None` while it does not count: more of the request is coming. What nobody has asked for yet is no upload that
+    /// goes on: a connection is being made for it.
+    fn end(self, upload: Option<Progress>) -> Option<Instant> {
+        // A time too long to be counted is no limit.
+        match upload {
+            None | Some(Progress::NotAsked) => self.start.checked_add(self.time),
+            Some(Progress::Coming) => None,
+            Some(Progress::Complete(at)) => self.start.max(at).checked_add(self.time),
+        }
+    }
 }
 
 impl Patience {
@@ -25,29 +50,49 @@ impl Patience {
     #[must_use]
     pub fn new(whole: Option<Duration>, idle: Option<Duration>, upload: Option<&UploadState>) -> Self {
         let now = Instant::now();
-        // A time too long to be counted is no limit.
-        let whole = whole.and_then(|whole| now.checked_add(whole));
-        let first = whole.into_iter().chain(idle.and_then(|idle| now.checked_add(idle))).min();
-        let sleep = first.map(|first| Box::pin(sleep_until(first)));
-        Self { sleep, whole, one_try: None, idle, moved: now, upload: upload.cloned() }
+        let whole = whole.map(|time| Limit { start: now, time });
+        let mut patience =
+            Self { sleep: None, whole, one_try: None, idle, moved: now, upload: upload.cloned(), complete: false };
+        patience.wake_at(patience.next());
+        patience
     }
 
     /// Begins the time of one try, or ends it.
     pub fn try_for(&mut self, time: Option<Duration>) {
-        self.one_try = time.and_then(|time| Instant::now().checked_add(time));
-        if let Some(end) = self.one_try {
-            match &mut self.sleep {
-                Some(sleep) if sleep.deadline() > end => sleep.as_mut().reset(end),
-                Some(_) => {}
-                none => *none = Some(Box::pin(sleep_until(end))),
-            }
+        self.one_try = time.map(|time| Limit { start: Instant::now(), time });
+        if self.one_try.is_some() {
+            self.wake_at(self.next());
         }
     }
 
-    /// Something of the response came: the idle time begins anew.
+    /// Something of the response came, or was taken: the idle time begins anew.
     pub fn moved(&mut self) {
         if self.idle.is_some() {
             self.moved = Instant::now();
+        }
+    }
+
+    /// When there may be no patience any more.
+    fn next(&self) -> Option<Instant> {
+        let [whole, one_try] = self.ends();
+        whole.into_iter().chain(one_try).chain(self.idle_end()).min()
+    }
+
+    fn ends(&self) -> [Option<Instant>; 2] {
+        let upload = self.upload.as_ref().map(UploadState::progress);
+        [self.whole, self.one_try].map(|limit| limit.and_then(|limit| limit.end(upload)))
+    }
+
+    fn idle_end(&self) -> Option<Instant> {
+        let moved = self.upload.as_ref().and_then(UploadState::moved).map_or(self.moved, |m| m.max(self.moved));
+        self.idle.and_then(|idle| moved.checked_add(idle))
+    }
+
+    fn wake_at(&mut self, next: Option<Instant>) {
+        match (next, &mut self.sleep) {
+            (Some(next), Some(sleep)) => sleep.as_mut().reset(next),
+            (Some(next), none) => *none = Some(Box::pin(sleep_until(next))),
+            (None, _) => self.sleep = None,
         }
     }
 
@@ -66,31 +111,32 @@ impl Patience {
 
     /// Ready once there is none any more.
     pub fn poll_expired(&mut self, cx: &mut Context<'_>) -> Poll<Expired> {
-        if let Some(upload) = &self.upload
-            && upload.poll_broken(cx).is_ready()
-        {
-            return Poll::Ready(Expired::Upload);
+        if let Some(upload) = &self.upload {
+            if upload.poll_broken(cx).is_ready() {
+                return Poll::Ready(Expired::Upload);
+            }
+            if !self.complete && upload.is_whole() {
+                self.complete = true;
+                self.wake_at(self.next());
+            }
         }
-        let Some(sleep) = &mut self.sleep else { return Poll::Pending };
-        loop {
+        while let Some(sleep) = &mut self.sleep {
             ready!(sleep.as_mut().poll(cx));
-            let now = Instant::now();
-            if self.whole.is_some_and(|whole| whole <= now) {
+            let (now, [whole, one_try]) = (Instant::now(), self.ends());
+            let over = |end: Option<Instant>| end.is_some_and(|end| end <= now);
+            if over(whole) {
                 return Poll::Ready(Expired::Whole);
             }
-            if self.one_try.is_some_and(|end| end <= now) {
+            if over(one_try) {
                 return Poll::Ready(Expired::Try);
             }
-            let moved = self.upload.as_ref().and_then(UploadState::moved).map_or(self.moved, |m| m.max(self.moved));
-            let idle = self.idle.and_then(|idle| moved.checked_add(idle));
-            if idle.is_some_and(|idle| idle <= now) {
+            if over(self.idle_end()) {
                 let whole = self.upload.as_ref().is_none_or(UploadState::is_whole);
                 return Poll::Ready(if whole { Expired::Idle } else { Expired::IdleUpload });
             }
-            let next = self.whole.into_iter().chain(self.one_try).chain(idle).min();
-            let Some(next) = next else { return Poll::Pending };
-            sleep.as_mut().reset(next);
+            self.wake_at(self.next());
         }
+        Poll::Pending
     }
 }
 

@@ -77,6 +77,13 @@ fn reply(refusal: &Refusal, grpc: bool, tells_cause: bool) -> Response<Body> {
     response
 }
 
+/// What ends the answer to a gRPC request whose source is denied now.
+pub fn grpc_denial() -> HeaderMap {
+    let (status, text, _) = Kind::Denied.told();
+    let status = (HeaderName::from_static("grpc-status"), grpc_status(status));
+    [status, (HeaderName::from_static("grpc-message"), HeaderValue::from_static(text))].into_iter().collect()
+}
+
 /// Whether these are the headers of a gRPC request.
 pub fn is_grpc(headers: &HeaderMap) -> bool {
     headers.get(CONTENT_TYPE).is_some_and(|kind| {

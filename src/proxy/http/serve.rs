@@ -3,26 +3,32 @@
 use std::convert::Infallible;
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
-use std::task::Poll;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use http::header::CONNECTION;
+use http::header::{CONNECTION, EXPECT};
 use http::{HeaderValue, Request, Response, StatusCode, Version};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use tokio::io::AsyncWriteExt;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, sleep, timeout};
 
 use super::body::Body;
-use super::message;
+use super::departure::Departure;
+use super::ongoing::Ongoing;
+use super::{message, reply};
 use crate::drain::Stage;
 use crate::proxy::codec::incoming::Incoming;
 use crate::proxy::codec::server::Server;
+use crate::proxy::codec::upload::Upload;
 use crate::proxy::codec::wire::{Turn, Wire};
 use crate::proxy::codec::{HEAD_SIZE, HEADERS, HTTP1_BUFFER};
 use crate::proxy::listener::Live;
+use crate::snapshot::Upgrades;
 
 /// For how long a client may be silent.
 #[derive(Debug, Clone, Copy)]
@@ -45,44 +51,94 @@ pub const TIMES: Times = Times {
     stall: Duration::from_secs(300),
 };
 
+/// What a connection goes by besides its requests.
+pub struct Terms<P> {
+    live: watch::Receiver<Live<P>>,
+    times: Times,
+    leaving: Arc<Leaving>,
+}
+
+impl<P> Terms<P> {
+    #[must_use]
+    pub fn new(live: watch::Receiver<Live<P>>, times: Times, leaving: Arc<Leaving>) -> Self {
+        Self { live, times, leaving }
+    }
+
+    /// Ends when no new request is to be taken.
+    async fn leaves(&self) {
+        let mut live = self.live.clone();
+        tokio::select! {
+            _ = live.wait_for(|live| live.stage >= Stage::Draining) => {}
+            () = self.leaving.told() => {}
+        }
+    }
+
+    /// Ends when the connection is to be closed whatever is under way.
+    async fn closes(&self) {
+        let _ = self.live.clone().wait_for(|live| live.stage >= Stage::Closing).await;
+    }
+}
+
+/// Whether a connection is to take no new requests, for a reason of its own.
+#[derive(Debug, Default)]
+pub struct Leaving {
+    now: AtomicBool,
+    told: Notify,
+}
+
+impl Leaving {
+    pub fn tell(&self) {
+        self.now.store(true, Ordering::Relaxed);
+        self.told.notify_waiters();
+    }
+
+    async fn told(&self) {
+        let mut told = pin!(self.told.notified());
+        told.as_mut().enable();
+        if !self.now.load(Ordering::Relaxed) {
+            told.await;
+        }
+    }
+}
+
 /// Serves requests until the connection ends, is idle for too long, or a drain is over.
-pub async fn serve<P, H, F>(wire: Wire, live: watch::Receiver<Live<P>>, times: Times, handle: H) -> Result<(), String>
+pub async fn serve<P, H, F>(wire: Wire, terms: &Terms<P>, handle: H) -> Result<(), String>
 where
-    H: Fn(Request<Incoming>) -> F + Clone,
+    H: Fn(Request<Upload>, Ongoing) -> F + Clone,
     F: Future<Output = Response<Body>> + Send + 'static,
 {
-    let mut drain = live.clone();
     let last_moment = async {
-        let _ = drain.wait_for(|live| live.stage >= Stage::Draining).await;
+        terms.leaves().await;
         // A request may be on its way already.
         sleep(LAST_MOMENT).await;
     };
     let http2 = tokio::select! {
-        first = timeout(times.first, wire.begins_http2()) => first,
+        first = timeout(terms.times.first, wire.begins_http2()) => first,
         () = last_moment => return Ok(()),
     };
     let http2 = match http2 {
         Ok(Ok(http2)) => http2,
         Ok(Err(error)) if error.kind() == std::io::ErrorKind::UnexpectedEof => return Ok(()),
         Ok(Err(error)) => return Err(error.to_string()),
-        Err(_) => return Err(format!("nothing came within {:?}", times.first)),
+        Err(_) => return Err(format!("nothing came within {:?}", terms.times.first)),
     };
-    if http2 { serve_http2(wire, live, times, handle).await } else { serve_http1(wire, live, times, handle).await }
+    if http2 { serve_http2(wire, terms, handle).await } else { serve_http1(wire, terms, handle).await }
 }
 
-async fn serve_http2<P, H, F>(wire: Wire, live: watch::Receiver<Live<P>>, times: Times, handle: H) -> Result<(), String>
+async fn serve_http2<P, H, F>(wire: Wire, terms: &Terms<P>, handle: H) -> Result<(), String>
 where
-    H: Fn(Request<Incoming>) -> F,
+    H: Fn(Request<Upload>, Ongoing) -> F,
     F: Future<Output = Response<Body>> + Send + 'static,
 {
     wire.follow_blocks();
-    let answer = move |request| {
-        let response = handle(request);
-        async move { finish(response.await, true, None) }
+    let answer = move |request: Request<Incoming>| {
+        let (request, ongoing) = begin(request, true);
+        let (response, of) = (handle(request, ongoing.clone()), ongoing.clone());
+        (async move { finish(response.await.map(|body| body.of(of))) }, ongoing)
     };
     let connection = Server::new(wire.clone(), wire.is_remote(), answer);
-    let watchman = Watchman::new(wire.clone(), times);
-    let ended = Box::pin(drive(connection, watchman, live, Server::graceful_shutdown, false)).await;
+    let watchman = Watchman::new(wire.clone(), terms.times);
+    let ended = Box::pin(drive(connection, watchman, terms, Server::graceful_shutdown, false, None)).await;
     // A request that crossed our last GOAWAY is sent elsewhere by whoever reads that; a reset would hide it.
     wire.linger().await;
     ended.map(drop)
@@ -90,9 +146,9 @@ where
 
 /// The codec of an idle connection holds some 20 KB, so it is ended where the client does not come back soon, and
 /// another one is begun with the next request.
-async fn serve_http1<P, H, F>(wire: Wire, live: watch::Receiver<Live<P>>, times: Times, handle: H) -> Result<(), String>
+async fn serve_http1<P, H, F>(wire: Wire, terms: &Terms<P>, handle: H) -> Result<(), String>
 where
-    H: Fn(Request<Incoming>) -> F + Clone,
+    H: Fn(Request<Upload>, Ongoing) -> F + Clone,
     F: Future<Output = Response<Body>> + Send + 'static,
 {
     if wire.agreed_on_http2() {
@@ -101,12 +157,15 @@ where
     wire.be_strict();
     let mut comes_back = false;
     let ended = loop {
-        let (handle, on, upgrades) = (handle.clone(), wire.clone(), wire.upgrades());
+        let (handle, on, latest) = (handle.clone(), wire.clone(), UnderWay::default());
+        let (ongoing, upgrades) = (latest.clone(), wire.upgrades());
         let service = service_fn(move |request: Request<hyper::body::Incoming>| {
-            let leaves = message::leaves_http(&request, &upgrades).then(|| on.clone());
             on.end_is_bodys(request.version() == Version::HTTP_10);
-            let (response, on) = (handle(request.map(Incoming::from)), on.clone());
-            async move { Ok::<_, Infallible>(finish(response.await, false, leaves).map(|body| body.answers(on))) }
+            let asked = Http1::new(&request, &upgrades);
+            let (request, ongoing) = begin(request.map(Incoming::from), false);
+            latest.set(&ongoing);
+            let (response, on) = (handle(request, ongoing.clone()), on.clone());
+            async move { Ok::<_, Infallible>(asked.finish(response.await, ongoing, on).await) }
         });
         let connection = http1::Builder::new()
             .auto_date_header(false)
@@ -118,14 +177,14 @@ where
             .serve_connection(TokioIo::new(wire.clone()), service)
             .with_upgrades();
         let shut_down = http1::UpgradeableConnection::graceful_shutdown;
-        let watchman = Watchman::new(wire.clone(), times);
-        match Box::pin(drive(connection, watchman, live.clone(), shut_down, !comes_back)).await {
+        let watchman = Watchman::new(wire.clone(), terms.times);
+        match Box::pin(drive(connection, watchman, terms, shut_down, !comes_back, Some(ongoing))).await {
             Ok(Ended::AtRest) => {}
             Ok(Ended::Over) => break Ok(()),
             Err(error) => break Err(error),
         }
         let since = Instant::now();
-        if !wakes(&wire, live.clone(), times).await {
+        if !wakes(&wire, terms).await {
             break Ok(());
         }
         comes_back = since.elapsed() < SOON;
@@ -139,28 +198,89 @@ where
 }
 
 /// Waits for more on a connection between two requests; false once there will be none, and the wire is shut down.
-async fn wakes<P>(wire: &Wire, mut live: watch::Receiver<Live<P>>, times: Times) -> bool {
+async fn wakes<P>(wire: &Wire, terms: &Terms<P>) -> bool {
     let more = tokio::select! {
         biased;
-        more = timeout(times.idle, wire.has_more()) => matches!(more, Ok(Ok(true))),
-        _ = live.wait_for(|live| live.stage >= Stage::Draining) => false,
+        more = timeout(terms.times.idle, wire.has_more()) => matches!(more, Ok(Ok(true))),
+        () = terms.leaves() => false,
     };
     if !more {
-        let _ = timeout(times.head, wire.clone().shutdown()).await;
+        let _ = timeout(terms.times.head, wire.clone().shutdown()).await;
     }
     more
 }
 
-/// Says when the connection ends after this response. `leaves`: what follows the request was not looked at, as it
-/// may be of another protocol; the wire under it.
-fn finish(mut response: Response<Body>, http2: bool, leaves: Option<Wire>) -> Response<Body> {
-    match leaves {
-        Some(wire) if response.status() == StatusCode::SWITCHING_PROTOCOLS => wire.upgrade(),
-        Some(_) => drop(response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"))),
-        None if http2 => drop(response.headers_mut().remove(CONNECTION)),
-        None => {}
+/// A request as handlers take it, and what the connection sees of it.
+fn begin(request: Request<Incoming>, http2: bool) -> (Request<Upload>, Ongoing) {
+    let grpc = http2 && reply::is_grpc(request.headers());
+    let (parts, body) = request.into_parts();
+    let (body, upload) = Upload::new(body);
+    (Request::from_parts(parts, body), Ongoing::new(upload, grpc))
+}
+
+/// What is to be known of an HTTP/1 request when it is answered.
+struct Http1 {
+    /// What follows it was not looked at, as it may be of another protocol.
+    leaves: bool,
+    /// The client waits to be told whether to send the body.
+    expects: bool,
+}
+
+impl Http1 {
+    fn new<B>(request: &Request<B>, upgrades: &Upgrades) -> Self {
+        Self { leaves: message::leaves_http(request, upgrades), expects: request.headers().contains_key(EXPECT) }
     }
+
+    /// Says when the connection ends after this response.
+    async fn finish(self, response: Response<Body>, ongoing: Ongoing, wire: Wire) -> Response<Body> {
+        let mut response = response;
+        let upgrades = self.leaves && response.status() == StatusCode::SWITCHING_PROTOCOLS;
+        if upgrades {
+            wire.upgrade();
+        } else if self.leaves || !self.is_read(response.body(), &ongoing).await {
+            response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        }
+        wire.begins_answer();
+        response.map(|body| body.of(ongoing).answers(wire))
+    }
+
+    /// Whether all of the request has been read, so that another can follow it. A little that nobody wants is read now.
+    async fn is_read(&self, answer: &Body, ongoing: &Ongoing) -> bool {
+        let Some(upload) = ongoing.upload() else { return true };
+        if upload.is_whole() {
+            return true;
+        }
+        let may_drain = answer.is_ours() && !self.expects;
+        may_drain && matches!(timeout(DRAIN_TIME, upload.drain(DRAIN_BYTES)).await, Ok(true))
+    }
+}
+
+/// HTTP/2 has other words for what ends a connection.
+fn finish(mut response: Response<Body>) -> Response<Body> {
+    response.headers_mut().remove(CONNECTION);
     response
+}
+
+/// The request that is under way on an HTTP/1 connection.
+#[derive(Clone, Default)]
+struct UnderWay(Arc<Mutex<Option<Ongoing>>>);
+
+impl UnderWay {
+    fn set(&self, ongoing: &Ongoing) {
+        *self.lock() = Some(ongoing.clone());
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Ongoing>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ready once it must end.
+    fn poll_over(&self, cx: &mut Context<'_>) -> Poll<Ongoing> {
+        match &*self.lock() {
+            Some(ongoing) => ongoing.poll_over(cx).map(|()| ongoing.clone()),
+            None => Poll::Pending,
+        }
+    }
 }
 
 /// How a codec's connection ended well.
@@ -174,29 +294,29 @@ enum Ended {
 async fn drive<C, P, E>(
     connection: C,
     mut watchman: Watchman,
-    mut live: watch::Receiver<Live<P>>,
+    terms: &Terms<P>,
     shut_down: fn(Pin<&mut C>),
     rests: bool,
+    under_way: Option<UnderWay>,
 ) -> Result<Ended, String>
 where
     C: Future<Output = Result<(), E>>,
     E: std::error::Error,
 {
-    let (wire, mut observed) = (watchman.wire.clone(), live.clone());
+    let wire = watchman.wire.clone();
     let mut connection = pin!(Turn::new(connection, wire.clone()));
-    let mut draining = pin!(live.wait_for(|live| live.stage >= Stage::Draining));
-    let turns = poll_fn(|cx| match connection.as_mut().poll(cx) {
-        Poll::Ready(ended) => Poll::Ready(Some(ended)),
+    let mut guard = Guard { under_way, departure: Departure::default(), wire: wire.clone() };
+    let turns = poll_fn(|cx| match guard.poll(cx, connection.as_mut()) {
         Poll::Pending if rests && wire.is_at_rest() => Poll::Ready(None),
-        Poll::Pending => Poll::Pending,
+        polled => polled.map(Some),
     });
     let at_rest = tokio::select! {
         biased;
         ended = turns => match ended {
-            Some(ended) => return ended.map(|()| Ended::Over).map_err(|error| described(&error)),
+            Some(ended) => return ended.map(|()| Ended::Over),
             None => true,
         },
-        _ = &mut draining => false,
+        () = terms.leaves() => false,
         verdict = watchman.verdict() => match verdict {
             Verdict::Slow => return Err(format!("a request head took longer than {:?}", watchman.times.head)),
             Verdict::Stalled => return Err(format!("the client took nothing for {:?}", watchman.times.stall)),
@@ -216,8 +336,41 @@ where
     }
     tokio::select! {
         biased;
-        ended = &mut connection => ended.map(|()| Ended::Over).map_err(|error| described(&error)),
-        _ = observed.wait_for(|live| live.stage >= Stage::Closing) => Err("the drain time is over".into()),
+        ended = poll_fn(|cx| guard.poll(cx, connection.as_mut())) => ended.map(|()| Ended::Over),
+        () = terms.closes() => Err("the drain time is over".into()),
+    }
+}
+
+/// Looks after the request that is under way on an HTTP/1 connection, beside its codec.
+struct Guard {
+    /// `None` for HTTP/2, whose streams look after themselves.
+    under_way: Option<UnderWay>,
+    departure: Departure,
+    wire: Wire,
+}
+
+impl Guard {
+    /// Polls the codec, and then whether it must end or its client is gone.
+    fn poll<C, E>(&mut self, cx: &mut Context<'_>, mut connection: Pin<&mut Turn<C>>) -> Poll<Result<(), String>>
+    where
+        C: Future<Output = Result<(), E>>,
+        E: std::error::Error,
+    {
+        if let Poll::Ready(ended) = connection.as_mut().poll(cx) {
+            return Poll::Ready(ended.map_err(|error| described(&error)));
+        }
+        let Some(under_way) = &self.under_way else { return Poll::Pending };
+        if let Poll::Ready(ongoing) = under_way.poll_over(cx) {
+            // The answer's body, or whoever waits for the answer, ends it if the codec asks.
+            if let Poll::Ready(ended) = connection.poll(cx) {
+                return Poll::Ready(ended.map_err(|error| described(&error)));
+            }
+            if !ongoing.is_done() {
+                self.wire.breaks_off();
+                return Poll::Ready(Err("an answer was ended that the client does not take".into()));
+            }
+        }
+        self.departure.poll(cx, &self.wire).map(Err)
     }
 }
 
@@ -283,13 +436,15 @@ impl Watchman {
 
 /// For the first bytes of a connection, once a drain has begun.
 const LAST_MOMENT: Duration = Duration::from_secs(1);
+/// Of a request's body that nobody wants, as much is read as comes in a moment, so that the connection can go on.
+const DRAIN_BYTES: u64 = 64 * 1024;
+const DRAIN_TIME: Duration = Duration::from_millis(250);
 /// A client that sends the next request within this time is taken to go on doing so.
 const SOON: Duration = Duration::from_secs(1);
 
 #[cfg(test)]
 mod tests {
     use std::future::pending;
-    use std::sync::Arc;
 
     use tokio::net::UnixStream;
 
@@ -308,8 +463,13 @@ mod tests {
         client.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
         client.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.unwrap();
         client.write_all(&frames.concat()).await.unwrap();
-        let answer = |_| pending::<Response<Body>>();
-        timeout(Duration::from_secs(60), serve(Wire::plain(Socket::Unix(server)), live, TIMES, answer)).await.ok()
+        let answer = |_, _| pending::<Response<Body>>();
+        timeout(
+            Duration::from_secs(60),
+            serve(Wire::plain(Socket::Unix(server)), &Terms::new(live, TIMES, Arc::default()), answer),
+        )
+        .await
+        .ok()
     }
 
     #[tokio::test(start_paused = true)]

@@ -31,6 +31,8 @@ use crate::snapshot::*;
 use crate::testing::TempFile;
 use crate::testing::ca::uri;
 
+mod endings;
+
 type AnyBody = BoxBody<Bytes, hyper::Error>;
 
 /// All requests by one route with these settings.

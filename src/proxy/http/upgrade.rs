@@ -1,6 +1,7 @@
 //! Connections that leave HTTP behind: WebSocket and whatever else a client and an app agree on.
 
 use std::io;
+use std::time::Duration;
 
 use http::header::{CONNECTION, UPGRADE};
 use http::{HeaderValue, Response};
@@ -8,6 +9,7 @@ use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncWriteExt, copy_bidirectional_with_sizes};
 use tokio::sync::watch;
+use tokio::time::timeout;
 
 use super::body::{Body, Rest};
 use crate::drain::{self, Stage};
@@ -28,11 +30,19 @@ pub fn join<P: Send + Sync + 'static>(
     let server = hyper::upgrade::on(&mut response);
     tokio::spawn(async move {
         let (_rest, _drain) = (rest, drain);
-        tokio::select! {
-            tunnelled = tunnel(client, server) => if let Err(error) = tunnelled {
+        let Ok(Ok(mut joined)) = timeout(TAKE_TIME, take_both(client, server)).await else { return };
+        let copied = tokio::select! {
+            biased;
+            _ = live.wait_for(|live| live.stage >= Stage::Closing || !may_stay(&live.part)) => None,
+            copied = joined.copy() => Some(copied),
+        };
+        match copied {
+            None => joined.close().await,
+            Some(Err(error)) => {
                 tracing::debug!(target: "proxy", %error, "An upgraded connection broke off");
-            },
-            _ = live.wait_for(|live| live.stage >= Stage::Closing || !may_stay(&live.part)) => {}
+                joined.abort();
+            }
+            Some(Ok(())) => {}
         }
     });
     let (mut parts, _) = response.into_parts();
@@ -45,15 +55,42 @@ pub fn join<P: Send + Sync + 'static>(
     Response::from_parts(parts, Body::empty())
 }
 
-async fn tunnel(client: OnUpgrade, server: OnUpgrade) -> io::Result<()> {
+/// Both connections, without their codecs.
+struct Joined {
+    client: Wire,
+    server: Wire,
+    /// What the codecs have read beyond their own.
+    said: [bytes::Bytes; 2],
+}
+
+async fn take_both(client: OnUpgrade, server: OnUpgrade) -> io::Result<Joined> {
     let (client, server) = tokio::try_join!(client, server).map_err(io::Error::other)?;
-    let (mut client, client_said) = take(client)?;
-    let (mut server, server_said) = take(server)?;
-    server.write_all(&client_said).await?;
-    client.write_all(&server_said).await?;
-    server.flush().await?;
-    client.flush().await?;
-    copy_bidirectional_with_sizes(&mut client, &mut server, BUFFER, BUFFER).await.map(drop)
+    let (client, client_said) = take(client)?;
+    let (server, server_said) = take(server)?;
+    Ok(Joined { client, server, said: [client_said, server_said] })
+}
+
+impl Joined {
+    async fn copy(&mut self) -> io::Result<()> {
+        let Self { client, server, said: [client_said, server_said] } = self;
+        server.write_all(client_said).await?;
+        client.write_all(server_said).await?;
+        server.flush().await?;
+        client.flush().await?;
+        copy_bidirectional_with_sizes(client, server, BUFFER, BUFFER).await.map(drop)
+    }
+
+    /// Ends both cleanly although neither has.
+    async fn close(mut self) {
+        let _ = tokio::join!(timeout(TAKE_TIME, self.client.shutdown()), timeout(TAKE_TIME, self.server.shutdown()));
+        tokio::join!(self.client.linger(), self.server.linger());
+    }
+
+    /// Passes on that one of them broke off.
+    fn abort(self) {
+        self.client.abort();
+        self.server.abort();
+    }
 }
 
 /// The wire under a connection, and what the codec has read of it beyond its own.
@@ -64,4 +101,6 @@ fn take(upgraded: Upgraded) -> io::Result<(Wire, bytes::Bytes)> {
     Ok((wire, parts.read_buf))
 }
 
+/// For the codecs to let go of their connections, and for an end to be said.
+const TAKE_TIME: Duration = Duration::from_secs(1);
 const BUFFER: usize = 16 * 1024;

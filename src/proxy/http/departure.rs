@@ -1,0 +1,81 @@
+//! Whether an HTTP/1 client is gone that waits for an answer, so that nothing is done for it any more.
+//!
+//! A reset says so. An end of the client's direction says it too, or that the client sends no more and waits for its
+//! answer (BusyBox wget does that). TCP tells the two apart when something is sent: who has closed replies with a
+//! reset. So the first bytes of the answer, which are the same in each, are sent ahead.
+
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use tokio::time::{Instant, Sleep, sleep};
+
+use crate::proxy::codec::wire::{Awaits, Wire};
+
+/// Looks after one connection.
+#[derive(Default)]
+pub struct Departure {
+    /// Since the client has ended its direction, with the timer of the next look.
+    half: Option<Half>,
+}
+
+struct Half {
+    since: Instant,
+    looks: u32,
+    moved: u64,
+    sleep: Pin<Box<Sleep>>,
+}
+
+impl Departure {
+    /// Ready with the reason once the client is gone. To be asked after the codec has had its turn.
+    pub fn poll(&mut self, cx: &mut Context<'_>, wire: &Wire) -> Poll<String> {
+        let awaits = wire.awaits();
+        if awaits == Awaits::Nothing {
+            self.half = None;
+            return Poll::Pending;
+        }
+        if let Err(error) = ready!(wire.poll_end(cx)) {
+            return Poll::Ready(format!("the client is gone: {error}"));
+        }
+        let half = self.half.get_or_insert_with(|| Half {
+            since: Instant::now(),
+            looks: 0,
+            moved: 0,
+            sleep: Box::pin(sleep(LOOK_TIME)),
+        });
+        loop {
+            ready!(half.sleep.as_mut().poll(cx));
+            if let Err(gone) = half.look(cx, wire, awaits) {
+                return Poll::Ready(gone);
+            }
+            half.sleep.as_mut().reset(Instant::now() + LOOK_TIME);
+        }
+    }
+}
+
+impl Half {
+    fn look(&mut self, cx: &mut Context<'_>, wire: &Wire, awaits: Awaits) -> Result<(), String> {
+        self.looks += 1;
+        // One byte after a quarter of a second, the next after one, two, four seconds and so on.
+        let probes = awaits == Awaits::Answer
+            && (self.looks == 1 || (self.looks / 4).is_power_of_two() && self.looks.is_multiple_of(4));
+        let checked = if probes { wire.probe(cx).map(drop) } else { wire.check() };
+        checked.map_err(|error| format!("the client is gone: {error}"))?;
+        let (moved, _) = wire.progress();
+        if std::mem::replace(&mut self.moved, moved) != moved {
+            self.since = Instant::now();
+        }
+        let patience = if awaits == Awaits::Answer { ANSWER_TIME } else { REST_TIME };
+        if self.since.elapsed() >= patience {
+            return Err(format!("the client has ended its direction, and nothing has come for it for {patience:?}"));
+        }
+        Ok(())
+    }
+}
+
+/// Between two looks at a client that has ended its direction.
+const LOOK_TIME: Duration = Duration::from_millis(250);
+/// How long such a client may wait for an answer to begin, as long as Envoy lets a stream be idle.
+const ANSWER_TIME: Duration = Duration::from_secs(300);
+/// The same for an answer to go on. There is nothing to send ahead then.
+const REST_TIME: Duration = Duration::from_secs(30);

@@ -1,0 +1,206 @@
+//! A request that is under way, as the connection sees it that it came on.
+//!
+//! A codec polls neither the answer's body nor anything else of ours while the client takes nothing. So whoever drives
+//! the codec looks at this beside it, and ends what must end: what has taken too long, whichever side stands still,
+//! and what is denied now.
+
+use std::future::{Future, poll_fn};
+use std::pin::pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::{Context, Poll, Waker};
+
+use super::message::Head;
+use super::patience::{Expired, Patience};
+use crate::proxy::authorization::Judged;
+use crate::proxy::codec::server::Watch;
+use crate::proxy::codec::upload::UploadState;
+
+/// One request with its answer. Clones are the same.
+#[derive(Clone)]
+pub struct Ongoing(Arc<Mutex<State>>);
+
+struct State {
+    upload: Option<UploadState>,
+    /// Since there is an answer. Before, whoever waits for that has it.
+    patience: Option<Patience>,
+    /// What it is judged by when the intentions change.
+    case: Option<Case>,
+    over: Option<Over>,
+    /// There is nothing left to end.
+    done: bool,
+    /// The client can be told of a denial in trailers.
+    grpc: bool,
+    task: Option<Waker>,
+}
+
+/// What a request is judged by again.
+pub struct Case {
+    pub head: Head,
+    pub judged: Judged,
+}
+
+/// Why a request is ended before it has come to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Over {
+    Expired(Expired),
+    /// Its source may not have it any more.
+    Denied,
+}
+
+impl Ongoing {
+    #[must_use]
+    pub fn new(upload: Option<UploadState>, grpc: bool) -> Self {
+        let state = State { upload, patience: None, case: None, over: None, done: false, grpc, task: None };
+        Self(Arc::new(Mutex::new(state)))
+    }
+
+    /// The request's body, if there is anything in it.
+    #[must_use]
+    pub fn upload(&self) -> Option<UploadState> {
+        self.state().upload.clone()
+    }
+
+    /// From here on it can be judged again.
+    pub fn judge_by(&self, case: Case) {
+        self.state().case = Some(case);
+    }
+
+    /// It is to be judged by another from here on.
+    #[must_use]
+    pub fn take_case(&self) -> Option<Case> {
+        self.state().case.take()
+    }
+
+    /// There is an answer, with patience for its body.
+    pub fn answered(&self, patience: Option<Patience>) {
+        self.state().patience = patience;
+    }
+
+    /// Something of the answer was taken.
+    pub fn moved(&self) {
+        if let Some(patience) = &mut self.state().patience {
+            patience.moved();
+        }
+    }
+
+    /// The answer is over.
+    pub fn done(&self) {
+        let mut state = self.state();
+        state.done = true;
+        let left = (state.patience.take(), state.case.take(), state.upload.take());
+        drop(state);
+        drop(left);
+    }
+
+    #[must_use]
+    pub fn is_done(&self) -> bool {
+        self.state().done
+    }
+
+    /// Whether it must end, and why.
+    #[must_use]
+    pub fn over(&self) -> Option<Over> {
+        self.state().over
+    }
+
+    /// Whether that is to be told in trailers of gRPC.
+    #[must_use]
+    pub fn tells_in_trailers(&self) -> bool {
+        self.state().grpc
+    }
+
+    /// Waits for `act` unless the request must end first.
+    ///
+    /// # Errors
+    /// Why it must.
+    pub async fn unless_over<F: Future>(&self, act: F) -> Result<F::Output, Over> {
+        let mut act = pin!(act);
+        poll_fn(|cx| match self.over() {
+            // What is ended fails in other ways too, for it has lost its upload.
+            Some(over) => Poll::Ready(Err(over)),
+            None => act.as_mut().poll(cx).map(Ok),
+        })
+        .await
+    }
+
+    /// Ends it, by whoever drives its codec.
+    fn end(&self, over: Over) {
+        let (upload, task) = {
+            let mut state = self.state();
+            if state.done || state.over.is_some() {
+                return;
+            }
+            state.over = Some(over);
+            (state.upload.clone(), state.task.take())
+        };
+        if let Some(upload) = upload {
+            upload.cut();
+        }
+        if let Some(task) = task {
+            task.wake();
+        }
+    }
+
+    /// Ready once it must end. Whoever asks is woken when that changes.
+    pub fn poll_over(&self, cx: &mut Context<'_>) -> Poll<()> {
+        let expired = {
+            let mut state = self.state();
+            if state.done {
+                return Poll::Pending;
+            }
+            if state.over.is_some() {
+                return Poll::Ready(());
+            }
+            match &mut state.task {
+                Some(task) => task.clone_from(cx.waker()),
+                none => *none = Some(cx.waker().clone()),
+            }
+            let Some(patience) = &mut state.patience else { return Poll::Pending };
+            patience.poll_expired(cx)
+        };
+        expired.map(|expired| self.end(Over::Expired(expired)))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The requests of one connection that are under way and can be judged again.
+#[derive(Default)]
+pub struct Open(Mutex<Vec<Weak<Mutex<State>>>>);
+
+impl Open {
+    pub fn add(&self, ongoing: &Ongoing) {
+        let mut list = self.list();
+        if list.len() == list.capacity() {
+            list.retain(|open| open.strong_count() > 0);
+        }
+        list.push(Arc::downgrade(&ongoing.0));
+    }
+
+    /// Ends those that `is_denied` says it of.
+    pub fn judge(&self, mut is_denied: impl FnMut(&Case) -> bool) {
+        let open: Vec<Ongoing> = self.list().iter().filter_map(Weak::upgrade).map(Ongoing).collect();
+        for ongoing in open {
+            let denied = ongoing.state().case.as_ref().is_some_and(&mut is_denied);
+            if denied {
+                ongoing.end(Over::Denied);
+            }
+        }
+    }
+
+    fn list(&self) -> MutexGuard<'_, Vec<Weak<Mutex<State>>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Watch for Ongoing {
+    fn poll_over(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.poll_over(cx)
+    }
+
+    fn is_done(&self) -> bool {
+        self.is_done()
+    }
+}
