@@ -151,6 +151,20 @@ def test_limits_are_told_in_grpc(mesh, config, call, told):
     assert caller.code(call) == (grpc.StatusCode.UNAVAILABLE, told)
 
 
+def test_a_limit_counts_the_calls_of_grpc_that_are_under_way(mesh):
+    server = mesh.service("server", app=Rpc, protocol="grpc")
+    config = {"limits": {"max_concurrent_requests": 2}}
+    client = mesh.service("client", [Upstream(server.name, mesh.ports.take(), {"Config": config})], protocol="grpc")
+    caller = mesh.keep(Caller(client.upstreams[0].port))
+    eventually(lambda: caller.code()[0] == grpc.StatusCode.OK, every=0.1)
+    held = [caller.call("unary_unary", "Wait").future(b"held", timeout=30) for _ in range(2)]
+    assert all(server.app.waiting.acquire(timeout=10) for _ in held)
+    assert caller.code() == (grpc.StatusCode.UNAVAILABLE, OUR_OWN + "overflow")
+    held[0].cancel()
+    eventually(lambda: caller.code()[0] == grpc.StatusCode.OK, every=0.1)
+    held[1].cancel()
+
+
 def test_timeouts_and_an_app_that_is_down_are_told_in_grpc(calls):
     server, _, caller = calls("lictor to lictor")
     server.proxy = {"Config": {"local_request_timeout_ms": 700}}

@@ -1,6 +1,6 @@
 """Prepared queries, redirects, subsets, failover and datacenters lead to the right instance, with its identity checked."""
 
-from mesh import Echo, Service, Upstream, eventually, mtls_server
+from mesh import Echo, Gate, Service, Upstream, eventually, mtls_server
 
 
 def named(mesh, what, greeting=None, **more):
@@ -137,3 +137,18 @@ def test_another_datacenter_is_reached_by_upstream_redirect_and_failover(federat
     # Intentions are replicated; the source keeps its name across datacenters.
     first.deny(client, there)
     client.eventually_refused(there, within=40)
+
+
+def test_an_instance_in_another_datacenter_is_reached_at_its_wan_address(federation):
+    first, second = federation
+    port = second.ports.take()
+    wan = {"wan": {"Address": "127.0.0.1", "Port": port}}
+    there = named(second, "there", sidecar_fields={"TaggedAddresses": wan})
+    gate = second.keep(Gate(port, there.public))
+    client = first.service("client", [Upstream(there.name, first.ports.take(), {"Datacenter": "dc2"})])
+    eventually_says(client, "there", within=40)
+    assert gate.most_open > 0
+    # Within the datacenter it is not asked for.
+    near, before = second.service("near", [there]), len(gate.requests)
+    eventually_says(near, "there")
+    assert len(gate.requests) == before

@@ -47,6 +47,8 @@ pub(super) struct AdHocFlags {
     pub(super) service: Option<String>,
     /// A service to reach, with the local port (or address) where to reach it: db:8181, db:127.0.0.2:8181,
     /// db:[::1]:8181. The name of a prepared query ends in .query: nearest-db.query:8181. May be repeated.
+    // It is the text of -help, where an address is no link.
+    #[allow(rustdoc::broken_intra_doc_links)]
     #[arg(long, value_name = "name:[addr:]port")]
     pub(super) upstream: Vec<String>,
     /// Where to accept connections from the mesh: 0.0.0.0:8443 or just :8443. Needs -service and -service-addr.

@@ -339,7 +339,12 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
             self.read = ReadSide::Truncated;
             return Poll::Ready(Ok(()));
         }
-        Poll::Ready(self.open(read, scratch, take))
+        let opened = self.open(read, scratch, take);
+        if opened.is_err() {
+            // The alert that says why: worth one try, not a wait.
+            let _ = self.poll_flush(cx);
+        }
+        Poll::Ready(opened)
     }
 
     /// Opens what is held back and the `read` bytes that stand behind its place in the scratch.

@@ -184,6 +184,26 @@ async fn garbage_gets_an_alert_and_a_silent_peer_is_told_apart() {
     assert!(matches!(Stream::accept(far, server.config([])).await, Err(HandshakeError::Silent)));
 }
 
+#[tokio::test]
+async fn whoever_sends_what_cannot_be_opened_is_told_so() {
+    let ca = Ca::new();
+    let (near, far) = shake(&client(&ca, "web", "db"), &server(&ca, "db")).await;
+    let (mut near, mut far) = (near.unwrap(), far.unwrap());
+    // A record of application data that nobody has sealed.
+    near.io.write_all(&[&[23, 3, 3, 0, 32][..], &[7; 32]].concat()).await.unwrap();
+    async fn open(stream: &mut Stream<DuplexStream>) -> String {
+        loop {
+            let opened = std::future::poll_fn(|cx| with_scratch(|scratch| stream.poll_open(cx, scratch))).await;
+            if let Err(error) = opened {
+                return error.to_string();
+            }
+        }
+    }
+    open(&mut far).await;
+    let told = open(&mut near).await;
+    assert!(told.contains("BadRecordMac"), "{told}");
+}
+
 #[test]
 fn application_protocols_are_named_only_where_they_overlap() {
     let server = Ca::new().credentials("db").server(&[b"h2", b"http/1.1"]).unwrap();
