@@ -36,9 +36,11 @@ def test_silent_clients_do_not_use_up_max_inbound_connections(mesh):
     client = mesh.service("client", [server])
     silent = [mesh.dial(server.public) for _ in range(10)]
     client.eventually_reaches()
+    # Connections count until both of their ends have been passed on.
+    eventually(lambda: server.app.open() == 0, what="no connection is left")
     with client.dial() as one, client.dial() as two:
         assert one.ask(b"one") == b"one" and two.ask(b"two") == b"two"
-        assert client.refused()
+        client.eventually_refused()
     assert all(conn.is_open() for conn in silent)
 
 
