@@ -12,6 +12,7 @@ import sys
 import time
 
 from context import Context
+from floor import add_floor, aead_speeds, fastest
 from peers import KINDS, parse_peer
 from proof import Sniff, verify
 from report import fmt, limits, machine, report, table, verdicts
@@ -20,6 +21,7 @@ from targets import TARGETS
 from works import FRESH, MAIN, WORKS, applies
 
 TOP = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+STEAL = 15  # per cent; above it no absolute figure says anything
 FAULTS = (Bad, OSError, ValueError, KeyError, ssl.SSLError, http.client.HTTPException, subprocess.SubprocessError)
 
 
@@ -35,6 +37,7 @@ def arguments():
     ap.add_argument("--rate", type=int, default=2000, help="W8r requests per second")
     ap.add_argument("--idle", help="W5 connection counts, ascending (default 1000,5000)")
     ap.add_argument("--control", help="W9 upstreams,endpoints,intentions (default 200,1000,2000)")
+    ap.add_argument("--aead", help="the program that measures the AEAD alone, for the distance to the floor")
     ap.add_argument("--limits", action="store_true", help="also measure what the machine can do at all")
     ap.add_argument("--out", default=os.path.join(TOP, "target", "bench"), help="directory of report.md and run.json (default target/bench)")
     ap.add_argument("--ref", help="labels to take ratios against (default: every other peer)")
@@ -100,6 +103,7 @@ class Run:
         self.ctx, self.peers, self.args = ctx, peers, args
         self.results, self.facts, self.pairs = {}, {}, {}
         self.failed, self.began = 0, now()
+        self.aead = aead_speeds(args.aead)
 
     def everything(self):
         for w in self.args.works:
@@ -112,6 +116,8 @@ class Run:
                 for peer in self.peers if number % 2 == 0 else self.peers[::-1]:
                     self.cell(w, number, peer)
         self.add_latency_over_direct()
+        relay = next((p.label for p in self.peers if p.kind == "relay"), None)
+        add_floor(self.results, relay, fastest(self.aead))
 
     def cell(self, w, number, peer):
         mode = applies(w, peer)
@@ -167,9 +173,14 @@ class Run:
                     if label != direct and "p50_us" in r and r["round"] in base:
                         r["added_p50_us"] = r["p50_us"] - base[r["round"]]
 
+    def cells(self):
+        return [r for w in self.results.values() for rounds in w.values() for r in rounds]
+
+    def worst(self, what):
+        return max([r.get(what, 0) for r in self.cells()] or [0])
+
     def head(self, net):
-        cells = [r for w in self.results.values() for rounds in w.values() for r in rounds]
-        worst = [max([r.get(k, 0) for r in cells] or [0]) for k in ("steal_pct", "foreign_pct")]
+        cells, worst = self.cells(), [self.worst(k) for k in ("steal_pct", "foreign_pct")]
         return (f"Peers: {', '.join(p.label for p in self.peers)}. Rounds {self.args.rounds}, time scale {self.args.time_scale:g}, "
                 f"{'pinned' if self.args.pin else 'not pinned'}; network: {net}, {machine().get('congestion_control')}; {now() - self.began:.0f} s in all. "
                 f"Worst of any kept run: steal {worst[0]:.1f} %, CPU of other programs {worst[1]:.1f} %; "
@@ -184,8 +195,12 @@ class Run:
 
     def text(self, net, machine_limits):
         m = machine()
-        parts = [self.head(net), f"Machine: {m['cores']} x {m['cpu']}, {m['mem_GB']} GB, Linux {m['kernel']}.\n"]
-        label_of = {}
+        parts = [f"Processor: {m['cores']} x {m['cpu']} ({m['model']}), with {', '.join(m['flags'] or ['none'])} of the features that decide; "
+                 f"{m['mem_GB']} GB, Linux {m['kernel']}.\n", self.head(net)]
+        if self.aead:
+            rows = [[library, *(fmt(speed) for speed in speeds.values())] for library, speeds in self.aead.items()]
+            parts.append("### AES-128-GCM alone, GB/s on one core\n\n" + table(rows, ["library", *next(iter(self.aead.values()))]) + "\n")
+        label_of = {"floor": "floor"}
         for p in self.peers:
             label_of.setdefault(p.kind, p.label)
         if "lictor" in label_of or "lictor-http" in label_of:
@@ -200,7 +215,9 @@ class Run:
         every = [p.label for p in self.peers]
         subjects = [p.label for p in self.peers if p.kind.startswith("lictor")] or every
         references = self.args.ref.split(",") if self.args.ref else [x for x in every if x not in subjects] or every
-        parts.append(report(self.results, self.peers, self.args.works, subjects, references))
+        if self.worst("steal_pct") > STEAL:
+            parts.append(f"**Marked: more than {STEAL} % of the machine was stolen in a run that was kept. Absolute figures are left out.**\n")
+        parts.append(report(self.results, self.peers, self.args.works, subjects, references, absolute=self.worst("steal_pct") <= STEAL))
         return "\n".join(parts)
 
 
@@ -218,8 +235,8 @@ def main():
         with open(os.path.join(args.out, "report.md"), "w") as f:
             f.write(text + "\n")
         with open(os.path.join(args.out, "run.json"), "w") as f:
-            kept = {k: v for k, v in vars(args).items() if k not in ("peers", "lictor", "consul", "envoy", "out")}
-            json.dump({"machine": machine(), "net": net, "args": kept, "limits": machine_limits, "tls": run.facts, "results": run.results, "failed": run.failed}, f, indent=1)
+            kept = {k: v for k, v in vars(args).items() if k not in ("peers", "lictor", "consul", "envoy", "out", "aead")}
+            json.dump({"machine": machine(), "net": net, "args": kept, "limits": machine_limits, "aead": run.aead, "tls": run.facts, "results": run.results, "failed": run.failed}, f, indent=1)
         print(f"# written to {os.path.relpath(args.out)}: report.md, run.json", file=sys.stderr)
     finally:
         ctx.end(args.keep)

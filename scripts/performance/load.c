@@ -5,10 +5,12 @@
  *   load http   PORT CONNS SECS SIZE RATE   keep-alive HTTP/1.1 (RATE 0 = closed loop,
  *                                     else open loop at RATE/s, latency from the intended time)
  *   load h2     PORT CONNS STREAMS SECS     gRPC shaped unary calls over HTTP/2
+ *   load put    PORT CONNS SECS SIZE  keep-alive HTTP/1.1, each request with a body of SIZE bytes
  *   load churn  PORT CONNS SECS SIZE  one new TCP connection per request
  *   load bulk   PORT STREAMS SECS D|U|B  bulk transfer, goodput at the receiver
  *   load idle   PORT CONNS            opens CONNS, one request each, holds, checks all again
  *   load relay  LISTEN TO rw|splice   plain two-socket relay, the no-TLS floor
+ *   load delay  LISTEN TO MS          a relay that delivers every byte MS later, each way: a long path
  *   load limits                       memcpy, syscall and loopback facts
  *
  * Every byte that comes back is checked against a known pattern; any fault is
@@ -126,6 +128,7 @@ typedef struct {
     char *in; size_t inlen, incap;
     char *out; size_t outoff, outlen, outcap; /* pending output */
     const char *body; size_t bodyleft;        /* then this */
+    uint64_t more, upload;                    /* of the body, after that; of a request's body, still to come */
     uint64_t blk, got, acked;                 /* bulk */
     int64_t cwnd; uint64_t rx;                /* h2 */
     uint32_t *q; size_t qh, qt, qcap;
@@ -149,7 +152,8 @@ static void o_put(oc *c, const void *p, size_t n) {
 }
 /* returns -1 dead, 0 would block, 1 drained */
 static int o_flush(oc *c) {
-    while (c->outoff < c->outlen || c->bodyleft) {
+    while (c->outoff < c->outlen || c->bodyleft || c->more) {
+        if (!c->bodyleft && c->more) { c->body = pat; c->bodyleft = c->more < PATN ? c->more : PATN; c->more -= c->bodyleft; }
         struct iovec v[2]; int k = 0;
         if (c->outoff < c->outlen) v[k++] = (struct iovec){c->out + c->outoff, c->outlen - c->outoff};
         if (c->bodyleft) v[k++] = (struct iovec){(void *)c->body, c->bodyleft};
@@ -210,12 +214,33 @@ static int o_h2(oc *c) {
     if (off) { memmove(c->in, c->in + off, c->inlen - off); c->inlen -= off; }
     return o_flush(c);
 }
+/* what came of a request's body: checked, counted, thrown away; then the answer */
+static int o_upload(oc *c, size_t off) {
+    size_t n = c->inlen - off < c->upload ? c->inlen - off : c->upload;
+    for (size_t i = 0; i < n;) {
+        size_t at = c->got & (CHUNK - 1), k = n - i < CHUNK ? n - i : CHUNK;
+        if (memcmp(c->in + off + i, pat + at, k)) { st_bad++; break; }
+        i += k; c->got += k;
+    }
+    c->upload -= n; st_bulk += n;
+    if (!c->upload) o_put(c, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", 38);
+    return (int)n;
+}
 static int o_http(oc *c) {
     size_t off = 0; int r = 1;
-    while (off < c->inlen && !c->bodyleft) {
+    while (off < c->inlen && !c->bodyleft && !c->more) {
+        if (c->upload) { off += (size_t)o_upload(c, off); r = o_flush(c); if (r <= 0) break; continue; }
         char *s = c->in + off, *end = memmem(s, c->inlen - off, "\r\n\r\n", 4);
         if (!end) break;
         st_requests++;
+        if (!memcmp(s, "PUT ", 4)) {
+            *end = 0;
+            char *cl = strcasestr(s, "\r\ncontent-length:");
+            c->upload = cl ? strtoull(cl + 17, NULL, 10) : 0; c->got = 0;
+            if (!c->upload) { st_bad++; return -1; }
+            off = (size_t)(end + 4 - c->in);
+            continue;
+        }
         char h[160]; int hl; size_t size = 0;
         char *path = memchr(s, ' ', 16);
         if (path && !strncmp(path, " /stats", 7)) {
@@ -227,10 +252,9 @@ static int o_http(oc *c) {
             o_put(c, h, hl); o_put(c, b, bl);
         } else {
             if (path) size = strtoul(path + 2, NULL, 10);
-            if (size > PATN) size = PATN;
             hl = snprintf(h, sizeof h, "HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\nContent-Length: %zu\r\n\r\n", size);
             o_put(c, h, hl);
-            c->body = pat; c->bodyleft = size;
+            c->more = size;
         }
         off = (size_t)(end + 4 - c->in);
         r = o_flush(c);
@@ -455,6 +479,46 @@ static void run_http(int port, int conns, double secs, size_t size, double rate)
     double el = (double)(t - meas0) / 1e9;
     printf("{\"errors\":%llu,\"why\":\"%s\",\"total\":%llu,\"measured\":%llu,\"secs\":%.4f,\"rps\":%.1f,\"behind\":%llu,",
            (unsigned long long)errors, first_err, (unsigned long long)total, (unsigned long long)done, el, (double)done / el, (unsigned long long)behind);
+    put_cpu(); hprint(); printf("}\n");
+}
+
+/* ================= uploads over HTTP/1.1 ================= */
+static void run_put(int port, int conns, double secs, size_t size) {
+    int e = epoll_create1(0);
+    mkreq(64);
+    hc *cs = h_open(port, conns, e);
+    if (errors) fail_open();
+    ready_go();
+    want_size = 0;
+    reqlen = (size_t)snprintf(req, sizeof req, "PUT /upload HTTP/1.1\r\nHost: app\r\nContent-Length: %zu\r\n\r\n", size);
+    uint64_t start = now(), warm = start + (uint64_t)(secs * 0.1e9), stop = start + (uint64_t)(secs * 1e9), t = start;
+    uint64_t total = 0, sent = 0, sent0 = 0, m0 = start, *left = calloc((size_t)conns, sizeof *left), *off = calloc((size_t)conns, sizeof *off);
+    for (int i = 0; i < conns; i++) { if (h_send(cs + i, now()) < 0) break; left[i] = size; ep(e, EPOLL_CTL_MOD, cs[i].fd, EPOLLIN | EPOLLOUT, cs + i); }
+    struct epoll_event ev[64]; int warming = 1, busy = conns;
+    while (!errors && busy && (t = now()) < stop + 30000000000ull) { /* what has begun is ended: it is checked by its answer */
+        int n = epoll_wait(e, ev, 64, 100);
+        if (warming && now() >= warm) { warming = 0; m0 = now(); sent0 = sent; }
+        for (int k = 0; k < n && !errors; k++) {
+            hc *c = ev[k].data.ptr; size_t i = (size_t)(c - cs);
+            if (ev[k].events & EPOLLOUT) for (int r = 0; r < 4 && left[i]; r++) {
+                size_t at = off[i] & (CHUNK - 1), want = left[i] < CHUNK ? left[i] : CHUNK;
+                ssize_t g = send(c->fd, pat + at, want, MSG_NOSIGNAL);
+                if (g < 0) { if (errno != EAGAIN) fault("send"); break; }
+                left[i] -= (uint64_t)g; off[i] += (uint64_t)g; sent += (uint64_t)g;
+                if (!left[i]) ep(e, EPOLL_CTL_MOD, c->fd, EPOLLIN, c);
+            }
+            if (!(ev[k].events & (EPOLLIN | EPOLLHUP | EPOLLERR)) || h_recv(c) != 1) continue;
+            if (left[i]) { fault("answered before the whole body was sent"); break; }
+            hadd(now() - c->t0); total++;
+            if (now() >= stop) { busy--; continue; }
+            off[i] = 0; left[i] = size;
+            if (h_send(c, now()) == 0) ep(e, EPOLL_CTL_MOD, c->fd, EPOLLIN | EPOLLOUT, c);
+        }
+    }
+    if (!errors && busy) fault("an upload was not answered");
+    double el = (double)(now() - m0) / 1e9;
+    printf("{\"errors\":%llu,\"why\":\"%s\",\"total\":%llu,\"secs\":%.4f,\"gbps\":%.4f,\"bytes_total\":%llu,",
+           (unsigned long long)errors, first_err, (unsigned long long)total, el, (double)(sent - sent0) / el / 1e9, (unsigned long long)sent);
     put_cpu(); hprint(); printf("}\n");
 }
 
@@ -793,6 +857,95 @@ static void run_relay(int lport, int to, int sp) {
     }
 }
 
+/* ================= a long path ================= */
+#define PIECE (64 * 1024)
+#define PIECES 2048 /* 128 MiB each way: more than any window */
+typedef struct piece { struct piece *next; uint64_t due; size_t off, len; char b[PIECE]; } piece;
+typedef struct ds { int fd, evs, dead, connecting, full, eof, shut; struct ds *peer; piece *head, *tail; int count; uint64_t eof_due; struct ds *all; } ds;
+static piece *spare_pieces;
+static void d_arm(int e, ds *s) { /* s reads into its queue, its peer's queue is written to s */
+    piece *p = s->peer->head;
+    int out = s->connecting || (p && p->due <= now());
+    int ev = (!s->connecting && !s->eof && s->count < PIECES ? EPOLLIN : 0) | (out ? EPOLLOUT : 0);
+    if (ev != s->evs) { s->evs = ev; ep(e, EPOLL_CTL_MOD, s->fd, (uint32_t)ev, s); }
+}
+static int d_read(ds *s, uint64_t delay) {
+    for (int i = 0; i < 16 && s->count < PIECES && !s->eof; i++) {
+        piece *p = spare_pieces;
+        if (p) spare_pieces = p->next; else p = malloc(sizeof *p);
+        ssize_t n = recv(s->fd, p->b, PIECE, 0);
+        if (n <= 0) {
+            p->next = spare_pieces; spare_pieces = p;
+            if (n < 0) return errno == EAGAIN ? 0 : -1;
+            s->eof = 1; s->eof_due = now() + delay;
+            break;
+        }
+        p->off = 0; p->len = (size_t)n; p->due = now() + delay; p->next = NULL;
+        if (s->tail) s->tail->next = p; else s->head = p;
+        s->tail = p; s->count++;
+    }
+    return 0;
+}
+static int d_write(ds *to) { /* what is due of the other side's queue */
+    ds *s = to->peer;
+    for (piece *p; (p = s->head) && p->due <= now();) {
+        ssize_t n = send(to->fd, p->b + p->off, p->len - p->off, MSG_NOSIGNAL);
+        if (n < 0) return errno == EAGAIN ? 0 : -1;
+        p->off += (size_t)n;
+        if (p->off < p->len) return 0;
+        s->head = p->next; if (!s->head) s->tail = NULL;
+        p->next = spare_pieces; spare_pieces = p; s->count--;
+    }
+    if (s->eof && !s->head && !to->shut && s->eof_due <= now()) { shutdown(to->fd, SHUT_WR); to->shut = 1; }
+    return 0;
+}
+static void run_delay(int lport, int to, double ms) {
+    uint64_t delay = (uint64_t)(ms * 1e6);
+    int e = epoll_create1(0), l = listen_on(lport);
+    ep(e, EPOLL_CTL_ADD, l, EPOLLIN, NULL);
+    printf("{\"ready\":1}\n"); fflush(stdout);
+    struct epoll_event ev[256]; ds *all = NULL;
+    for (;;) {
+        uint64_t next = now() + 1000000000ull;
+        for (ds *s = all; s; s = s->all) {
+            if (s->head && s->head->due < next && s->head->due > now()) next = s->head->due;
+            if (s->eof && !s->peer->shut && s->eof_due < next) next = s->eof_due;
+        }
+        uint64_t t = now(), wait = next > t ? next - t : 0;
+        struct timespec ts = {(time_t)(wait / 1000000000ull), (long)(wait % 1000000000ull)};
+        int n = epoll_pwait2(e, ev, 256, &ts, NULL);
+        for (int i = 0; i < n; i++) {
+            ds *s = ev[i].data.ptr;
+            if (!s) {
+                int fd = accept4(l, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+                if (fd < 0) continue;
+                nodelay(fd);
+                ds *a = calloc(1, sizeof *a), *b = calloc(1, sizeof *b);
+                a->fd = fd; b->fd = dial_start(to); a->peer = b; b->peer = a; b->connecting = 1;
+                if (b->fd < 0) { close(fd); free(a); free(b); continue; }
+                a->all = b; b->all = all; all = a;
+                ep(e, EPOLL_CTL_ADD, a->fd, 0, a); ep(e, EPOLL_CTL_ADD, b->fd, 0, b);
+                continue;
+            }
+            if (s->connecting && (ev[i].events & EPOLLOUT)) { int so = 0; socklen_t sl = sizeof so; getsockopt(s->fd, SOL_SOCKET, SO_ERROR, &so, &sl); s->connecting = 0; s->dead |= so != 0; }
+            else if (ev[i].events & EPOLLERR) s->dead = 1;
+            if (!s->dead && (ev[i].events & (EPOLLIN | EPOLLHUP)) && d_read(s, delay) < 0) s->dead = 1;
+        }
+        for (ds **at = &all; *at;) { /* pairs lie side by side */
+            ds *a = *at, *b = a->all;
+            if (!a->connecting && !b->connecting && (d_write(a) < 0 || d_write(b) < 0)) a->dead = 1;
+            if (a->dead || b->dead || (a->shut && b->shut)) {
+                *at = b->all;
+                for (ds *x = a;; x = b) { close(x->fd); for (piece *p; (p = x->head);) { x->head = p->next; free(p); } if (x == b) break; }
+                free(a); free(b);
+                continue;
+            }
+            d_arm(e, a); d_arm(e, b);
+            at = &b->all;
+        }
+    }
+}
+
 /* ================= machine facts ================= */
 static void run_limits(void) {
     size_t big = 64 << 20; char *a = malloc(big), *b = malloc(big);
@@ -836,6 +989,8 @@ int main(int ac, char **av) {
     else if (!strcmp(m, "idle") && ac == 4) run_idle(atoi(av[2]), atoi(av[3]));
     else if (!strcmp(m, "bulk") && ac == 6) run_bulk(atoi(av[2]), atoi(av[3]), atof(av[4]), av[5][0]);
     else if (!strcmp(m, "h2") && ac == 6) run_h2(atoi(av[2]), atoi(av[3]), atoi(av[4]), atof(av[5]));
+    else if (!strcmp(m, "put") && ac == 6) run_put(atoi(av[2]), atoi(av[3]), atof(av[4]), strtoul(av[5], 0, 10));
+    else if (!strcmp(m, "delay") && ac == 5) run_delay(atoi(av[2]), atoi(av[3]), atof(av[4]));
     else if (!strcmp(m, "relay") && ac == 5) run_relay(atoi(av[2]), atoi(av[3]), av[4][0] == 's');
     else if (!strcmp(m, "limits")) run_limits();
     else { fprintf(stderr, "see the head of load.c for use\n"); return 2; }

@@ -40,8 +40,8 @@ def ratios(ours, theirs, key):
     return [a / b for a, b in pairs if isinstance(a, (int, float)) and b]
 
 
-def report(results, peers, works, subjects, references):
-    """For each workload a table of median [min..max], then the ratios of subjects to references."""
+def report(results, peers, works, subjects, references, absolute=True):
+    """For each workload a table of median [min..max], unless `absolute` is false, then the ratios of subjects to references."""
     text = []
     for w in works:
         cells = results.get(w, {})
@@ -50,7 +50,9 @@ def report(results, peers, works, subjects, references):
         text.append(f"\n### {w}: {WORKS[w][0]}\n")
         keys = list(dict.fromkeys(k for rounds in cells.values() for r in rounds for k in r if k not in HIDE and k not in ("fail", "round")))
         rows = [row for p in peers if p.label in cells for row in figures(p.label, cells[p.label], keys)]
-        text.append(table(rows, ["peer", *keys]) if keys else "\n".join(f"- {r[0]}: {r[1]}" for r in rows))
+        if not absolute:
+            rows = []
+        text.append("" if not rows else table(rows, ["peer", *keys]) if keys else "\n".join(f"- {r[0]}: {r[1]}" for r in rows))
         main = MAIN.get(w) or [k for k in keys if k in ("idle_rss_MB", "idle_pss_MB") or k.endswith(("_KB_per_conn", "_rss_MB"))]
         rows = []
         for s in subjects:
@@ -112,8 +114,11 @@ def machine():
         except (OSError, TypeError, ValueError):
             m[key] = None
 
-    want = {"aes", "vaes", "vpclmulqdq", "avx2", "avx512f", "sha_ni", "adx", "bmi2"}
+    want = {"aes", "vaes", "vpclmulqdq", "avx2", "avx512f", "avx512bw", "avx512vl", "sha_ni", "adx", "bmi2"}
     read("cpu", "/proc/cpuinfo", r"model name\s*: (.*)")
+    read("family", "/proc/cpuinfo", r"cpu family\s*: (.*)")
+    read("number", "/proc/cpuinfo", r"model\s*: (.*)")
+    m["model"] = f"family {m['family']} model {m['number']}"
     read("flags", "/proc/cpuinfo", r"flags\s*: (.*)", lambda t: sorted(want & set(t.split())))
     read("mem_GB", "/proc/meminfo", r"MemTotal:\s+(\d+)", lambda t: round(int(t) / 1e6, 1))
     read("congestion_control", "/proc/sys/net/ipv4/tcp_congestion_control")

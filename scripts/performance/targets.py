@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from report import good, ratios
 
-NAMES = {"envoy": "Envoy", "envoy-http": "Envoy", "consul": "built-in", "itself": "itself idle", "time": "the clock"}
+NAMES = {"floor": "the floor", "envoy": "Envoy", "envoy-http": "Envoy", "consul": "built-in", "itself": "itself idle", "time": "the clock"}
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,11 @@ def l7(work, title, key, must, aim=None, more=False):
     return [Target(work, title, key, "envoy-http", must, aim, "lictor-http", more)]
 
 
+def to_floor(work, title, key, must, ours="lictor"):
+    """Against two plain relays with the time that the AEAD alone takes on this processor (floor.py)."""
+    return Target(work, title, key, "floor", must, ours=ours)
+
+
 TARGETS = [
     *against_both("W1", "CPU per GB", "cpu_s_per_GB", 0.70, 0.42, 0.60),
     *against_both("W1", "GB/s", "GBps", 1.35, 2.2, 1.6, more=True),
@@ -86,4 +91,15 @@ TARGETS = [
     *against_both("W9", "start to traffic", "traffic_ms", 0.45, 1.3, 0.25),
     *against_both("W9", "RSS", "rss_MB", 0.20, 0.45),
     *against_both("W9", "idle CPU", "idle_cpu_pct", 0.2, 2),
+    Target("W13", "full handshakes/s", "conn_s", "envoy", 1.1, more=True),
+    *l7("W15", "GB/s", "GBps", 1.15, more=True),
+    *l7("W15", "CPU per GB", "cpu_s_per_GB", 0.80),
+    Target("W16", "L4 down", "down_GBps", "envoy", 1.0, more=True),
+    Target("W16", "L4 up", "up_GBps", "envoy", 1.0, more=True),
+    *l7("W16", "L7 down", "down_GBps", 1.0, more=True),
+    *l7("W16", "L7 up", "up_GBps", 1.0, more=True),
+    to_floor("W1", "CPU per GB", "cpu_s_per_GB", 1.10),
+    to_floor("W2", "CPU per request", "cpu_us_per_req", 1.15),
+    to_floor("W2b", "CPU per request", "cpu_us_per_req", 1.05),
+    to_floor("W3", "CPU per request", "cpu_us_per_req", 1.35, ours="lictor-http"),
 ]

@@ -1,7 +1,8 @@
-"""The workloads, W1 to W9."""
+"""The workloads, W1 to W16."""
 
 import json
 import os
+import re
 import socket
 import ssl
 import subprocess
@@ -345,6 +346,76 @@ def holds(reached):
         return False
 
 
+def w13(ctx, peer, pair):
+    """Full handshakes with the server's sidecar alone: openssl keeps no session and knows no tunnel."""
+    leaf = pair.agent.leaf(pair.cli)
+    files = {"cert": leaf["CertPEM"], "key": leaf["PrivateKeyPEM"], "CAfile": pair.agent.roots}
+    with tempfile.TemporaryDirectory(dir=ctx.tmp) as directory:
+        argv = ["openssl", "s_time", "-connect", f"127.0.0.1:{pair.public}", "-new", "-www", "/64", "-time", str(max(1, round(ctx.t(4))))]
+        for name, text in files.items():
+            path = os.path.join(directory, name)
+            with open(path, "w") as f:
+                f.write(text)
+            argv += [f"-{name}", path]
+        began, burnt = now(), cpu(pair.server.pid)
+        run = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+        took, burnt = now() - began, cpu(pair.server.pid) - burnt
+    made = re.search(r"(\d+) connections in (\d+) real seconds, \d+ bytes read per connection", run.stdout)
+    if run.returncode or not made or int(made[1]) < 10:
+        raise Bad(f"openssl s_time: {(run.stderr or run.stdout).strip()[-200:]}")
+    return {"conn_s": int(made[1]) / took, "cpu_ms_per_conn": 1e3 * burnt / int(made[1])}
+
+
+BODY = 48 << 20
+
+
+def w15(ctx, peer, pair):
+    """Bodies of 48 MiB over HTTP/1.1, down then up, two at a time."""
+    out, moved, took, burnt = {}, 0, 0, 0
+    for how, name in (("http", "down"), ("put", "up")):
+        r = ctx.run_load([how, pair.upstream, 2, ctx.t(3), BODY, *([0] if how == "http" else [])], pair)
+        rate = r["rps"] * BODY / 1e9 if how == "http" else r["gbps"]
+        bytes_total = r["total"] * BODY
+        out[f"{name}_GBps"], out[f"{name}_cpu_s_per_GB"] = rate, r["cpu"] / bytes_total * 1e9
+        moved, took, burnt = moved + bytes_total, took + bytes_total / 1e9 / rate, burnt + r["cpu"]
+        noise(out, r, pair)
+    out["GBps"] = moved / 1e9 / took
+    if pair.client:
+        out["cpu_s_per_GB"] = burnt / moved * 1e9
+    return out
+
+
+LONG_PATH_MS = 25
+
+
+def w16(ctx, peer, _):
+    """One stream each way over a path between the sidecars that takes 25 ms each way."""
+    mode = "tcp" if peer.l4 else "http"
+    pair, delay = peer.prepare(mode), None
+    far = ctx.ports.take()
+    try:
+        delay = ctx.procs.start([ctx.load, "delay", str(far), str(pair.public), str(LONG_PATH_MS)], f"{peer.label}-delay", ctx.pin_load)
+        if isinstance(peer, ConsulPeer):
+            pair.agent.register(pair.app, ctx.origin_port, far, proxy={"Config": {"bind_port": pair.public}})
+            pair.agent.wait_endpoint(pair.app, far)
+        pair.endpoints = [("127.0.0.1", far)]
+        peer.start_server(pair)
+        peer.start_client(pair)
+        for port, proc in ((far, delay), (pair.public, pair.server), (pair.upstream, pair.client)):
+            peer.wait_port(port, proc)
+        verify(ctx, peer, pair, mode)
+        if mode == "tcp":
+            loads = {"down": ["bulk", pair.upstream, 1, ctx.t(6), "D"], "up": ["bulk", pair.upstream, 1, ctx.t(6), "U"]}
+            rate = lambda r: r["gbps"]
+        else:
+            loads = {"down": ["http", pair.upstream, 1, ctx.t(6), 256 << 20, 0], "up": ["put", pair.upstream, 1, ctx.t(6), 256 << 20]}
+            rate = lambda r: r["gbps"] if "gbps" in r else r["total"] * (256 << 20) / 1e9 / r["wall"]
+        return {f"{name}_GBps": rate(ctx.run_load(argv, pair)) for name, argv in loads.items()}
+    finally:
+        for proc in [*pair.procs(), *([delay] if delay else [])]:
+            ctx.procs.stop(proc)
+
+
 # key -> (title, function, the service protocol by layer; None leaves it to the peer)
 L4, L7 = "l4", "l7"
 WORKS = {
@@ -360,11 +431,15 @@ WORKS = {
     "W8": ("latency, 1 connection, 0-byte body, closed loop", w8, {L4: "tcp", L7: "http"}),
     "W8r": ("latency at a fixed rate, open loop, 64 connections, 1 KiB", w8r, {L4: "tcp", L7: "http"}),
     "W9": ("control-plane scale", w9, {L4: None}),
+    "W13": ("full handshakes with the server's sidecar, without resumption or tunnel", w13, {L4: "tcp"}),
+    "W15": ("bulk bodies over HTTP/1.1, 48 MiB, 2 connections, L7 (service protocol http)", w15, {L7: "http"}),
+    "W16": ("one stream over a path of 50 ms round trip", w16, {L4: None, L7: None}),
 }
-FRESH = {"W5", "W6", "W9"}
+FRESH = {"W5", "W6", "W9", "W16"}
 MAIN = {"W1": ["GBps", "cpu_s_per_GB", "down_GBps", "up_GBps", "down_cpu_s_per_GB", "up_cpu_s_per_GB"], "W2": ["rps", "p50_us", "p99_us", "p999_us", "cpu_us_per_req"],
         "W4": ["conn_s", "p50_us", "p99_us", "cpu_ms_per_conn"], "W6": ["cold_ms", "warm_ms", "binary_MB"], "W7": ["deny_ms", "allow_ms", "cut_ms"],
-        "W8": ["p50_us", "added_p50_us", "p99_us", "cpu_us_per_req"], "W9": ["traffic_ms", "rss_MB", "anon_MB", "cpu_ms"]}
+        "W8": ["p50_us", "added_p50_us", "p99_us", "cpu_us_per_req"], "W9": ["traffic_ms", "rss_MB", "anon_MB", "cpu_ms"],
+        "W13": ["conn_s", "cpu_ms_per_conn"], "W15": ["GBps", "cpu_s_per_GB", "down_GBps", "up_GBps"], "W16": ["down_GBps", "up_GBps"]}
 for _k in ("W2b", "W3", "W3b"):
     MAIN[_k] = MAIN["W2"]
 MAIN["W8r"] = ["p50_us", "added_p50_us", "p99_us", "cpu_us_per_req"]
@@ -374,7 +449,7 @@ HIDE = {"steal_pct", "foreign_pct", "retries", "down_client_s_per_GB", "down_ser
 def applies(work, peer):
     modes = WORKS[work][2]
     if peer.kind == "none" or not peer.tls:
-        if work in ("W5", "W6", "W7", "W9"):
+        if work in ("W5", "W6", "W7", "W9", "W13", "W16"):
             return None
         return "grpc" if work == "W3b" else "tcp"
     if peer.l4 and L4 in modes:
