@@ -10,10 +10,10 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 /// An attempt.
-pub type Attempt<T, E> = Pin<Box<dyn Future<Output = Result<T, E>> + Send>>;
+pub(crate) type Attempt<T, E> = Pin<Box<dyn Future<Output = Result<T, E>> + Send>>;
 
 /// What to do after the start, a failure, or some time in which nothing came of what is under way.
-pub enum Next<T, E> {
+pub(crate) enum Next<T, E> {
     /// Begin another attempt, and ask again after so long.
     Begin(Attempt<T, E>, Duration),
     /// Wait for those that are under way. Asked again when one of them has failed.
@@ -23,19 +23,19 @@ pub enum Next<T, E> {
 }
 
 /// Attempts that are under way, in the order in which they began.
-pub struct Race<T, E> {
+pub(crate) struct Race<T, E> {
     running: Vec<Attempt<T, E>>,
 }
 
 impl<T: 'static, E: 'static> Race<T, E> {
     #[must_use]
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { running: Vec::new() }
     }
 
     /// Gives the first success. `next` is told of each failure, and says how to go on. `None`: it said that there is no
     /// more, or nothing is left to wait for.
-    pub async fn run(&mut self, mut next: impl FnMut(Option<E>) -> Next<T, E>) -> Option<T> {
+    pub(crate) async fn run(&mut self, mut next: impl FnMut(Option<E>) -> Next<T, E>) -> Option<T> {
         let mut failed = None;
         loop {
             let stagger = match next(failed.take()) {
@@ -63,13 +63,13 @@ impl<T: 'static, E: 'static> Race<T, E> {
 
     /// Whether an attempt is under way.
     #[must_use]
-    pub fn is_on(&self) -> bool {
+    pub(crate) fn is_on(&self) -> bool {
         !self.running.is_empty()
     }
 
     /// Lets what is still under way come to its end in a task of its own, and tells `late` of each. Without that, the
     /// attempts end with the race.
-    pub fn finish(mut self, mut late: impl FnMut(Result<T, E>) + Send + 'static) {
+    pub(crate) fn finish(mut self, mut late: impl FnMut(Result<T, E>) + Send + 'static) {
         tokio::spawn(async move {
             while self.is_on() {
                 late(self.first().await);

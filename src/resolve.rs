@@ -27,7 +27,7 @@ thread_local! {
 ///
 /// # Errors
 /// Those of the resolver, and that too many names are being looked up.
-pub async fn lookup(name: &str) -> io::Result<Arc<[IpAddr]>> {
+pub(crate) async fn lookup(name: &str) -> io::Result<Arc<[IpAddr]>> {
     let mut pending = pending(name)?;
     let found = pending.wait_for(Option::is_some).await.map(|found| found.clone());
     match found {
@@ -67,7 +67,7 @@ fn pending(name: &str) -> io::Result<Pending> {
 ///
 /// # Errors
 /// The first of the attempts', as the resolver's order is by preference.
-pub async fn connect(addresses: &[IpAddr], port: u16) -> io::Result<TcpStream> {
+pub(crate) async fn connect(addresses: &[IpAddr], port: u16) -> io::Result<TcpStream> {
     connect_address(addresses, port).await.map(|(stream, _)| stream)
 }
 
@@ -75,7 +75,7 @@ pub async fn connect(addresses: &[IpAddr], port: u16) -> io::Result<TcpStream> {
 ///
 /// # Errors
 /// As there.
-pub async fn connect_address(addresses: &[IpAddr], port: u16) -> io::Result<(TcpStream, IpAddr)> {
+pub(crate) async fn connect_address(addresses: &[IpAddr], port: u16) -> io::Result<(TcpStream, IpAddr)> {
     let mut left = alternating(addresses).into_iter().take(ADDRESSES);
     let mut first_error = None;
     let next = |failed: Option<io::Error>| {

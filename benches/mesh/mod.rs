@@ -14,16 +14,16 @@ use lictor::snapshot::{
 use lictor::tls::{Client, Credentials, Server, TUNNEL};
 
 const TRUST_DOMAIN: &str = "11111111-2222-3333-4444-555555555555.consul";
-pub const PATIENCE: Duration = Duration::from_secs(120);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A mesh of two services, `web` and `shop`, which calls it.
-pub struct Mesh {
+pub(crate) struct Mesh {
     pub web: Credentials,
     pub shop: Credentials,
 }
 
 impl Mesh {
-    pub fn new() -> Result<Self> {
+    pub(crate) fn new() -> Result<Self> {
         let key = KeyPair::generate()?;
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -37,16 +37,16 @@ impl Mesh {
         Ok(Self { web: credentials("web")?, shop: credentials("shop")? })
     }
 
-    pub fn server(&self, protocol: Protocol) -> Result<Arc<Server>> {
+    pub(crate) fn server(&self, protocol: Protocol) -> Result<Arc<Server>> {
         Ok(self.web.server(alpn(protocol))?)
     }
 
-    pub fn client(&self, protocol: Protocol) -> Result<Arc<Client>> {
+    pub(crate) fn client(&self, protocol: Protocol) -> Result<Arc<Client>> {
         let sni = format!("web.default.dc1.internal.{TRUST_DOMAIN}");
         Ok(self.shop.client(&sni, vec![self.web.id().clone()], alpn(protocol))?)
     }
 
-    pub fn client_side(&self, protocol: Protocol, port: u16, public: u16) -> Result<Snapshot> {
+    pub(crate) fn client_side(&self, protocol: Protocol, port: u16, public: u16) -> Result<Snapshot> {
         let endpoint = Endpoint { address: address(public), weight: 1 };
         let target = Target {
             id: "web.default.dc1".into(),
@@ -84,10 +84,10 @@ fn alpn(protocol: Protocol) -> &'static [&'static [u8]] {
     if protocol.is_http() { &[b"h2", b"http/1.1"] } else { &[TUNNEL] }
 }
 
-pub fn local(port: u16) -> Bind {
+pub(crate) fn local(port: u16) -> Bind {
     Bind::Tcp(SocketAddr::from((Ipv4Addr::LOCALHOST, port)))
 }
 
-pub fn address(port: u16) -> Address {
+pub(crate) fn address(port: u16) -> Address {
     Address { host: Host::Ip(IpAddr::V4(Ipv4Addr::LOCALHOST)), port }
 }

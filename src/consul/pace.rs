@@ -11,35 +11,35 @@ const BURST: u32 = 10;
 
 /// Exponential backoff with full jitter: from 100 ms, up to a cap.
 #[derive(Debug, Default)]
-pub struct Backoff {
+pub(super) struct Backoff {
     failures: u32,
 }
 
 impl Backoff {
-    pub const CAP: Duration = Duration::from_secs(15);
+    pub(super) const CAP: Duration = Duration::from_secs(15);
     const FIRST: Duration = Duration::from_millis(100);
     /// Jitter may come out as nearly nothing, which would be no pause at all.
     const SHORTEST: Duration = Duration::from_millis(20);
 
     /// The time to wait after one more failure.
-    pub fn next(&mut self, cap: Duration) -> Duration {
+    pub(super) fn next(&mut self, cap: Duration) -> Duration {
         let ceiling = Self::FIRST.saturating_mul(1 << self.failures.min(16)).min(cap);
         self.failures = self.failures.saturating_add(1);
         ceiling.mul_f64(random()).max(Self::SHORTEST)
     }
 
     /// Skips the short delays: the other side asked for time.
-    pub fn be_patient(&mut self) {
+    pub(super) fn be_patient(&mut self) {
         self.failures = self.failures.max(4);
     }
 
-    pub fn reset(&mut self) {
+    pub(super) fn reset(&mut self) {
         self.failures = 0;
     }
 }
 
 /// Evenly spread over 0 to 1. Good enough to keep many programs from doing a thing at the same moment.
-pub fn random() -> f64 {
+pub(super) fn random() -> f64 {
     // Each state has other keys, so that hashing nothing gives another number each time.
     let bits = RandomState::new().build_hasher().finish() >> 11;
     bits as f64 / (1_u64 << 53) as f64
@@ -47,19 +47,19 @@ pub fn random() -> f64 {
 
 /// A token bucket: a few at once, and then one in each `spacing`.
 #[derive(Debug)]
-pub struct Bucket {
+pub(super) struct Bucket {
     spacing: Duration,
     tokens: u32,
     since: Instant,
 }
 
 impl Bucket {
-    pub fn new(spacing: Duration) -> Self {
+    pub(super) fn new(spacing: Duration) -> Self {
         Self { spacing, tokens: BURST, since: Instant::now() }
     }
 
     /// Takes one; gives the time until it is there.
-    pub fn take(&mut self) -> Duration {
+    pub(super) fn take(&mut self) -> Duration {
         let now = Instant::now();
         let refill = (now.saturating_duration_since(self.since).as_millis() / self.spacing.as_millis()) as u32;
         if refill > 0 {

@@ -12,7 +12,7 @@ use aws_lc_rs::digest::{SHA256, digest};
 /// Of tokens the digest is kept. There are at most twice [`MOST`], the latest ones: only who holds tokens of the
 /// issuer can fill it.
 #[derive(Default)]
-pub struct Seen(Mutex<Generations>);
+pub(super) struct Seen(Mutex<Generations>);
 
 #[derive(Default)]
 struct Generations {
@@ -23,14 +23,14 @@ struct Generations {
 type Digest = [u8; 32];
 
 /// What names a token.
-pub fn digest_of(token: &str) -> Digest {
+pub(super) fn digest_of(token: &str) -> Digest {
     let mut name = Digest::default();
     name.copy_from_slice(digest(&SHA256, token.as_bytes()).as_ref());
     name
 }
 
 impl Seen {
-    pub fn has(&self, token: &Digest) -> bool {
+    pub(super) fn has(&self, token: &Digest) -> bool {
         let mut generations = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if generations.recent.contains(token) {
             return true;
@@ -42,7 +42,7 @@ impl Seen {
         known
     }
 
-    pub fn add(&self, token: Digest) {
+    pub(super) fn add(&self, token: Digest) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).add(token);
     }
 }

@@ -19,7 +19,7 @@ use crate::tls::{self, PeerError, SpiffeId};
 
 /// A peer that has proved who it is.
 #[derive(Debug)]
-pub struct Peer {
+pub(super) struct Peer {
     pub id: Arc<SpiffeId>,
     proof: Mutex<Proof>,
 }
@@ -39,7 +39,7 @@ impl Peer {
     ///
     /// # Errors
     /// When it is nobody of the mesh.
-    pub fn new(listener: &PublicListener, chain: Chain<'_, '_>) -> Result<Self, PeerError> {
+    pub(super) fn new(listener: &PublicListener, chain: Chain<'_, '_>) -> Result<Self, PeerError> {
         let to = Arc::clone(&listener.tls);
         let (id, until) = authenticate(&to, chain)?;
         Ok(Self { id, proof: Mutex::new(Proof { to, until }) })
@@ -50,7 +50,7 @@ impl Peer {
     ///
     /// # Errors
     /// Why it is not. It gets nothing new then.
-    pub fn check(
+    pub(super) fn check(
         &self,
         listener: &PublicListener,
         chain: impl FnOnce(&mut dyn FnMut(Chain<'_, '_>)),
@@ -68,13 +68,13 @@ impl Peer {
 
     /// Whether it was the present credentials that it proved itself to.
     #[must_use]
-    pub fn is_proved_to(&self, listener: &PublicListener) -> bool {
+    pub(super) fn is_proved_to(&self, listener: &PublicListener) -> bool {
         Arc::ptr_eq(&self.proof.lock().unwrap_or_else(PoisonError::into_inner).to, &listener.tls)
     }
 
     /// When it is to be checked again at the latest.
     #[must_use]
-    pub fn until(&self) -> SystemTime {
+    pub(super) fn until(&self) -> SystemTime {
         self.proof.lock().unwrap_or_else(PoisonError::into_inner).until
     }
 }
@@ -85,7 +85,7 @@ fn authenticate(to: &tls::Server, chain: Chain<'_, '_>) -> Result<(Arc<SpiffeId>
 }
 
 /// What a connection of bytes, and whatever it was upgraded to, may no longer go on for.
-pub enum Revoked {
+pub(super) enum Revoked {
     Denied(Arc<PublicListener>, String),
     /// The drain time is over.
     Drained,
@@ -101,7 +101,7 @@ impl fmt::Display for Revoked {
 }
 
 /// Ends when an open connection must.
-pub async fn revoked(live: &mut watch::Receiver<Live<PublicListener>>, peer: &SpiffeId) -> Revoked {
+pub(super) async fn revoked(live: &mut watch::Receiver<Live<PublicListener>>, peer: &SpiffeId) -> Revoked {
     loop {
         if live.changed().await.is_err() {
             return Revoked::Drained;
@@ -120,7 +120,7 @@ pub async fn revoked(live: &mut watch::Receiver<Live<PublicListener>>, peer: &Sp
 }
 
 /// Why the peer may not have a connection of bytes, if it may not.
-pub fn denial(listener: &PublicListener, peer: &SpiffeId) -> Option<String> {
+pub(super) fn denial(listener: &PublicListener, peer: &SpiffeId) -> Option<String> {
     match listener.intentions.decide(peer) {
         Decision::Allow(_) => None,
         Decision::Deny(decider) => Some(decider.to_string()),
@@ -133,7 +133,7 @@ pub fn denial(listener: &PublicListener, peer: &SpiffeId) -> Option<String> {
 
 /// What is kept of the decision about a request, besides the request.
 #[derive(Debug)]
-pub struct Judged {
+pub(super) struct Judged {
     /// Tokens that were valid then. That one expires ends nothing that is open, as in Envoy.
     pub verified: Verified,
     /// When the decision was made.
@@ -143,7 +143,7 @@ pub struct Judged {
 }
 
 /// Why a request that is under way may not go on, if it may not.
-pub fn request_denial(
+pub(super) fn request_denial(
     listener: &PublicListener,
     peer: &SpiffeId,
     request: &RequestView<'_>,

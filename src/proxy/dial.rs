@@ -15,7 +15,7 @@ use crate::tls::{HandshakeError, SpiffeId, Stream};
 
 /// The application protocols that a handshake is to offer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Offer {
+pub(super) enum Offer {
     /// What the target's credentials were made for.
     All,
     /// For what HTTP/2 can't carry.
@@ -26,26 +26,26 @@ pub enum Offer {
 
 /// The time for the instances of a target, for one connection or one try of a request.
 #[derive(Debug, Clone, Copy)]
-pub struct Pace {
+pub(super) struct Pace {
     timeout: Duration,
     deadline: Instant,
 }
 
 impl Pace {
     #[must_use]
-    pub fn new(target: &Target) -> Self {
+    pub(super) fn new(target: &Target) -> Self {
         Self { timeout: target.connect_timeout, deadline: Instant::now() + target.connect_timeout }
     }
 
     /// How long one instance is waited for before the next is tried beside it.
     #[must_use]
-    pub fn stagger(&self) -> Duration {
+    pub(super) fn stagger(&self) -> Duration {
         STAGGER.min(self.timeout / SHARE)
     }
 
     /// Until when an instance may take if it is tried now; `None`: the time is over, or enough were `tried`.
     #[must_use]
-    pub fn until(&self, balancer: &Balancer, tried: usize) -> Option<Instant> {
+    pub(super) fn until(&self, balancer: &Balancer, tried: usize) -> Option<Instant> {
         let now = Instant::now();
         if tried >= ATTEMPTS || now >= self.deadline {
             return None;
@@ -66,7 +66,7 @@ const STAGGER: Duration = Duration::from_millis(250);
 ///
 /// # Errors
 /// Why there is no connection, for the log.
-pub async fn attempt(
+pub(super) async fn attempt(
     target: &Target,
     instance: &Instance,
     until: Instant,
@@ -107,7 +107,7 @@ pub async fn attempt(
 ///
 /// # Errors
 /// Why there is none.
-pub async fn connect(
+pub(super) async fn connect(
     target: &Target,
     instance: &Instance,
     until: Instant,
@@ -129,7 +129,7 @@ pub async fn connect(
 
 /// Why an instance gave no connection.
 #[derive(Debug)]
-pub enum Unconnected {
+pub(super) enum Unconnected {
     /// In words.
     Unreachable(String),
     Refused(Refusal),

@@ -10,10 +10,10 @@ use super::record::{Direction, Record};
 use crate::access_log::AccessLog;
 
 /// Connections to one such listener at a time, as whoever reaches it may connect. The next takes the place of the oldest.
-pub const CONNECTIONS: usize = 256;
+pub(super) const CONNECTIONS: usize = 256;
 
 /// Serves one connection, whose requests have a task of their own.
-pub async fn serve(accepted: Accepted<Plan>, access_log: AccessLog, places: Arc<Places>) {
+pub(super) async fn serve(accepted: Accepted<Plan>, access_log: AccessLog, places: Arc<Places>) {
     let Accepted { socket, remote, live, drain } = accepted;
     let mut record = Record::new(Direction::Inbound, remote);
     let caller = Caller { access_log, remote, local: socket.local_address(), ..Caller::default() };

@@ -28,7 +28,7 @@ use crate::tls::{HandshakeError, Stream};
 
 /// What the connections of the public listener share.
 #[derive(Debug, Clone)]
-pub struct Shared {
+pub(super) struct Shared {
     /// Those who have not proved who they are. They count towards no other limit.
     handshakes: Arc<Places>,
     /// Connections. A session that waits for its next one is none.
@@ -43,7 +43,7 @@ pub struct Shared {
 
 impl Shared {
     #[must_use]
-    pub fn new(access_log: AccessLog, log_limit: LogLimit) -> Self {
+    pub(super) fn new(access_log: AccessLog, log_limit: LogLimit) -> Self {
         let handshakes = Places::new(HANDSHAKES);
         Self { handshakes, open: Arc::default(), waiting: Arc::default(), app: Arc::default(), access_log, log_limit }
     }
@@ -89,7 +89,7 @@ impl Drop for Counted {
 }
 
 /// Serves one TLS session: learn who it is, then for each connection decide, connect to the local app, relay, record.
-pub async fn serve(accepted: Accepted<PublicListener>, shared: Shared) {
+pub(super) async fn serve(accepted: Accepted<PublicListener>, shared: Shared) {
     if let Some(connection) = establish(accepted, shared).await {
         // In a task of its own: an open connection keeps none of the memory that opening it took.
         tokio::spawn(connection.relay());

@@ -19,13 +19,13 @@ use crate::snapshot::Bind;
 
 /// What a running listener and its connections go by, replaced live.
 #[derive(Debug)]
-pub struct Live<P> {
+pub(super) struct Live<P> {
     pub part: Arc<P>,
     pub stage: Stage,
 }
 
 /// A connection that was accepted, and what it goes by.
-pub struct Accepted<P> {
+pub(super) struct Accepted<P> {
     pub socket: Socket,
     /// `None` for a Unix socket.
     pub remote: Option<SocketAddr>,
@@ -36,7 +36,7 @@ pub struct Accepted<P> {
 
 /// A listening socket that has not been given to a thread yet.
 #[derive(Debug)]
-pub enum Bound {
+pub(super) enum Bound {
     Tcp(std::net::TcpListener),
     Unix(std::os::unix::net::UnixListener),
 }
@@ -46,7 +46,7 @@ pub enum Bound {
 ///
 /// # Errors
 /// Those of `socket`, `bind` and `listen`; above all `AddrInUse`.
-pub fn bind(bind: &Bind, workers: usize) -> io::Result<Vec<Bound>> {
+pub(super) fn bind(bind: &Bind, workers: usize) -> io::Result<Vec<Bound>> {
     match bind {
         Bind::Tcp(address) => bind_tcp(*address, workers),
         Bind::Unix { path, mode } => bind_unix(path, *mode, workers),
@@ -109,7 +109,7 @@ fn remove_stale(path: &Path) -> io::Result<()> {
 const BACKLOG: i32 = 4096;
 
 /// Accepts until the stage says otherwise, and has each connection served by a task of its own.
-pub async fn run<P, S, F>(bound: Bound, live: watch::Receiver<Live<P>>, drain: drain::Watch, serve: S)
+pub(super) async fn run<P, S, F>(bound: Bound, live: watch::Receiver<Live<P>>, drain: drain::Watch, serve: S)
 where
     P: Send + Sync + 'static,
     S: Fn(Accepted<P>) -> F,

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 /// Limits such lines, however many connections and requests are refused. Clones share what they count.
 #[derive(Debug, Clone, Default)]
-pub struct LogLimit(Arc<Mutex<Lines>>);
+pub(super) struct LogLimit(Arc<Mutex<Lines>>);
 
 #[derive(Debug, Default)]
 struct Lines {
@@ -30,7 +30,7 @@ const TEXT: usize = 256;
 impl LogLimit {
     /// Whether the caller is to write its line. Otherwise it is counted, and [`LogLimit::tell`] writes the count.
     #[must_use]
-    pub fn is_first(&self, source: impl fmt::Display, reason: &str) -> bool {
+    pub(super) fn is_first(&self, source: impl fmt::Display, reason: &str) -> bool {
         let mut lines = self.lines();
         let key = (cut(&source.to_string()), cut(reason));
         if let Some(again) = lines.again.get_mut(&key) {
@@ -46,7 +46,7 @@ impl LogLimit {
     }
 
     /// Writes the counts when their time has come. To be called about once a second.
-    pub fn tell(&self) {
+    pub(super) fn tell(&self) {
         for ((source, reason), count) in self.due(Instant::now()) {
             tracing::info!(target: "proxy.inbound", source, reason, count, "Refused again, in the last {PERIOD:?}; access logs tell of each");
         }

@@ -6,7 +6,7 @@
 
 /// Watches how many connections there are, and the configuration's version.
 #[derive(Debug, Default)]
-pub struct Memory {
+pub(super) struct Memory {
     /// Most users since memory was last given back.
     peak: usize,
     before: usize,
@@ -27,7 +27,7 @@ const STILL_ENDING: usize = 64;
 impl Memory {
     /// Looks at the number of connections and the version, from time to time, and gives back what those that ended and
     /// what came before have left.
-    pub fn look(&mut self, now: usize, version: u64) {
+    pub(super) fn look(&mut self, now: usize, version: u64) {
         let (ended, settled) = (self.is_time(now), self.has_settled(version));
         if ended || settled {
             give_back();

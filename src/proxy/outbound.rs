@@ -24,7 +24,7 @@ use crate::snapshot::Target;
 use crate::tls::{self, SpiffeId};
 
 /// Serves one connection: choose the target, connect to an instance of it, relay, record.
-pub async fn serve(accepted: Accepted<Plan>, clock: Clock, access_log: AccessLog) {
+pub(super) async fn serve(accepted: Accepted<Plan>, clock: Clock, access_log: AccessLog) {
     if let Some(connection) = establish(accepted, clock, access_log).await {
         // In a task of its own: an open connection keeps none of the memory that opening it took.
         tokio::spawn(connection.relay());

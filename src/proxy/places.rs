@@ -10,7 +10,7 @@ use tokio::sync::oneshot;
 
 /// So many places.
 #[derive(Debug)]
-pub struct Places {
+pub(super) struct Places {
     limit: usize,
     taken: Mutex<Taken>,
 }
@@ -24,7 +24,7 @@ struct Taken {
 
 /// One place, which is given back when this is dropped.
 #[derive(Debug)]
-pub struct Place {
+pub(super) struct Place {
     places: Arc<Places>,
     number: u64,
     lost: oneshot::Receiver<()>,
@@ -32,18 +32,18 @@ pub struct Place {
 
 impl Places {
     #[must_use]
-    pub fn new(limit: usize) -> Arc<Self> {
+    pub(super) fn new(limit: usize) -> Arc<Self> {
         Arc::new(Self { limit, taken: Mutex::default() })
     }
 
     #[must_use]
-    pub fn limit(&self) -> usize {
+    pub(super) fn limit(&self) -> usize {
         self.limit
     }
 
     /// Takes a place, if need be from whoever has had one for longest.
     #[must_use]
-    pub fn take(self: &Arc<Self>) -> Place {
+    pub(super) fn take(self: &Arc<Self>) -> Place {
         let (lose, lost) = oneshot::channel();
         let mut taken = self.taken();
         if taken.places.len() >= self.limit {
@@ -63,7 +63,7 @@ impl Places {
 
 impl Place {
     /// Ends when another has taken it.
-    pub async fn lost(&mut self) {
+    pub(super) async fn lost(&mut self) {
         let _ = (&mut self.lost).await;
     }
 }

@@ -18,7 +18,7 @@ use crate::tls;
 
 /// Has a task look after the instance, unless one does. It ends when the instance is reached by anybody, leaves the
 /// catalog, or when nobody uses the target any more.
-pub fn begin(live: &watch::Receiver<Live<Plan>>, target: &Target, instance: &Arc<Instance>, clock: Clock) {
+pub(super) fn begin(live: &watch::Receiver<Live<Plan>>, target: &Target, instance: &Arc<Instance>, clock: Clock) {
     if let Some(watched) = instance.watch() {
         tracing::info!(
             target: "proxy.upstream", service = target.service, instance = %instance.address,
@@ -84,7 +84,7 @@ fn probe(target: &Arc<Target>, balancer: &Balancer, instance: &Arc<Instance>, ht
 }
 
 /// Ends a connection that nobody needs, and keeps its session if it can carry another.
-pub fn spare(mut mesh: Carrier<Socket>, tls: &Arc<tls::Client>, instance: &Arc<Instance>) {
+pub(super) fn spare(mut mesh: Carrier<Socket>, tls: &Arc<tls::Client>, instance: &Arc<Instance>) {
     if !mesh.answers_for_app() {
         return mesh.part();
     }

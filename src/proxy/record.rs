@@ -10,7 +10,7 @@ use crate::access_log::{self, AccessLog, Active};
 use crate::tls::SpiffeId;
 
 /// What is to be told of a connection when it is over. One that is dropped unfinished tells that too.
-pub struct Record {
+pub(super) struct Record {
     direction: Direction,
     remote: Option<SocketAddr>,
     /// The other service, once it has proved itself.
@@ -34,14 +34,14 @@ struct Access {
 }
 
 #[derive(Debug, Clone, Copy)]
-pub enum Direction {
+pub(super) enum Direction {
     Inbound,
     Outbound,
 }
 
 impl Record {
     #[must_use]
-    pub fn new(direction: Direction, remote: Option<SocketAddr>) -> Self {
+    pub(super) fn new(direction: Direction, remote: Option<SocketAddr>) -> Self {
         Self {
             direction,
             remote,
@@ -54,7 +54,7 @@ impl Record {
         }
     }
 
-    pub fn peer(&mut self, peer: &SpiffeId) {
+    pub(super) fn peer(&mut self, peer: &SpiffeId) {
         // Only a line that will be written is worth the text.
         if tracing::enabled!(target: "proxy", tracing::Level::DEBUG) {
             self.peer = Some(peer.to_string());
@@ -62,25 +62,25 @@ impl Record {
     }
 
     /// Has the connection told to the access log too, if there is one.
-    pub fn log_to(&mut self, log: &AccessLog, local: Option<SocketAddr>, peer: Option<&Arc<SpiffeId>>) {
+    pub(super) fn log_to(&mut self, log: &AccessLog, local: Option<SocketAddr>, peer: Option<&Arc<SpiffeId>>) {
         let (start, peer) = (SystemTime::now(), peer.cloned());
         self.access = log.active().map(|log| Box::new(Access { log, start, local, peer, upstream: None }));
     }
 
     /// Where it leads to.
-    pub fn leads_to(&mut self, cluster: impl ToString, host: impl ToString) {
+    pub(super) fn leads_to(&mut self, cluster: impl ToString, host: impl ToString) {
         if let Some(access) = &mut self.access {
             access.upstream = Some((cluster.to_string(), host.to_string()));
         }
     }
 
-    pub fn bytes(&mut self, to_app: u64, from_app: u64) {
+    pub(super) fn bytes(&mut self, to_app: u64, from_app: u64) {
         self.to_app = to_app;
         self.from_app = from_app;
     }
 
     /// Writes the line.
-    pub fn finish(&mut self, outcome: &str) {
+    pub(super) fn finish(&mut self, outcome: &str) {
         self.finished = true;
         if let Some(access) = self.access.take() {
             self.tell(&access, outcome);
@@ -138,7 +138,7 @@ impl Drop for Record {
 }
 
 /// The address of a connection's far end.
-pub struct Shown(pub Option<SocketAddr>);
+pub(super) struct Shown(pub Option<SocketAddr>);
 
 impl fmt::Display for Shown {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -150,7 +150,7 @@ impl fmt::Display for Shown {
 }
 
 /// The same without the port, which is another one for each connection.
-pub struct Host(pub Option<SocketAddr>);
+pub(super) struct Host(pub Option<SocketAddr>);
 
 impl fmt::Display for Host {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -20,7 +20,7 @@ use crate::tls::{Scratch, Stream, with_scratch};
 const TURNS: usize = 8;
 
 /// One relay. It is kept by the caller, so that a relay that is cut short still tells what it moved.
-pub struct Relay {
+pub(super) struct Relay {
     /// Opened, and not yet taken by the plain socket.
     to_plain: Vec<u8>,
     opening: Direction,
@@ -42,13 +42,13 @@ enum Direction {
 
 /// A relay that did not come to its end: which side broke, and how.
 #[derive(Debug)]
-pub struct Broken {
+pub(super) struct Broken {
     pub side: Side,
     pub error: io::Error,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Side {
+pub(super) enum Side {
     Plain,
     Tls,
 }
@@ -73,7 +73,7 @@ fn tls(error: io::Error) -> Broken {
 
 impl Relay {
     #[must_use]
-    pub fn new() -> Self {
+    pub(super) fn new() -> Self {
         let (opening, sealing) = (Direction::Flowing, Direction::Flowing);
         Self { to_plain: Vec::new(), opening, sealing, opened: 0, sealed: 0, was_left_unanswered: false }
     }
@@ -82,7 +82,7 @@ impl Relay {
     ///
     /// # Errors
     /// See [`Broken`].
-    pub async fn run<P, T>(&mut self, plain: &mut P, tls: &mut Carrier<T>) -> Result<(), Broken>
+    pub(super) async fn run<P, T>(&mut self, plain: &mut P, tls: &mut Carrier<T>) -> Result<(), Broken>
     where
         P: AsyncRead + AsyncWrite + Unpin,
         T: AsyncRead + AsyncWrite + Unpin,
@@ -213,12 +213,12 @@ fn poll_write_all<W: AsyncWrite + Unpin>(cx: &mut Context<'_>, to: &mut W, bytes
 }
 
 /// Ends both sides cleanly although neither has: each sees the end of the stream.
-pub async fn close(plain: Socket, tls: Stream<Socket>) {
+pub(super) async fn close(plain: Socket, tls: Stream<Socket>) {
     tokio::join!(plain.close(), close_tls(tls));
 }
 
 /// Ends a TLS connection cleanly: the peer sees the end of the stream.
-pub async fn close_tls(mut tls: Stream<Socket>) {
+pub(super) async fn close_tls(mut tls: Stream<Socket>) {
     tls.close();
     // What the socket does not take at once is not waited for: the end of the TCP stream says enough.
     poll_fn(|cx| {
@@ -230,7 +230,7 @@ pub async fn close_tls(mut tls: Stream<Socket>) {
 }
 
 /// Passes an abrupt end of one side on to the other.
-pub fn abort(broken: &Broken, plain: Socket, tls: Stream<Socket>) {
+pub(super) fn abort(broken: &Broken, plain: Socket, tls: Stream<Socket>) {
     match broken.side {
         Side::Plain => tls.io.abort(),
         Side::Tls => plain.abort(),

@@ -589,7 +589,7 @@ const SWEEP_TIME: Duration = Duration::from_secs(1);
 /// How long an instance is connected to without the offer of a tunnel after it refused that.
 const REFUSED_TIME: Duration = Duration::from_secs(300);
 /// How long a server does: longer, so that it is the client that closes first as a rule.
-pub const SERVER_IDLE_TIME: Duration = Duration::from_secs(10);
+pub(super) const SERVER_IDLE_TIME: Duration = Duration::from_secs(10);
 
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;

@@ -61,7 +61,7 @@ thread_local! {
 
 /// The number of the worker that this thread is.
 #[must_use]
-pub fn current() -> usize {
+pub(super) fn current() -> usize {
     NUMBER.get()
 }
 

@@ -19,7 +19,7 @@ pub struct Instance {
 
 /// Shared by all threads, without a lock. All times are milliseconds of the [`Clock`](super::Clock).
 #[derive(Debug)]
-pub struct State {
+pub(super) struct State {
     pub in_flight: AtomicU32,
     /// Connections that HTTP requests share.
     pool: Pool,
@@ -131,7 +131,7 @@ impl Instance {
 
 impl State {
     /// Of an instance that comes to others, which are at work already.
-    pub fn newcomer() -> Self {
+    pub(super) fn newcomer() -> Self {
         Self { window: AtomicU32::new(FIRST_WINDOW), ..Self::default() }
     }
 
@@ -143,7 +143,7 @@ impl State {
     }
 
     /// An answer of any kind: it can be reached.
-    pub fn reached(&self) {
+    pub(super) fn reached(&self) {
         if self.unreachable.load(Ordering::Relaxed) != 0 {
             self.unreachable.store(0, Ordering::Relaxed);
             self.window.store(FIRST_WINDOW, Ordering::Relaxed);
@@ -152,7 +152,7 @@ impl State {
     }
 
     /// A good one.
-    pub fn succeeded(&self) {
+    pub(super) fn succeeded(&self) {
         self.reached();
         for in_a_row in [&self.failures, &self.unanswered] {
             if in_a_row.load(Ordering::Relaxed) != 0 {
@@ -168,7 +168,7 @@ impl State {
 
     /// It could not be reached: it is put aside for 1 s, doubled with each time in a row up to 30 s. What fails
     /// while it is aside was under way already and says nothing new, unless it is the `probe` that was to tell.
-    pub fn could_not_be_reached(&self, now: u64, probe: bool) {
+    pub(super) fn could_not_be_reached(&self, now: u64, probe: bool) {
         self.failures.fetch_add(1, Ordering::Relaxed);
         self.put_aside(now, probe);
         // What comes up there again may be another program.
@@ -177,7 +177,7 @@ impl State {
 
     /// It took a connection and ended it at once without a byte, as a sidecar does whose app is not there. It is put aside
     /// as one that could not be reached, but not for a single time.
-    pub fn left_unanswered(&self, now: u64, probe: bool) {
+    pub(super) fn left_unanswered(&self, now: u64, probe: bool) {
         if self.unanswered.fetch_add(1, Ordering::Relaxed) + 1 >= UNANSWERED || probe {
             self.put_aside(now, probe);
         }
@@ -192,7 +192,7 @@ impl State {
     }
 
     /// Counts a failure, and tells whether there are enough in a row for an ejection. Then the count begins anew.
-    pub fn fails_too_often(&self, maximum: u32) -> bool {
+    pub(super) fn fails_too_often(&self, maximum: u32) -> bool {
         let enough = self.failures.fetch_add(1, Ordering::Relaxed) + 1 >= maximum;
         if enough {
             self.failures.store(0, Ordering::Relaxed);
@@ -202,7 +202,7 @@ impl State {
 
     /// Shuts the circuit and tells for how long: the base time for each ejection so far, at most 300 s (or the base
     /// time). Each interval since the last one ended takes one off, as in Envoy. The caller holds the target's lock.
-    pub fn eject(&self, now: u64, check: &PassiveHealthCheck, probe: bool) -> Duration {
+    pub(super) fn eject(&self, now: u64, check: &PassiveHealthCheck, probe: bool) -> Duration {
         let healthy = now.saturating_sub(self.returned.load(Ordering::Relaxed)) / millis(check.interval).max(1);
         let forgiven = if probe { 0 } else { u32::try_from(healthy).unwrap_or(u32::MAX) };
         let ejections = self.ejections.load(Ordering::Relaxed).saturating_sub(forgiven).saturating_add(1);
@@ -213,7 +213,7 @@ impl State {
     }
 
     /// The probe was answered well: the circuit is closed again.
-    pub fn returns(&self, now: u64) {
+    pub(super) fn returns(&self, now: u64) {
         self.returned.store(now, Ordering::Relaxed);
         self.failures.store(0, Ordering::Relaxed);
         self.window.store(FIRST_WINDOW, Ordering::Relaxed);
@@ -247,16 +247,16 @@ impl Default for State {
 /// As a circuit: an open gate is the closed circuit, a shut gate the open one, and a gate that is due the
 /// half-open one.
 #[derive(Debug, Default)]
-pub struct Gate(AtomicU64);
+pub(super) struct Gate(AtomicU64);
 
 impl Gate {
     /// Open, or due for a probe.
-    pub fn lets_in(&self, now: u64) -> bool {
+    pub(super) fn lets_in(&self, now: u64) -> bool {
         self.0.load(Ordering::Relaxed) <= now
     }
 
     /// Goes in, as the only one if the gate is due; then `Some(true)`. `None`: another was faster.
-    pub fn enter(&self, now: u64) -> Option<bool> {
+    pub(super) fn enter(&self, now: u64) -> Option<bool> {
         match self.0.load(Ordering::Relaxed) {
             OPEN => Some(false),
             until if until > now => None,
@@ -265,28 +265,28 @@ impl Gate {
     }
 
     /// When it is due; for the order alone.
-    pub fn due(&self) -> u64 {
+    pub(super) fn due(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
 
     /// Tells whether it did: a gate that is shut already stays as it is, except for its probe.
-    pub fn shut(&self, now: u64, until: u64, probe: bool) -> bool {
+    pub(super) fn shut(&self, now: u64, until: u64, probe: bool) -> bool {
         let shut = |current: u64| (current <= now || (probe && current == PROBED)).then_some(until);
         self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, shut).is_ok()
     }
 
-    pub fn open(&self) {
+    pub(super) fn open(&self) {
         self.0.store(OPEN, Ordering::Relaxed);
     }
 
     /// Keeps it shut until then at least; false if it is open.
-    pub fn stay_shut(&self, until: u64) -> bool {
+    pub(super) fn stay_shut(&self, until: u64) -> bool {
         let longer = |current: u64| (current != OPEN).then(|| current.max(until));
         self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, longer).is_ok()
     }
 
     /// The probe came to nothing: another may go.
-    pub fn abandon(&self) {
+    pub(super) fn abandon(&self) {
         self.change(PROBED, DUE);
     }
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 ///
 /// Lock-free: one word holds the average, the number of samples that agree and the time of the last one.
 #[derive(Debug, Default)]
-pub struct Latency(AtomicU64);
+pub(super) struct Latency(AtomicU64);
 
 /// What the word says.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -28,14 +28,14 @@ struct Level {
 impl Latency {
     /// Takes a sample at `now`, in milliseconds. One sample raises the average fourfold at most: a single slow
     /// answer says little, three in a row say enough.
-    pub fn record(&self, sample: Duration, now: u64) {
+    pub(super) fn record(&self, sample: Duration, now: u64) {
         let sample = micros(sample);
         self.update(now, |level| Some(level.map_or((sample, 0), |level| level.with(sample, now))));
     }
 
     /// As [`Latency::record`], for an answer that was an error: a quick one is no merit, and the first one says
     /// nothing.
-    pub fn record_error(&self, sample: Duration, now: u64) {
+    pub(super) fn record_error(&self, sample: Duration, now: u64) {
         let sample = micros(sample);
         let with = |level: Level| if sample > level.average { level.with(sample, now) } else { level.unchanged() };
         self.update(now, |level| level.map(with));
@@ -43,13 +43,13 @@ impl Latency {
 
     /// Microseconds; `None` as long as there was no sample. Without samples it falls towards nothing, so that an
     /// instance that was slow once is tried again.
-    pub fn estimate(&self, now: u64) -> Option<f32> {
+    pub(super) fn estimate(&self, now: u64) -> Option<f32> {
         let level = Level::unpack(self.0.load(Ordering::Relaxed))?;
         Some(level.average * level.kept(now) + FLOOR)
     }
 
     /// Microseconds since the last sample; `None` as long as there was none.
-    pub fn silence(&self, now: u64) -> Option<f32> {
+    pub(super) fn silence(&self, now: u64) -> Option<f32> {
         let level = Level::unpack(self.0.load(Ordering::Relaxed))?;
         Some(level.elapsed(now) as f32 * 1e3)
     }
@@ -113,20 +113,20 @@ impl Level {
 /// Lock-free: one word holds how many they are, and above that the sum of the times at which they began, in milliseconds,
 /// whose upper bits are not kept.
 #[derive(Debug, Default)]
-pub struct Waiting(AtomicU64);
+pub(super) struct Waiting(AtomicU64);
 
 impl Waiting {
-    pub fn begin(&self, now: u64) {
+    pub(super) fn begin(&self, now: u64) {
         self.0.fetch_add((now << COUNT) + 1, Ordering::Relaxed);
     }
 
     /// For one that began at `since`.
-    pub fn end(&self, since: u64) {
+    pub(super) fn end(&self, since: u64) {
         self.0.fetch_sub((since << COUNT) + 1, Ordering::Relaxed);
     }
 
     /// Microseconds, on average; `None` if nobody waits.
-    pub fn average(&self, now: u64) -> Option<f32> {
+    pub(super) fn average(&self, now: u64) -> Option<f32> {
         let word = self.0.load(Ordering::Relaxed);
         let count = word & ((1 << COUNT) - 1);
         let sum = (now.wrapping_mul(count) << COUNT).wrapping_sub(word - count) >> COUNT;

@@ -5,7 +5,7 @@
 
 /// Where in its frames a connection is.
 #[derive(Debug)]
-pub struct Blocks {
+pub(crate) struct Blocks {
     /// Bytes before the next frame: first those of the preface.
     skip: u64,
     /// The beginning of a frame, whose header has not come whole.
@@ -22,18 +22,18 @@ pub struct Blocks {
 impl Blocks {
     /// For a connection that begins with a preface of so many bytes.
     #[must_use]
-    pub fn after(preface: usize) -> Self {
+    pub(crate) fn after(preface: usize) -> Self {
         Self { skip: preface as u64, header: [0; HEADER], seen: 0, open: false, ending: false, begun: 0 }
     }
 
     /// The number, from one on, of the header block that has begun to come and is not complete.
     #[must_use]
-    pub fn begun_head(&self) -> Option<u64> {
+    pub(crate) fn begun_head(&self) -> Option<u64> {
         (self.open || self.ending).then_some(self.begun)
     }
 
     /// Looks at the bytes that come next. What is wrong with them is for the codec to say.
-    pub fn follow(&mut self, mut bytes: &[u8]) {
+    pub(crate) fn follow(&mut self, mut bytes: &[u8]) {
         loop {
             let skipped = usize::try_from(self.skip).unwrap_or(usize::MAX).min(bytes.len());
             self.skip -= skipped as u64;

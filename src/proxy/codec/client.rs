@@ -25,7 +25,7 @@ use super::{HEAD_SIZE, SEND_BUFFER, SMALL_FRAMES};
 
 /// What everybody knows of a connection.
 #[derive(Debug)]
-pub struct Known {
+pub(super) struct Known {
     pub meter: Arc<Meter>,
     /// No further request is to go over it.
     retired: AtomicBool,
@@ -47,12 +47,12 @@ impl Known {
     }
 
     #[must_use]
-    pub fn has_room(&self) -> bool {
+    pub(super) fn has_room(&self) -> bool {
         self.meter.has_room() && !self.silent.load(Ordering::Relaxed)
     }
 
     #[must_use]
-    pub fn is_retired(&self) -> bool {
+    pub(super) fn is_retired(&self) -> bool {
         self.retired.load(Ordering::Relaxed)
     }
 
@@ -63,13 +63,13 @@ impl Known {
 
 /// Sends requests over a connection.
 #[derive(Clone)]
-pub struct Sender {
+pub(super) struct Sender {
     requests: SendRequest<Bytes>,
     pub known: Arc<Known>,
 }
 
 /// A request that could not be sent at all, or brought no response.
-pub struct Unanswered {
+pub(super) struct Unanswered {
     pub request: Option<Request<Upload>>,
     pub error: h2::Error,
 }
@@ -79,7 +79,7 @@ impl Sender {
     ///
     /// # Errors
     /// Those of the codec, with the request where nothing of it was sent.
-    pub async fn send(
+    pub(super) async fn send(
         mut self,
         request: Request<Upload>,
         counted: Counted,
@@ -141,7 +141,7 @@ fn upload(body: Upload, stream: SendStream<Bytes>) -> Option<Uploading> {
 ///
 /// # Errors
 /// None that depends on the far end.
-pub async fn connect(
+pub(super) async fn connect(
     wire: Wire,
     remote: bool,
     freed: Arc<Notify>,
@@ -321,7 +321,7 @@ impl Watch {
 
 /// The far end has not looked at the request: it left the stream out of a GOAWAY (RFC 9113, 6.8), or refused it (8.7).
 #[must_use]
-pub fn is_refusal(error: &h2::Error) -> bool {
+pub(super) fn is_refusal(error: &h2::Error) -> bool {
     error.is_remote() && (error.is_go_away() || error.reason() == Some(Reason::REFUSED_STREAM))
 }
 

@@ -15,10 +15,10 @@ use std::task::{Context, Poll};
 use tokio::sync::Notify;
 
 /// The window of a connection, in bytes: the largest (RFC 9113, 6.9.1).
-pub const CONNECTION: u32 = (1 << 31) - 1;
+pub(super) const CONNECTION: u32 = (1 << 31) - 1;
 
 /// The window of a stream, in bytes, before anything is known of the path.
-pub const USUAL: u32 = 512 * 1024;
+pub(super) const USUAL: u32 = 512 * 1024;
 const LEAST: u32 = 32 * 1024;
 /// Enough for 400 MB/s over 50 ms.
 const MOST: u32 = 32 * 1024 * 1024;
@@ -35,7 +35,7 @@ const STEADY: u32 = 8;
 
 /// What a connection and its streams know of each other.
 #[derive(Debug)]
-pub struct Meter {
+pub(crate) struct Meter {
     /// Streams.
     open: AtomicUsize,
     /// Streams at a time.
@@ -71,7 +71,7 @@ impl Default for Meter {
 impl Meter {
     /// For so many streams at a time. `freed` is notified when there is room again where there was none.
     #[must_use]
-    pub fn limited(limit: usize, freed: Arc<Notify>) -> Self {
+    pub(crate) fn limited(limit: usize, freed: Arc<Notify>) -> Self {
         Self {
             open: AtomicUsize::new(0),
             limit: AtomicUsize::new(limit),
@@ -83,17 +83,17 @@ impl Meter {
         }
     }
 
-    pub fn limit(&self, limit: usize) {
+    pub(crate) fn limit(&self, limit: usize) {
         self.limit.store(limit, Ordering::Relaxed);
     }
 
     #[must_use]
-    pub fn has_room(&self) -> bool {
+    pub(crate) fn has_room(&self) -> bool {
         self.open() < self.limit.load(Ordering::Relaxed)
     }
 
     #[must_use]
-    pub fn open(&self) -> usize {
+    pub(crate) fn open(&self) -> usize {
         self.open.load(Ordering::Relaxed)
     }
 
@@ -121,17 +121,17 @@ impl Drop for Meter {
 
 /// A stream, counted until dropped.
 #[derive(Debug)]
-pub struct Counted(Arc<Meter>);
+pub(crate) struct Counted(Arc<Meter>);
 
 impl Counted {
     #[must_use]
-    pub fn new(meter: &Arc<Meter>) -> Self {
+    pub(crate) fn new(meter: &Arc<Meter>) -> Self {
         meter.open.fetch_add(1, Ordering::Relaxed);
         Self(Arc::clone(meter))
     }
 
     #[must_use]
-    pub fn reader(&self) -> Reader {
+    pub(crate) fn reader(&self) -> Reader {
         Reader { meter: Arc::clone(&self.0), round: 0, read: 0, all: 0 }
     }
 }
@@ -150,7 +150,7 @@ impl Drop for Counted {
 
 /// Counts what is read of one stream.
 #[derive(Debug)]
-pub struct Reader {
+pub(crate) struct Reader {
     meter: Arc<Meter>,
     round: usize,
     /// In this round.
@@ -159,7 +159,7 @@ pub struct Reader {
 }
 
 impl Reader {
-    pub fn read(&mut self, bytes: usize) {
+    pub(crate) fn read(&mut self, bytes: usize) {
         self.all = self.all.saturating_add(bytes);
         if self.all < BULK {
             return;
@@ -175,7 +175,7 @@ impl Reader {
 
 /// The window of a connection's streams.
 #[derive(Debug)]
-pub struct Windows {
+pub(super) struct Windows {
     meter: Arc<Meter>,
     window: u32,
     /// What the far end was told.
@@ -191,23 +191,23 @@ pub struct Windows {
 impl Windows {
     /// `adapt`: the path is measured, by PINGs. Where it is not, the window only shrinks.
     #[must_use]
-    pub fn new(meter: Arc<Meter>, adapt: bool) -> Self {
+    pub(super) fn new(meter: Arc<Meter>, adapt: bool) -> Self {
         Self { meter, window: USUAL, told: USUAL, streams: 0, measures: adapt.then_some(false), steady: 0 }
     }
 
     /// The window, if it is to be another than the far end was told.
     #[must_use]
-    pub fn untold(&self) -> Option<u32> {
+    pub(super) fn untold(&self) -> Option<u32> {
         (self.window != self.told).then_some(self.window)
     }
 
-    pub fn tell(&mut self, window: u32) {
+    pub(super) fn tell(&mut self, window: u32) {
         self.told = window;
     }
 
     /// To be called when something came: keeps the window within its limit, and says whether a PING is wanted that
     /// measures.
-    pub fn look(&mut self) -> bool {
+    pub(super) fn look(&mut self) -> bool {
         let streams = self.meter.open();
         if streams > self.streams || self.window as usize > TOGETHER {
             self.streams = self.streams.max(streams);
@@ -224,7 +224,7 @@ impl Windows {
     }
 
     /// The PING that measures was answered.
-    pub fn measured(&mut self) {
+    pub(super) fn measured(&mut self) {
         let Some(measures @ true) = &mut self.measures else { return };
         *measures = false;
         let read = self.meter.most_read.load(Ordering::Relaxed);
@@ -266,19 +266,19 @@ fn within(limit: usize, streams: usize) -> u32 {
 }
 
 /// Sends PINGs one at a time, for whoever wants one.
-pub struct Pings {
+pub(super) struct Pings {
     ping_pong: Option<h2::PingPong>,
     waits: bool,
 }
 
 impl Pings {
     #[must_use]
-    pub fn new(ping_pong: Option<h2::PingPong>) -> Self {
+    pub(super) fn new(ping_pong: Option<h2::PingPong>) -> Self {
         Self { ping_pong, waits: false }
     }
 
     /// Sends one, if none is on its way.
-    pub fn send(&mut self) {
+    pub(super) fn send(&mut self) {
         if !self.waits
             && let Some(ping_pong) = &mut self.ping_pong
         {
@@ -287,7 +287,7 @@ impl Pings {
     }
 
     /// Whether one was answered just now.
-    pub fn answered(&mut self, cx: &mut Context<'_>) -> bool {
+    pub(super) fn answered(&mut self, cx: &mut Context<'_>) -> bool {
         let Some(ping_pong) = self.ping_pong.as_mut().filter(|_| self.waits) else { return false };
         let answered = matches!(ping_pong.poll_pong(cx), Poll::Ready(Ok(_)));
         self.waits &= !answered;

@@ -12,7 +12,7 @@ use http::{HeaderMap, HeaderValue, Response, StatusCode, Version};
 ///
 /// # Errors
 /// What is wrong with it.
-pub fn check(version: Version, headers: &HeaderMap) -> Result<(), &'static str> {
+pub(crate) fn check(version: Version, headers: &HeaderMap) -> Result<(), &'static str> {
     let mut lengths = headers.get_all(CONTENT_LENGTH).iter();
     let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
     match (lengths.next(), codings.next()) {
@@ -33,7 +33,7 @@ pub fn check(version: Version, headers: &HeaderMap) -> Result<(), &'static str> 
 ///
 /// # Errors
 /// What is wrong with it.
-pub fn check_response<B>(response: &mut Response<B>) -> Result<(), &'static str> {
+pub(crate) fn check_response<B>(response: &mut Response<B>) -> Result<(), &'static str> {
     check(response.version(), response.headers())?;
     let (status, headers) = (response.status(), response.headers_mut());
     if status.is_informational() || status == StatusCode::NO_CONTENT {
@@ -52,7 +52,7 @@ pub fn check_response<B>(response: &mut Response<B>) -> Result<(), &'static str>
 ///
 /// # Errors
 /// What is wrong with it.
-pub fn check_values(version: Version, headers: &HeaderMap) -> Result<(), &'static str> {
+pub(crate) fn check_values(version: Version, headers: &HeaderMap) -> Result<(), &'static str> {
     let is_blank = |byte: Option<&u8>| matches!(byte, Some(b' ' | b'\t'));
     let is_padded = |value: &HeaderValue| is_blank(value.as_bytes().first()) || is_blank(value.as_bytes().last());
     if version == Version::HTTP_2 && headers.values().any(is_padded) {
@@ -63,7 +63,7 @@ pub fn check_values(version: Version, headers: &HeaderMap) -> Result<(), &'stati
 
 /// Takes out of trailers what may only stand before a body (RFC 9110, 6.5.1): what would frame another message, where
 /// trailers are joined with the headers, or name another host or client.
-pub fn clean_trailers(trailers: &mut HeaderMap) {
+pub(crate) fn clean_trailers(trailers: &mut HeaderMap) {
     for name in NOT_IN_TRAILERS {
         trailers.remove(name);
     }

@@ -34,7 +34,7 @@ struct Stream {
 }
 
 /// What a response keeps of its request.
-pub struct Sent {
+pub(crate) struct Sent {
     /// More of its body is sent meanwhile.
     pub uploading: Option<Uploading>,
     pub counted: Counted,

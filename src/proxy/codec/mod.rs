@@ -5,24 +5,24 @@
 //! ([`strict`], [`blocks`]). HTTP/1 is hyper's; of HTTP/2 the frames are h2's, and what follows from them is decided
 //! here ([`client`], [`server`], [`flow`]). What a codec has decoded says its length in one way ([`framing`]).
 
-pub mod blocks;
+pub(super) mod blocks;
 mod client;
 mod flow;
-pub mod framing;
-pub mod incoming;
+pub(super) mod framing;
+pub(super) mod incoming;
 mod outgoing;
-pub mod pool;
-pub mod server;
-pub mod strict;
-pub mod upload;
-pub mod wire;
+pub(super) mod pool;
+pub(super) mod server;
+pub(super) mod strict;
+pub(super) mod upload;
+pub(super) mod wire;
 
 /// A head may have so many headers and bytes, as at Envoy; more is answered with 431.
-pub const HEADERS: usize = 100;
-pub const HEAD_SIZE: usize = 60 * 1024;
+pub(super) const HEADERS: usize = 100;
+pub(super) const HEAD_SIZE: usize = 60 * 1024;
 
 /// What a codec of HTTP/1 reads or writes ahead, in bytes. A head fits in.
-pub const HTTP1_BUFFER: usize = 128 * 1024;
+pub(super) const HTTP1_BUFFER: usize = 128 * 1024;
 /// What a stream of HTTP/2 may have waiting for the connection's turn to send, in bytes.
 const SEND_BUFFER: usize = 128 * 1024;
 /// Frames with a few bytes each take more memory than the bytes. A connection is ended where those that nobody has read

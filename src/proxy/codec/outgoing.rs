@@ -14,7 +14,7 @@ use super::flow::Counted;
 
 /// Sends a body as fast as the far end takes it. Ready when all of it was given to the codec, or nothing more of it
 /// can be sent.
-pub struct Outgoing<B> {
+pub(super) struct Outgoing<B> {
     body: B,
     to: SendStream<Bytes>,
     /// Waits for room in the window, and whether it is the last.
@@ -24,7 +24,7 @@ pub struct Outgoing<B> {
 }
 
 impl<B> Outgoing<B> {
-    pub fn new(body: B, to: SendStream<Bytes>, broken: Reason) -> Self {
+    pub(super) fn new(body: B, to: SendStream<Bytes>, broken: Reason) -> Self {
         Self { body, to, waits: None, broken }
     }
 }
@@ -106,16 +106,16 @@ fn reason(error: &(dyn Error + 'static)) -> Option<Reason> {
 }
 
 /// A request's body that a task sends. Dropping this ends it.
-pub struct Uploading(AbortHandle);
+pub(crate) struct Uploading(AbortHandle);
 
 impl Uploading {
     #[must_use]
-    pub fn new(task: AbortHandle) -> Self {
+    pub(crate) fn new(task: AbortHandle) -> Self {
         Self(task)
     }
 
     /// The answer is there, whole: few wait for the rest of a request then.
-    pub fn end_soon(self, counted: Counted) {
+    pub(crate) fn end_soon(self, counted: Counted) {
         if self.0.is_finished() {
             return;
         }

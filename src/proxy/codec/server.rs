@@ -20,7 +20,7 @@ use super::wire::Wire;
 use super::{HEAD_SIZE, SMALL_FRAMES};
 
 /// One connection, which ends when the client or a shutdown ends it.
-pub struct Server<H> {
+pub(crate) struct Server<H> {
     state: State,
     handle: Box<H>,
     meter: Arc<Meter>,
@@ -43,7 +43,7 @@ struct Serving {
 impl<H> Server<H> {
     /// `remote`: the far end is another host. `handle` makes the answer to each request, in a task of its own; it is
     /// dropped when the client resets the stream. It also gives what watches over the stream.
-    pub fn new(wire: Wire, remote: bool, handle: H) -> Self {
+    pub(crate) fn new(wire: Wire, remote: bool, handle: H) -> Self {
         let mut builder = h2::server::Builder::new();
         builder
             .max_concurrent_streams(STREAMS)
@@ -59,7 +59,7 @@ impl<H> Server<H> {
     }
 
     /// Takes no further requests, and ends after those under way.
-    pub fn graceful_shutdown(self: Pin<&mut Self>) {
+    pub(crate) fn graceful_shutdown(self: Pin<&mut Self>) {
         let this = self.get_mut();
         match &mut this.state {
             State::Begins(_) => this.shuts_down = true,
@@ -129,7 +129,7 @@ impl Serving {
 }
 
 /// Watches over a stream, as nothing of its response is asked for while the client takes nothing.
-pub trait Watch {
+pub(crate) trait Watch {
     /// Ready once the stream must end. Whoever asks is woken when that changes.
     fn poll_over(&self, cx: &mut Context<'_>) -> Poll<()>;
 

@@ -12,7 +12,7 @@ use crate::snapshot::Upgrades;
 
 /// What is known of the requests on one connection as its bytes go by.
 #[derive(Debug, Default)]
-pub struct Strict {
+pub(crate) struct Strict {
     place: Place,
     /// The beginning of a line whose end has not come yet.
     line: Vec<u8>,
@@ -64,43 +64,43 @@ const CHUNK_SIZE_LIMIT: usize = 256;
 impl Strict {
     /// For a client that may upgrade to these.
     #[must_use]
-    pub fn new(upgrades: Upgrades) -> Self {
+    pub(crate) fn new(upgrades: Upgrades) -> Self {
         Self { upgrades, ..Self::default() }
     }
 
     /// Why a request was refused. Nothing gets through after that.
     #[must_use]
-    pub fn refused(&self) -> Option<&'static str> {
+    pub(crate) fn refused(&self) -> Option<&'static str> {
         self.refused
     }
 
     /// Whether the first line is of another protocol, which an answer in HTTP means nothing to. A broken preface
     /// of HTTP/2 is one (RFC 9113, 3.4).
     #[must_use]
-    pub fn is_foreign(&self) -> bool {
+    pub(crate) fn is_foreign(&self) -> bool {
         self.foreign
     }
 
     /// What is to be read after a refusal, whatever the client sends; then the end.
-    pub fn rest(&mut self) -> &'static [u8] {
+    pub(crate) fn rest(&mut self) -> &'static [u8] {
         if std::mem::replace(&mut self.ended, true) { b"" } else { b"\n\n" }
     }
 
     /// The number, from one on, of the request whose head has begun to come and is not complete.
     #[must_use]
-    pub fn begun_head(&self) -> Option<u64> {
+    pub(crate) fn begun_head(&self) -> Option<u64> {
         let begun = self.place == Place::Header || (self.place == Place::Start && !self.line.is_empty());
         begun.then_some(self.heads + 1)
     }
 
     /// The number of requests that have come whole, if nothing of another has.
     #[must_use]
-    pub fn whole_requests(&self) -> Option<u64> {
+    pub(crate) fn whole_requests(&self) -> Option<u64> {
         (self.place == Place::Start && self.line.is_empty()).then_some(self.heads)
     }
 
     /// Looks at the bytes that come next and spoils them from the first fault on.
-    pub fn judge(&mut self, bytes: &mut [u8]) {
+    pub(crate) fn judge(&mut self, bytes: &mut [u8]) {
         let mut at = 0;
         while at < bytes.len() && self.refused.is_none() {
             let waits_for_lf = self.line.last() == Some(&b'\r');

@@ -648,11 +648,11 @@ pin_project! {
 }
 
 impl<C> Turn<C> {
-    pub fn new(connection: C, wire: Wire) -> Self {
+    pub(crate) fn new(connection: C, wire: Wire) -> Self {
         Self { connection, wire }
     }
 
-    pub fn connection(self: Pin<&mut Self>) -> Pin<&mut C> {
+    pub(crate) fn connection(self: Pin<&mut Self>) -> Pin<&mut C> {
         self.project().connection
     }
 }
@@ -683,11 +683,11 @@ mod spare {
         static BUFFERS: RefCell<Vec<Vec<u8>>> = const { RefCell::new(Vec::new()) };
     }
 
-    pub fn take() -> Vec<u8> {
+    pub(super) fn take() -> Vec<u8> {
         BUFFERS.with_borrow_mut(Vec::pop).unwrap_or_else(|| Vec::with_capacity(FIRST))
     }
 
-    pub fn give(mut buffer: Vec<u8>) {
+    pub(super) fn give(mut buffer: Vec<u8>) {
         buffer.clear();
         BUFFERS.with_borrow_mut(|buffers| {
             if buffers.len() < KEPT {

@@ -18,7 +18,7 @@ use crate::proxy::socket::Socket;
 use crate::snapshot::{Failure, LocalApp, Protocol};
 
 /// Where requests go, and for how long they are waited for.
-pub struct App<'a> {
+pub(super) struct App<'a> {
     pub address: &'a LocalApp,
     pub protocol: Protocol,
     pub connect_timeout: Duration,
@@ -33,7 +33,7 @@ impl App<'_> {
     ///
     /// # Errors
     /// Why there is no answer.
-    pub async fn exchange(
+    pub(super) async fn exchange(
         &self,
         mut head: Head,
         mut body: Upload,

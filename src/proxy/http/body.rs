@@ -20,7 +20,7 @@ use crate::proxy::codec::wire::Wire;
 use crate::proxy::limits::Permit;
 
 /// The body of a response that we send.
-pub struct Body {
+pub(super) struct Body {
     source: Source,
     rest: Option<Box<Rest>>,
     ongoing: Option<Ongoing>,
@@ -53,7 +53,7 @@ enum Source {
 }
 
 /// What an exchange holds until its response is over, and the time it has.
-pub struct Rest {
+pub(super) struct Rest {
     pub patience: Option<Patience>,
     _held: Held,
     _counted: Option<(InFlight, Option<Permit>)>,
@@ -61,30 +61,30 @@ pub struct Rest {
 
 impl Rest {
     #[must_use]
-    pub fn new(held: Held, counted: Option<(InFlight, Option<Permit>)>) -> Self {
+    pub(super) fn new(held: Held, counted: Option<(InFlight, Option<Permit>)>) -> Self {
         Self { patience: None, _held: held, _counted: counted }
     }
 }
 
 impl Body {
     #[must_use]
-    pub fn text(text: impl Into<Bytes>) -> Self {
+    pub(super) fn text(text: impl Into<Bytes>) -> Self {
         Self { source: Source::Text(text.into()), rest: None, ongoing: None, answer: None, note: None }
     }
 
     #[must_use]
-    pub fn empty() -> Self {
+    pub(super) fn empty() -> Self {
         Self::text(Bytes::new())
     }
 
     #[must_use]
-    pub fn stream(incoming: Incoming) -> Self {
+    pub(super) fn stream(incoming: Incoming) -> Self {
         Self { source: Source::Stream(incoming), rest: None, ongoing: None, answer: None, note: None }
     }
 
     /// For the answer to `ongoing`, which watches over it from here on.
     #[must_use]
-    pub fn of(mut self, ongoing: Ongoing) -> Self {
+    pub(super) fn of(mut self, ongoing: Ongoing) -> Self {
         ongoing.answered(self.rest.as_mut().and_then(|rest| rest.patience.take()));
         self.ongoing = Some(ongoing);
         self
@@ -92,27 +92,27 @@ impl Body {
 
     /// Whether it is of our own words, so that whatever there was of an exchange is over.
     #[must_use]
-    pub fn is_ours(&self) -> bool {
+    pub(super) fn is_ours(&self) -> bool {
         matches!(self.source, Source::Text(_))
     }
 
     /// For a response that goes over `wire`.
     #[must_use]
-    pub fn answers(mut self, wire: Wire) -> Self {
+    pub(super) fn answers(mut self, wire: Wire) -> Self {
         self.answer = Some(Answer(wire));
         self
     }
 
     /// Whether there is nothing in it for sure.
     #[must_use]
-    pub fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         use http_body::Body as _;
         self.is_end_stream()
     }
 
     /// Holds on to `rest` until the body has ended or is given up.
     #[must_use]
-    pub fn with(mut self, rest: Rest) -> Self {
+    pub(super) fn with(mut self, rest: Rest) -> Self {
         use http_body::Body as _;
         if !self.is_end_stream() {
             self.rest = Some(Box::new(rest));
@@ -122,7 +122,7 @@ impl Body {
 
     /// Tells `note` what becomes of it.
     #[must_use]
-    pub fn noted(mut self, mut note: Box<Note>) -> Self {
+    pub(super) fn noted(mut self, mut note: Box<Note>) -> Self {
         if self.is_empty() {
             note.complete();
         } else {
@@ -150,7 +150,7 @@ impl Body {
 
 /// Why a body breaks off.
 #[derive(Debug)]
-pub enum Broken {
+pub(super) enum Broken {
     /// Whoever sends it failed to.
     Source(BodyError),
     /// It is not to go on.

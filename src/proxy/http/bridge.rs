@@ -16,7 +16,7 @@ use super::reply::is_grpc;
 use crate::snapshot::Protocol;
 
 /// Whether the response to this request is to be [`gather`]ed. If so the request says what gRPC apps insist on.
-pub fn spans<B>(protocol: Protocol, request: &mut Request<B>) -> bool {
+pub(super) fn spans<B>(protocol: Protocol, request: &mut Request<B>) -> bool {
     let spans = protocol == Protocol::Grpc && request.version() < Version::HTTP_2 && is_grpc(request.headers());
     if spans {
         request.headers_mut().insert(TE, HeaderValue::from_static("trailers"));
@@ -29,7 +29,7 @@ pub fn spans<B>(protocol: Protocol, request: &mut Request<B>) -> bool {
 ///
 /// # Errors
 /// It broke off, took too long or has more than 1 MiB.
-pub async fn gather(response: Response<Body>) -> Result<Response<Body>, Refusal> {
+pub(super) async fn gather(response: Response<Body>) -> Result<Response<Body>, Refusal> {
     if response.body().is_empty() {
         return Ok(response);
     }

@@ -13,7 +13,7 @@ use crate::tls::SpiffeId;
 /// What `us` says of a peer with this chain, leaf first. `None` for what can't be parsed, which no peer has that was
 /// authenticated.
 #[must_use]
-pub fn element(us: &SpiffeId, chain: &[CertificateDer<'_>]) -> Option<HeaderValue> {
+pub(crate) fn element(us: &SpiffeId, chain: &[CertificateDer<'_>]) -> Option<HeaderValue> {
     let leaf = chain.first()?;
     let (_, parsed) = X509Certificate::from_der(leaf).ok()?;
     let hash: String = digest(&SHA256, leaf).as_ref().iter().map(|byte| format!("{byte:02x}")).collect();

@@ -14,7 +14,7 @@ use crate::proxy::codec::wire::{Awaits, Wire};
 
 /// Looks after one connection.
 #[derive(Default)]
-pub struct Departure {
+pub(super) struct Departure {
     /// Since the client has ended its direction, with the timer of the next look.
     half: Option<Half>,
 }
@@ -28,7 +28,7 @@ struct Half {
 
 impl Departure {
     /// Ready with the reason once the client is gone. To be asked after the codec has had its turn.
-    pub fn poll(&mut self, cx: &mut Context<'_>, wire: &Wire) -> Poll<String> {
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>, wire: &Wire) -> Poll<String> {
         let awaits = wire.awaits();
         if awaits == Awaits::Nothing {
             self.half = None;

@@ -32,21 +32,21 @@ const TIMES: Times = Times {
 
 /// The paths of one listener, with connections to the app for each.
 #[derive(Debug)]
-pub struct Plan {
+pub(crate) struct Plan {
     pub exposed: Arc<Exposed>,
     pub pools: BTreeMap<String, Pool>,
 }
 
 impl Plan {
     #[must_use]
-    pub fn new(exposed: Arc<Exposed>) -> Self {
+    pub(crate) fn new(exposed: Arc<Exposed>) -> Self {
         let pools = exposed.paths.keys().map(|path| (path.clone(), Pool::default())).collect();
         Self { exposed, pools }
     }
 }
 
 /// One connection of whoever checks or scrapes.
-pub struct Exposure {
+pub(crate) struct Exposure {
     pub live: watch::Receiver<Live<Plan>>,
     pub caller: Caller,
 }
@@ -56,7 +56,7 @@ impl Exposure {
     ///
     /// # Errors
     /// Why it ended otherwise than well, for the log.
-    pub async fn serve(self, socket: Socket) -> Result<(), String> {
+    pub(crate) async fn serve(self, socket: Socket) -> Result<(), String> {
         let terms = Terms::new(self.live.clone(), TIMES, Arc::default());
         let this = Arc::new(self);
         let answer = move |request, ongoing| Arc::clone(&this).answer(request, ongoing);

@@ -34,7 +34,7 @@ use crate::snapshot::{Decision, Protocol, PublicListener, Upgrades};
 use crate::tls::{PeerError, Stream};
 
 /// One connection from the mesh.
-pub struct Inbound {
+pub(crate) struct Inbound {
     pub peer: Peer,
     pub remote: Option<SocketAddr>,
     pub live: watch::Receiver<Live<PublicListener>>,
@@ -57,7 +57,7 @@ impl Inbound {
     ///
     /// # Errors
     /// Why it ended otherwise than well, for the log.
-    pub async fn serve(self, mesh: Stream<Socket>) -> Result<(), String> {
+    pub(crate) async fn serve(self, mesh: Stream<Socket>) -> Result<(), String> {
         let (wire, leaving) = (Wire::tls(mesh), Arc::default());
         wire.allow_upgrades(self.upgrades.clone());
         let terms = Terms::new(self.live.clone(), serve::TIMES, Arc::clone(&leaving));

@@ -11,7 +11,7 @@ use crate::operators::{Record, Request, Response, Upstream};
 use crate::snapshot::Routed;
 
 /// What does not change on the way.
-pub struct Known<'a> {
+pub(super) struct Known<'a> {
     caller: &'a Caller,
     pub routed: &'a Routed<'a>,
     version: Version,
@@ -22,12 +22,12 @@ pub struct Known<'a> {
 impl<'a> Known<'a> {
     /// As of now, when the request has come.
     #[must_use]
-    pub fn new(caller: &'a Caller, routed: &'a Routed<'a>, version: Version) -> Self {
+    pub(super) fn new(caller: &'a Caller, routed: &'a Routed<'a>, version: Version) -> Self {
         Self { caller, routed, version, start: SystemTime::now(), began: Instant::now() }
     }
 
     /// Edits the headers of the request as the chain says.
-    pub fn edit_request(&self, head: &mut Head) {
+    pub(super) fn edit_request(&self, head: &mut Head) {
         if self.routed.request_edits.iter().all(|edits| edits.is_empty()) {
             return;
         }
@@ -39,12 +39,12 @@ impl<'a> Known<'a> {
 
     /// The request, if the edits of the response need it.
     #[must_use]
-    pub fn keep(&self, head: &Head) -> Option<Head> {
+    pub(super) fn keep(&self, head: &Head) -> Option<Head> {
         self.routed.response_edits.iter().any(|edits| edits.have_operators()).then(|| head.clone())
     }
 
     /// Edits the headers of the response as the chain says; `request` is what was kept of the request.
-    pub fn edit_response(&self, request: Option<&Head>, status: StatusCode, headers: &mut HeaderMap) {
+    pub(super) fn edit_response(&self, request: Option<&Head>, status: StatusCode, headers: &mut HeaderMap) {
         let empty = HeaderMap::new();
         let response = Response {
             code: status.as_u16(),

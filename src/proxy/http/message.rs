@@ -18,9 +18,9 @@ use crate::proxy::codec::upload::Upload;
 use crate::proxy::codec::{HEADERS, framing, pool};
 use crate::snapshot::{NormalPath, Normalization, RequestView, Upgrades};
 
-pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-pub const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
-pub const X_FORWARDED_CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
+pub(super) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(super) const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+pub(super) const X_FORWARDED_CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
 
 const X_ENVOY_ORIGINAL_PATH: HeaderName = HeaderName::from_static("x-envoy-original-path");
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
@@ -29,7 +29,7 @@ const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 
 /// How a listener takes requests.
 #[derive(Clone, Copy)]
-pub struct Intake<'a> {
+pub(crate) struct Intake<'a> {
     pub normalization: &'a Normalization,
     /// What requests may upgrade their connection to.
     pub upgrades: &'a Upgrades,
@@ -39,7 +39,7 @@ pub struct Intake<'a> {
 
 /// A request's head, of no version yet.
 #[derive(Debug, Clone)]
-pub struct Head {
+pub(crate) struct Head {
     pub method: Method,
     /// Normalised where the listener normalises.
     pub path: PathAndQuery,
@@ -58,7 +58,7 @@ impl Head {
     ///
     /// # Errors
     /// The request is to be answered so.
-    pub fn check(parts: Parts, intake: Intake<'_>) -> Result<Self, Refusal> {
+    pub(crate) fn check(parts: Parts, intake: Intake<'_>) -> Result<Self, Refusal> {
         let Parts { method, uri, version, mut headers, .. } = parts;
         if method == Method::CONNECT {
             return Err(Refusal::new(Kind::Method, "CONNECT is not served"));
@@ -94,7 +94,7 @@ impl Head {
     ///
     /// # Errors
     /// The request is to be answered so.
-    pub fn check_method(&self) -> Result<(), Refusal> {
+    pub(crate) fn check_method(&self) -> Result<(), Refusal> {
         if self.method.as_str().bytes().any(|byte| byte.is_ascii_lowercase()) {
             return Err(Refusal::new(Kind::BadRequest, "the method is not in upper case"));
         }
@@ -102,12 +102,12 @@ impl Head {
     }
 
     #[must_use]
-    pub fn upgrades(&self) -> bool {
+    pub(crate) fn upgrades(&self) -> bool {
         self.upgrades
     }
 
     /// The connection is to stay one of HTTP, whatever the client wanted.
-    pub fn stay(&mut self) {
+    pub(crate) fn stay(&mut self) {
         if std::mem::take(&mut self.upgrades) {
             self.headers.remove(CONNECTION);
             self.headers.remove(UPGRADE);
@@ -116,7 +116,7 @@ impl Head {
 
     /// What it is judged by: all of it, or all but its headers, which costs next to nothing.
     #[must_use]
-    pub fn outline(&mut self, with_headers: bool) -> Self {
+    pub(crate) fn outline(&mut self, with_headers: bool) -> Self {
         if with_headers {
             return self.clone();
         }
@@ -127,7 +127,7 @@ impl Head {
     }
 
     #[must_use]
-    pub fn view(&self) -> RequestView<'_> {
+    pub(crate) fn view(&self) -> RequestView<'_> {
         RequestView {
             method: self.method.as_str(),
             path: self.path.path(),
@@ -139,7 +139,7 @@ impl Head {
     }
 
     /// Takes out the tokens that the app is not to see, and adds what it is to know of them.
-    pub fn pass_tokens_on(&mut self, providers: &Providers, verified: &Verified) {
+    pub(crate) fn pass_tokens_on(&mut self, providers: &Providers, verified: &Verified) {
         providers.pass_on(verified, &mut self.headers);
         let Some(query) = self.path.query() else { return };
         if let Cow::Owned(rest) = providers.query_for_app(verified, query) {
@@ -155,7 +155,7 @@ impl Head {
     ///
     /// # Errors
     /// When it is none.
-    pub fn rewrite(&mut self, path: &str) -> Result<(), Refusal> {
+    pub(crate) fn rewrite(&mut self, path: &str) -> Result<(), Refusal> {
         let bad = || Refusal::new(Kind::BadRequest, "the rewritten path is no path");
         let original = HeaderValue::from_bytes(self.path.as_str().as_bytes()).map_err(|_| bad())?;
         self.path = PathAndQuery::try_from(path).map_err(|_| bad())?;
@@ -165,7 +165,7 @@ impl Head {
 
     /// Repeating it changes nothing (RFC 9110, 9.2.1).
     #[must_use]
-    pub fn is_safe(&self) -> bool {
+    pub(crate) fn is_safe(&self) -> bool {
         self.method.is_safe()
     }
 
@@ -173,7 +173,7 @@ impl Head {
     ///
     /// # Errors
     /// When HTTP/2 can't name the host.
-    pub fn into_request(mut self, version: pool::Version, body: Upload) -> Result<Request<Upload>, Refusal> {
+    pub(crate) fn into_request(mut self, version: pool::Version, body: Upload) -> Result<Request<Upload>, Refusal> {
         let chunked = is_of_unknown_length(&body) && !self.headers.contains_key(CONTENT_LENGTH);
         let mut request = Request::new(body);
         match version {
@@ -199,7 +199,7 @@ impl Head {
 
     /// Takes a request back that was not sent.
     #[must_use]
-    pub fn from_request(request: Request<Upload>, authority: HeaderValue) -> (Self, Upload) {
+    pub(crate) fn from_request(request: Request<Upload>, authority: HeaderValue) -> (Self, Upload) {
         let (Parts { method, uri, mut headers, .. }, body) = request.into_parts();
         let upgrades = headers.contains_key(UPGRADE);
         headers.remove(TRANSFER_ENCODING);
@@ -303,7 +303,7 @@ fn upgrade(version: Version, headers: &HeaderMap, allowed: &Upgrades) -> Option<
 }
 
 /// Whether something other than HTTP may follow the request.
-pub fn leaves_http<B>(request: &Request<B>, allowed: &Upgrades) -> bool {
+pub(super) fn leaves_http<B>(request: &Request<B>, allowed: &Upgrades) -> bool {
     request.headers().contains_key(UPGRADE)
         && options(request.headers(), &UPGRADE).any(|protocol| allowed.allow(protocol))
 }
@@ -312,7 +312,7 @@ pub fn leaves_http<B>(request: &Request<B>, allowed: &Upgrades) -> bool {
 ///
 /// # Errors
 /// Nobody asked.
-pub fn refuse_unasked_switch<B>(response: &Response<B>) -> Result<(), Refusal> {
+pub(super) fn refuse_unasked_switch<B>(response: &Response<B>) -> Result<(), Refusal> {
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
         return Err(Refusal::new(Kind::BadResponse, "the answer switches protocols, which was not asked for"));
     }
@@ -326,7 +326,7 @@ fn options<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item 
 }
 
 /// Removes what is for one hop alone (RFC 9110, 7.6.1). `te: trailers` stays, which gRPC goes by.
-pub fn strip(headers: &mut HeaderMap) {
+pub(super) fn strip(headers: &mut HeaderMap) {
     if headers.contains_key(CONNECTION) {
         let named: Vec<HeaderName> = options(headers, &CONNECTION)
             .filter_map(|option| HeaderName::from_bytes(option).ok())
@@ -380,7 +380,7 @@ fn join_cookies(headers: &mut HeaderMap) {
 }
 
 /// Adds what Envoy under Consul adds where it is missing.
-pub fn annotate(headers: &mut HeaderMap) {
+pub(super) fn annotate(headers: &mut HeaderMap) {
     if !headers.contains_key(&X_REQUEST_ID) {
         headers.insert(X_REQUEST_ID, request_id(fastrand::u128(..)));
     }
@@ -405,7 +405,7 @@ fn request_id(random: u128) -> HeaderValue {
 }
 
 /// Adds an element behind those that a list header has, on one line.
-pub fn append_element(headers: &mut HeaderMap, name: &HeaderName, element: &HeaderValue) {
+pub(super) fn append_element(headers: &mut HeaderMap, name: &HeaderName, element: &HeaderValue) {
     let before = headers.get_all(name).iter().map(HeaderValue::as_bytes);
     let lines: Vec<&[u8]> = before.chain([element.as_bytes()]).collect();
     let joined = if lines.len() == 1 { None } else { HeaderValue::from_bytes(&lines.join(&b","[..])).ok() };

@@ -18,7 +18,7 @@ use crate::tls::SpiffeId;
 
 /// Who asks, the same for all requests of a connection.
 #[derive(Debug, Clone, Default)]
-pub struct Caller {
+pub(crate) struct Caller {
     pub access_log: AccessLog,
     pub remote: Option<SocketAddr>,
     pub local: Option<SocketAddr>,
@@ -26,7 +26,7 @@ pub struct Caller {
 }
 
 /// Writes its line when it is dropped.
-pub struct Note {
+pub(crate) struct Note {
     log: Arc<Active>,
     caller: Caller,
     start: SystemTime,
@@ -58,7 +58,7 @@ struct Upstream {
 impl Caller {
     /// `None` where nothing is logged.
     #[must_use]
-    pub fn note<B>(&self, request: &Request<B>) -> Option<Box<Note>> {
+    pub(crate) fn note<B>(&self, request: &Request<B>) -> Option<Box<Note>> {
         let log = self.access_log.active()?;
         Some(Box::new(Note {
             log,
@@ -86,22 +86,22 @@ impl Caller {
 
 impl Note {
     /// The log shows no tokens where these look for them.
-    pub fn hide_tokens_of(&mut self, providers: &Arc<Providers>) {
+    pub(crate) fn hide_tokens_of(&mut self, providers: &Arc<Providers>) {
         self.providers = Some(Arc::clone(providers));
     }
 
     /// Where it is sent now.
-    pub fn sent_to(&mut self, cluster: impl ToString, host: impl ToString) {
+    pub(crate) fn sent_to(&mut self, cluster: impl ToString, host: impl ToString) {
         let attempts = self.upstream.as_ref().map_or(1, |upstream| upstream.attempts + 1);
         self.upstream = Some(Upstream { cluster: cluster.to_string(), host: host.to_string(), attempts });
     }
 
-    pub fn uploads(&mut self, upload: Option<&UploadState>) {
+    pub(crate) fn uploads(&mut self, upload: Option<&UploadState>) {
         self.upload = upload.cloned();
     }
 
     /// There is a response, which it goes with until that is over.
-    pub fn answered<B>(&mut self, response: &Response<B>, refusal: Option<&Refusal>) {
+    pub(crate) fn answered<B>(&mut self, response: &Response<B>, refusal: Option<&Refusal>) {
         self.answered = Some(Instant::now());
         self.status = response.status().as_u16();
         self.response_headers = response.headers().clone();
@@ -109,7 +109,7 @@ impl Note {
         self.flag = refusal.map_or("", |refusal| refusal.kind.flag());
     }
 
-    pub fn frame(&mut self, frame: &Frame<Bytes>) {
+    pub(crate) fn frame(&mut self, frame: &Frame<Bytes>) {
         if let Some(data) = frame.data_ref() {
             self.sent += data.len() as u64;
         } else if let Some(trailers) = frame.trailers_ref() {
@@ -118,18 +118,18 @@ impl Note {
     }
 
     /// All of the response was given.
-    pub fn complete(&mut self) {
+    pub(crate) fn complete(&mut self) {
         self.complete = true;
     }
 
     /// The response broke off, as its source is denied now.
-    pub fn denied(&mut self) {
+    pub(crate) fn denied(&mut self) {
         self.complete = true;
         self.details = Some(details(Kind::Denied));
     }
 
     /// The response broke off: it was not waited for any longer, or (`None`) whoever sent it failed to.
-    pub fn broken(&mut self, expired: Option<Expired>) {
+    pub(crate) fn broken(&mut self, expired: Option<Expired>) {
         self.complete = true;
         self.flag = match expired {
             None => "UC",

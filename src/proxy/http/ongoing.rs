@@ -17,7 +17,7 @@ use crate::proxy::codec::upload::UploadState;
 
 /// One request with its answer. Clones are the same.
 #[derive(Clone)]
-pub struct Ongoing(Arc<Mutex<State>>);
+pub(crate) struct Ongoing(Arc<Mutex<State>>);
 
 struct State {
     upload: Option<UploadState>,
@@ -34,14 +34,14 @@ struct State {
 }
 
 /// What a request is judged by again.
-pub struct Case {
+pub(crate) struct Case {
     pub head: Head,
     pub judged: Judged,
 }
 
 /// Why a request is ended before it has come to its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Over {
+pub(crate) enum Over {
     Expired(Expired),
     /// Its source may not have it any more.
     Denied,
@@ -49,42 +49,42 @@ pub enum Over {
 
 impl Ongoing {
     #[must_use]
-    pub fn new(upload: Option<UploadState>, grpc: bool) -> Self {
+    pub(crate) fn new(upload: Option<UploadState>, grpc: bool) -> Self {
         let state = State { upload, patience: None, case: None, over: None, done: false, grpc, task: None };
         Self(Arc::new(Mutex::new(state)))
     }
 
     /// The request's body, if there is anything in it.
     #[must_use]
-    pub fn upload(&self) -> Option<UploadState> {
+    pub(crate) fn upload(&self) -> Option<UploadState> {
         self.state().upload.clone()
     }
 
     /// From here on it can be judged again.
-    pub fn judge_by(&self, case: Case) {
+    pub(crate) fn judge_by(&self, case: Case) {
         self.state().case = Some(case);
     }
 
     /// It is to be judged by another from here on.
     #[must_use]
-    pub fn take_case(&self) -> Option<Case> {
+    pub(crate) fn take_case(&self) -> Option<Case> {
         self.state().case.take()
     }
 
     /// There is an answer, with patience for its body.
-    pub fn answered(&self, patience: Option<Patience>) {
+    pub(crate) fn answered(&self, patience: Option<Patience>) {
         self.state().patience = patience;
     }
 
     /// Something of the answer was taken.
-    pub fn moved(&self) {
+    pub(crate) fn moved(&self) {
         if let Some(patience) = &mut self.state().patience {
             patience.moved();
         }
     }
 
     /// The answer is over.
-    pub fn done(&self) {
+    pub(crate) fn done(&self) {
         let mut state = self.state();
         state.done = true;
         let left = (state.patience.take(), state.case.take(), state.upload.take());
@@ -93,19 +93,19 @@ impl Ongoing {
     }
 
     #[must_use]
-    pub fn is_done(&self) -> bool {
+    pub(crate) fn is_done(&self) -> bool {
         self.state().done
     }
 
     /// Whether it must end, and why.
     #[must_use]
-    pub fn over(&self) -> Option<Over> {
+    pub(crate) fn over(&self) -> Option<Over> {
         self.state().over
     }
 
     /// Whether that is to be told in trailers of gRPC.
     #[must_use]
-    pub fn tells_in_trailers(&self) -> bool {
+    pub(crate) fn tells_in_trailers(&self) -> bool {
         self.state().grpc
     }
 
@@ -113,7 +113,7 @@ impl Ongoing {
     ///
     /// # Errors
     /// Why it must.
-    pub async fn unless_over<F: Future>(&self, act: F) -> Result<F::Output, Over> {
+    pub(crate) async fn unless_over<F: Future>(&self, act: F) -> Result<F::Output, Over> {
         let mut act = pin!(act);
         poll_fn(|cx| match self.over() {
             // What is ended fails in other ways too, for it has lost its upload.
@@ -142,7 +142,7 @@ impl Ongoing {
     }
 
     /// Ready once it must end. Whoever asks is woken when that changes.
-    pub fn poll_over(&self, cx: &mut Context<'_>) -> Poll<()> {
+    pub(crate) fn poll_over(&self, cx: &mut Context<'_>) -> Poll<()> {
         let expired = {
             let mut state = self.state();
             if state.done {
@@ -168,10 +168,10 @@ impl Ongoing {
 
 /// The requests of one connection that are under way and can be judged again.
 #[derive(Default)]
-pub struct Open(Mutex<Vec<Weak<Mutex<State>>>>);
+pub(crate) struct Open(Mutex<Vec<Weak<Mutex<State>>>>);
 
 impl Open {
-    pub fn add(&self, ongoing: &Ongoing) {
+    pub(crate) fn add(&self, ongoing: &Ongoing) {
         let mut list = self.list();
         if list.len() == list.capacity() {
             list.retain(|open| open.strong_count() > 0);
@@ -180,7 +180,7 @@ impl Open {
     }
 
     /// Ends those that `is_denied` says it of.
-    pub fn judge(&self, mut is_denied: impl FnMut(&Case) -> bool) {
+    pub(crate) fn judge(&self, mut is_denied: impl FnMut(&Case) -> bool) {
         let open: Vec<Ongoing> = self.list().iter().filter_map(Weak::upgrade).map(Ongoing).collect();
         for ongoing in open {
             let denied = ongoing.state().case.as_ref().is_some_and(&mut is_denied);

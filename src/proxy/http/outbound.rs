@@ -35,7 +35,7 @@ use crate::race::{Next, Race};
 use crate::snapshot::{Failure, Normalization, Protocol, RequestHash, Routed, Target, Upgrades, hash_request};
 
 /// One connection of the local app.
-pub struct Outbound {
+pub(crate) struct Outbound {
     pub remote: Option<SocketAddr>,
     pub live: watch::Receiver<Live<Plan>>,
     pub drain: drain::Watch,
@@ -51,7 +51,7 @@ impl Outbound {
     ///
     /// # Errors
     /// Why it ended otherwise than well, for the log.
-    pub async fn serve(self, app: Socket) -> Result<(), String> {
+    pub(crate) async fn serve(self, app: Socket) -> Result<(), String> {
         let wire = Wire::plain(app);
         wire.allow_upgrades(self.upgrades.clone());
         let terms = Terms::new(self.live.clone(), serve::TIMES, Arc::default());

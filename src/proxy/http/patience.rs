@@ -14,7 +14,7 @@ use crate::proxy::codec::upload::{Progress, UploadState};
 ///
 /// As in Envoy, the time for the response begins when the request is complete: an upload may take as long as it
 /// goes on. What bounds one that does not is the idle time.
-pub struct Patience {
+pub(crate) struct Patience {
     sleep: Option<Pin<Box<Sleep>>>,
     whole: Option<Limit>,
     one_try: Option<Limit>,
@@ -48,7 +48,7 @@ impl Limit {
 impl Patience {
     /// `None` is no limit.
     #[must_use]
-    pub fn new(whole: Option<Duration>, idle: Option<Duration>, upload: Option<&UploadState>) -> Self {
+    pub(crate) fn new(whole: Option<Duration>, idle: Option<Duration>, upload: Option<&UploadState>) -> Self {
         let now = Instant::now();
         let whole = whole.map(|time| Limit { start: now, time });
         let mut patience =
@@ -58,7 +58,7 @@ impl Patience {
     }
 
     /// Begins the time of one try, or ends it.
-    pub fn try_for(&mut self, time: Option<Duration>) {
+    pub(crate) fn try_for(&mut self, time: Option<Duration>) {
         self.one_try = time.map(|time| Limit { start: Instant::now(), time });
         if self.one_try.is_some() {
             self.wake_at(self.next());
@@ -66,7 +66,7 @@ impl Patience {
     }
 
     /// Something of the response came, or was taken: the idle time begins anew.
-    pub fn moved(&mut self) {
+    pub(crate) fn moved(&mut self) {
         if self.idle.is_some() {
             self.moved = Instant::now();
         }
@@ -100,7 +100,7 @@ impl Patience {
     ///
     /// # Errors
     /// Why there is none any more.
-    pub async fn within<F: Future>(&mut self, act: F) -> Result<F::Output, Expired> {
+    pub(crate) async fn within<F: Future>(&mut self, act: F) -> Result<F::Output, Expired> {
         let mut act = pin!(act);
         poll_fn(|cx| match act.as_mut().poll(cx) {
             Poll::Ready(done) => Poll::Ready(Ok(done)),
@@ -110,7 +110,7 @@ impl Patience {
     }
 
     /// Ready once there is none any more.
-    pub fn poll_expired(&mut self, cx: &mut Context<'_>) -> Poll<Expired> {
+    pub(crate) fn poll_expired(&mut self, cx: &mut Context<'_>) -> Poll<Expired> {
         if let Some(upload) = &self.upload {
             if upload.poll_broken(cx).is_ready() {
                 return Poll::Ready(Expired::Upload);
@@ -142,7 +142,7 @@ impl Patience {
 
 /// Why an exchange is not waited for any longer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Expired {
+pub(crate) enum Expired {
     /// The time for the whole exchange.
     Whole,
     /// The time for one try.

@@ -11,14 +11,14 @@ use crate::proxy::limits::Overflow;
 
 /// Why a request gets an answer of ours.
 #[derive(Debug)]
-pub struct Refusal {
+pub(crate) struct Refusal {
     pub kind: Kind,
     /// One sentence for the log.
     pub cause: Cow<'static, str>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub(crate) enum Kind {
     /// Not HTTP, or such that two readers may see two requests.
     BadRequest,
     /// The head.
@@ -50,7 +50,7 @@ pub enum Kind {
 
 impl Kind {
     /// Status, body and the flag that Envoy's access log has for it (Envoy 1.40).
-    pub fn told(self) -> (StatusCode, &'static str, &'static str) {
+    pub(crate) fn told(self) -> (StatusCode, &'static str, &'static str) {
         const UNAVAILABLE: StatusCode = StatusCode::SERVICE_UNAVAILABLE;
         match self {
             Self::BadRequest => (StatusCode::BAD_REQUEST, "", "DPE"),
@@ -88,18 +88,18 @@ impl Kind {
 
     /// As in Envoy's access log.
     #[must_use]
-    pub fn flag(self) -> &'static str {
+    pub(crate) fn flag(self) -> &'static str {
         self.told().2
     }
 }
 
 impl Refusal {
-    pub fn new(kind: Kind, cause: impl Into<Cow<'static, str>>) -> Self {
+    pub(crate) fn new(kind: Kind, cause: impl Into<Cow<'static, str>>) -> Self {
         Self { kind, cause: cause.into() }
     }
 
     /// For a request to `whom` that brought no response.
-    pub fn of(whom: impl Display, failed: &Failed) -> Self {
+    pub(crate) fn of(whom: impl Display, failed: &Failed) -> Self {
         let told = failed.told();
         if failed.is_malformed() {
             return Self::new(Kind::BadResponse, format!("{whom} answered what is not to be passed on: {told}"));

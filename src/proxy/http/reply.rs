@@ -8,7 +8,7 @@ use super::note::{Caller, Note};
 use super::refusal::{Kind, Refusal};
 
 /// What is remembered of a request in order to answer it.
-pub struct Asked {
+pub(super) struct Asked {
     grpc: bool,
     /// For the access log.
     pub note: Option<Box<Note>>,
@@ -16,14 +16,14 @@ pub struct Asked {
 
 impl Asked {
     #[must_use]
-    pub fn new<B>(caller: &Caller, request: &Request<B>) -> Self {
+    pub(super) fn new<B>(caller: &Caller, request: &Request<B>) -> Self {
         Self { grpc: is_grpc(request.headers()), note: caller.note(request) }
     }
 
     /// The response to the request, or to what it was refused for. `tells_cause` has a header say why, ours or that of the
     /// sidecar behind.
     #[must_use]
-    pub fn answer(self, result: Result<Response<Body>, Refusal>, tells_cause: bool) -> Response<Body> {
+    pub(super) fn answer(self, result: Result<Response<Body>, Refusal>, tells_cause: bool) -> Response<Body> {
         let (response, refusal) = match result {
             Ok(mut response) => {
                 // What another sidecar says names services and addresses too.
@@ -78,14 +78,14 @@ fn reply(refusal: &Refusal, grpc: bool, tells_cause: bool) -> Response<Body> {
 }
 
 /// What ends the answer to a gRPC request whose source is denied now.
-pub fn grpc_denial() -> HeaderMap {
+pub(super) fn grpc_denial() -> HeaderMap {
     let (status, text, _) = Kind::Denied.told();
     let status = (HeaderName::from_static("grpc-status"), grpc_status(status));
     [status, (HeaderName::from_static("grpc-message"), HeaderValue::from_static(text))].into_iter().collect()
 }
 
 /// Whether these are the headers of a gRPC request.
-pub fn is_grpc(headers: &HeaderMap) -> bool {
+pub(super) fn is_grpc(headers: &HeaderMap) -> bool {
     headers.get(CONTENT_TYPE).is_some_and(|kind| {
         let kind = kind.as_bytes();
         kind.strip_prefix(b"application/grpc").is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';')))

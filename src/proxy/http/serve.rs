@@ -32,7 +32,7 @@ use crate::snapshot::Upgrades;
 
 /// For how long a client may be silent.
 #[derive(Debug, Clone, Copy)]
-pub struct Times {
+pub(super) struct Times {
     /// For the first bytes of a connection. Clients that open connections ahead of time use them within it.
     pub first: Duration,
     /// For a request head, from its first byte to its last, and up to twice that.
@@ -44,7 +44,7 @@ pub struct Times {
 }
 
 /// For peers that have proved who they are, and for the local app. The idle time and the stall time are Envoy's.
-pub const TIMES: Times = Times {
+pub(super) const TIMES: Times = Times {
     first: Duration::from_secs(600),
     head: Duration::from_secs(15),
     idle: Duration::from_secs(3600),
@@ -52,7 +52,7 @@ pub const TIMES: Times = Times {
 };
 
 /// What a connection goes by besides its requests.
-pub struct Terms<P> {
+pub(super) struct Terms<P> {
     live: watch::Receiver<Live<P>>,
     times: Times,
     leaving: Arc<Leaving>,
@@ -60,7 +60,7 @@ pub struct Terms<P> {
 
 impl<P> Terms<P> {
     #[must_use]
-    pub fn new(live: watch::Receiver<Live<P>>, times: Times, leaving: Arc<Leaving>) -> Self {
+    pub(super) fn new(live: watch::Receiver<Live<P>>, times: Times, leaving: Arc<Leaving>) -> Self {
         Self { live, times, leaving }
     }
 
@@ -81,13 +81,13 @@ impl<P> Terms<P> {
 
 /// Whether a connection is to take no new requests, for a reason of its own.
 #[derive(Debug, Default)]
-pub struct Leaving {
+pub(super) struct Leaving {
     now: AtomicBool,
     told: Notify,
 }
 
 impl Leaving {
-    pub fn tell(&self) {
+    pub(super) fn tell(&self) {
         self.now.store(true, Ordering::Relaxed);
         self.told.notify_waiters();
     }
@@ -102,7 +102,7 @@ impl Leaving {
 }
 
 /// Serves requests until the connection ends, is idle for too long, or a drain is over.
-pub async fn serve<P, H, F>(wire: Wire, terms: &Terms<P>, handle: H) -> Result<(), String>
+pub(super) async fn serve<P, H, F>(wire: Wire, terms: &Terms<P>, handle: H) -> Result<(), String>
 where
     H: Fn(Request<Upload>, Ongoing) -> F + Clone,
     F: Future<Output = Response<Body>> + Send + 'static,

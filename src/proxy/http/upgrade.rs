@@ -19,7 +19,7 @@ use crate::proxy::listener::Live;
 
 /// Joins both connections after the response that says so, and gives that response. They are cut at the end of a
 /// drain, or when `may_stay` says no of a newer configuration.
-pub fn join<P: Send + Sync + 'static>(
+pub(super) fn join<P: Send + Sync + 'static>(
     client: OnUpgrade,
     mut response: Response<Incoming>,
     rest: Rest,
