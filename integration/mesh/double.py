@@ -116,7 +116,7 @@ class Double:
         made = self._made(urllib.parse.urlsplit(path).path)
         if made:
             return self._blocking(lambda: {"answer": {"status": 200, "body": made}, "index": 1}, params, False)
-        found = lambda: self._answers.get(key) or self._missing(key)
+        found = lambda: self._table(key) or self._answers.get(key) or self._missing(key)
         return self._blocking(found, params, key.startswith("GET /v1/agent/service/"))
 
     def _blocking(self, found, params, by_hash):
@@ -129,6 +129,15 @@ class Double:
         body = answer["body"] if isinstance(answer["body"], str) else json.dumps(answer["body"])
         headers = {"X-Consul-ContentHash": index} if by_hash else {"X-Consul-Index": index}
         return answer["status"], {**headers, **answer.get("headers", {})}, body.encode()
+
+    def _table(self, key):
+        """What an agent's index tells of a whole table: of nodes, services and checks here, of config entries there."""
+        if key.startswith("GET /v1/internal/ui/services"):
+            return {"answer": {"status": 200, "body": []}, "index": self._index}
+        if key.startswith("GET /v1/config/proxy-defaults"):
+            answer = self._answers.get(key) or {"answer": {"status": 404, "body": "Config entry not found"}}
+            return {**answer, "index": self._index}
+        return None
 
     def _missing(self, key):
         if not key.startswith("GET /v1/config/"):

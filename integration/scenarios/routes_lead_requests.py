@@ -145,8 +145,14 @@ def test_a_failure_to_connect_is_tried_again_only_where_that_is_asked(mesh, rout
     for how, tries in (({}, 1), ({"RetryOnStatusCodes": [503]}, 1), ({"RetryOnConnectFailure": True}, 4)):
         routed.routes({"Match": {"HTTP": {"PathPrefix": "/"}}, "Destination": {"Service": dead.name, "NumRetries": 3, **how}})
         eventually(lambda: routed.who().endswith("remote connection failure"))
-        before = gate.served
-        assert ask(routed.port, "/", "POST", b"x").status == 503 and gate.served == before + tries, how
+
+        def connections():
+            before = gate.served
+            assert ask(routed.port, "/", "POST", b"x").status == 503
+            return gate.served - before
+
+        # The sidecar probes an instance that it cannot reach, which may fall between two of these counts and not between all.
+        assert min(connections() for _ in range(5)) == tries, how
     # What an app answers is no failure to connect.
     routed.routes(routed.to_other({"PathPrefix": "/"}, NumRetries=3, RetryOnConnectFailure=True))
     routed.other.app.status = 503

@@ -196,8 +196,8 @@ impl<F: FnMut() + Unpin> Future for Driver<F> {
                 return Poll::Ready(());
             }
             this.follow_limit();
-            if this.pings.answered(cx) {
-                this.windows.measured();
+            if let Some(share) = this.pings.answered(cx) {
+                this.windows.measured(share);
             }
             if this.windows.look() {
                 this.pings.send();

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 
 use tokio::sync::Notify;
+use tokio::time::{Duration, Instant};
 
 /// The window of a connection, in bytes: the largest (RFC 9113, 6.9.1).
 pub(super) const CONNECTION: u32 = (1 << 31) - 1;
@@ -223,11 +224,12 @@ impl Windows {
         true
     }
 
-    /// The PING that measures was answered.
-    pub(super) fn measured(&mut self) {
+    /// The PING that measures was answered. `share`: how much of its time the path takes; for the rest, it waited behind
+    /// what is in buffers. What is read in that time needs no larger window: it would only fill the buffers.
+    pub(super) fn measured(&mut self, share: f64) {
         let Some(measures @ true) = &mut self.measures else { return };
         *measures = false;
-        let read = self.meter.most_read.load(Ordering::Relaxed);
+        let read = (self.meter.most_read.load(Ordering::Relaxed) as f64 * share) as usize;
         self.begin_round();
         // The far end learns of half a window at a time, and answers a PING before it sends what it just learned of.
         let grown = if read >= self.window as usize / 3 { self.grown() } else { self.window };
@@ -268,30 +270,35 @@ fn within(limit: usize, streams: usize) -> u32 {
 /// Sends PINGs one at a time, for whoever wants one.
 pub(super) struct Pings {
     ping_pong: Option<h2::PingPong>,
-    waits: bool,
+    /// When the one was sent that is on its way.
+    sent: Option<Instant>,
+    /// The shortest round trip so far: what the path takes by itself.
+    shortest: Duration,
 }
 
 impl Pings {
     #[must_use]
     pub(super) fn new(ping_pong: Option<h2::PingPong>) -> Self {
-        Self { ping_pong, waits: false }
+        Self { ping_pong, sent: None, shortest: Duration::MAX }
     }
 
     /// Sends one, if none is on its way.
     pub(super) fn send(&mut self) {
-        if !self.waits
+        if self.sent.is_none()
             && let Some(ping_pong) = &mut self.ping_pong
         {
-            self.waits = ping_pong.send_ping(h2::Ping::opaque()).is_ok();
+            self.sent = ping_pong.send_ping(h2::Ping::opaque()).is_ok().then(Instant::now);
         }
     }
 
-    /// Whether one was answered just now.
-    pub(super) fn answered(&mut self, cx: &mut Context<'_>) -> bool {
-        let Some(ping_pong) = self.ping_pong.as_mut().filter(|_| self.waits) else { return false };
-        let answered = matches!(ping_pong.poll_pong(cx), Poll::Ready(Ok(_)));
-        self.waits &= !answered;
-        answered
+    /// If one was answered just now: the shortest round trip so far, as a part of this one (0 to 1).
+    pub(super) fn answered(&mut self, cx: &mut Context<'_>) -> Option<f64> {
+        let (sent, ping_pong) = (self.sent?, self.ping_pong.as_mut()?);
+        let Poll::Ready(Ok(_)) = ping_pong.poll_pong(cx) else { return None };
+        self.sent = None;
+        let took = sent.elapsed().max(Duration::from_micros(1));
+        self.shortest = self.shortest.min(took);
+        Some(self.shortest.as_secs_f64() / took.as_secs_f64())
     }
 }
 
@@ -310,7 +317,7 @@ mod tests {
             reader.read(bytes);
             if windows.look() {
                 reader.read(bytes);
-                windows.measured();
+                windows.measured(1.0);
             }
         }
     }
@@ -332,6 +339,21 @@ mod tests {
         assert_eq!(meter.lender.0.load(Ordering::Relaxed), 0, "a loan ends with the last stream");
         windows.look();
         assert_eq!(windows.window as usize, TOGETHER);
+    }
+
+    #[test]
+    fn a_window_does_not_grow_where_buffers_are_full() {
+        let (meter, mut windows) = windows();
+        let stream = Counted::new(&meter);
+        let mut reader = stream.reader();
+        for _ in 0..1 << STEADY {
+            reader.read(USUAL as usize);
+            if windows.look() {
+                reader.read(USUAL as usize);
+                windows.measured(0.1);
+            }
+        }
+        assert_eq!(windows.untold(), None);
     }
 
     #[test]

@@ -113,8 +113,8 @@ impl Serving {
             if let Poll::Ready(accepted) = self.connection.poll_accept(cx) {
                 return Poll::Ready(accepted);
             }
-            if self.pings.answered(cx) {
-                self.windows.measured();
+            if let Some(share) = self.pings.answered(cx) {
+                self.windows.measured(share);
             }
             if self.windows.look() {
                 self.pings.send();
