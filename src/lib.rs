@@ -46,6 +46,8 @@ pub mod tls;
 
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
+#[cfg(test)]
+mod layers;
 
 #[cfg(test)]
 pub(crate) mod testing;

@@ -8,10 +8,10 @@ use std::task::{Context, Poll};
 use bytes::Bytes;
 use http_body::{Frame, SizeHint};
 
+use super::grpc::grpc_denial;
 use super::note::Note;
 use super::ongoing::{Ongoing, Over};
 use super::patience::{Expired, Patience};
-use super::reply;
 use crate::proxy::balance::InFlight;
 use crate::proxy::codec::framing;
 use crate::proxy::codec::incoming::{BodyError, Incoming};
@@ -257,7 +257,7 @@ impl Body {
         self.source = Source::Text(Bytes::new());
         self.rest = None;
         match over {
-            Over::Denied if told => Ok(Frame::trailers(reply::grpc_denial())),
+            Over::Denied if told => Ok(Frame::trailers(grpc_denial())),
             _ => Err(Broken::Over(over)),
         }
     }

@@ -10,9 +10,9 @@ use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Version};
 use http_body_util::BodyExt;
 
 use super::body::{Body, Broken};
+use super::grpc::is_grpc;
 use super::ongoing::Over;
 use super::refusal::{Kind, Refusal};
-use super::reply::is_grpc;
 use crate::snapshot::Protocol;
 
 /// Whether the response to this request is to be [`gather`]ed. If so the request says what gRPC apps insist on.

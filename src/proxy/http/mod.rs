@@ -11,6 +11,7 @@ mod bridge;
 pub(super) mod certificate;
 mod departure;
 pub(super) mod expose;
+mod grpc;
 pub(super) mod inbound;
 mod known;
 mod message;

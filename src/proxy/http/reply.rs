@@ -1,9 +1,10 @@
 //! What becomes of a request in the end: the answer that it brought, or one of our own.
 
 use http::header::{CONNECTION, CONTENT_TYPE, HeaderName, LOCATION};
-use http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
+use http::{HeaderValue, Request, Response};
 
 use super::body::Body;
+use super::grpc::{grpc_status, is_grpc};
 use super::note::{Caller, Note};
 use super::refusal::{Kind, Refusal};
 
@@ -75,33 +76,6 @@ fn reply(refusal: &Refusal, grpc: bool, tells_cause: bool) -> Response<Body> {
     }
     *response.status_mut() = status;
     response
-}
-
-/// What ends the answer to a gRPC request whose source is denied now.
-pub(super) fn grpc_denial() -> HeaderMap {
-    let (status, text, _) = Kind::Denied.told();
-    let status = (HeaderName::from_static("grpc-status"), grpc_status(status));
-    [status, (HeaderName::from_static("grpc-message"), HeaderValue::from_static(text))].into_iter().collect()
-}
-
-/// Whether these are the headers of a gRPC request.
-pub(super) fn is_grpc(headers: &HeaderMap) -> bool {
-    headers.get(CONTENT_TYPE).is_some_and(|kind| {
-        let kind = kind.as_bytes();
-        kind.strip_prefix(b"application/grpc").is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';')))
-    })
-}
-
-/// As gRPC maps statuses of HTTP, and Envoy does.
-fn grpc_status(status: StatusCode) -> HeaderValue {
-    HeaderValue::from_static(match status.as_u16() {
-        400 => "13",
-        401 => "16",
-        403 => "7",
-        404 => "12",
-        429 | 502..=504 => "14",
-        _ => "2",
-    })
 }
 
 const X_LICTOR_CAUSE: HeaderName = HeaderName::from_static("x-lictor-cause");

@@ -19,8 +19,9 @@ use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, sleep, tim
 
 use super::body::Body;
 use super::departure::Departure;
+use super::grpc::is_grpc;
+use super::message;
 use super::ongoing::Ongoing;
-use super::{message, reply};
 use crate::drain::Stage;
 use crate::proxy::codec::incoming::Incoming;
 use crate::proxy::codec::server::Server;
@@ -212,7 +213,7 @@ async fn wakes<P>(wire: &Wire, terms: &Terms<P>) -> bool {
 
 /// A request as handlers take it, and what the connection sees of it.
 fn begin(request: Request<Incoming>, http2: bool) -> (Request<Upload>, Ongoing) {
-    let grpc = http2 && reply::is_grpc(request.headers());
+    let grpc = http2 && is_grpc(request.headers());
     let (parts, body) = request.into_parts();
     let (body, upload) = Upload::new(body);
     (Request::from_parts(parts, body), Ongoing::new(upload, grpc))
