@@ -178,8 +178,7 @@ impl From<reqwest::Error> for ErrorKind {
 fn cause(error: &reqwest::Error) -> String {
     let mut deepest: &(dyn std::error::Error + 'static) = error;
     while let Some(source) = deepest.source() {
-        let closed = source.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_incomplete_message);
-        if closed {
+        if is_hang_up(source) {
             return HUNG_UP.into();
         }
         deepest = source;
@@ -189,6 +188,15 @@ fn cause(error: &reqwest::Error) -> String {
         text if text.contains("unexpected message") => TURNED_AWAY.into(),
         text => text,
     }
+}
+
+/// The other end closed the connection. Whether we read its end, or a write or the read after it fails first, is chance.
+fn is_hang_up(error: &(dyn std::error::Error + 'static)) -> bool {
+    use std::io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected};
+    error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_incomplete_message)
+        || error.downcast_ref::<std::io::Error>().is_some_and(|error| {
+            matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | NotConnected)
+        })
 }
 
 fn is_tls(error: &reqwest::Error) -> bool {

@@ -370,7 +370,7 @@ mod tests {
 
     #[tokio::test]
     async fn sends_what_the_settings_say_and_nothing_else() {
-        let agent = Agent::start().await;
+        let agent = Agent::start();
         let instances =
             Instances { service: "db".into(), filter: Some("Meta.v == \"1 & 2\"".into()), ..Instances::default() };
         let path = "/v1/health/connect/db";
@@ -400,18 +400,17 @@ mod tests {
 
     #[tokio::test]
     async fn a_prefix_goes_before_the_path() {
-        let agent = Agent::start().await;
+        let agent = Agent::start();
         agent.set("/some/where/v1/agent/services", json!({ "web": { "ID": "web", "Service": "web" } }));
-        let mut settings = agent.settings();
-        let Address::Tcp { prefix, .. } = &mut settings.address else { panic!("not TCP") };
-        *prefix = "/some/where".into();
-        let services = client(&settings).agent_services().await.expect("an answer");
+        let authority = agent.tcp_address().await.to_string();
+        let address = Address::Tcp { https: false, authority, prefix: "/some/where".into() };
+        let services = client(&testing::settings(address)).agent_services().await.expect("an answer");
         assert_eq!(services["web"].service, "web");
     }
 
     #[tokio::test]
     async fn registers_keeps_alive_and_deregisters() {
-        let agent = Agent::start().await;
+        let agent = Agent::start();
         let client = client(&agent.settings());
         client.register_service(&json!({ "Name": "web" })).await.expect("registered");
         client.pass_check("web-ttl").await.expect("passed");
@@ -441,7 +440,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_refusal_says_what_is_needed() {
-        let agent = Agent::start().await;
+        let agent = Agent::start();
         agent.only_tokens(&["other"]);
         let error = client(&agent.settings()).ask(&Query::ca_leaf("web")).await.expect_err("the token is not known");
         assert!(error.is_forbidden() && !error.is_not_found());

@@ -372,7 +372,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn passes_on_what_changes_and_nothing_else() {
-        let agent = Agent::start().await;
+        let agent = Agent::start();
         agent.set(ROOTS, roots("a"));
         let mut watch = watch_roots(&watches(&agent.settings()));
         assert_eq!(watch.value().await, "a");
@@ -388,7 +388,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn ends_with_its_handle() {
-        let agent = Agent::start().await;
+        let agent = Agent::start();
         agent.set(ROOTS, roots("a"));
         let watches = watches(&agent.settings());
         let mut watch = watch_roots(&watches);
@@ -401,7 +401,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn starts_over_when_indexes_go_backwards() {
-        let agent = Agent::start().await;
+        let agent = Agent::start();
         for _ in 0..10 {
             agent.set(ROOTS, roots("a"));
         }
@@ -418,7 +418,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn survives_refusals_and_rubbish() {
-        let agent = Agent::start().await;
+        let agent = Agent::start();
         agent.set(ROOTS, roots("a"));
         let mut watch = watch_roots(&watches(&agent.settings()));
         assert_eq!(watch.value().await, "a");
@@ -449,7 +449,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn reopens_a_request_that_is_stuck() {
-        let agent = Agent::start().await;
+        let agent = Agent::start();
         agent.set(ROOTS, roots("a"));
         let mut watch = watch_roots(&watches(&agent.settings()));
         assert_eq!(watch.value().await, "a");
@@ -467,7 +467,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn is_back_as_soon_as_the_agent_is() {
-        let agent = Agent::start().await;
+        let agent = Agent::start();
         agent.set(ROOTS, roots("a"));
         let mut watch = watch_roots(&watches(&agent.settings()));
         assert_eq!(watch.value().await, "a");
@@ -480,7 +480,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_hot_table_is_asked_at_a_bounded_rate() {
-        let agent = Agent::start().await;
+        let agent = Agent::start();
         agent.set(ROOTS, roots("a"));
         let mut watch = watch_roots(&watches(&agent.settings()));
         watch.value().await;
@@ -497,7 +497,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn blocks_on_the_hash_of_a_service() {
         const PATH: &str = "/v1/agent/service/web-sidecar-proxy";
-        let agent = Agent::start().await;
+        let agent = Agent::start();
         let watches = watches(&agent.settings());
         let (sender, mut events) = mpsc::channel(16);
         let _watch = watches.watch(Query::agent_service("web-sidecar-proxy"), sender, |event| match event {
@@ -518,7 +518,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn waits_for_config_entries_that_are_missing() {
         const PATH: &str = "/v1/config/proxy-defaults/global";
-        let agent = Agent::start().await;
+        let agent = Agent::start();
         let watches = watches(&agent.settings());
         let (sender, mut events) = mpsc::channel(16);
         let _watch = watches.watch(Query::proxy_defaults(), sender, |event| match event {
@@ -534,14 +534,14 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_kind_that_the_agent_does_not_know_is_missing() {
-        let agent = Agent::start().await;
+        let agent = Agent::start();
         agent.fault(Some(Fault::Status(500, "invalid config entry kind: mesh")));
         let client = Client::new(&agent.settings()).expect("the settings are good");
         assert_eq!(client.ask(&Query::mesh_config()).await.expect("an answer").value, None);
     }
 
     async fn intentions_reach_us(before_1_9: bool) {
-        let agent = Agent::start().await;
+        let agent = Agent::start();
         if before_1_9 {
             agent.before_1_9();
         }
@@ -584,7 +584,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_answer_about_no_name_is_no_empty_list_of_intentions() {
-        let agent = Agent::start().await;
+        let agent = Agent::start();
         let client = Client::new(&agent.settings()).expect("the settings are good");
         for body in [json!({}), json!(null), json!({ "db": [], "web": [] })] {
             agent.set(MATCH, body);
@@ -595,7 +595,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn many_watches_share_few_connections() {
         const SERVICES: usize = 300;
-        let agent = Agent::start().await;
+        let agent = Agent::start();
         let path = |number: usize| format!("/v1/health/connect/s{number}");
         let rows = |count: usize| json!(vec![json!({}); count]);
         agent.set(ROOTS, roots("a"));
@@ -643,7 +643,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn makes_do_with_the_connections_that_the_agent_has() {
         const SERVICES: usize = 40;
-        let agent = Agent::start().await;
+        let agent = Agent::start();
         agent.limit_connections(2);
         agent.set(ROOTS, roots("a"));
         agent.set("/v1/health/connect/db", json!([]));
@@ -676,7 +676,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn what_is_new_need_not_wait_for_what_blocks() {
-        let agent = Agent::start().await;
+        let agent = Agent::start();
         agent.set(ROOTS, roots("a"));
         let paths = ["/v1/agent/service/web", "/v1/agent/connect/ca/leaf/a", "/v1/agent/connect/ca/leaf/b"];
         paths.iter().for_each(|path| agent.set(path, json!({})));
@@ -697,7 +697,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn what_somebody_waits_for_is_asked_first() {
         const SERVICES: usize = 50;
-        let agent = Agent::start().await;
+        let agent = Agent::start();
         let mut settings = agent.settings();
         settings.max_connections = 4;
         agent.set("/v1/health/connect/db", json!([]));
@@ -719,7 +719,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn another_token_starts_queries_anew() {
-        let agent = Agent::start().await;
+        let agent = Agent::start();
         let file = TempFile::new("first");
         let mut settings = agent.settings();
         settings.token = Token::File(file.path().to_path_buf());
@@ -744,7 +744,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_refused_token_is_read_again() {
-        let agent = Agent::start().await;
+        let agent = Agent::start();
         agent.only_tokens(&["second"]);
         agent.set(ROOTS, roots("a"));
         let file = TempFile::new("first");
@@ -760,7 +760,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn the_default_policy_is_that_of_the_probe_else_of_the_header_else_deny() {
         const AUTHORIZE: &str = "/v1/agent/connect/authorize";
-        let agent = Agent::start().await;
+        let agent = Agent::start();
         let client = Client::new(&agent.settings()).expect("the settings are good");
         let by_intention = json!({ "Authorized": true, "Reason": "Matched intention: ALLOW default/* => default/db" });
         for (answer, header, allow) in [

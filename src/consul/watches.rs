@@ -428,7 +428,7 @@ mod tests {
     }
 
     async fn many() -> (Agent, Sidecar) {
-        let agent = Agent::start().await;
+        let agent = Agent::start();
         let mut sidecar = Sidecar::start(&agent, &agent.settings(), SERVICES);
         sidecar.ready(SERVICES).await;
         (agent, sidecar)
@@ -455,7 +455,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn few_queries_are_followed_in_the_same_way() {
-        let agent = Agent::start().await;
+        let agent = Agent::start();
         let mut sidecar = Sidecar::start(&agent, &agent.settings(), 2);
         sidecar.ready(2).await;
         settle().await;
@@ -503,7 +503,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn what_no_table_tells_of_is_fetched_periodically() {
-        let agent = Agent::start().await;
+        let agent = Agent::start();
         agent.without_tables(true);
         let mut sidecar = Sidecar::start(&agent, &agent.settings(), SERVICES);
         sidecar.ready(SERVICES).await;
@@ -520,7 +520,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn stale_answers_and_other_namespaces_have_no_tables() {
         for (stale, namespace) in [(true, None), (false, Some("team".to_string()))] {
-            let agent = Agent::start().await;
+            let agent = Agent::start();
             let settings = Settings { stale, namespace, ..agent.settings() };
             let mut sidecar = Sidecar::start(&agent, &settings, 30);
             sidecar.ready(30).await;
@@ -578,7 +578,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_denial_is_seen_within_a_second() {
         for (limit, max_connections) in [(200, 2), (200, 4), (200, 128), (3, 4), (2, 8), (1, 4)] {
-            let agent = Agent::start().await;
+            let agent = Agent::start();
             agent.limit_connections(limit);
             let settings = Settings { max_connections, ..agent.settings() };
             let mut sidecar = Sidecar::start(&agent, &settings, 100);
@@ -603,7 +603,7 @@ mod tests {
     async fn many_sidecars_share_the_connections_of_an_agent() {
         const SIDECARS: usize = 6;
         const LIMIT: usize = 15;
-        let agent = Agent::start().await;
+        let agent = Agent::start();
         agent.limit_connections(LIMIT);
         let mut sidecars: Vec<_> = (0..SIDECARS).map(|_| Sidecar::start(&agent, &agent.settings(), 3)).collect();
         for sidecar in &mut sidecars {

@@ -283,9 +283,9 @@ mod tests {
         json!({"keys": names.iter().map(key).collect::<Vec<_>>()})
     }
 
-    fn remote(agent: &Agent) -> RemoteKeys {
+    async fn remote(agent: &Agent) -> RemoteKeys {
         RemoteKeys {
-            uri: format!("{}{PATH}", agent.settings().address),
+            uri: format!("http://{}{PATH}", agent.tcp_address().await),
             timeout: Duration::from_secs(2),
             cache: Duration::from_millis(50),
             retries: 2,
@@ -310,8 +310,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_remote_set_is_fetched_again_and_survives_its_server() {
-        let server = Agent::start().await;
-        let (_keeper, mut news) = start(KeySource::Remote(remote(&server)));
+        let server = Agent::start();
+        let (_keeper, mut news) = start(KeySource::Remote(remote(&server).await));
         // There is nothing yet.
         server.set(PATH, set(&["a"]));
         assert_eq!(*next(&mut news).await.keys, parsed(&["a"]));
@@ -330,11 +330,11 @@ mod tests {
 
     #[tokio::test]
     async fn a_set_that_is_too_long_is_not_taken() {
-        let server = Agent::start().await;
+        let server = Agent::start();
         let mut long = set(&["a"]);
         long["padding"] = "x".repeat(LIMIT).into();
         server.set(PATH, long.clone());
-        let source = remote(&server);
+        let source = remote(&server).await;
         assert!(source.fetch().await.unwrap_err().to_string().contains("longer"));
         let file = TempFile::new(&long.to_string());
         assert!(KeySource::File(file.path().into()).load().await.is_err());
@@ -343,9 +343,9 @@ mod tests {
 
     #[tokio::test]
     async fn an_unknown_key_has_the_set_fetched_before_its_time() {
-        let server = Agent::start().await;
+        let server = Agent::start();
         server.set(PATH, set(&["a"]));
-        let source = RemoteKeys { cache: Duration::from_secs(3600), ..remote(&server) };
+        let source = RemoteKeys { cache: Duration::from_secs(3600), ..remote(&server).await };
         let (_keeper, mut news) = start(KeySource::Remote(source));
         let fetched = next(&mut news).await;
         server.set(PATH, set(&["b"]));

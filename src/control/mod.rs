@@ -437,7 +437,7 @@ mod tests {
 
     /// An agent with a sidecar of `web`, whose upstream `db` has one instance.
     async fn agent(ca: &Ca) -> Agent {
-        let agent = Agent::start().await;
+        let agent = Agent::start();
         agent.set(SERVICE, registration(&[("db", 9191)]));
         agent.set(ROOTS, roots(&[ca]));
         agent.set(LEAF, ca.leaf("web"));
@@ -544,7 +544,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_agent_that_refuses_ends_the_search_for_the_sidecar() {
-        let agent = Agent::start().await;
+        let agent = Agent::start();
         agent.fault(Some(Fault::Status(403, "Permission denied")));
         let (control, _published) = start(&agent, Mode::SidecarFor("web".into()));
         let error = tokio::time::timeout(SOON, control).await.unwrap().unwrap().unwrap_err().to_string();
@@ -554,7 +554,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_token_that_is_not_known_is_waited_for_and_not_forever() {
         for mode in [Mode::SidecarFor("web".into()), Mode::ProxyId("web-sidecar-proxy".into())] {
-            let agent = Agent::start().await;
+            let agent = Agent::start();
             agent.fault(Some(Fault::Status(403, "ACL not found")));
             let (control, _published) = start(&agent, mode);
             let began = Instant::now();

@@ -18,7 +18,7 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 
@@ -28,9 +28,12 @@ use crate::consul::{Address, Settings, TlsSettings, Token};
 ///
 /// What it answers is set by path ([`set`](Self::set)); a path may be given with its query, without
 /// `index`, `wait`, `hash` and `stale`, to tell it from the same path without.
+///
+/// It listens on a unix socket. The kernel delivers on such a socket within the call that writes, so a paused clock
+/// never moves while something is on its way. With TCP it can.
 pub(crate) struct Agent {
     shared: Arc<Shared>,
-    address: SocketAddr,
+    socket: TempFile,
     accepting: AbortHandle,
 }
 
@@ -123,9 +126,9 @@ impl Seen {
 }
 
 impl Agent {
-    pub(crate) async fn start() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback has a free port");
-        let address = listener.local_addr().expect("it is bound");
+    pub(crate) fn start() -> Self {
+        let socket = TempFile::unwritten();
+        let listener = UnixListener::bind(socket.path()).expect("a socket can be made among temporary files");
         let shared = Arc::new(Shared {
             state: Mutex::new(State { index: 1, ..State::default() }),
             version: watch::Sender::new(0),
@@ -133,12 +136,29 @@ impl Agent {
             most_open: AtomicUsize::new(0),
         });
         let accepting = tokio::spawn(accept(listener, shared.clone())).abort_handle();
-        Self { shared, address, accepting }
+        Self { shared, socket, accepting }
     }
 
     /// Settings for a client of this agent.
     pub(crate) fn settings(&self) -> Settings {
-        settings(Address::Tcp { https: false, authority: self.address.to_string(), prefix: String::new() })
+        settings(Address::Unix(self.socket.path().to_path_buf()))
+    }
+
+    /// A TCP address that leads to this agent as well, for as long as the test runs.
+    pub(crate) async fn tcp_address(&self) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback has a free port");
+        let address = listener.local_addr().expect("it is bound");
+        let socket = self.socket.path().to_path_buf();
+        tokio::spawn(async move {
+            while let Ok((mut inbound, _)) = listener.accept().await {
+                let socket = socket.clone();
+                tokio::spawn(async move {
+                    let mut outbound = UnixStream::connect(socket).await?;
+                    tokio::io::copy_bidirectional(&mut inbound, &mut outbound).await
+                });
+            }
+        });
+        address
     }
 
     /// Answers `path` with `body` from now on, and wakes queries for it. A path is one such as
@@ -271,10 +291,15 @@ pub(crate) struct TempFile(PathBuf);
 
 impl TempFile {
     pub(crate) fn new(text: &str) -> Self {
-        let number = RandomState::new().build_hasher().finish();
-        let file = Self(std::env::temp_dir().join(format!("lictor-test-{}-{number:x}", std::process::id())));
+        let file = Self::unwritten();
         file.write(text);
         file
+    }
+
+    /// Its path alone. What is made there is removed in the end.
+    fn unwritten() -> Self {
+        let number = RandomState::new().build_hasher().finish();
+        Self(std::env::temp_dir().join(format!("lictor-test-{}-{number:x}", std::process::id())))
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -307,7 +332,7 @@ pub(crate) fn settings(address: Address) -> Settings {
     }
 }
 
-async fn accept(listener: TcpListener, shared: Arc<Shared>) {
+async fn accept(listener: UnixListener, shared: Arc<Shared>) {
     let mut connections = JoinSet::new();
     loop {
         let Ok((stream, _)) = listener.accept().await else { continue };
