@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import os
 import pathlib
+import re
 import resource
 import secrets
 import shutil
@@ -135,3 +136,28 @@ def pytest_runtest_makereport(item, call):
     if report.failed and (made := getattr(item, "mesh", None)):
         for process in made.processes:
             report.sections.append((f"{process.label}: {' '.join(process.argv[:8])}", process.text()[-6000:]))
+
+
+TOO_OLD = re.compile(r"SKIPPED because the agent is ([\d.]+): .* needs ([\d.]+) or newer")
+SUMMARY = pytest.StashKey()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    reasons = [TOO_OLD.search(str(report.longrepr)) for report in terminalreporter.stats.get("skipped", [])]
+    config.stash[SUMMARY] = skipped_by_version([reason.groups() for reason in reasons if reason])
+
+
+def pytest_unconfigure(config):
+    """The last line of a run says what an older Consul left out, and how to run it."""
+    if line := config.stash.get(SUMMARY, ""):
+        print(line)
+
+
+def skipped_by_version(skipped):
+    """One sentence about (version of the agent, version that is needed) of scenarios; empty without any."""
+    if not skipped:
+        return ""
+    have = skipped[0][0]
+    needed = max((needed for _, needed in skipped), key=lambda version: [int(part) for part in version.split(".")])
+    number = f"{len(skipped)} scenarios were" if len(skipped) > 1 else "1 scenario was"
+    return f"{number} skipped because Consul {have} is too old. To run them, name Consul {needed} or newer: CONSUL_BIN=/path/to/consul scripts/test"
