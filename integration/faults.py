@@ -12,7 +12,6 @@ import dataclasses
 import os
 import pathlib
 import secrets
-import signal
 import socket
 import sys
 import tempfile
@@ -225,11 +224,8 @@ def app_killed(pair):
 
 
 def sidecar_frozen(pair):
-    pair.instances[1].process.signal(signal.SIGSTOP)
-    try:
+    with pair.instances[1].process.frozen():
         yield
-    finally:
-        pair.instances[1].process.signal(signal.SIGCONT)
 
 
 def path_cut(pair):

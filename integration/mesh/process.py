@@ -1,6 +1,8 @@
 """Programs under test: started with their output in files, and stopped by their id whatever happens."""
 
+import contextlib
 import os
+import pathlib
 import re
 import signal
 import subprocess
@@ -41,6 +43,21 @@ class Process:
 
     def signal(self, number):
         self._process.send_signal(number)
+
+    @contextlib.contextmanager
+    def frozen(self):
+        """Does nothing meanwhile. The signal is sent at once and takes effect later: on a busy machine, after many connections."""
+        self.signal(signal.SIGSTOP)
+        try:
+            eventually(lambda: self._states() <= {"T"}, what=f"each thread of {self.label} has stopped", every=0.001)
+            yield
+        finally:
+            self.signal(signal.SIGCONT)
+
+    def _states(self):
+        """Of its threads, one letter each (proc(5))."""
+        threads = pathlib.Path(f"/proc/{self.pid}/task").glob("*/stat")
+        return {thread.read_text().rpartition(")")[2].split()[0] for thread in threads}
 
     def stop(self, within=PATIENCE):
         """SIGTERM, then the exit status."""

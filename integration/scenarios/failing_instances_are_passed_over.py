@@ -1,6 +1,5 @@
 """Instances whose app, sidecar, host or path fails while the agent says that they pass: others are used, and they are used again at once."""
 
-import signal
 import time
 
 import pytest
@@ -9,7 +8,7 @@ from mesh import Blackhole, Echo, Service, Upstream, ask, eventually
 
 KINDS = pytest.mark.parametrize("kind", ["tcp", "http"])
 # Long, so that whoever waits for a part of it is noticed on a busy machine too.
-CONNECT_TIMEOUT = {"Config": {"connect_timeout_ms": 30_000}}
+CONNECT_TIMEOUT = {"Config": {"connect_timeout_ms": 120_000}}
 
 
 def instance(mesh, kind, name, of=None, **more):
@@ -113,28 +112,16 @@ def test_a_host_that_swallows_connection_attempts_costs_no_time(mesh, kind):
     eventually(lambda: len(mesh.agent.get(f"/v1/health/connect/{one.name}?passing")) == 2)
     eventually(lambda: who(client, kind) == "one")
     for _ in range(12):
-        began = time.monotonic()
-        assert who(client, kind) == "one" and time.monotonic() - began < 5
+        assert who(client, kind, within=15) == "one"
 
 
 @KINDS
 def test_a_sidecar_that_is_frozen_costs_no_time(mesh, kind):
     _, two, client = pair(mesh, kind)
-    # What is on its way when it stops is lost with it; what is new goes elsewhere.
     for _ in range(3):
-        two.process.signal(signal.SIGSTOP)
-        try:
-            if kind == "tcp":
-                # One connection of a round was seen to wait for the frozen sidecar, in whole runs alone; why is not known yet.
-                lost = 0
-                for _ in range(8):
-                    try:
-                        assert who(client, kind, within=5) == "one"
-                    except TimeoutError:
-                        lost += 1
-                assert lost <= 1
-        finally:
-            two.process.signal(signal.SIGCONT)
+        with two.process.frozen():
+            for _ in range(8):
+                assert who(client, kind, within=15) == "one"
         used_again(client, kind, "two", 10)
 
 

@@ -1,15 +1,16 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::*;
 use crate::drain::Stage;
 use crate::proxy::fixture::*;
-use crate::snapshot::{Action, LocalApp, Node, Protocol, PublicListener, Resolver, Target};
+use crate::snapshot::{Action, LocalApp, Node, Protocol, PublicListener, Resolver, Target, Upstream};
 use crate::testing::ca::{TRUST_DOMAIN, uri};
 use crate::tls::{Credentials, Parameters, Policy, TUNNELS, Versions};
 
@@ -118,11 +119,13 @@ async fn the_tunnel_is_offered_again_after_a_while() {
     assert!(!sessions.are_refused());
 }
 
-/// What stands between the sidecars: it counts connections, and cuts them.
+/// What stands between the sidecars: it counts connections, cuts them, and holds back what they carry.
 struct Gate {
     at: SocketAddr,
     count: Arc<AtomicUsize>,
     open: Arc<Mutex<JoinSet<()>>>,
+    holds: watch::Sender<bool>,
+    held: Arc<AtomicUsize>,
 }
 
 impl Gate {
@@ -131,17 +134,28 @@ impl Gate {
         let at = listener.local_addr().unwrap();
         let (count, open) = (Arc::new(AtomicUsize::new(0)), Arc::new(Mutex::new(JoinSet::new())));
         let (counted, opened) = (Arc::clone(&count), Arc::clone(&open));
+        let (holds, held) = (watch::channel(false).0, Arc::new(AtomicUsize::new(0)));
+        let gate = Self { at, count, open, holds: holds.clone(), held: Arc::clone(&held) };
         tokio::spawn(async move {
             loop {
                 let (mut near, _) = listener.accept().await.unwrap();
                 counted.fetch_add(1, Ordering::SeqCst);
+                let (holds, held) = (holds.clone(), Arc::clone(&held));
                 opened.lock().unwrap().spawn(async move {
                     let Ok(mut far) = TcpStream::connect(to).await else { return };
-                    let _ = copy_bidirectional(&mut near, &mut far).await;
+                    let (near_reader, near_writer) = near.split();
+                    let (far_reader, far_writer) = far.split();
+                    let asked = pass(near_reader, far_writer, &holds, &held);
+                    let _ = tokio::try_join!(asked, pass(far_reader, near_writer, &holds, &held));
                 });
             }
         });
-        Self { at, count, open }
+        gate
+    }
+
+    /// Connections that have something held back, or had since this was asked last.
+    fn held(&self) -> usize {
+        self.held.swap(0, Ordering::SeqCst)
     }
 
     /// Connections since this was asked last.
@@ -151,6 +165,27 @@ impl Gate {
 
     fn cut(&self) {
         self.open.lock().unwrap().abort_all();
+    }
+}
+
+/// Copies one direction of a connection, but for the times in which it is held back.
+async fn pass(
+    mut from: impl AsyncRead + Unpin,
+    mut to: impl AsyncWrite + Unpin,
+    holds: &watch::Sender<bool>,
+    held: &AtomicUsize,
+) -> io::Result<()> {
+    let (mut bytes, mut holds) = (vec![0; 4096], holds.subscribe());
+    loop {
+        let read = from.read(&mut bytes).await?;
+        if *holds.borrow_and_update() {
+            held.fetch_add(1, Ordering::SeqCst);
+        }
+        let _ = holds.wait_for(|holds| !holds).await;
+        match read {
+            0 => return to.shutdown().await,
+            read => to.write_all(&bytes[..read]).await?,
+        }
     }
 }
 
@@ -330,6 +365,36 @@ async fn a_session_that_died_while_it_was_kept_costs_no_connection() {
     }
 }
 
+/// As a sidecar that is stopped has them: its host takes what comes, and nothing is answered.
+#[tokio::test]
+async fn a_session_that_is_silent_when_it_is_asked_holds_up_no_connection() {
+    let (silent, other) = (Pair::start().await, Pair::start().await);
+    let at = free();
+    let mut upstream = upstream(Protocol::Tcp, at, &[silent.gate.at, other.gate.at]);
+    // Whoever waits for a part of it waits for longer than anything here may take.
+    change_target(&mut upstream, |target| target.connect_timeout = PATIENCE * 12);
+    let client = Sidecar::start(with_upstream(upstream));
+    listening(at).await;
+    let pair = Pair { at, client, ..other };
+    let mut kept = 0;
+    for _ in 0..5 {
+        for _ in 0..20 {
+            assert!(pair.reaches().await);
+        }
+        silent.gate.count();
+        silent.gate.held();
+        silent.gate.holds.send_replace(true);
+        // One of the two is picked at random, until one that waits is told by its load.
+        eventually("the silent one is asked", async || pair.reaches().await && silent.gate.held() > 0).await;
+        kept += usize::from(silent.gate.count() == 0);
+        for _ in 0..5 {
+            assert!(pair.reaches().await);
+        }
+        silent.gate.holds.send_replace(false);
+    }
+    assert!(kept > 0, "on a session that was kept");
+}
+
 #[tokio::test]
 async fn a_connection_that_breaks_takes_its_session_along() {
     let pair = Pair::start().await;
@@ -387,6 +452,21 @@ async fn a_limit_counts_connections_and_not_sessions_that_are_kept() {
     }
 }
 
+fn change_target(upstream: &mut Upstream, change: impl FnOnce(&mut Target)) {
+    let Node::Resolver(resolver) = &upstream.chain.start else { unreachable!("it was built so") };
+    let old = &resolver.targets[0];
+    let mut target = Target {
+        id: old.id.clone(),
+        service: old.service.clone(),
+        datacenter: old.datacenter.clone(),
+        tls: Arc::clone(&old.tls),
+        connect_timeout: old.connect_timeout,
+        endpoints: Arc::clone(&old.endpoints),
+    };
+    change(&mut target);
+    upstream.chain.start = Node::Resolver(Arc::new(Resolver::new(vec![Arc::new(target)])));
+}
+
 #[tokio::test]
 async fn a_certificate_that_has_expired_opens_nothing_more() {
     let pair = Pair::start().await;
@@ -397,17 +477,7 @@ async fn a_certificate_that_has_expired_opens_nothing_more() {
     let mut expiring = upstream(Protocol::Tcp, pair.at, &[pair.gate.at]);
     let expected = vec![SpiffeId::parse(&uri("db")).unwrap()];
     let tls = credentials.client("db.x.consul", expected, TUNNELS).unwrap();
-    let Node::Resolver(resolver) = &expiring.chain.start else { unreachable!("it was built so") };
-    let old = &resolver.targets[0];
-    let target = Target {
-        id: old.id.clone(),
-        service: old.service.clone(),
-        datacenter: old.datacenter.clone(),
-        tls,
-        connect_timeout: old.connect_timeout,
-        endpoints: Arc::clone(&old.endpoints),
-    };
-    expiring.chain.start = Node::Resolver(Arc::new(Resolver::new(vec![Arc::new(target)])));
+    change_target(&mut expiring, |target| target.tls = tls);
     pair.gate.count();
     pair.client.snapshot.send_replace(Some(Arc::new(with_upstream(expiring))));
     eventually("its sessions are in use", async || pair.reaches().await && pair.gate.count() > 0).await;
