@@ -57,8 +57,20 @@ def huffman_digits(coded):
     return digits
 
 
+def next_frame(conn):
+    """(kind, flags, stream, payload) of the next frame on a `Conn`; None at the end of the stream. SETTINGS and PING are acknowledged."""
+    head = conn.take(9)
+    if len(head) < 9:
+        return None
+    kind, flags, stream = struct.unpack(">BBI", head[3:])
+    payload = conn.take(int.from_bytes(head[:3]))
+    if kind in (SETTINGS, PING) and not flags & ACK:
+        conn.send(frame(kind, ACK, 0, payload if kind == PING else b""))
+    return kind, flags, stream, payload
+
+
 class Http2:
-    """A connection on which the preface and our settings have been sent."""
+    """A client's connection, on which the preface and our settings have been sent."""
 
     def __init__(self, conn, within=PATIENCE):
         self.conn = conn
@@ -70,16 +82,7 @@ class Http2:
         return self
 
     def next(self):
-        """(kind, flags, stream, payload) of the next frame; None at the end of the stream."""
-        head = self.conn.take(9)
-        if len(head) < 9:
-            return None
-        length = int.from_bytes(head[:3])
-        kind, flags, stream = struct.unpack(">BBI", head[3:])
-        payload = self.conn.take(length)
-        if kind == SETTINGS and not flags & ACK:
-            self.send(frame(SETTINGS, ACK))
-        return kind, flags, stream, payload
+        return next_frame(self.conn)
 
     def outcome(self, stream=1):
         """What becomes of a stream: ("answer", status, body), ("reset", code), ("goaway", code) or ("closed",)."""

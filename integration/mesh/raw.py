@@ -8,7 +8,7 @@ import struct
 import hpack
 
 from .apps import App, Conn
-from .http2 import ACK, DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PING, PREFACE, SETTINGS, WINDOW_UPDATE, block, frame
+from .http2 import DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PREFACE, RST_STREAM, SETTINGS, WINDOW_UPDATE, block, frame, next_frame
 
 
 @dataclasses.dataclass
@@ -61,22 +61,19 @@ class Raw(App):
     def _serve_http2(self, conn):
         decoder, paths = hpack.Decoder(), {}
         conn.send(frame(SETTINGS))
-        while len(header := conn.take(9)) == 9:
-            length, (kind, flags, stream) = int.from_bytes(header[:3]), struct.unpack(">BBI", header[3:])
-            payload = conn.take(length)
+        while got := next_frame(conn):
+            kind, flags, stream, payload = got
             if kind == GOAWAY:
                 return
-            if kind in (SETTINGS, PING) and not flags & ACK:
-                conn.send(frame(kind, ACK, 0, payload if kind == PING else b""))
             if kind == HEADERS and flags & END_HEADERS:
                 paths.setdefault(stream, dict(decoder.decode(payload)).get(":path"))
-            if kind == DATA and length:
-                conn.send(frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", length)))
+            if kind == DATA and payload:
+                conn.send(frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", len(payload))))
             if kind in (HEADERS, DATA) and flags & END_STREAM:
                 script = self.scripts.get(paths.pop(stream), KNOWN_HTTP2)
                 conn.send(b"".join(frame(kind, flags, stream, payload) for kind, flags, payload in script.pieces))
                 if script.stream_end is not None:
-                    conn.send(frame(3, 0, stream, struct.pack(">I", script.stream_end)))
+                    conn.send(frame(RST_STREAM, 0, stream, struct.pack(">I", script.stream_end)))
                 if script.then != "wait":
                     return self._end(conn, script.then)
 

@@ -11,7 +11,7 @@ import hpack
 import pytest
 
 from mesh import eventually, mtls_connect
-from mesh.http2 import ACK, DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PREFACE, RST_STREAM, SETTINGS, WINDOW_UPDATE, block, frame
+from mesh.http2 import DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PREFACE, RST_STREAM, SETTINGS, WINDOW_UPDATE, block, frame, next_frame
 from mesh.identity import client_context
 from mesh.probes import Probe, by_hand, generated, smuggling
 from mesh.servers import SERVERS, Absent
@@ -105,7 +105,7 @@ class Http2(Front):
     def begin(self):
         self._stream, self._hpack = -1, hpack.Decoder()
         self._conn.sock.settimeout(5)
-        self._conn.send(PREFACE + frame(SETTINGS) + frame(WINDOW_UPDATE, 0, 0, (1 << 30).to_bytes(4, "big")))
+        self._conn.send(PREFACE + frame(SETTINGS) + frame(WINDOW_UPDATE, 0, 0, (1 << 30).to_bytes(4)))
 
     def exchange(self, probe, id):
         self.conn()
@@ -120,12 +120,8 @@ class Http2(Front):
 
     def answer(self):
         status = None
-        while True:
-            head = self.exactly(9)
-            payload = self.exactly(int.from_bytes(head[:3], "big"))
-            kind, flags, stream = head[3], head[4], int.from_bytes(head[5:], "big")
-            if kind == SETTINGS and not flags & ACK:
-                self._conn.send(frame(SETTINGS, ACK))
+        while got := next_frame(self._conn):
+            kind, flags, stream, payload = got
             if kind == GOAWAY:
                 raise EOFError
             if kind == HEADERS:
@@ -135,6 +131,7 @@ class Http2(Front):
                 return status or "reset"
             if stream == self._stream and kind in (HEADERS, DATA) and flags & END_STREAM:
                 return status
+        raise EOFError
 
 
 @pytest.fixture

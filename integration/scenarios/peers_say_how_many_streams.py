@@ -7,7 +7,7 @@ import pytest
 
 from mesh import ask, eventually
 from mesh.apps import App
-from mesh.http2 import ACK, DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PING, PREFACE, RST_STREAM, SETTINGS, frame
+from mesh.http2 import DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PREFACE, RST_STREAM, SETTINGS, frame, next_frame
 from mesh.rpc import Caller, Rpc
 
 OK = b"\x88"  # :status 200, from HPACK's table
@@ -28,11 +28,8 @@ class Frames(App):
         conn.take(len(PREFACE))
         self.begin(conn)
         streams, conn.begun = 0, set()
-        while len(head := conn.take(9)) == 9:
-            payload = conn.take(int.from_bytes(head[:3]))
-            kind, flags, stream = head[3], head[4], int.from_bytes(head[5:])
-            if kind in (SETTINGS, PING) and not flags & ACK:
-                conn.send(frame(kind, ACK, 0, payload if kind == PING else b""))
+        while got := next_frame(conn):
+            kind, flags, stream, _ = got
             if kind == HEADERS:
                 conn.begun.add(stream)
             if kind in (HEADERS, DATA) and flags & END_STREAM:

@@ -18,7 +18,7 @@ from proof import Sniff, verify
 from report import fmt, limits, machine, report, table, verdicts
 from system import NA, Bad, now, private_network, raise_file_limit
 from targets import TARGETS
-from works import FRESH, MAIN, WORKS, applies
+from works import BY_ID, WORKS, applies
 
 TOP = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 STEAL = 15  # per cent; above it no absolute figure says anything
@@ -28,15 +28,15 @@ FAULTS = (Bad, OSError, ValueError, KeyError, ssl.SSLError, http.client.HTTPExce
 def arguments():
     ap = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
     common_arguments(ap)
-    ap.add_argument("--works", default=",".join(WORKS), help="comma separated, default all: " + ",".join(WORKS))
+    ap.add_argument("--works", default=",".join(WORKS), help="names or ids, comma separated, default all: " + ", ".join(f"{name} ({work.id})" for name, work in WORKS.items()))
     ap.add_argument("--rounds", type=int, help="interleaved rounds (default 3, quick 1)")
-    ap.add_argument("--slow-rounds", type=int, help="rounds of W5, and one more of W9 (default: as the others, but at most 3)")
+    ap.add_argument("--slow-rounds", type=int, help="rounds of idle-connections and control-state (default: as the others, but at most 3)")
     ap.add_argument("--scale", type=float, default=1.0, dest="time_scale", help="multiply all durations")
-    ap.add_argument("--streams", type=int, default=2, help="W1 streams per direction")
-    ap.add_argument("--churn", type=int, default=16, help="W4 connections in flight")
-    ap.add_argument("--rate", type=int, default=2000, help="W8r requests per second")
-    ap.add_argument("--idle", help="W5 connection counts, ascending (default 1000,5000)")
-    ap.add_argument("--control", help="W9 upstreams,endpoints,intentions (default 200,1000,2000)")
+    ap.add_argument("--streams", type=int, default=2, help="bulk: streams per direction")
+    ap.add_argument("--churn", type=int, default=16, help="connections: connections in flight")
+    ap.add_argument("--rate", type=int, default=2000, help="latency-at-rate: requests per second")
+    ap.add_argument("--idle", help="idle-connections: connection counts, ascending (default 1000,5000)")
+    ap.add_argument("--control", help="control-state: upstreams,endpoints,intentions (default 200,1000,2000)")
     ap.add_argument("--aead", help="the program that measures the AEAD alone, for the distance to the floor")
     ap.add_argument("--limits", action="store_true", help="also measure what the machine can do at all")
     ap.add_argument("--out", default=os.path.join(TOP, "target", "bench"), help="directory of report.md and run.json (default target/bench)")
@@ -50,7 +50,7 @@ def arguments():
     args.time_scale *= 0.3 if args.quick else 1
     args.idle = [int(x) for x in (args.idle or ("500,1000" if args.quick else "1000,5000")).split(",")]
     args.control = [int(x) for x in (args.control or ("20,100,200" if args.quick else "200,1000,2000")).split(",")]
-    args.works = [w.strip() for w in args.works.split(",")]
+    args.works = [BY_ID.get(w.strip(), w.strip()) for w in args.works.split(",")]
     for w in args.works:
         if w not in WORKS:
             ap.error(f"no workload {w}; there are {', '.join(WORKS)}")
@@ -107,7 +107,7 @@ class Run:
 
     def everything(self):
         for w in self.args.works:
-            rounds = min(self.args.rounds, self.args.slow_rounds) if w in ("W5", "W9") else self.args.rounds
+            rounds = min(self.args.rounds, self.args.slow_rounds) if w in ("idle-connections", "control-state") else self.args.rounds
             for number in range(rounds):
                 if now() - self.began > self.args.budget:
                     print(f"# time budget spent: {w} round {number + 1} skipped", file=sys.stderr)
@@ -132,20 +132,20 @@ class Run:
             self.failed += 1
         r["round"] = number
         self.results.setdefault(w, {}).setdefault(peer.label, []).append(r)
-        brief = r.get("fail") or "  ".join(f"{k}={fmt(r[k])}" for k in (MAIN.get(w) or list(r)[:6]) if k in r)
+        brief = r.get("fail") or "  ".join(f"{k}={fmt(r[k])}" for k in (WORKS[w].main or list(r)[:6]) if k in r)
         mark = "FAILED " if "fail" in r else ""
-        print(f"# {now() - self.began:5.0f}s {w:4} round {number + 1} {peer.label:18} {mark}{brief}", file=sys.stderr, flush=True)
+        print(f"# {now() - self.began:5.0f}s {w:16} round {number + 1} {peer.label:18} {mark}{brief}", file=sys.stderr, flush=True)
 
     def calmest(self, w, peer, mode):
         """Measures; again if somebody else had the machine, and keeps the calmest."""
-        pair = None if w in FRESH else self.pair(peer, mode)
-        best = WORKS[w][1](self.ctx, peer, pair)
+        pair = None if WORKS[w].fresh else self.pair(peer, mode)
+        best = WORKS[w].run(self.ctx, peer, pair)
         disturbed = lambda r: r.get("foreign_pct", 0) + r.get("steal_pct", 0)
         for again in range(self.args.retries):
             if disturbed(best) <= self.args.noise:
                 break
             time.sleep(0.5)
-            best = min(best, WORKS[w][1](self.ctx, peer, pair), key=disturbed)
+            best = min(best, WORKS[w].run(self.ctx, peer, pair), key=disturbed)
             best["retries"] = again + 1
         return best
 
@@ -166,7 +166,7 @@ class Run:
     def add_latency_over_direct(self):
         """What the pair adds over no pair at all, in the same round."""
         direct = next((p.label for p in self.peers if p.kind == "none"), None)
-        for w in ("W8", "W8r"):
+        for w in ("latency", "latency-at-rate"):
             base = {r["round"]: r["p50_us"] for r in self.results.get(w, {}).get(direct, []) if "p50_us" in r}
             for label, rounds in self.results.get(w, {}).items():
                 for r in rounds:
@@ -236,7 +236,7 @@ def main():
             f.write(text + "\n")
         with open(os.path.join(args.out, "run.json"), "w") as f:
             kept = {k: v for k, v in vars(args).items() if k not in ("peers", "lictor", "consul", "envoy", "out", "aead")}
-            json.dump({"machine": machine(), "net": net, "args": kept, "limits": machine_limits, "aead": run.aead, "tls": run.facts, "results": run.results, "failed": run.failed}, f, indent=1)
+            json.dump({"machine": machine(), "net": net, "args": kept, "limits": machine_limits, "aead": run.aead, "tls": run.facts, "results": {WORKS[w].id: cells for w, cells in run.results.items()}, "failed": run.failed}, f, indent=1)
         print(f"# written to {os.path.relpath(args.out)}: report.md, run.json", file=sys.stderr)
     finally:
         ctx.end(args.keep)

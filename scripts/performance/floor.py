@@ -9,8 +9,8 @@ from report import good
 GB = [(1_000_000_000, 16384)]
 REQUEST = [(120, 1024), (1024 + 130, 1024)]
 REQUEST_64K = [(120, 1024), (65536 + 130, 16384)]
-SEALED = {"W1": ("cpu_s_per_GB", 1, GB), "W2": ("cpu_us_per_req", 1e6, REQUEST), "W2b": ("cpu_us_per_req", 1e6, REQUEST_64K),
-          "W3": ("cpu_us_per_req", 1e6, REQUEST)}
+SEALED = {"bulk": ("cpu_s_per_GB", 1, GB), "http-over-l4": ("cpu_us_per_req", 1e6, REQUEST), "http-over-l4-64k": ("cpu_us_per_req", 1e6, REQUEST_64K),
+          "http-over-l7": ("cpu_us_per_req", 1e6, REQUEST)}
 
 
 def aead_speeds(program):

@@ -187,7 +187,7 @@ class EnvoyPeer(LeafPeer):
 
     def cluster(self, name, eps, h2=False, tls=None, http=False):
         c = {"name": name, "type": "STATIC", "connect_timeout": "5s",
-             # Envoy's default, which Consul leaves alone, is 1024 of each: too few for W5
+             # Envoy's default, which Consul leaves alone, is 1024 of each: too few for idle-connections
              "circuit_breakers": {"thresholds": [{"max_connections": 100000, "max_pending_requests": 100000, "max_requests": 100000}]},
              "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": [
                  {"endpoint": {"address": {"socket_address": {"address": h, "port_value": p}}}} for h, p in eps]}]}}

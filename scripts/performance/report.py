@@ -6,7 +6,7 @@ import re
 import subprocess
 
 from system import med
-from works import HIDE, MAIN, WORKS
+from works import HIDE, WORKS
 
 
 def fmt(x):
@@ -47,13 +47,13 @@ def report(results, peers, works, subjects, references, absolute=True):
         cells = results.get(w, {})
         if not cells:
             continue
-        text.append(f"\n### {w}: {WORKS[w][0]}\n")
+        text.append(f"\n### {w} ({WORKS[w].id}): {WORKS[w].title}\n")
         keys = list(dict.fromkeys(k for rounds in cells.values() for r in rounds for k in r if k not in HIDE and k not in ("fail", "round")))
         rows = [row for p in peers if p.label in cells for row in figures(p.label, cells[p.label], keys)]
         if not absolute:
             rows = []
         text.append("" if not rows else table(rows, ["peer", *keys]) if keys else "\n".join(f"- {r[0]}: {r[1]}" for r in rows))
-        main = MAIN.get(w) or [k for k in keys if k in ("idle_rss_MB", "idle_pss_MB") or k.endswith(("_KB_per_conn", "_rss_MB"))]
+        main = WORKS[w].main or [k for k in keys if k in ("idle_rss_MB", "idle_pss_MB") or k.endswith(("_KB_per_conn", "_rss_MB"))]
         rows = []
         for s in subjects:
             for ref in references:

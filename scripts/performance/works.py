@@ -1,5 +1,6 @@
-"""The workloads, W1 to W16."""
+"""The workloads: each has a name that says what it does, and a short id for tables."""
 
+import dataclasses
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 
 from peers import ConsulPeer, EnvoyPeer, Pair
 from proof import body_ok, http_get, mtls_get, tls_ctx, verify
@@ -26,7 +28,7 @@ def must_have_worked(pair, r, per=None):
 
 
 # ------------------------------------------------------------------ workloads
-def w1(ctx, peer, pair):
+def bulk(ctx, peer, pair):
     out, moved, took, burnt = {}, 0, 0, 0
     for d, nm in (("D", "down"), ("U", "up")):
         r = ctx.run_load(["bulk", pair.upstream, ctx.args.streams, ctx.t(2.5), d], pair)
@@ -67,19 +69,19 @@ def http_out(pair, r):
     return out
 
 
-def w2(ctx, peer, pair, size=1024, secs=4):
+def requests(ctx, peer, pair, size=1024, secs=4):
     return http_out(pair, ctx.run_load(["http", pair.upstream, 64, ctx.t(secs), size, 0], pair))
 
 
-def w2b(ctx, peer, pair):
-    return w2(ctx, peer, pair, 65536, 3)
+def requests_of_64k(ctx, peer, pair):
+    return requests(ctx, peer, pair, 65536, 3)
 
 
-def w3b(ctx, peer, pair):
+def grpc(ctx, peer, pair):
     return http_out(pair, ctx.run_load(["h2", pair.upstream, 16, 4, ctx.t(4)], pair))
 
 
-def w4(ctx, peer, pair):
+def connections(ctx, peer, pair):
     r = ctx.run_load(["churn", pair.upstream, ctx.args.churn, ctx.t(3), 1024], pair)
     must_have_worked(pair, r, r["total"])
     if r["origin_accepted"] < r["total"]:
@@ -91,7 +93,7 @@ def w4(ctx, peer, pair):
     return out
 
 
-def w5(ctx, peer, _):
+def idle_connections(ctx, peer, _):
     """Fresh pair; n idle connections held through it."""
     pair = peer.start(peer.mode())
     openers = []
@@ -163,7 +165,7 @@ def first_answer(ctx, peer, pair, tls):
             time.sleep(0.001)
 
 
-def w6(ctx, peer, _):
+def start(ctx, peer, _):
     pair = peer.prepare(peer.mode())
     tls = tls_ctx(ctx, pair.agent, pair.agent.leaf(pair.cli))
     out = {"binary_MB": peer.size() / 1e6}
@@ -181,7 +183,7 @@ def w6(ctx, peer, _):
     return out
 
 
-def w7(ctx, peer, pair):
+def deny(ctx, peer, pair):
     if not isinstance(peer, ConsulPeer):
         raise NA("static configuration")
     a, deny, allow, cuts = pair.agent, [], [], []
@@ -240,13 +242,13 @@ def watch_end(held, ended, cuts):
     ended.set()
 
 
-def w8(ctx, peer, pair):
+def latency(ctx, peer, pair):
     r = ctx.run_load(["http", pair.upstream, 1, ctx.t(2), 0, 0], pair)
     o = http_out(pair, r)
     return {k: o[k] for k in ("p50_us", "p99_us", "p999_us", "cpu_us_per_req", "steal_pct", "foreign_pct") if k in o}
 
 
-def w8r(ctx, peer, pair):
+def latency_at_rate(ctx, peer, pair):
     """Open loop at one fixed rate for all peers."""
     rate = ctx.args.rate
     r = ctx.run_load(["http", pair.upstream, 64, ctx.t(3), 1024, rate], pair)
@@ -256,7 +258,7 @@ def w8r(ctx, peer, pair):
     return {k: o[k] for k in ("rps", "p50_us", "p99_us", "p999_us", "cpu_us_per_req", "steal_pct", "foreign_pct") if k in o}
 
 
-def w9(ctx, peer, _):
+def control_state(ctx, peer, _):
     """One sidecar that has many upstreams, endpoints and intentions: its start, and its size."""
     if not isinstance(peer, (ConsulPeer, EnvoyPeer)) or not peer.l4:
         raise NA("not built for this peer")
@@ -346,7 +348,7 @@ def holds(reached):
         return False
 
 
-def w13(ctx, peer, pair):
+def handshakes(ctx, peer, pair):
     """Full handshakes with the server's sidecar alone: openssl keeps no session and knows no tunnel."""
     leaf = pair.agent.leaf(pair.cli)
     files = {"cert": leaf["CertPEM"], "key": leaf["PrivateKeyPEM"], "CAfile": pair.agent.roots}
@@ -369,7 +371,7 @@ def w13(ctx, peer, pair):
 BODY = 48 << 20
 
 
-def w15(ctx, peer, pair):
+def bulk_bodies(ctx, peer, pair):
     """Bodies of 48 MiB over HTTP/1.1, down then up, two at a time."""
     out, moved, took, burnt = {}, 0, 0, 0
     for how, name in (("http", "down"), ("put", "up")):
@@ -388,7 +390,7 @@ def w15(ctx, peer, pair):
 LONG_PATH_MS = 25
 
 
-def w16(ctx, peer, _):
+def long_path(ctx, peer, _):
     """One stream each way over a path between the sidecars that takes 25 ms each way."""
     if peer.kind == "consul":
         raise NA("its public listener is where it is registered, and that is the far end of the path")
@@ -418,44 +420,59 @@ def w16(ctx, peer, _):
             ctx.procs.stop(proc)
 
 
-# key -> (title, function, the service protocol by layer; None leaves it to the peer)
 L4, L7 = "l4", "l7"
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    id: str
+    title: str
+    run: Callable
+    modes: dict  # the service protocol by layer; None leaves it to the peer
+    main: tuple = ()  # the figures that ratios are taken of
+    fresh: bool = False  # starts sidecars of its own
+    for_direct: bool = True  # makes sense without sidecars
+
+
+REQUESTS = ("rps", "p50_us", "p99_us", "p999_us", "cpu_us_per_req")
+LATENCY = ("p50_us", "added_p50_us", "p99_us", "cpu_us_per_req")
 WORKS = {
-    "W1": ("bulk TCP, both directions", w1, {L4: "tcp"}),
-    "W2": ("HTTP/1.1 keep-alive, 64 connections, 1 KiB, over L4", w2, {L4: "tcp"}),
-    "W2b": ("HTTP/1.1 keep-alive, 64 connections, 64 KiB, over L4", w2b, {L4: "tcp"}),
-    "W3": ("HTTP/1.1, 64 connections, 1 KiB, L7 (service protocol http)", w2, {L7: "http"}),
-    "W3b": ("gRPC shaped HTTP/2, 16 connections x 4 streams, 1 KiB, L7 (protocol grpc)", w3b, {L7: "grpc"}),
-    "W4": ("connection churn: a new connection per 1 KiB request", w4, {L4: "tcp"}),
-    "W5": ("memory with idle connections, both sidecars together", w5, {L4: None, L7: None}),
-    "W6": ("start-up of the server sidecar: exec to a complete mTLS request", w6, {L4: None, L7: None}),
-    "W7": ("intention deny: PUT to the first refused new connection", w7, {L4: "tcp"}),
-    "W8": ("latency, 1 connection, 0-byte body, closed loop", w8, {L4: "tcp", L7: "http"}),
-    "W8r": ("latency at a fixed rate, open loop, 64 connections, 1 KiB", w8r, {L4: "tcp", L7: "http"}),
-    "W9": ("control-plane scale", w9, {L4: None}),
-    "W13": ("full handshakes with the server's sidecar, without resumption or tunnel", w13, {L4: "tcp"}),
-    "W15": ("bulk bodies over HTTP/1.1, 48 MiB, 2 connections, L7 (service protocol http)", w15, {L7: "http"}),
-    "W16": ("one stream over a path of 50 ms round trip", w16, {L4: None, L7: None}),
+    "bulk": Work("W1", "bulk TCP, both directions", bulk, {L4: "tcp"},
+                 ("GBps", "cpu_s_per_GB", "down_GBps", "up_GBps", "down_cpu_s_per_GB", "up_cpu_s_per_GB")),
+    "http-over-l4": Work("W2", "HTTP/1.1 keep-alive, 64 connections, 1 KiB, over L4", requests, {L4: "tcp"}, REQUESTS),
+    "http-over-l4-64k": Work("W2b", "HTTP/1.1 keep-alive, 64 connections, 64 KiB, over L4", requests_of_64k, {L4: "tcp"}, REQUESTS),
+    "http-over-l7": Work("W3", "HTTP/1.1, 64 connections, 1 KiB, L7 (service protocol http)", requests, {L7: "http"}, REQUESTS),
+    "grpc": Work("W3b", "gRPC shaped HTTP/2, 16 connections x 4 streams, 1 KiB, L7 (protocol grpc)", grpc, {L7: "grpc"}, REQUESTS),
+    "connections": Work("W4", "connection churn: a new connection per 1 KiB request", connections, {L4: "tcp"},
+                        ("conn_s", "p50_us", "p99_us", "cpu_ms_per_conn")),
+    "idle-connections": Work("W5", "memory with idle connections, both sidecars together", idle_connections, {L4: None, L7: None},
+                             fresh=True, for_direct=False),
+    "start": Work("W6", "start-up of the server sidecar: exec to a complete mTLS request", start, {L4: None, L7: None},
+                  ("cold_ms", "warm_ms", "binary_MB"), fresh=True, for_direct=False),
+    "deny": Work("W7", "intention deny: PUT to the first refused new connection", deny, {L4: "tcp"}, ("deny_ms", "allow_ms", "cut_ms"), for_direct=False),
+    "latency": Work("W8", "latency, 1 connection, 0-byte body, closed loop", latency, {L4: "tcp", L7: "http"}, LATENCY),
+    "latency-at-rate": Work("W8r", "latency at a fixed rate, open loop, 64 connections, 1 KiB", latency_at_rate, {L4: "tcp", L7: "http"}, LATENCY),
+    "control-state": Work("W9", "control-plane scale", control_state, {L4: None}, ("traffic_ms", "rss_MB", "anon_MB", "cpu_ms"), fresh=True, for_direct=False),
+    "handshakes": Work("W13", "full handshakes with the server's sidecar, without resumption or tunnel", handshakes, {L4: "tcp"},
+                       ("conn_s", "cpu_ms_per_conn"), for_direct=False),
+    "bulk-bodies": Work("W15", "bulk bodies over HTTP/1.1, 48 MiB, 2 connections, L7 (service protocol http)", bulk_bodies, {L7: "http"},
+                        ("GBps", "cpu_s_per_GB", "down_GBps", "up_GBps")),
+    "long-path": Work("W16", "one stream over a path of 50 ms round trip", long_path, {L4: None, L7: None}, ("down_GBps", "up_GBps"),
+                      fresh=True, for_direct=False),
 }
-FRESH = {"W5", "W6", "W9", "W16"}
-MAIN = {"W1": ["GBps", "cpu_s_per_GB", "down_GBps", "up_GBps", "down_cpu_s_per_GB", "up_cpu_s_per_GB"], "W2": ["rps", "p50_us", "p99_us", "p999_us", "cpu_us_per_req"],
-        "W4": ["conn_s", "p50_us", "p99_us", "cpu_ms_per_conn"], "W6": ["cold_ms", "warm_ms", "binary_MB"], "W7": ["deny_ms", "allow_ms", "cut_ms"],
-        "W8": ["p50_us", "added_p50_us", "p99_us", "cpu_us_per_req"], "W9": ["traffic_ms", "rss_MB", "anon_MB", "cpu_ms"],
-        "W13": ["conn_s", "cpu_ms_per_conn"], "W15": ["GBps", "cpu_s_per_GB", "down_GBps", "up_GBps"], "W16": ["down_GBps", "up_GBps"]}
-for _k in ("W2b", "W3", "W3b"):
-    MAIN[_k] = MAIN["W2"]
-MAIN["W8r"] = ["p50_us", "added_p50_us", "p99_us", "cpu_us_per_req"]
+BY_ID = {work.id: name for name, work in WORKS.items()}
 HIDE = {"steal_pct", "foreign_pct", "retries", "down_client_s_per_GB", "down_server_s_per_GB", "up_client_s_per_GB", "up_server_s_per_GB"}
 
 
-def applies(work, peer):
-    modes = WORKS[work][2]
+def applies(name, peer):
+    """The service protocol that a workload runs with at a peer; None where it says nothing there."""
+    work = WORKS[name]
     if peer.kind == "none" or not peer.tls:
-        if work in ("W5", "W6", "W7", "W9", "W13", "W16"):
+        if not work.for_direct:
             return None
-        return "grpc" if work == "W3b" else "tcp"
-    if peer.l4 and L4 in modes:
-        return modes[L4] or peer.mode()
-    if peer.l7 and L7 in modes:
-        return modes[L7] or peer.mode()
+        return "grpc" if name == "grpc" else "tcp"
+    if peer.l4 and L4 in work.modes:
+        return work.modes[L4] or peer.mode()
+    if peer.l7 and L7 in work.modes:
+        return work.modes[L7] or peer.mode()
     return None
