@@ -72,10 +72,10 @@ def next_frame(conn):
 class Http2:
     """A client's connection, on which the preface and our settings have been sent."""
 
-    def __init__(self, conn, within=PATIENCE):
+    def __init__(self, conn, within=PATIENCE, settings=b""):
         self.conn = conn
         conn.sock.settimeout(within)
-        conn.send(PREFACE + frame(SETTINGS))
+        conn.send(PREFACE + frame(SETTINGS, payload=settings))
 
     def send(self, *frames):
         self.conn.send(b"".join(frames))
