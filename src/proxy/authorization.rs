@@ -89,6 +89,8 @@ pub(super) enum Revoked {
     Denied(Arc<PublicListener>, String),
     /// The drain time is over.
     Drained,
+    /// The listener carries requests now, each of which is to be judged.
+    CarriesRequests,
 }
 
 impl fmt::Display for Revoked {
@@ -96,9 +98,13 @@ impl fmt::Display for Revoked {
         f.write_str(match self {
             Self::Denied(..) => "denied while open",
             Self::Drained => "closed at the end of the drain time",
+            Self::CarriesRequests => CARRIES_REQUESTS,
         })
     }
 }
+
+/// For the log, of a connection of bytes.
+pub(super) const CARRIES_REQUESTS: &str = "closed, as the protocol is one of HTTP now";
 
 /// Ends when an open connection must.
 pub(super) async fn revoked(live: &mut watch::Receiver<Live<PublicListener>>, peer: &SpiffeId) -> Revoked {
@@ -115,6 +121,9 @@ pub(super) async fn revoked(live: &mut watch::Receiver<Live<PublicListener>>, pe
         }
         if let Some(reason) = denial(&listener, peer) {
             return Revoked::Denied(listener, reason);
+        }
+        if listener.protocol.is_http() {
+            return Revoked::CarriesRequests;
         }
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-use super::authorization::{self, Peer, Revoked, denial};
+use super::authorization::{self, CARRIES_REQUESTS, Peer, Revoked, denial};
 use super::codec::pool::Pool;
 use super::http::certificate;
 use super::http::inbound::Inbound;
@@ -18,7 +18,7 @@ use super::listener::{Accepted, Live};
 use super::log_limit::LogLimit;
 use super::places::Places;
 use super::record::{Direction, Host, Record, Shown};
-use super::relay::{self, Broken, Relay};
+use super::relay::{self, Broken, Relay, Side};
 use super::socket::Socket;
 use super::tunnel::{self, Carrier, Refusal, Role};
 use crate::access_log::AccessLog;
@@ -201,6 +201,12 @@ impl Session {
         record.log_to(&self.shared.access_log, self.local, Some(&self.peer.id));
         // From here on changes are noticed, so that none slips between the decision and the relay.
         let listener = Arc::clone(&self.live.borrow_and_update().part);
+        if listener.protocol.is_http() {
+            // A client of ours makes another session, for requests or for bytes.
+            record.finish(CARRIES_REQUESTS);
+            self.mesh.part();
+            return None;
+        }
         if let Some(reason) = denial(&listener, &self.peer.id) {
             self.log_denial("Connection denied", &listener, &reason);
             record.finish("denied");
@@ -283,12 +289,15 @@ impl Session {
     }
 }
 
-/// Ends when a session is to carry nothing any more: the drain has begun, its credentials were replaced, or the peer
-/// is denied.
+/// Ends when a session is to carry nothing any more: the drain has begun, its credentials were replaced, the peer is
+/// denied, or the listener carries requests now.
 async fn unfit(live: &mut watch::Receiver<Live<PublicListener>>, peer: &Peer) {
     let unfit = |live: &Live<PublicListener>| {
         let Live { part, stage } = live;
-        *stage >= Stage::Draining || !peer.is_proved_to(part) || denial(part, &peer.id).is_some()
+        *stage >= Stage::Draining
+            || part.protocol.is_http()
+            || !peer.is_proved_to(part)
+            || denial(part, &peer.id).is_some()
     };
     let _ = live.wait_for(unfit).await;
 }
@@ -350,17 +359,32 @@ impl Connection {
         async move {
             loop {
                 let mut copy = Relay::new();
-                let end = tokio::select! {
+                let mut end = tokio::select! {
                     biased;
                     ended = copy.run(&mut self.app, &mut self.session.mesh) => End::Relayed(ended),
                     revoked = authorization::revoked(&mut self.session.live, &self.session.peer.id) => End::Revoked(revoked),
                 };
+                if matches!(end, End::Revoked(Revoked::CarriesRequests)) {
+                    end = Box::pin(self.rest(&mut copy)).await;
+                }
                 self.record.bytes(copy.opened, copy.sealed);
                 // Boxed, for an open connection is to keep none of the memory that this takes.
                 match Box::pin(self.end(end)).await {
                     Some(next) => self = next,
                     None => return,
                 }
+            }
+        }
+    }
+
+    /// What it carries may be requests: the one that is under way gets its answer.
+    async fn rest(&mut self, copy: &mut Relay) -> End {
+        let Session { mesh, live, peer, .. } = &mut self.session;
+        tokio::select! {
+            biased;
+            revoked = authorization::revoked(live, &peer.id) => End::Revoked(revoked),
+            ended = copy.run_to_rest(&mut self.app, mesh, Side::Tls) => {
+                ended.map_or(End::Revoked(Revoked::CarriesRequests), End::Relayed)
             }
         }
     }

@@ -39,7 +39,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::access_log::AccessLog;
 use crate::drain::{self, Stage};
-use crate::snapshot::{Bind, Exposed, PublicListener, Snapshot, Upstream, UpstreamKey};
+use crate::snapshot::{Bind, Exposed, Protocol, PublicListener, Snapshot, Upstream, UpstreamKey};
 use balance::{Clock, Plan};
 use listener::Live;
 use log_limit::LogLimit;
@@ -190,6 +190,8 @@ impl<'a> Proxy<'a> {
 
     fn run_public(&mut self, public: &Arc<PublicListener>) {
         if let Some(running) = &self.listeners.public {
+            let before = running.live.borrow().part.protocol;
+            tell_of_protocol("public listener", before, public.protocol);
             return running.update(public);
         }
         let shared = self.inbound.clone();
@@ -201,6 +203,7 @@ impl<'a> Proxy<'a> {
         if let Some(running) = self.listeners.upstreams.get(key) {
             let previous = Arc::clone(&running.live.borrow().part);
             if !Arc::ptr_eq(&previous.upstream, upstream) {
+                tell_of_protocol(&key.destination, previous.upstream.chain.protocol, upstream.chain.protocol);
                 running.update(&Arc::new(Plan::new(Arc::clone(upstream), Some(&previous))));
             }
             return;
@@ -275,6 +278,12 @@ impl<'a> Proxy<'a> {
                 "Listener could not be started; trying again. If the address is taken, stop the program that has it or change the registration"
             );
         }
+    }
+}
+
+fn tell_of_protocol(name: &str, before: Protocol, now: Protocol) {
+    if before.is_http() != now.is_http() {
+        tracing::info!(target: "proxy", listener = name, ?before, ?now, "The protocol has changed; open connections are ended, each after its answer");
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 
+use super::authorization::CARRIES_REQUESTS;
 use super::balance::{Balancer, Clock, InFlight, Instance, Outcome, Picked, Plan};
 use super::dial::{self, Pace, Unconnected};
 use super::http::note::Caller;
@@ -105,6 +106,9 @@ impl Connection {
                     () = closing(&mut self.live) => None,
                 };
             }
+            if ended.is_none() {
+                ended = Box::pin(self.rest(&mut copy)).await;
+            }
             self.record.bytes(copy.opened, copy.sealed);
             // Boxed, for an open connection is to keep none of the memory that this takes.
             Box::pin(self.end(ended)).await;
@@ -128,7 +132,17 @@ impl Connection {
         (self, copy, ended)
     }
 
-    /// Ends the connection; `None` where the drain time is over.
+    /// What it carries may be requests: the one that is under way gets its answer, unless the drain time is over.
+    async fn rest(&mut self, copy: &mut Relay) -> Option<Result<(), Broken>> {
+        let Self { app, mesh, live, .. } = self;
+        tokio::select! {
+            biased;
+            _ = live.wait_for(|live| live.stage >= Stage::Closing) => None,
+            ended = copy.run_to_rest(app, mesh, Side::Plain) => ended,
+        }
+    }
+
+    /// Ends the connection; `None` where it must not go on.
     async fn end(mut self, ended: Option<Result<(), Broken>>) {
         match ended {
             Some(Ok(())) => {
@@ -142,7 +156,8 @@ impl Connection {
                 relay::abort(&broken, self.app, self.mesh.tls);
             }
             None => {
-                self.record.finish("closed at the end of the drain time");
+                let drained = self.live.borrow().stage >= Stage::Closing;
+                self.record.finish(if drained { "closed at the end of the drain time" } else { CARRIES_REQUESTS });
                 relay::close(self.app, self.mesh.tls).await;
             }
         }
@@ -158,9 +173,11 @@ impl Reached {
     }
 }
 
-/// Ends when open connections must be closed.
+/// Ends when open connections must be closed: at the end of a drain, and when they may carry requests that are to be
+/// routed one by one.
 async fn closing(live: &mut watch::Receiver<Live<Plan>>) {
-    let _ = live.wait_for(|live| live.stage >= Stage::Closing).await;
+    let must = |live: &Live<Plan>| live.stage >= Stage::Closing || live.part.upstream.chain.protocol.is_http();
+    let _ = live.wait_for(must).await;
 }
 
 /// What connecting gives.

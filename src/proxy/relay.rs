@@ -9,13 +9,19 @@ use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::{Instant, timeout};
 
 use super::socket::Socket;
 use super::tunnel::Carrier;
 use crate::tls::{Scratch, Stream, with_scratch};
 
+/// A connection on which nothing has moved for so long rests.
+const REST: Duration = Duration::from_millis(100);
+/// How long it is waited for.
+const REST_LIMIT: Duration = Duration::from_secs(5);
 /// Turns taken before other connections of the thread get theirs.
 const TURNS: usize = 8;
 
@@ -28,6 +34,8 @@ pub(super) struct Relay {
     /// Bytes of plaintext moved from the TLS side to the plain one, and back.
     pub opened: u64,
     pub sealed: u64,
+    /// Whose bytes were moved last.
+    spoke_last: Option<Side>,
     /// The TLS side has ended without a byte, before the plain one did.
     pub was_left_unanswered: bool,
 }
@@ -75,7 +83,8 @@ impl Relay {
     #[must_use]
     pub(super) fn new() -> Self {
         let (opening, sealing) = (Direction::Flowing, Direction::Flowing);
-        Self { to_plain: Vec::new(), opening, sealing, opened: 0, sealed: 0, was_left_unanswered: false }
+        let (opened, sealed, spoke_last) = (0, 0, None);
+        Self { to_plain: Vec::new(), opening, sealing, opened, sealed, spoke_last, was_left_unanswered: false }
     }
 
     /// Copies until both directions have ended.
@@ -88,6 +97,31 @@ impl Relay {
         T: AsyncRead + AsyncWrite + Unpin,
     {
         poll_fn(|cx| with_scratch(|scratch| self.poll(cx, scratch, plain, tls))).await
+    }
+
+    /// Copies until a connection can be cut that may carry requests of HTTP: nothing moves, and what `client` asked
+    /// has been answered. `None`: it can, or there was no such moment in [`REST_LIMIT`].
+    pub(super) async fn run_to_rest<P, T>(
+        &mut self,
+        plain: &mut P,
+        tls: &mut Carrier<T>,
+        client: Side,
+    ) -> Option<Result<(), Broken>>
+    where
+        P: AsyncRead + AsyncWrite + Unpin,
+        T: AsyncRead + AsyncWrite + Unpin,
+    {
+        let deadline = Instant::now() + REST_LIMIT;
+        loop {
+            let before = (self.opened, self.sealed);
+            if let Ok(ended) = timeout(REST, self.run(plain, tls)).await {
+                return Some(ended);
+            }
+            let rests = before == (self.opened, self.sealed) && self.spoke_last != Some(client);
+            if rests || Instant::now() >= deadline {
+                return None;
+            }
+        }
     }
 
     fn poll<P, T>(
@@ -141,6 +175,9 @@ impl Relay {
                 let sent = poll_write_all(cx, to, &scratch.opened).map_err(plain)?;
                 self.to_plain.extend_from_slice(&scratch.opened[sent..]);
                 self.opened += scratch.opened.len() as u64;
+                if !scratch.opened.is_empty() {
+                    self.spoke_last = Some(Side::Tls);
+                }
                 if from.has_ended() {
                     self.opening = Direction::Ending;
                     self.was_left_unanswered = self.opened == 0 && self.sealing == Direction::Flowing;
@@ -181,6 +218,7 @@ impl Relay {
                 }
                 Poll::Ready(Ok(read)) => {
                     self.sealed += read as u64;
+                    self.spoke_last = Some(Side::Plain);
                     Poll::Ready(Ok(()))
                 }
                 Poll::Ready(Err(error)) => Poll::Ready(Err(plain(error))),

@@ -57,7 +57,7 @@ impl Exposure {
     /// # Errors
     /// Why it ended otherwise than well, for the log.
     pub(crate) async fn serve(self, socket: Socket) -> Result<(), String> {
-        let terms = Terms::new(self.live.clone(), TIMES, Arc::default());
+        let terms = Terms::new(self.live.clone(), TIMES, Arc::default(), |_| true);
         let this = Arc::new(self);
         let answer = move |request, ongoing| Arc::clone(&this).answer(request, ongoing);
         serve::serve(Wire::plain(socket), &terms, answer).await

@@ -60,7 +60,8 @@ impl Inbound {
     pub(crate) async fn serve(self, mesh: Stream<Socket>) -> Result<(), String> {
         let (wire, leaving) = (Wire::tls(mesh), Arc::default());
         wire.allow_upgrades(self.upgrades.clone());
-        let terms = Terms::new(self.live.clone(), serve::TIMES, Arc::clone(&leaving));
+        let terms =
+            Terms::new(self.live.clone(), serve::TIMES, Arc::clone(&leaving), |public| public.protocol.is_http());
         let this = Arc::new(self);
         let (asked, on) = (Arc::clone(&this), wire.clone());
         let answer = move |request, ongoing| Arc::clone(&asked).answer(request, ongoing, on.clone());

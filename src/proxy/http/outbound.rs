@@ -54,7 +54,8 @@ impl Outbound {
     pub(crate) async fn serve(self, app: Socket) -> Result<(), String> {
         let wire = Wire::plain(app);
         wire.allow_upgrades(self.upgrades.clone());
-        let terms = Terms::new(self.live.clone(), serve::TIMES, Arc::default());
+        let terms =
+            Terms::new(self.live.clone(), serve::TIMES, Arc::default(), |plan| plan.upstream.chain.protocol.is_http());
         let this = Arc::new(self);
         let answer = move |request, ongoing| Arc::clone(&this).answer(request, ongoing);
         serve::serve(wire, &terms, answer).await

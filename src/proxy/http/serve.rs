@@ -57,26 +57,41 @@ pub(super) struct Terms<P> {
     live: watch::Receiver<Live<P>>,
     times: Times,
     leaving: Arc<Leaving>,
+    /// Whether requests are served at all. That may change while a connection is open.
+    carries_requests: fn(&P) -> bool,
 }
 
 impl<P> Terms<P> {
     #[must_use]
-    pub(super) fn new(live: watch::Receiver<Live<P>>, times: Times, leaving: Arc<Leaving>) -> Self {
-        Self { live, times, leaving }
+    pub(super) fn new(
+        live: watch::Receiver<Live<P>>,
+        times: Times,
+        leaving: Arc<Leaving>,
+        carries_requests: fn(&P) -> bool,
+    ) -> Self {
+        Self { live, times, leaving, carries_requests }
     }
 
     /// Ends when no new request is to be taken.
     async fn leaves(&self) {
         let mut live = self.live.clone();
         tokio::select! {
-            _ = live.wait_for(|live| live.stage >= Stage::Draining) => {}
+            _ = live.wait_for(|live| live.stage >= Stage::Draining || !(self.carries_requests)(&live.part)) => {}
             () = self.leaving.told() => {}
         }
     }
 
     /// Ends when the connection is to be closed whatever is under way.
     async fn closes(&self) {
-        let _ = self.live.clone().wait_for(|live| live.stage >= Stage::Closing).await;
+        let (mut live, mut kind) = (self.live.clone(), self.live.clone());
+        let carries_bytes = async {
+            let _ = kind.wait_for(|live| !(self.carries_requests)(&live.part)).await;
+            sleep(OTHER_KIND).await;
+        };
+        tokio::select! {
+            _ = live.wait_for(|live| live.stage >= Stage::Closing) => {}
+            () = carries_bytes => {}
+        }
     }
 }
 
@@ -338,7 +353,7 @@ where
     tokio::select! {
         biased;
         ended = poll_fn(|cx| guard.poll(cx, connection.as_mut())) => ended.map(|()| Ended::Over),
-        () = terms.closes() => Err("the drain time is over".into()),
+        () = terms.closes() => Err("the time for what was under way is over".into()),
     }
 }
 
@@ -435,6 +450,8 @@ impl Watchman {
     }
 }
 
+/// For what is under way where requests are no longer served; Envoy's drain time.
+const OTHER_KIND: Duration = Duration::from_secs(600);
 /// For the first bytes of a connection, once a drain has begun.
 const LAST_MOMENT: Duration = Duration::from_secs(1);
 /// Of a request's body that nobody wants, as much is read as comes in a moment, so that the connection can go on.
@@ -467,7 +484,7 @@ mod tests {
         let answer = |_, _| pending::<Response<Body>>();
         timeout(
             Duration::from_secs(60),
-            serve(Wire::plain(Socket::Unix(server)), &Terms::new(live, TIMES, Arc::default()), answer),
+            serve(Wire::plain(Socket::Unix(server)), &Terms::new(live, TIMES, Arc::default(), |()| true), answer),
         )
         .await
         .ok()
