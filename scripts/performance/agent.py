@@ -117,6 +117,14 @@ class Agent:
         for start in range(0, len(operations), 64):  # the agent takes 64 at a time
             self.put("/v1/txn", operations[start:start + 64])
 
+    def second_instance(self, service, address, port, there):
+        """Puts a second sidecar of a service into the catalog, or takes it out again."""
+        node = {"Node": {"Verb": "set", "Node": {"Node": f"ext-{address}", "Address": address}}}
+        instance = {"Verb": "set" if there else "delete", "Node": f"ext-{address}", "Service": {
+            "Kind": "connect-proxy", "ID": f"{service}-second", "Service": f"{service}-sidecar-proxy", "Address": address, "Port": port,
+            "Proxy": {"DestinationServiceName": service, "DestinationServiceID": f"{service}-second"}}}
+        self.put("/v1/txn", [*([node] if there else []), {"Service": instance}])
+
     def ensure_denials(self, destination, count):
         """Denies the sources src-0 to src-`count` of a destination."""
         have = self.denials.get(destination, 0)

@@ -2,11 +2,9 @@
 """Measures sidecar proxies side by side and writes tables, ratios and verdicts. See docs/performance.md."""
 
 import argparse
-import http.client
 import json
 import os
 import signal
-import ssl
 import subprocess
 import sys
 import time
@@ -16,13 +14,12 @@ from floor import add_floor, aead_speeds, fastest
 from peers import KINDS, parse_peer
 from proof import Sniff, verify
 from report import fmt, limits, machine, report, table, verdicts
-from system import NA, Bad, now, private_network, raise_file_limit
+from system import FAULTS, NA, Bad, now, private_network, raise_file_limit
 from targets import TARGETS
 from works import BY_ID, WORKS, applies
 
 TOP = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 STEAL = 15  # per cent; above it no absolute figure says anything
-FAULTS = (Bad, OSError, ValueError, KeyError, ssl.SSLError, http.client.HTTPException, subprocess.SubprocessError)
 
 
 def arguments():

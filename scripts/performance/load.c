@@ -5,6 +5,9 @@
  *   load http   PORT CONNS SECS SIZE RATE   keep-alive HTTP/1.1 (RATE 0 = closed loop,
  *                                     else open loop at RATE/s, latency from the intended time)
  *   load h2     PORT CONNS STREAMS SECS     gRPC shaped unary calls over HTTP/2
+ *   load streams PORT CONNS STREAMS SECS RATE E|P   gRPC shaped calls that stay open: each stream
+ *                                     sends RATE messages of 64 bytes a second and gets them back (E),
+ *                                     or is sent as many by the server (P)
  *   load put    PORT CONNS SECS SIZE  keep-alive HTTP/1.1, each request with a body of SIZE bytes
  *   load churn  PORT CONNS SECS SIZE  one new TCP connection per request
  *   load bulk   PORT STREAMS SECS D|U|B  bulk transfer, goodput at the receiver
@@ -123,7 +126,7 @@ static void fault(const char *why) { errors++; if (!*first_err) first_err = why;
 
 /* ================= origin ================= */
 enum { K_NEW, K_HTTP, K_H2, K_SRC, K_SINK };
-typedef struct {
+typedef struct oc {
     int fd, kind, want_out;
     char *in; size_t inlen, incap;
     char *out; size_t outoff, outlen, outcap; /* pending output */
@@ -132,13 +135,21 @@ typedef struct {
     uint64_t blk, got, acked;                 /* bulk */
     int64_t cwnd; uint64_t rx;                /* h2 */
     uint32_t *q; size_t qh, qt, qcap;
+    unsigned char *open; /* calls that stay open, by stream: 'E' or 'P' */
+    uint32_t *push; size_t npush, pushcap; int rate; /* those of 'P', and their messages a second */
+    struct oc *next_push, *prev_push;
 } oc;
 static uint64_t st_accepted, st_requests, st_bulk, st_open, st_bad;
+static oc *pushers; /* connections with calls that are sent messages */
 
 static void o_free(int e, oc *c) {
     (void)e;
     close(c->fd);
-    free(c->in); free(c->out); free(c->q); free(c);
+    if (c->npush || c->pushcap) {
+        if (c->prev_push) c->prev_push->next_push = c->next_push; else pushers = c->next_push;
+        if (c->next_push) c->next_push->prev_push = c->prev_push;
+    }
+    free(c->in); free(c->out); free(c->q); free(c->open); free(c->push); free(c);
     st_open--;
 }
 static void o_put(oc *c, const void *p, size_t n) {
@@ -184,6 +195,61 @@ static void o_h2resp(oc *c, uint32_t sid) {
     c->cwnd -= H2BODY;
     st_requests++;
 }
+/* ---------- calls that stay open ---------- */
+#define MESSAGE 64 /* prefix 5, 'S', kind, rate, nanoseconds 8, pattern 48 */
+#define CALLS 65536
+static void message(unsigned char *m, char kind, int rate) {
+    uint64_t t = now();
+    m[0] = m[1] = m[2] = m[3] = 0; m[4] = MESSAGE - 5;
+    m[5] = 'S'; m[6] = (unsigned char)kind; m[7] = (unsigned char)rate;
+    memcpy(m + 8, &t, 8); memcpy(m + 16, pat, MESSAGE - 16);
+}
+static void o_data(oc *c, uint32_t sid, const unsigned char *p, size_t n) {
+    unsigned char h[9];
+    h2hdr(h, n, 0, 0, sid); o_put(c, h, 9); o_put(c, p, n);
+    c->cwnd -= (int64_t)n;
+}
+/* what came on a stream before its end: the first message says what the call wants */
+static void o_call(oc *c, uint32_t sid, const unsigned char *p, size_t n) {
+    unsigned char *is = c->open ? c->open + (sid >> 1) % CALLS : NULL;
+    if (!(is && *is)) {
+        if (n < MESSAGE || p[5] != 'S') return;
+        if (!c->open) c->open = calloc(CALLS, 1);
+        is = c->open + (sid >> 1) % CALLS; *is = p[6];
+        unsigned char b[64]; size_t k = 9;
+        b[k++] = 0x88; b[k++] = 0x0f; b[k++] = 0x10; b[k++] = 16; memcpy(b + k, "application/grpc", 16); k += 16;
+        h2hdr(b, k - 9, 1, 4, sid); o_put(c, b, k);
+        st_requests++;
+        if (*is == 'P') {
+            if (!c->pushcap) { c->next_push = pushers; if (pushers) pushers->prev_push = c; pushers = c; }
+            if (c->npush == c->pushcap) { c->pushcap = c->pushcap * 2 + 64; c->push = realloc(c->push, c->pushcap * 4); }
+            c->push[c->npush++] = sid; c->rate = p[7];
+        }
+    }
+    if (*is == 'E' && c->cwnd >= (int64_t)n) o_data(c, sid, p, n);
+}
+static void o_call_end(oc *c, uint32_t sid) {
+    for (size_t i = 0; i < c->npush; i++) if (c->push[i] == sid) { c->push[i] = c->push[--c->npush]; break; }
+    if (c->open) c->open[(sid >> 1) % CALLS] = 0;
+}
+#define TICK_MS 5
+static int o_flush(oc *c);
+static uint64_t ticks;
+/* every stream's share of messages; a flush that would block goes on when the socket is writable */
+static void o_tick(int e) {
+    ticks++;
+    for (oc *c = pushers, *next; c; c = next) {
+        next = c->next_push;
+        uint64_t every = 1000 / TICK_MS / (uint64_t)(c->rate ? c->rate : 1); /* ticks between two messages of a stream */
+        unsigned char m[MESSAGE];
+        for (size_t i = 0; i < c->npush; i++) {
+            if (c->push[i] / 2 % every != ticks % every || c->cwnd < MESSAGE) continue;
+            message(m, 'P', 0); o_data(c, c->push[i], m, MESSAGE);
+        }
+        int r = o_flush(c);
+        if (r == 0 && !c->want_out) { c->want_out = 1; ep(e, EPOLL_CTL_MOD, c->fd, EPOLLIN | EPOLLOUT, c); }
+    }
+}
 static int o_h2(oc *c) {
     size_t off = 0;
     unsigned char t[64];
@@ -198,9 +264,12 @@ static int o_h2(oc *c) {
         else if (type == 8 && sid == 0) c->cwnd += (p[9] & 127u) << 24 | p[10] << 16 | p[11] << 8 | p[12];
         else if (type == 0) {
             c->rx += len;
+            if (len && !(fl & 1)) o_call(c, sid, p + 9, len);
             if (c->rx > 1 << 18) { h2hdr(t, 4, 8, 0, 0); t[9] = c->rx >> 24; t[10] = c->rx >> 16; t[11] = c->rx >> 8; t[12] = c->rx; o_put(c, t, 13); c->rx = 0; }
         }
-        if ((type == 0 || type == 1) && (fl & 1)) {
+        if (type == 3 || ((type == 0 || type == 1) && (fl & 1) && c->open && c->open[(sid >> 1) % CALLS])) {
+            o_call_end(c, sid);
+        } else if ((type == 0 || type == 1) && (fl & 1)) {
             if (c->cwnd >= H2BODY && c->qh == c->qt) o_h2resp(c, sid);
             else {
                 if (c->qt == c->qcap) { c->qcap = c->qcap * 2 + 256; c->q = realloc(c->q, c->qcap * 4); }
@@ -301,9 +370,11 @@ static void origin(int port) {
     int e = epoll_create1(0), l = listen_on(port);
     ep(e, EPOLL_CTL_ADD, l, EPOLLIN, NULL);
     struct epoll_event ev[256];
+    uint64_t tick_at = now();
     printf("{\"ready\":1}\n"); fflush(stdout);
     for (;;) {
-        int n = epoll_wait(e, ev, 256, -1);
+        int n = epoll_wait(e, ev, 256, pushers ? 1 : -1);
+        if (pushers && now() >= tick_at) { o_tick(e); tick_at = now() + TICK_MS * 1000000ull; }
         for (int i = 0; i < n; i++) {
             oc *c = ev[i].data.ptr;
             if (!c) {
@@ -778,6 +849,111 @@ static void run_h2(int port, int conns, int streams, double secs) {
     put_cpu(); hprint(); printf("}\n");
 }
 
+/* ================= gRPC shaped calls that stay open ================= */
+static void streams_send(h2c *c, uint32_t sid, char kind, int rate) {
+    unsigned char b[9 + MESSAGE];
+    h2hdr(b, MESSAGE, 0, 0, sid); message(b + 9, kind, rate);
+    c_put(c, b, sizeof b);
+}
+/* the bytes of one stream are messages one after the other, however they are cut into frames */
+static uint64_t streams_take(h2s *s, unsigned char (*part)[MESSAGE], const unsigned char *p, size_t n) {
+    uint64_t whole = 0;
+    while (n) {
+        size_t k = MESSAGE - s->got < n ? MESSAGE - s->got : n;
+        memcpy(*part + s->got, p, k); s->got += (uint32_t)k; p += k; n -= k;
+        if (s->got < MESSAGE) break;
+        uint64_t t; memcpy(&t, *part + 8, 8);
+        if ((*part)[5] != 'S' || memcmp(*part + 16, pat, MESSAGE - 16)) { fault("wrong message"); break; }
+        hadd(now() - t); whole++; s->got = 0;
+    }
+    return whole;
+}
+static void run_streams(int port, int conns, int streams, double secs, int rate, char kind) {
+    int e = epoll_create1(0);
+    h2c *cs = calloc((size_t)conns, sizeof *cs);
+    unsigned char (*parts)[MESSAGE] = calloc((size_t)conns * (size_t)streams, MESSAGE);
+    static const unsigned char set[] = {0,0,12,4,0,0,0,0,0, 0,2,0,0,0,0, 0,4,0,16,0,0, 0,0,4,8,0,0,0,0,0, 0,255,0,0};
+    mkh2();
+    for (int i = 0; i < conns; i++) {
+        h2c *c = cs + i;
+        c->fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        struct sockaddr_in a = {.sin_family = AF_INET, .sin_port = htons(port)};
+        a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+        if (connect(c->fd, (void *)&a, sizeof a) < 0) { fault("connect"); fail_open(); }
+        nodelay(c->fd); nb(c->fd);
+        c->incap = 1 << 17; c->in = malloc(c->incap); c->ring = calloc((size_t)streams, sizeof(h2s));
+        c_put(c, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 24); c_put(c, set, sizeof set);
+        for (int k = 0; k < streams; k++) {
+            uint32_t sid = 1 + 2 * (uint32_t)k;
+            h2req[5] = sid >> 24; h2req[6] = sid >> 16; h2req[7] = sid >> 8; h2req[8] = sid;
+            c_put(c, h2req, 9 + h2hl); streams_send(c, sid, kind, rate);
+        }
+        c_flush(c);
+        ep(e, EPOLL_CTL_ADD, c->fd, EPOLLIN, c);
+    }
+    struct epoll_event ev[64];
+    int phase = 0, opened = 0, all = conns * streams;
+    uint64_t total = 0, done = 0, m0 = 0, stop = 0, warm = 0, tick = 0, tick_at = 0, giveup = now() + 20000000000ull, every = 1000 / TICK_MS / (uint64_t)rate;
+    for (;;) {
+        uint64_t t = now();
+        if (errors) break;
+        if (!phase && opened == all && total >= (uint64_t)all) {
+            ready_go();
+            phase = 1; total = done = 0; t = tick_at = now(); warm = t + (uint64_t)(secs * 0.1e9); stop = t + (uint64_t)(secs * 1e9);
+        }
+        if (!phase && t > giveup) { fault("not all streams were answered"); break; }
+        if (phase && t >= stop) break;
+        if (warm && t >= warm) { warm = 0; hreset(); done = 0; m0 = t; }
+        if (phase && kind == 'E' && t >= tick_at) {
+            for (int i = 0; i < conns; i++) for (int k = 0; k < streams; k++)
+                if ((uint64_t)k % every == tick % every) streams_send(cs + i, 1 + 2 * (uint32_t)k, kind, rate);
+            tick++; tick_at = t + TICK_MS * 1000000ull;
+            for (int i = 0; i < conns; i++) {
+                int r = c_flush(cs + i);
+                if (r == 0 && !cs[i].want_out) { cs[i].want_out = 1; ep(e, EPOLL_CTL_MOD, cs[i].fd, EPOLLIN | EPOLLOUT, cs + i); }
+            }
+        }
+        int n = epoll_wait(e, ev, 64, phase && kind == 'E' ? 1 : 50);
+        for (int i = 0; i < n && !errors; i++) {
+            h2c *c = ev[i].data.ptr;
+            if (ev[i].events & (EPOLLIN | EPOLLHUP | EPOLLERR)) {
+                ssize_t g = recv(c->fd, c->in + c->inlen, c->incap - c->inlen, 0);
+                if (g == 0 || (g < 0 && errno != EAGAIN)) { fault("h2 connection lost"); break; }
+                if (g > 0) c->inlen += (size_t)g;
+                size_t off = 0; unsigned char x[32];
+                while (c->inlen - off >= 9 && !errors) {
+                    unsigned char *p = (unsigned char *)c->in + off;
+                    size_t len = p[0] << 16 | p[1] << 8 | p[2];
+                    if (c->inlen - off < 9 + len) break;
+                    int type = p[3], fl = p[4];
+                    uint32_t sid = (p[5] & 127u) << 24 | p[6] << 16 | p[7] << 8 | p[8], k = sid >> 1;
+                    if (type == 4 && !(fl & 1)) { h2hdr(x, 0, 4, 1, 0); c_put(c, x, 9); }
+                    else if (type == 6 && !(fl & 1)) { h2hdr(x, 8, 6, 1, 0); memcpy(x + 9, p + 9, 8); c_put(c, x, 17); }
+                    else if (type == 7 || type == 3) fault("h2 GOAWAY or RST_STREAM");
+                    else if (type <= 1 && (fl & 1)) fault("a stream ended");
+                    else if (type <= 1 && k >= (uint32_t)streams) fault("an unknown stream");
+                    else if (type == 1) { if (!h2_status200(p + 9, len)) fault("h2 status is not 200"); else opened++; }
+                    else if (type == 0) {
+                        uint64_t whole = streams_take(&c->ring[k], parts + (size_t)(c - cs) * (size_t)streams + k, p + 9, len);
+                        total += whole; done += whole; c->rx += len;
+                        if (c->rx > 1 << 20) { h2hdr(x, 4, 8, 0, 0); x[9] = c->rx >> 24; x[10] = c->rx >> 16; x[11] = c->rx >> 8; x[12] = c->rx; c_put(c, x, 13); c->rx = 0; }
+                    }
+                    off += 9 + len;
+                }
+                if (off) { memmove(c->in, c->in + off, c->inlen - off); c->inlen -= off; }
+            }
+            int r = c_flush(c);
+            if (r < 0) break;
+            if ((r == 0) != c->want_out) { c->want_out = r == 0; ep(e, EPOLL_CTL_MOD, c->fd, EPOLLIN | (r == 0 ? EPOLLOUT : 0), c); }
+        }
+    }
+    if (!phase) fail_open();
+    double el = (double)(now() - m0) / 1e9;
+    printf("{\"errors\":%llu,\"why\":\"%s\",\"total\":%llu,\"measured\":%llu,\"secs\":%.4f,\"rps\":%.1f,",
+           (unsigned long long)errors, first_err, (unsigned long long)total, (unsigned long long)done, el, (double)done / el);
+    put_cpu(); hprint(); printf("}\n");
+}
+
 /* ================= plain relay ================= */
 typedef struct rs { int fd, eof, evs, wr_shut; struct rs *peer; char *b; size_t off, len; int pipe[2]; size_t inpipe; int dead, connecting; } rs;
 #define RBUF 65536
@@ -989,6 +1165,7 @@ int main(int ac, char **av) {
     else if (!strcmp(m, "idle") && ac == 4) run_idle(atoi(av[2]), atoi(av[3]));
     else if (!strcmp(m, "bulk") && ac == 6) run_bulk(atoi(av[2]), atoi(av[3]), atof(av[4]), av[5][0]);
     else if (!strcmp(m, "h2") && ac == 6) run_h2(atoi(av[2]), atoi(av[3]), atoi(av[4]), atof(av[5]));
+    else if (!strcmp(m, "streams") && ac == 8) run_streams(atoi(av[2]), atoi(av[3]), atoi(av[4]), atof(av[5]), atoi(av[6]), av[7][0]);
     else if (!strcmp(m, "put") && ac == 6) run_put(atoi(av[2]), atoi(av[3]), atof(av[4]), strtoul(av[5], 0, 10));
     else if (!strcmp(m, "delay") && ac == 5) run_delay(atoi(av[2]), atoi(av[3]), atof(av[4]));
     else if (!strcmp(m, "relay") && ac == 5) run_relay(atoi(av[2]), atoi(av[3]), av[4][0] == 's');

@@ -21,6 +21,7 @@ class Pair:
     facts = None
     denied = ["denied"]  # sources, where the configuration is static
     listen = "127.0.0.1"  # the public listener's address, likewise
+    followed = False  # likewise: the public listener and the upstream's endpoints are read again when their files are replaced
     endpoints = None  # of the client's upstream, likewise; its public port alone when None
 
     def pids(self):
@@ -237,24 +238,46 @@ class EnvoyPeer(LeafPeer):
             fc["transport_socket"] = {"name": "tls", "typed_config": {"@type": self.T + "transport_sockets.tls.v3.DownstreamTlsContext", **tls}}
         return {"name": name, "address": {"socket_address": {"address": host, "port_value": port}}, "filter_chains": [fc]}
 
-    def argv(self, p, name, listeners, clusters):
-        f = self.file(p, name + ".json", json.dumps({"node": {"id": name, "cluster": name}, "static_resources": {"listeners": listeners, "clusters": clusters}}))
+    def resources(self, p, name, kind, resources):
+        """A file of dynamic resources, replaced at once: Envoy reads it again when it is moved to."""
+        path = os.path.join(p.dir, f"{name}.json")
+        with open(path + ".new", "w") as f:
+            json.dump({"resources": [{"@type": f"type.googleapis.com/envoy.config.{kind}", **r} for r in resources]}, f)
+        os.rename(path + ".new", path)
+        return {"path_config_source": {"path": path}, "resource_api_version": "V3"}
+
+    def tell_endpoints(self, p, endpoints):
+        lb = [{"endpoint": {"address": {"socket_address": {"address": h, "port_value": n}}}} for h, n in endpoints]
+        return self.resources(p, "endpoints", "endpoint.v3.ClusterLoadAssignment", [{"cluster_name": "mesh", "endpoints": [{"lb_endpoints": lb}]}])
+
+    def tell_intentions(self, p, denied):
+        return self.resources(p, "listeners", "listener.v3.Listener", [self.public_listener(p, denied)])
+
+    def argv(self, p, name, listeners, clusters, dynamic=None):
+        static = {"static_resources": {"listeners": listeners, "clusters": clusters}, **({"dynamic_resources": dynamic} if dynamic else {})}
+        f = self.file(p, name + ".json", json.dumps({"node": {"id": name, "cluster": name}, **static}))
         return [self.path, "-c", f, "--concurrency", str(self.opts.get("concurrency", os.cpu_count())), "--disable-hot-restart", "-l", "error"]
 
+    def public_listener(self, p, denied):
+        tls = {"common_tls_context": self.common_tls(p.agent, p.leaf_app), "require_client_certificate": True}
+        return self.listener("public_listener", p.listen, p.public, self.filters(p.agent, p.mode, "local_app", "public_listener", denied), tls)
+
     def server_argv(self, p):
-        a, h2 = p.agent, p.mode == "grpc"
-        tls = {"common_tls_context": self.common_tls(a, p.leaf_app), "require_client_certificate": True}
-        return self.argv(p, "server",
-                         [self.listener("public_listener", p.listen, p.public, self.filters(a, p.mode, "local_app", "public_listener", p.denied), tls)],
-                         [self.cluster("local_app", [("127.0.0.1", self.ctx.origin_port)], h2, http=p.mode != "tcp")])
+        app = self.cluster("local_app", [("127.0.0.1", self.ctx.origin_port)], p.mode == "grpc", http=p.mode != "tcp")
+        if p.followed:
+            return self.argv(p, "server", [], [app], {"lds_config": self.tell_intentions(p, p.denied)})
+        return self.argv(p, "server", [self.public_listener(p, p.denied)], [app])
 
     def client_argv(self, p):
         a = p.agent
         h2 = p.mode == "grpc" or (p.mode == "http" and self.opts.get("mesh") == "h2")
         tls = {"common_tls_context": self.common_tls(a, p.leaf_cli, [a.spiffe(p.app)]), "sni": a.sni(p.app)}
-        return self.argv(p, "client",
-                         [self.listener("upstream", "127.0.0.1", p.upstream, self.filters(a, p.mode, "mesh", "upstream", retry=True))],
-                         [self.cluster("mesh", p.endpoints or [("127.0.0.1", p.public)], h2, tls, http=p.mode != "tcp")])
+        endpoints = p.endpoints or [("127.0.0.1", p.public)]
+        mesh = self.cluster("mesh", endpoints, h2, tls, http=p.mode != "tcp")
+        if p.followed:
+            del mesh["load_assignment"]
+            mesh |= {"type": "EDS", "eds_cluster_config": {"eds_config": self.tell_endpoints(p, endpoints)}}
+        return self.argv(p, "client", [self.listener("upstream", "127.0.0.1", p.upstream, self.filters(a, p.mode, "mesh", "upstream", retry=True))], [mesh])
 
     def big(self, p, each, intentions, ups):
         """One sidecar with upstreams of `each` endpoints and as many denied sources as `intentions`."""

@@ -2,10 +2,12 @@
 
 import ctypes
 import fcntl
+import http.client
 import os
 import resource
 import signal
 import socket
+import ssl
 import statistics
 import struct
 import subprocess
@@ -22,6 +24,9 @@ class Bad(Exception):
 
 class NA(Exception):
     """A workload that does not apply to this peer."""
+
+
+FAULTS = (Bad, OSError, ValueError, KeyError, ssl.SSLError, http.client.HTTPException, subprocess.SubprocessError)
 
 
 # ------------------------------------------------------------------ small helpers

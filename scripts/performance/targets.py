@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from report import good, ratios
 
-NAMES = {"floor": "the floor", "envoy": "Envoy", "envoy-http": "Envoy", "consul": "built-in", "itself": "itself idle", "time": "the clock"}
+NAMES = {"floor": "the floor", "envoy": "Envoy", "envoy-http": "Envoy", "consul": "built-in", "itself": "itself idle", "quiet": "itself at rest", "time": "the clock"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Target:
             key = key.replace("cN", f"c{max(sizes, default=0)}")
         if self.theirs == "time":
             return [r[key] for r in good(ours) if key in r]
+        if self.theirs == "quiet":
+            return [r[key] / r[f"quiet_{key}"] for r in good(ours) if key in r]
         if self.theirs == "itself":
             return [r[key] / r["idle_rss_MB"] for r in good(ours) if key in r]
         return ratios(ours, theirs, key)
@@ -91,7 +93,12 @@ TARGETS = [
     *against_both("control-state", "start to traffic", "traffic_ms", 0.45, 1.3, 0.25),
     *against_both("control-state", "RSS", "rss_MB", 0.20, 0.45),
     *against_both("control-state", "idle CPU", "idle_cpu_pct", 0.2, 2),
+    Target("churn", "p99 while things change", "p99_us", "quiet", 1.3, ours="lictor-http"),
+    *l7("churn", "p99 while things change", "p99_us", 0.6),
+    *l7("open-calls", "CPU per message, both ways", "bidi_cpu_us_per_message", 0.3),
+    *l7("open-calls", "CPU per message, server push", "push_cpu_us_per_message", 0.3),
     Target("handshakes", "full handshakes/s", "conn_s", "envoy", 1.1, more=True),
+    Target("connections-without-tunnel", "connections/s", "conn_s", "envoy", 1.25, more=True),
     *l7("bulk-bodies", "GB/s", "GBps", 1.15, more=True),
     *l7("bulk-bodies", "CPU per GB", "cpu_s_per_GB", 0.80),
     Target("long-path", "L4 down", "down_GBps", "envoy", 1.0, more=True),

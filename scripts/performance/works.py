@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from peers import ConsulPeer, EnvoyPeer, Pair
 from proof import body_ok, http_get, mtls_get, tls_ctx, verify
-from system import NA, Bad, alive, cpu, listening, med, mem, now, tail
+from system import FAULTS, NA, Bad, alive, cpu, listening, med, mem, now, tail
 
 
 def must_have_worked(pair, r, per=None):
@@ -348,6 +348,119 @@ def holds(reached):
         return False
 
 
+ENDPOINT_CHANGES, INTENTION_CHANGES = 100, 10  # a second
+SECOND_ADDRESS = "127.0.0.2"
+
+
+class Churn:
+    """An instance of the app that comes and goes in the catalog, and an intention that is made and deleted. Where the
+    configuration is static, the peer is told by its files as well; the agent has the same work for every peer."""
+
+    def __init__(self, peer, pair):
+        self.peer, self.pair, self.changes = peer, pair, 0
+        self._end, self._fault = threading.Event(), None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._end.set()
+        self._thread.join()
+        self._endpoint(False)
+        if self._fault:
+            raise Bad(f"churn: {self._fault}")
+
+    def _run(self):
+        try:
+            began, undo = now(), None
+            while not self._end.wait(max(0, began + self.changes / ENDPOINT_CHANGES - now())):
+                self._endpoint(self.changes % 2 == 0)
+                if self.changes % (ENDPOINT_CHANGES // INTENTION_CHANGES) == 0:
+                    undo = self._intention(undo)
+                    if self.peer.kind == "envoy-http":
+                        self.peer.tell_intentions(self.pair, ["denied", *(["churn"] if undo else [])])
+                self.changes += 1
+            if undo:
+                undo()
+        except FAULTS as e:
+            self._fault = f"{type(e).__name__}: {e}"
+
+    def _intention(self, undo):
+        """Makes the intention, or deletes it by what its making has returned."""
+        if not undo:
+            return self.pair.agent.intention("churn", self.pair.app, "deny")
+        undo()
+        return None
+
+    def _endpoint(self, there):
+        self.pair.agent.second_instance(self.pair.app, SECOND_ADDRESS, self.pair.public, there)
+        if self.peer.kind == "envoy-http":
+            self.peer.tell_endpoints(self.pair, [("127.0.0.1", self.pair.public), *([(SECOND_ADDRESS, self.pair.public)] if there else [])])
+
+
+def requests_amid_changes(ctx, peer, _):
+    """Requests over L7 at rest, and again while instances come and go and intentions change."""
+    if peer.kind not in ("lictor-http", "envoy-http"):
+        raise NA("not built for this peer")
+    pair = peer.prepare("http")
+    pair.listen, pair.followed = "0.0.0.0", True
+    try:
+        peer.start_server(pair)
+        peer.start_client(pair)
+        for port, proc in ((pair.public, pair.server), (pair.upstream, pair.client)):
+            peer.wait_port(port, proc)
+        verify(ctx, peer, pair, "http")
+        quiet = requests(ctx, peer, pair)
+        with Churn(peer, pair) as churn:
+            began = now()
+            out = requests(ctx, peer, pair)
+            rate = churn.changes / (now() - began)
+        if rate < 0.7 * ENDPOINT_CHANGES:
+            raise Bad(f"only {rate:.0f} changes a second")
+        return {"quiet_p99_us": quiet["p99_us"], "quiet_rps": quiet["rps"], "changes_s": rate, **out}
+    finally:
+        for proc in pair.procs():
+            ctx.procs.stop(proc)
+
+
+MESSAGES = 10  # of each stream, a second
+
+
+def open_calls(ctx, peer, pair):
+    """1,000 gRPC calls that stay open, with small messages: both ways, then from the server alone."""
+    out = {}
+    for kind, name in (("E", "bidi"), ("P", "push")):
+        r = ctx.run_load(["streams", pair.upstream, 10, 100, ctx.t(4), MESSAGES, kind], pair)
+        must_have_worked(pair, r, r["total"])
+        if r["rps"] < 0.6 * 1000 * MESSAGES:
+            raise Bad(f"{name}: {r['rps']:.0f} messages a second of {1000 * MESSAGES}")
+        out |= {f"{name}_messages_s": r["rps"], f"{name}_p50_us": r["p50_us"], f"{name}_p99_us": r["p99_us"], f"{name}_cpu_us_per_message": 1e6 * r["cpu"] / r["total"]}
+        noise(out, r, pair)
+    return out
+
+
+def connections_without_tunnel(ctx, peer, _):
+    """New connections where no connection is carried by a tunnel, which is what Lictor does towards other kinds of sidecars."""
+    pair = peer.prepare(peer.mode())
+    try:
+        if peer.kind == "lictor":
+            off = {"Config": {"lictor_tunnel": False}}
+            pair.agent.register(pair.app, ctx.origin_port, pair.public, proxy=off)
+            pair.agent.register(pair.cli, ctx.ports.take(), pair.cpublic, [(pair.app, pair.upstream)], proxy=off)
+            pair.agent.wait_endpoint(pair.app, pair.public)
+        peer.start_server(pair)
+        peer.start_client(pair)
+        for port, proc in ((pair.public, pair.server), (pair.upstream, pair.client)):
+            peer.wait_port(port, proc)
+        verify(ctx, peer, pair, peer.mode())
+        return connections(ctx, peer, pair)
+    finally:
+        for proc in pair.procs():
+            ctx.procs.stop(proc)
+
+
 def handshakes(ctx, peer, pair):
     """Full handshakes with the server's sidecar alone: openssl keeps no session and knows no tunnel."""
     leaf = pair.agent.leaf(pair.cli)
@@ -453,8 +566,14 @@ WORKS = {
     "latency": Work("W8", "latency, 1 connection, 0-byte body, closed loop", latency, {L4: "tcp", L7: "http"}, LATENCY),
     "latency-at-rate": Work("W8r", "latency at a fixed rate, open loop, 64 connections, 1 KiB", latency_at_rate, {L4: "tcp", L7: "http"}, LATENCY),
     "control-state": Work("W9", "control-plane scale", control_state, {L4: None}, ("traffic_ms", "rss_MB", "anon_MB", "cpu_ms"), fresh=True, for_direct=False),
+    "churn": Work("W10", "HTTP/1.1, 64 connections, 1 KiB, L7, while instances and intentions change", requests_amid_changes, {L7: None},
+                  ("p99_us", "quiet_p99_us", "rps", "cpu_us_per_req"), fresh=True, for_direct=False),
+    "open-calls": Work("W12", "gRPC calls that stay open: 1,000 streams with 10 messages of 64 bytes a second each", open_calls, {L7: "grpc"},
+                       ("bidi_cpu_us_per_message", "push_cpu_us_per_message", "bidi_p99_us", "push_p99_us")),
     "handshakes": Work("W13", "full handshakes with the server's sidecar, without resumption or tunnel", handshakes, {L4: "tcp"},
                        ("conn_s", "cpu_ms_per_conn"), for_direct=False),
+    "connections-without-tunnel": Work("W14", "connection churn without a tunnel", connections_without_tunnel, {L4: None},
+                                       ("conn_s", "p50_us", "p99_us", "cpu_ms_per_conn"), fresh=True, for_direct=False),
     "bulk-bodies": Work("W15", "bulk bodies over HTTP/1.1, 48 MiB, 2 connections, L7 (service protocol http)", bulk_bodies, {L7: "http"},
                         ("GBps", "cpu_s_per_GB", "down_GBps", "up_GBps")),
     "long-path": Work("W16", "one stream over a path of 50 ms round trip", long_path, {L4: None, L7: None}, ("down_GBps", "up_GBps"),
@@ -470,7 +589,7 @@ def applies(name, peer):
     if peer.kind == "none" or not peer.tls:
         if not work.for_direct:
             return None
-        return "grpc" if name == "grpc" else "tcp"
+        return "grpc" if work.modes.get(L7) == "grpc" else "tcp"
     if peer.l4 and L4 in work.modes:
         return work.modes[L4] or peer.mode()
     if peer.l7 and L7 in work.modes:
