@@ -1,0 +1,266 @@
+//! The half-built state: answers of the agent in, whole snapshots out. No IO, and the time is an argument.
+//!
+//! What an answer does not concern keeps its `Arc`: an answer about the endpoints of one service costs a
+//! new target and a new upstream for each that uses it, and nothing for the others.
+
+mod rules;
+mod service;
+#[cfg(test)]
+mod tests;
+mod update;
+mod upstreams;
+
+use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+pub(super) use update::{Update, Urgency, Want};
+
+use self::service::ServiceDraft;
+use self::update::Effects;
+use self::upstreams::Upstreams;
+use super::query::Query;
+use super::translate::definition::Definition;
+use super::translate::mesh::MeshSettings;
+use super::translate::{Bad, definition, mesh};
+use crate::access_log;
+use crate::consul::api;
+use crate::demand::Bell;
+use crate::snapshot::{Bind, Exposed, Snapshot, Upstream};
+use crate::tls::Aead;
+
+#[derive(Debug)]
+pub(super) struct Draft {
+    /// Whether namespaces and partitions may be sent.
+    enterprise: bool,
+    /// Whether this process uses the tunnel at all.
+    tunnel: bool,
+    definition: Option<Definition>,
+    /// `None` until the agent has said whether there is an entry.
+    mesh: Option<MeshSettings>,
+    service: ServiceDraft,
+    upstreams: Upstreams,
+    exposed: BTreeMap<Bind, Arc<Exposed>>,
+    access_log: Option<Arc<access_log::Settings>>,
+    effects: Effects,
+    last: Option<Arc<Snapshot>>,
+    /// Notes that were given out, so that each is once.
+    said: HashSet<String>,
+}
+
+impl Draft {
+    /// A draft for a registered proxy. `enterprise` is whether namespaces or partitions are in use.
+    pub(super) fn registered(proxy_id: String, enterprise: bool) -> Self {
+        Self::new(Some(proxy_id), enterprise)
+    }
+
+    /// A draft for a proxy that is defined by flags.
+    pub(super) fn ad_hoc(definition: Definition) -> Self {
+        let mut draft = Self::new(None, false);
+        // As Consul's own proxy with flags, which knows no config entries.
+        draft.mesh = Some(MeshSettings::default());
+        draft.define(definition);
+        draft
+    }
+
+    /// The same with `aead` to seal TLS records. To be said before any credentials are there.
+    pub(super) fn sealed_by(mut self, aead: Aead) -> Self {
+        self.service.seal_by(aead);
+        self
+    }
+
+    /// The same with the tunnel, or without it whatever the definition says.
+    pub(super) fn with_tunnel(mut self, tunnel: bool) -> Self {
+        self.tunnel = tunnel;
+        if let Some(definition) = self.definition.take() {
+            self.define(definition);
+        }
+        self
+    }
+
+    /// Without an id, the definition comes from elsewhere and is not asked for.
+    fn new(proxy_id: Option<String>, enterprise: bool) -> Self {
+        let registered = proxy_id.map(|id| [Query::Service(id), Query::Mesh]);
+        let first = registered.into_iter().flatten().chain([Query::Roots]);
+        let effects = Effects { wants: first.map(Want::Start).collect(), ..Effects::default() };
+        Self {
+            enterprise,
+            tunnel: true,
+            definition: None,
+            mesh: None,
+            service: ServiceDraft::default(),
+            upstreams: Upstreams::default(),
+            exposed: BTreeMap::new(),
+            access_log: None,
+            effects,
+            last: None,
+            said: HashSet::new(),
+        }
+    }
+
+    /// Takes news in.
+    ///
+    /// # Errors
+    /// When they can't be used; what was known before stays.
+    pub(super) fn apply(&mut self, update: Update, now: SystemTime) -> Result<(), Bad> {
+        let effects = &mut self.effects;
+        match update {
+            Update::Service(service) => {
+                let definition = definition::registered(&service, self.enterprise, &mut effects.notes)?;
+                self.define(definition);
+            }
+            Update::Roots(roots) => {
+                if self.service.set_roots(roots) {
+                    return self.refresh_identity(now);
+                }
+            }
+            Update::Leaf { service, leaf } => {
+                if self.service.set_leaf(&service, *leaf) {
+                    return self.refresh_identity(now);
+                }
+            }
+            Update::Intentions { service, list } => self.service.intentions(&service, &list, effects),
+            Update::DefaultPolicy { service, policy } => self.service.default_policy(&service, policy, effects),
+            Update::Chain(query, wire) => return self.upstreams.chain(query, &wire, self.enterprise, effects),
+            Update::Endpoints { query, rows, filtered_by_acls } => {
+                self.upstreams.endpoints(Query::Endpoints(query), &rows, filtered_by_acls, effects);
+            }
+            Update::PreparedQuery(query, result) => self.upstreams.prepared_query(query, &result, effects),
+            Update::Mesh(entry) => return self.mesh(entry.as_ref()),
+            Update::JwtProvider(name, entry) => return self.service.jwt_provider(name, entry.as_deref(), effects),
+            Update::Keys(source, fetched) => self.service.keys(source, fetched, effects),
+            Update::Failed(Query::JwtProvider(name)) => self.service.miss_provider(&name, effects),
+            Update::Failed(query) => self.upstreams.failed(query, effects),
+        }
+        Ok(())
+    }
+
+    /// Tries again to use a leaf or roots that were refused, and notes when a leaf should have been renewed.
+    ///
+    /// # Errors
+    /// When they still can't be used.
+    pub(super) fn retry(&mut self, now: SystemTime) -> Result<(), Bad> {
+        let is_behind = self.service.check_age(now, &mut self.effects.notes);
+        if is_behind { self.refresh_identity(now) } else { Ok(()) }
+    }
+
+    /// What to ask from now on and what no more, in order, since the last call.
+    pub(super) fn wants(&mut self) -> Vec<Want> {
+        std::mem::take(&mut self.effects.wants)
+    }
+
+    /// Rung when a connection waits for something that is not known yet.
+    pub(super) fn bell(&self) -> Bell {
+        self.upstreams.bell()
+    }
+
+    /// The queries whose answers a connection waits for.
+    pub(super) fn called_for(&self) -> impl Iterator<Item = &Query> {
+        self.upstreams.called_for()
+    }
+
+    /// Whether there is something to publish, and how soon.
+    pub(super) fn urgency(&self) -> Option<Urgency> {
+        self.effects.urgency.filter(|_| self.is_whole())
+    }
+
+    /// The next snapshot, if the state is whole and differs from the last one.
+    pub(super) fn finish(&mut self) -> Option<Arc<Snapshot>> {
+        if !self.is_whole() {
+            return None;
+        }
+        self.effects.urgency = None;
+        if let Err(bad) = self.service.build(self.mesh.as_ref()?, &mut self.effects.notes) {
+            self.effects.notes.push(format!("public listener: {bad}"));
+            return None;
+        }
+        self.upstreams.build(self.service.credentials()?, &mut self.effects.notes);
+        let (public, former_public) = self.service.published();
+        let next = Snapshot {
+            version: self.last.as_ref().map_or(1, |last| last.version + 1),
+            public,
+            former_public,
+            upstreams: self.upstreams.published(),
+            exposed: self.exposed.clone(),
+            access_log: self.access_log.clone(),
+        };
+        if self.last.as_ref().is_some_and(|last| same(last, &next)) {
+            return None;
+        }
+        let next = Arc::new(next);
+        self.last = Some(Arc::clone(&next));
+        Some(next)
+    }
+
+    /// What an operator should know and was not told yet.
+    pub(super) fn notes(&mut self) -> Vec<String> {
+        /// More different notes than this are the doing of an agent gone mad; then some are told again.
+        const REMEMBERED: usize = 10_000;
+        if self.said.len() > REMEMBERED {
+            self.said.clear();
+        }
+        self.effects.notes.take().into_iter().filter(|note| self.said.insert(note.clone())).collect()
+    }
+
+    /// Whether all is known that anything is published with.
+    fn is_whole(&self) -> bool {
+        self.definition.is_some() && self.mesh.is_some() && self.service.is_whole(self.last.is_some())
+    }
+
+    fn define(&mut self, mut new: Definition) {
+        new.restrict_tunnel(self.tunnel);
+        if self.definition.as_ref() == Some(&new) {
+            return;
+        }
+        self.service.define(&new, &mut self.effects);
+        let is_same = |access_log: &Arc<access_log::Settings>| Some(&**access_log) == new.access_log.as_ref();
+        if !self.access_log.as_ref().is_some_and(is_same) {
+            self.access_log = new.access_log.clone().map(Arc::new);
+        }
+        let kept = |exposed: &Exposed| {
+            let before = self.exposed.get(&exposed.bind).filter(|before| ***before == *exposed);
+            before.map_or_else(|| Arc::new(exposed.clone()), Arc::clone)
+        };
+        self.exposed = new.exposed.values().map(|exposed| (exposed.bind.clone(), kept(exposed))).collect();
+        self.upstreams.define(&new.upstreams, &mut self.effects);
+        self.definition = Some(new);
+        self.effects.publish(Urgency::Soon);
+    }
+
+    fn refresh_identity(&mut self, now: SystemTime) -> Result<(), Bad> {
+        let (changed, refused) = self.service.refresh_identity(now);
+        if changed {
+            self.upstreams.change_all();
+            self.effects.publish(Urgency::Now);
+        }
+        refused
+    }
+
+    /// An entry that cannot be used leaves the last good one in force; before there was one, nothing is whole.
+    fn mesh(&mut self, entry: Option<&api::MeshConfig>) -> Result<(), Bad> {
+        let settings = mesh::settings(entry, &mut self.effects.notes)?;
+        if self.mesh.as_ref() == Some(&settings) {
+            return Ok(());
+        }
+        if self.service.set_policy(settings.tls.clone()) {
+            self.upstreams.change_all();
+        }
+        self.mesh = Some(settings);
+        self.effects.publish(Urgency::Now);
+        Ok(())
+    }
+}
+
+fn same(a: &Snapshot, b: &Snapshot) -> bool {
+    let same_upstream =
+        |((key_a, a), (key_b, b)): ((_, &Arc<Upstream>), (_, &Arc<Upstream>))| key_a == key_b && Arc::ptr_eq(a, b);
+    let same_exposed =
+        |((key_a, a), (key_b, b)): ((_, &Arc<Exposed>), (_, &Arc<Exposed>))| key_a == key_b && Arc::ptr_eq(a, b);
+    a.public.as_ref().map(Arc::as_ptr) == b.public.as_ref().map(Arc::as_ptr)
+        && a.former_public.as_ref().map(Arc::as_ptr) == b.former_public.as_ref().map(Arc::as_ptr)
+        && a.access_log.as_ref().map(Arc::as_ptr) == b.access_log.as_ref().map(Arc::as_ptr)
+        && a.exposed.len() == b.exposed.len()
+        && a.exposed.iter().zip(&b.exposed).all(same_exposed)
+        && a.upstreams.len() == b.upstreams.len()
+        && a.upstreams.iter().zip(&b.upstreams).all(same_upstream)
+}
