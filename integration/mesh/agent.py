@@ -164,7 +164,8 @@ class Agent:
         return Identity(got["CertPEM"], got["PrivateKeyPEM"])
 
     def spiffe(self, service):
-        return f"spiffe://{self.trust_domain}/ns/default/dc/{self.datacenter}/svc/{service}"
+        # As Go escapes a segment of a path.
+        return f"spiffe://{self.trust_domain}/ns/default/dc/{self.datacenter}/svc/{urllib.parse.quote(service, safe='$&+:=@')}"
 
     def sni(self, service):
         return f"{service}.default.{self.datacenter}.internal.{self.trust_domain}"

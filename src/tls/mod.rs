@@ -32,7 +32,7 @@ use rustls::crypto::aws_lc_rs;
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{ClientConfig, ServerConfig};
 use rustls_pki_types::pem::PemObject;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 
 pub use aead::{Aead, Implementation};
 pub use policy::{Parameters, Policy, Versions, is_known_suite};
@@ -166,7 +166,7 @@ impl Credentials {
     }
 
     /// For dialling one target: the name to send as SNI and the identities that its server may have.
-    /// A name that is no DNS name is not sent.
+    /// A name of more than 255 bytes is not sent.
     ///
     /// # Errors
     /// When the TLS library refuses the settings.
@@ -181,13 +181,9 @@ impl Credentials {
             .with_custom_certificate_verifier(Arc::new(verifier))
             .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(self.key.clone())));
         config.resumption = rustls::client::Resumption::store(Arc::new(tickets::Tickets::default()));
-        let name = ServerName::try_from(sni.to_owned()).unwrap_or_else(|_| {
-            config.enable_sni = false;
-            ServerName::IpAddress(std::net::IpAddr::from([0, 0, 0, 0]).into())
-        });
         let without_alpn = Arc::new(config.clone());
         config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
-        Ok(Arc::new(Client { name, expected, config: Arc::new(config), without_alpn, peers }))
+        Ok(Arc::new(Client { name: sides::server_name(sni), expected, config: Arc::new(config), without_alpn, peers }))
     }
 }
 

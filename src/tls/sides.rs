@@ -1,11 +1,12 @@
 //! The two sides of a handshake, as credentials make them: ready to accept, and ready to connect to one target.
 
 use std::fmt;
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use rustls::{ClientConfig, ServerConfig};
-use rustls_pki_types::{CertificateDer, ServerName};
+use rustls_pki_types::{CertificateDer, DnsName, ServerName};
 
 use super::refusal::PeerError;
 use super::spiffe::SpiffeId;
@@ -111,6 +112,14 @@ impl Client {
         let peer = self.peers.identify(chain.unwrap_or_default(), now)?;
         expect(&peer.id, &self.expected).map(|()| peer)
     }
+}
+
+/// An SNI byte by byte, as Envoy sends it, whether or not a host could have that name; none where it can't be sent
+/// (BoringSSL: 1 to 255 bytes, none of them zero).
+pub(super) fn server_name(sni: &str) -> ServerName<'static> {
+    // The library takes a dot at the end away, and expects that a host name is left.
+    let name = if sni.ends_with('.') { DnsName::try_from(sni) } else { DnsName::try_from(sni.as_bytes()) };
+    name.map_or_else(|_| Ipv4Addr::UNSPECIFIED.into(), |name| ServerName::DnsName(name.to_owned()))
 }
 
 impl fmt::Debug for Client {
