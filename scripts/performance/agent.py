@@ -14,10 +14,10 @@ class Agent:
         self.ctx, self.path = ctx, path
         self.version = subprocess.run([path, "version"], capture_output=True, text=True, timeout=30).stdout.split("\n")[0].split()[-1].lstrip("v")
         t = ctx.ports.take
-        self.http, ports = t(), [t() for _ in range(3)]
+        self.http, self.grpc, ports = t(), t(), [t() for _ in range(3)]
         self.proc = ctx.procs.start(
             [path, "agent", "-dev", "-bind", "127.0.0.1", "-client", "127.0.0.1", "-node", "bench", "-log-level", "err",
-             "-http-port", str(self.http), "-dns-port", "-1", "-grpc-port", "-1", "-server-port", str(ports[0]),
+             "-http-port", str(self.http), "-dns-port", "-1", "-grpc-port", str(self.grpc if self.ver() >= (1, 14) else -1), "-server-port", str(ports[0]),
              "-serf-lan-port", str(ports[1]), "-serf-wan-port", str(ports[2])], f"agent-{self.version}")
         end = now() + 30
         while True:

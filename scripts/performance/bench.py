@@ -85,7 +85,7 @@ def context(args):
 
 def peers_of(ctx, args, kinds):
     """The peers asked for, or one of each of `kinds` whose binary was given."""
-    paths = {"lictor": args.lictor, "lictor-http": args.lictor, "consul": args.consul, "envoy": args.envoy, "envoy-http": args.envoy}
+    paths = {"lictor": args.lictor, "lictor-http": args.lictor, "consul": args.consul, "envoy": args.envoy, "managed-envoy": args.envoy, "envoy-http": args.envoy}
     specs = args.peers or [k if k not in paths else f"{k}={paths[k]}" for k in kinds if k not in paths or paths[k]]
     taken = set()
     peers = [parse_peer(ctx, spec, taken) for spec in specs]

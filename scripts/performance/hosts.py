@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Measures many sidecars on one host that share an agent: their connections to it, how soon all are up, whether other
-programs are still served, and the agent's CPU. Prints a table, and writes it to target/bench/hosts.md."""
+programs are still served, what they weigh, and the agent's CPU. Prints a table, and writes it to target/bench/hosts.md."""
 
 import argparse
 import http.client
@@ -10,12 +10,15 @@ import tempfile
 import threading
 import time
 
-from bench import FAULTS, TOP, common_arguments, context, peers_of
+from bench import TOP, common_arguments, context, peers_of
 from peers import ConsulPeer, EnvoyPeer, Pair
 from report import machine, table
-from system import Bad, alive, cpu, listening, now
+from system import FAULTS, NA, Bad, alive, cpu, listening, mem, now
 
-SHAPES = [(20, 3), (40, 3), (10, 60), (1, 200)]
+PAIRS = [(2, 1), (20, 1), (100, 1)]  # of 1, 10 and 50 pairs of sidecars (W11)
+SHAPES = [*PAIRS, (20, 3), (40, 3), (10, 60), (1, 200)]
+# Of Envoy's: memory, a shared page counted once, and the agent's CPU where the agent configures Envoy.
+PSS_RATIO, AGENT_RATIO = 0.08, 0.5
 # What the built-in proxy's time to be up is multiplied by, and seconds, at the most.
 UP_RATIO, UP_SECONDS = {(20, 3): 2.0}, {(10, 60): 10.0}
 MOST_CONNECTIONS = {(20, 3): 120, (10, 60): 60, (1, 200): 6}
@@ -87,9 +90,13 @@ class Host:
     def measure(self, rest):
         argvs = [self.argv(number) for number in range(len(self.services))]
         ports = {public for _, public in self.services} | {port for ups in self.upstreams for _, port in ups}
-        probe, burnt, began = Probe(self.agent.http), cpu(self.agent.proc.pid), now()
-        most, out = 0, {}
+        probe, most, out = Probe(self.agent.http), 0, {}
         try:
+            # What the agent has to do anyhow: its own work, and the probe's requests.
+            burnt, began = cpu(self.agent.proc.pid), now()
+            time.sleep(rest)
+            alone = (cpu(self.agent.proc.pid) - burnt) / (now() - began)
+            burnt, began = cpu(self.agent.proc.pid), now()
             for number, argv in enumerate(argvs):
                 self.procs.append(self.ctx.procs.start(argv, f"{self.label}-{number}", self.ctx.pin_proxy))
             while ports - listening():
@@ -101,7 +108,7 @@ class Host:
             while now() - began < out["up_s"] + rest:
                 most = max(most, connections_to(self.agent.http))
                 time.sleep(0.05)
-            out["agent_start_cpu_s"] = cpu(self.agent.proc.pid) - burnt
+            out["agent_start_cpu_s"] = max(0, cpu(self.agent.proc.pid) - burnt - alone * (now() - began))
             resting = []
             burnt, since = cpu(self.agent.proc.pid), now()
             while now() - since < rest:
@@ -109,10 +116,11 @@ class Host:
                 time.sleep(0.1)
             for proc in self.procs:
                 alive(proc)
+            out["pss_MB"] = sum(mem(proc.pid)["pss"] for proc in self.procs) / 1e6
             # The probe has one of its own now and then.
             out["at_rest"] = sorted(resting)[len(resting) // 2]
             out["most"] = max(most, *resting)
-            out["agent_rest_cpu_pct"] = 100 * (cpu(self.agent.proc.pid) - burnt) / (now() - since)
+            out["agent_rest_cpu_pct"] = max(0, 100 * ((cpu(self.agent.proc.pid) - burnt) / (now() - since) - alone))
         finally:
             probe.stop()
             self.stop()
@@ -141,17 +149,29 @@ def verdict(shape, found):
         missed.append(f"up after {ours['up_s']:.1f} s")
     if shape in UP_RATIO and builtin and "up_s" in builtin and ours["up_s"] > UP_RATIO[shape] * builtin["up_s"]:
         missed.append(f"up after {ours['up_s'] / builtin['up_s']:.1f} times the built-in proxy's time")
+    return missed + (missed_by_pairs(ours, found) if shape in PAIRS else [])
+
+
+def missed_by_pairs(ours, found):
+    missed = []
+    envoys = [found[kind] for kind in ("managed-envoy", "envoy") if "pss_MB" in found.get(kind, {})]
+    if envoys and ours["pss_MB"] > PSS_RATIO * envoys[0]["pss_MB"]:
+        missed.append(f"{ours['pss_MB'] / envoys[0]['pss_MB']:.3f} of Envoy's memory")
+    managed = found.get("managed-envoy", {})
+    for key, what in (("agent_start_cpu_s", "the start"), ("agent_rest_cpu_pct", "rest")):
+        if managed.get(key) and ours[key] > AGENT_RATIO * managed[key]:
+            missed.append(f"{ours[key] / managed[key]:.2f} of the agent's CPU for Envoys, at {what}")
     return missed
 
 
-COLUMNS = ["sidecars × upstreams", "peer", "all up, s", "connections, most", "at rest", "probes refused", "agent CPU of the start, s", "agent CPU at rest, %"]
+COLUMNS = ["sidecars × upstreams", "peer", "all up, s", "connections, most", "at rest", "probes refused", "PSS, MB", "agent CPU of the start, s", "agent CPU at rest, %"]
 
 
 def row(shape, kind, got):
     if "fail" in got:
-        return [f"{shape[0]} × {shape[1]}", kind, got["fail"], "", "", "", "", ""]
+        return [f"{shape[0]} × {shape[1]}", kind, got["fail"], "", "", "", "", "", ""]
     return [f"{shape[0]} × {shape[1]}", kind, f"{got['up_s']:.2f}", str(got["most"]), str(got["at_rest"]), f"{got['refused']} of {got['probes']}",
-            f"{got['agent_start_cpu_s']:.2f}", f"{got['agent_rest_cpu_pct']:.1f}"]
+            f"{got['pss_MB']:.1f}", f"{got['agent_start_cpu_s']:.2f}", f"{got['agent_rest_cpu_pct']:.1f}"]
 
 
 def main():
@@ -166,12 +186,14 @@ def main():
     ctx, net = context(args)
     rows, judged, failed = [], [], 0
     try:
-        peers = [p for p in peers_of(ctx, args, ["consul", "envoy", "lictor"]) if isinstance(p, (ConsulPeer, EnvoyPeer)) and p.l4]
+        peers = [p for p in peers_of(ctx, args, ["consul", "envoy", "managed-envoy", "lictor"]) if isinstance(p, (ConsulPeer, EnvoyPeer)) and p.l4]
         for shape in shapes:
             found = {}
             for peer in peers:
                 try:
                     found[peer.kind] = Host(ctx, peer, *shape).measure(args.rest)
+                except NA:
+                    continue
                 except FAULTS as e:
                     found[peer.kind] = {"fail": f"{type(e).__name__}: {e}"}
                 rows.append(row(shape, peer.label, found[peer.kind]))

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 
-from system import Bad, alive, listening, now, tail
+from system import NA, Bad, alive, listening, now, tail
 
 
 class Pair:
@@ -129,6 +129,18 @@ class ConsulPeer(Peer):
         for port, pr in ((p.public, p.server), (p.upstream, p.client)):
             self.wait_port(port, pr)
         return p
+
+
+class ManagedEnvoyPeer(ConsulPeer):
+    """Envoy as Consul starts and configures it, over xDS. Needs an agent that knows this Envoy."""
+
+    def argv(self, agent_port, sid):
+        agent, admin = self.agent(), self.ctx.ports.take()
+        if agent.ver() < (1, 14):
+            raise NA(f"Consul {agent.version} speaks no xDS of this Envoy")
+        return [agent.path, "connect", "envoy", "-sidecar-for", sid, "-envoy-binary", self.path, "-ignore-envoy-compatibility",
+                "-admin-bind", f"127.0.0.1:{admin}", "-http-addr", f"127.0.0.1:{agent_port}", "-grpc-addr", f"127.0.0.1:{agent.grpc}",
+                "--", "-l", "error", "--concurrency", str(self.opts.get("concurrency", os.cpu_count()))]
 
 
 class LeafPeer(Peer):
@@ -333,7 +345,7 @@ backend mesh
 
 
 KINDS = {"none": NonePeer, "relay": RelayPeer, "relay-splice": RelayPeer, "consul": ConsulPeer, "lictor": ConsulPeer,
-         "lictor-http": ConsulPeer, "envoy": EnvoyPeer, "envoy-http": EnvoyPeer, "haproxy": HaproxyPeer}
+         "lictor-http": ConsulPeer, "envoy": EnvoyPeer, "managed-envoy": ManagedEnvoyPeer, "envoy-http": EnvoyPeer, "haproxy": HaproxyPeer}
 
 
 def parse_peer(ctx, spec, taken):
