@@ -71,7 +71,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 
 /// Lets open connections finish, up to the drain time or a second signal. Control goes on meanwhile: what is
 /// denied then is closed then.
-async fn drain(mut trigger: drain::Trigger, time: Duration, signals: &mut Signals) {
+async fn drain(trigger: drain::Trigger, time: Duration, signals: &mut Signals) {
     tracing::info!(
         target: "proxy",
         drain_time = ?time,

@@ -1,16 +1,20 @@
 //! Draining is a value you hold: a [`Trigger`] that starts it, and clones of a [`Watch`] held by whatever
 //! must finish first. Drained means that every watch is dropped.
 //!
-//! The same pair stops one listener and the whole program.
+//! The same pair stops one listener and the whole program. `tokio_util` counts what is open; its `CancellationToken` knows one stage and a
+//! drain has two, so that the stage is a `watch`.
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
+use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 /// Makes a connected trigger and watch.
 #[must_use]
 pub fn channel() -> (Trigger, Watch) {
     let (stage, watched) = watch::channel(Stage::Running);
-    let (alive, dropped) = mpsc::channel(1);
-    (Trigger { stage, dropped }, Watch { stage: watched, _alive: alive })
+    let open = TaskTracker::new();
+    let token = open.token();
+    (Trigger { stage, open }, Watch { stage: watched, _open: token })
 }
 
 /// How far a drain has come.
@@ -27,14 +31,15 @@ pub enum Stage {
 #[derive(Debug)]
 pub struct Trigger {
     stage: watch::Sender<Stage>,
-    dropped: mpsc::Receiver<()>,
+    /// Counts the watches.
+    open: TaskTracker,
 }
 
 /// Held by everything that a drain has to wait for.
 #[derive(Debug, Clone)]
 pub struct Watch {
     stage: watch::Receiver<Stage>,
-    _alive: mpsc::Sender<()>,
+    _open: TaskTrackerToken,
 }
 
 /// Learns of the stages without being waited for.
@@ -52,8 +57,9 @@ impl Trigger {
     }
 
     /// Ends when every watch is dropped.
-    pub async fn drained(&mut self) {
-        while self.dropped.recv().await.is_some() {}
+    pub async fn drained(&self) {
+        self.open.close();
+        self.open.wait().await;
     }
 }
 
@@ -78,7 +84,7 @@ mod tests {
 
     #[tokio::test]
     async fn drained_waits_for_every_watch_and_for_no_observer() {
-        let (mut trigger, watch) = channel();
+        let (trigger, watch) = channel();
         let second = watch.clone();
         let (mut first_stage, mut second_stage) = (watch.observer(), watch.observer());
         trigger.advance(Stage::Draining);

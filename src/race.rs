@@ -1,5 +1,7 @@
 //! Attempts of which one is to succeed: the next begins when one has failed, or is slow.
 //!
+//! Our own, as no crate in use races attempts that begin with a delay; tokio's `JoinSet` would need a task for each.
+//!
 //! For the instances of a target, and for the addresses of a name (RFC 8305, section 5).
 
 use std::future::{Future, poll_fn};

@@ -1,4 +1,6 @@
 //! Host names: looked up without holding anybody else up, and connected to over whichever of their addresses answers.
+//!
+//! The resolver is the C library's, so that `/etc/hosts` and nsswitch hold as everywhere else on the host; `hickory` knows no nsswitch.
 
 use std::cell::RefCell;
 use std::collections::HashMap;

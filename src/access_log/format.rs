@@ -1,7 +1,6 @@
 //! Formats: text or JSON with operators in it, read once and written for each record.
 
 use std::borrow::Cow;
-use std::fmt;
 
 use serde_json::{Map, Value as Json};
 
@@ -33,7 +32,8 @@ enum Node {
 }
 
 /// The text is no format.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
 pub struct BadFormat(&'static str);
 
 /// Stands for what is not known, in text.
@@ -191,14 +191,6 @@ impl From<BadTemplate> for BadFormat {
         Self(bad.reason())
     }
 }
-
-impl fmt::Display for BadFormat {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.0)
-    }
-}
-
-impl std::error::Error for BadFormat {}
 
 #[cfg(test)]
 mod tests {

@@ -1,14 +1,18 @@
 //! Writing lines, on a thread of its own: a disk or a terminal that is slow costs lines, never a request's time.
+//!
+//! `tracing-appender` has such a thread too, but neither opens a file again that was moved away nor says how many lines it dropped.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwapOption;
 
 use super::secrets::Secrets;
 use super::settings::{Settings, Sink};
@@ -29,9 +33,8 @@ pub struct AccessLog(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
-    /// Spares most requests the lock where nothing is logged.
-    on: AtomicBool,
-    active: RwLock<Option<Arc<Active>>>,
+    /// `None` where nothing is logged.
+    active: ArcSwapOption<Active>,
     /// Those that may still write.
     writers: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -47,20 +50,19 @@ pub struct Active {
 impl AccessLog {
     /// Logs as `settings` say from now on; `None` is not at all. What was logged before is still written.
     pub fn set(&self, settings: Option<&Arc<Settings>>) {
-        let current = self.0.active.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let current = self.0.active.load_full();
         let next = settings.and_then(|settings| match &current {
             Some(active) if Arc::ptr_eq(&active.settings, settings) => Some(Arc::clone(active)),
             // Two writers of one file would both write its end.
             Some(active) if active.settings.sink == settings.sink => Some(Arc::new(active.with(settings))),
             _ => self.start(settings).map(Arc::new),
         });
-        self.0.on.store(next.is_some(), Ordering::Relaxed);
-        *self.0.active.write().unwrap_or_else(PoisonError::into_inner) = next;
+        self.0.active.store(next);
     }
 
     #[must_use]
     pub fn is_on(&self) -> bool {
-        self.0.on.load(Ordering::Relaxed)
+        self.0.active.load().is_some()
     }
 
     /// Logs no more, and waits until what was logged is written, for `limit` at most.
@@ -97,10 +99,7 @@ impl AccessLog {
     /// What to log a request with, if it is to be logged at all.
     #[must_use]
     pub fn active(&self) -> Option<Arc<Active>> {
-        if !self.is_on() {
-            return None;
-        }
-        self.0.active.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0.active.load_full()
     }
 }
 

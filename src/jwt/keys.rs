@@ -1,4 +1,6 @@
 //! Key sets (RFC 7517) and signatures under their keys (RFC 7518, RFC 8037).
+//!
+//! Our own, as `jsonwebtoken` 11.1 has no ES512 and finds one key for each `kid`, where Envoy tries each that fits.
 
 use std::fmt;
 
@@ -19,7 +21,8 @@ pub struct KeySet {
 }
 
 /// The text is not a key set.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
 pub struct BadKeySet(String);
 
 #[derive(Clone, PartialEq, Eq)]
@@ -222,11 +225,3 @@ impl fmt::Debug for KeySet {
         write!(f, "KeySet({} keys)", self.keys.len())
     }
 }
-
-impl fmt::Display for BadKeySet {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for BadKeySet {}

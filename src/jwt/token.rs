@@ -15,20 +15,32 @@ use super::seen::digest_of;
 pub struct Claims(Map<String, Value>);
 
 /// Why a request has no valid token.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
+    #[error("there is no token")]
     Missing,
+    #[error("there are too many tokens")]
     TooMany,
+    #[error("its provider is not known")]
     UnknownProvider,
+    #[error("the provider's keys are not known")]
     NoKeys,
+    #[error("it is malformed")]
     Malformed,
     /// `crit` names extensions that must be understood, and none is.
+    #[error("it has critical extensions")]
     Critical,
+    #[error("no key of the provider fits its algorithm and key id")]
     UnknownKey,
+    #[error("its signature is wrong")]
     Signature,
+    #[error("it has expired")]
     Expired,
+    #[error("it is not valid yet")]
     NotYetValid,
+    #[error("it is of another issuer")]
     Issuer,
+    #[error("it is for another audience")]
     Audience,
 }
 
@@ -137,24 +149,3 @@ impl fmt::Debug for Claims {
         f.write_str("Claims(redacted)")
     }
 }
-
-impl fmt::Display for Refusal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Missing => "there is no token",
-            Self::TooMany => "there are too many tokens",
-            Self::UnknownProvider => "its provider is not known",
-            Self::NoKeys => "the provider's keys are not known",
-            Self::Malformed => "it is malformed",
-            Self::Critical => "it has critical extensions",
-            Self::UnknownKey => "no key of the provider fits its algorithm and key id",
-            Self::Signature => "its signature is wrong",
-            Self::Expired => "it has expired",
-            Self::NotYetValid => "it is not valid yet",
-            Self::Issuer => "it is of another issuer",
-            Self::Audience => "it is for another audience",
-        })
-    }
-}
-
-impl std::error::Error for Refusal {}

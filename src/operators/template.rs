@@ -1,7 +1,5 @@
 //! Text with operators in it.
 
-use std::fmt;
-
 use super::operator::{Operator, Value};
 use super::record::Record;
 
@@ -18,7 +16,8 @@ pub enum Piece {
 }
 
 /// The text is no template.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
 pub struct BadTemplate(&'static str);
 
 impl Template {
@@ -123,11 +122,3 @@ impl BadTemplate {
         self.0
     }
 }
-
-impl fmt::Display for BadTemplate {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.0)
-    }
-}
-
-impl std::error::Error for BadTemplate {}

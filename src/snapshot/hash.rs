@@ -1,4 +1,7 @@
 //! Consistent hashing: from a request to a number, and from the number to an instance.
+//!
+//! The hash is ten lines of our own (FNV-1a and SplitMix64): std promises no hash that stays the same from version to version, and sidecars
+//! of several versions have to lead a client to the same instance. Nothing has to agree with Envoy's xxHash.
 
 use std::net::IpAddr;
 use std::time::Duration;

@@ -1,10 +1,10 @@
 //! One spelling for each path, so that no other spelling gets round a rule.
 //!
 //! [`Normalization::path`] does what Envoy 1.40 does under Consul 1.22 and a little more, marked below. The
-//! result is what rules see and what the app receives, and normalising it again changes nothing.
+//! result is what rules see and what the app receives, and normalising it again changes nothing. The crate `percent-encoding` decodes every
+//! escape; here most stay, and which ones is what rules depend on.
 
 use std::borrow::Cow;
-use std::fmt;
 
 use http::HeaderMap;
 
@@ -47,14 +47,19 @@ pub enum NormalPath<'a> {
 }
 
 /// A request that is answered with 400.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum BadRequest {
     /// Neither begins with `/` nor is `*`.
+    #[error("the path does not begin with a slash")]
     NotAbsolute,
     /// A control character, a space or a `#`.
+    #[error("the path has a character that paths can't have")]
     BadCharacter,
+    #[error("the path has an escaped NUL")]
     EscapedNul,
+    #[error("the path has an escaped slash")]
     EscapedSlash,
+    #[error("a header's name has an underscore")]
     Underscore,
 }
 
@@ -370,20 +375,6 @@ fn decode_all(path: &str) -> Vec<u8> {
 fn name_of(segment: &[u8]) -> &[u8] {
     segment.split(|b| *b == b';').next().unwrap_or_default()
 }
-
-impl fmt::Display for BadRequest {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::NotAbsolute => "the path does not begin with a slash",
-            Self::BadCharacter => "the path has a character that paths can't have",
-            Self::EscapedNul => "the path has an escaped NUL",
-            Self::EscapedSlash => "the path has an escaped slash",
-            Self::Underscore => "a header's name has an underscore",
-        })
-    }
-}
-
-impl std::error::Error for BadRequest {}
 
 #[cfg(test)]
 mod tests {

@@ -15,7 +15,8 @@ pub struct Pattern {
 }
 
 /// The text is no regular expression, a too large one, or one that this dialect can't express.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
 pub struct BadPattern(String);
 
 impl Pattern {
@@ -70,14 +71,6 @@ impl fmt::Debug for Pattern {
         write!(f, "Pattern({:?})", self.text)
     }
 }
-
-impl fmt::Display for BadPattern {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for BadPattern {}
 
 /// Rewrites what RE2 and the `regex` crate read differently: the classes `\d`, `\w`, `\s` and `\b` are
 /// ASCII in RE2; inside brackets it knows no nesting (`[[a]`) and no set operations (`[a&&b]`); `\<` is a

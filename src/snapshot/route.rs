@@ -479,7 +479,8 @@ impl EditValue {
 }
 
 /// A header edit that can't be made.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
 pub struct BadEdit(String);
 
 fn editable(name: &str) -> Result<HeaderName, BadEdit> {
@@ -565,14 +566,6 @@ impl RetryOn {
         })
     }
 }
-
-impl fmt::Display for BadEdit {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for BadEdit {}
 
 #[cfg(test)]
 mod tests {

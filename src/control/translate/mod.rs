@@ -13,20 +13,14 @@ mod opaque;
 mod permission;
 mod route;
 
-use std::fmt;
 use std::net::IpAddr;
 
 use crate::snapshot::Host;
 
 /// A body that cannot be used as a whole, and why: the last good one stays.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
 pub(super) struct Bad(pub(super) String);
-
-impl fmt::Display for Bad {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
 
 /// Things an operator should know about a body that was used all the same.
 #[derive(Debug, Default)]

@@ -632,7 +632,7 @@ async fn requests_in_flight_are_answered_when_both_sidecars_end_together() {
             }
         })
         .await;
-        let mut pair = pair(protocol, app).await;
+        let pair = pair(protocol, app).await;
         let client = Client::of(protocol, pair.at).await;
         let asked = tokio::spawn(async move { client.ask(get("/slow")).await });
         begin.recv().await.unwrap();

@@ -414,7 +414,7 @@ async fn a_connection_that_breaks_takes_its_session_along() {
 
 #[tokio::test]
 async fn sessions_that_are_kept_hold_up_no_drain() {
-    let mut pair = Pair::start().await;
+    let pair = Pair::start().await;
     pair.warm().await;
     let at_once = Duration::from_secs(2);
     pair.server.trigger.advance(Stage::Draining);
