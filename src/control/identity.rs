@@ -122,9 +122,24 @@ impl Identity {
     /// newest.
     ///
     /// When those do not fit together, each is tried with the last good other: bad roots must not keep out a
-    /// good leaf, nor a bad leaf good roots.
+    /// good leaf, nor a bad leaf good roots. But no root is trusted any longer than it is listed.
     pub(super) fn refresh(&mut self, service: &str, now: SystemTime) -> (bool, Result<(), Bad>) {
         let Some((roots, leaf)) = self.roots.clone().zip(self.leaf.clone()) else { return (false, Ok(())) };
+        let (renewed, refused) = self.renew(Arc::clone(&roots), leaf, service, now);
+        let distrusted = self.trust_only(&roots);
+        let all_the_same =
+            |Bad(problem)| Bad(format!("{problem}; but no root is trusted any longer than it is listed"));
+        (renewed || distrusted, if distrusted { refused.map_err(all_the_same) } else { refused })
+    }
+
+    /// Takes the best pair of leaf and roots that there is.
+    fn renew(
+        &mut self,
+        roots: Arc<api::CaRoots>,
+        leaf: Arc<api::Leaf>,
+        service: &str,
+        now: SystemTime,
+    ) -> (bool, Result<(), Bad>) {
         let mut refused = Ok(());
         for (roots, leaf) in self.candidates(roots, leaf) {
             if self.is_good(&roots, &leaf) {
@@ -140,6 +155,21 @@ impl Identity {
             }
         }
         (false, refused)
+    }
+
+    /// Trusts no root that the mesh lists no more, also where its present roots do not vouch for our leaf yet. A list of
+    /// another trust domain is of another mesh, and one without a root is none: they change nothing.
+    fn trust_only(&mut self, listed: &api::CaRoots) -> bool {
+        let Some(good) = self.good.as_mut().filter(|good| good.roots.trust_domain == listed.trust_domain) else {
+            return false;
+        };
+        let listed = anchors(listed);
+        let narrowed = good.credentials.trusting_only(&listed).filter(|_| !listed.is_empty());
+        let changes = narrowed.is_some();
+        if let Some(credentials) = narrowed {
+            good.credentials = Arc::new(credentials);
+        }
+        changes
     }
 
     /// What to try, best first. The good pair is among them if it is the best that there is.
@@ -158,9 +188,12 @@ impl Identity {
 }
 
 fn credentials(roots: &api::CaRoots, leaf: &api::Leaf, service: &str, now: SystemTime) -> Result<Credentials, Bad> {
-    // Every listed root is trusted, active or not; their intermediates are no anchors.
-    let anchors: Vec<String> = roots.roots.iter().map(|root| root.root_cert.clone()).collect();
     let key = leaf.private_key_pem.expose();
-    Credentials::new(&roots.trust_domain, &anchors, &leaf.cert_pem, key, service, now)
+    Credentials::new(&roots.trust_domain, &anchors(roots), &leaf.cert_pem, key, service, now)
         .map_err(|error| Bad(error.to_string()))
+}
+
+/// Every listed root is trusted, active or not; their intermediates are no anchors.
+fn anchors(roots: &api::CaRoots) -> Vec<String> {
+    roots.roots.iter().map(|root| root.root_cert.clone()).collect()
 }

@@ -120,6 +120,17 @@ impl Credentials {
         Self { id: self.id.clone(), valid: self.valid, key, trust, provider, policy }
     }
 
+    /// The same credentials, trusting no root that is not among `roots_pem`; `None` if that changes nothing, or one of
+    /// those can't be read. Our own leaf may be of a root that is trusted no more.
+    #[must_use]
+    pub fn trusting_only(&self, roots_pem: &[String]) -> Option<Self> {
+        let read = |pem: &String| certificates(pem).ok().filter(|roots| !roots.is_empty());
+        let listed: Option<Vec<_>> = roots_pem.iter().map(read).collect();
+        let trust = Arc::new(self.trust.only(&listed?.concat())?);
+        let (id, key, provider) = (self.id.clone(), self.key.clone(), self.provider.clone());
+        Some(Self { id, valid: self.valid, key, trust, provider, policy: self.policy.clone() })
+    }
+
     /// The same credentials, with records sealed by `aead`.
     #[must_use]
     pub fn sealed_by(self, aead: Aead) -> Self {

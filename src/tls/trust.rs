@@ -35,6 +35,12 @@ impl Trust {
         Ok(Self { roots, provider })
     }
 
+    /// Those of the roots that are also among `listed`; `None` if all are.
+    pub(super) fn only(&self, listed: &[CertificateDer<'_>]) -> Option<Self> {
+        let left: Vec<_> = self.roots.iter().filter(|root| listed.contains(root)).cloned().collect();
+        (left.len() < self.roots.len()).then(|| Self { roots: left, provider: Arc::clone(&self.provider) })
+    }
+
     /// Whether any root is valid.
     pub(super) fn is_valid(&self, now: SystemTime) -> bool {
         self.read().iter().any(|root| root.valid.holds(now))

@@ -7,10 +7,12 @@ mod whole;
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::control::fixture::{Ca, chain, read, registration, roots, row, rows};
+use crate::control::fixture::{Ca, TRUST_DOMAIN, chain, read, registration, roots, row, rows};
 use crate::control::keys::Fetched;
 use crate::control::query::{ChainQuery, EndpointsQuery, PreparedQuery};
 use crate::demand::Demand;

@@ -95,9 +95,42 @@ fn a_bad_leaf_or_bad_roots_change_nothing_and_keep_out_nothing_good() {
     stage.publishes();
     // Roots that do not vouch for our leaf wait for the leaf that they do vouch for.
     stage.roots(&[&ca]).unwrap_err();
-    stage.publishes_nothing();
+    stage.publishes();
     stage.leaf("web", ca.leaf("web")).unwrap();
     stage.publishes();
+}
+
+#[test]
+fn a_root_is_trusted_no_longer_than_it_is_listed() {
+    let (old, new) = (Ca::new(), Ca::new());
+    let trusted = |snapshot: &Snapshot| {
+        [&old, &new].map(|ca| {
+            let leaf = CertificateDer::from_pem_slice(ca.leaf("peer")["CertPEM"].as_str().unwrap().as_bytes()).unwrap();
+            snapshot.public.as_ref().unwrap().tls.authenticate(Some(&[leaf]), SystemTime::now()).is_ok()
+        })
+    };
+    let mut stage = Stage::ready(&old);
+    stage.leaf("web", old.leaf("web")).unwrap();
+    assert_eq!(trusted(&stage.publishes()), [true, false]);
+    // Our own leaf is of the old root, and may be so for a while.
+    stage.roots(&[&new]).unwrap_err();
+    assert_eq!(trusted(&stage.publishes()), [false, false]);
+    stage.draft.retry(stage.now).unwrap_err();
+    stage.publishes_nothing();
+    // Nor does a further leaf of the old root bring it back.
+    stage.leaf("web", old.leaf("web")).unwrap_err();
+    assert_eq!(trusted(&stage.publishes()), [false, false]);
+    stage.leaf("web", new.leaf("web")).unwrap();
+    assert_eq!(trusted(&stage.publishes()), [false, true]);
+    // What lists nothing, can't be read, or is of another mesh, changes nothing.
+    let mut another = roots(&[&old]);
+    another["TrustDomain"] = "another.consul".into();
+    for answer in [roots(&[]), json!({"TrustDomain": TRUST_DOMAIN, "Roots": [{"RootCert": "rubbish"}]}), another] {
+        stage.apply(Update::Roots(read(answer))).unwrap_err();
+        stage.publishes_nothing();
+    }
+    stage.roots(&[&old, &new]).unwrap();
+    assert_eq!(trusted(&stage.publishes()), [true, true]);
 }
 
 #[test]
