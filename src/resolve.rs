@@ -93,6 +93,21 @@ pub(crate) async fn connect_address(addresses: &[IpAddr], port: u16) -> io::Resu
     connected.ok_or_else(|| first_error.unwrap_or_else(|| io::Error::new(io::ErrorKind::NotFound, "it has no address")))
 }
 
+/// The addresses of a name in the order in which a client is to use them that waits long for each: one that answers now
+/// comes first. To find it, it is connected to. Where each family has one address at most, nothing is changed, as clients
+/// try a family beside the other.
+pub(crate) async fn answering_first(addresses: &[IpAddr], port: u16) -> Vec<IpAddr> {
+    let mut order = addresses.to_vec();
+    let of_v6 = addresses.iter().filter(|ip| ip.is_ipv6()).count();
+    if of_v6 > 1 || addresses.len() - of_v6 > 1 {
+        // The client finds out itself why none of them answers.
+        if let Ok((_, answers)) = connect_address(addresses, port).await {
+            order.sort_by_key(|ip| *ip != answers);
+        }
+    }
+    order
+}
+
 fn attempt(ip: IpAddr, port: u16) -> Attempt<(TcpStream, IpAddr), io::Error> {
     Box::pin(async move { Ok((TcpStream::connect(SocketAddr::from((ip, port))).await?, ip)) })
 }
@@ -122,7 +137,7 @@ const NAMES: usize = 64;
 
 #[cfg(test)]
 mod tests {
-    use tokio::net::TcpListener;
+    use tokio::net::{TcpListener, TcpSocket};
 
     use super::*;
 
@@ -163,6 +178,26 @@ mod tests {
         assert!(waits.await.is_err());
         PENDING.with_borrow_mut(HashMap::clear);
         assert!(lookup("localhost").await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn one_that_answers_comes_first() {
+        let listener = TcpListener::bind("127.0.0.3:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        // Its queue is full, so that it takes no connection and refuses none.
+        let swallows = TcpSocket::new_v4().unwrap();
+        swallows.bind(SocketAddr::from(([127, 0, 0, 1], port))).unwrap();
+        let swallows = swallows.listen(0).unwrap();
+        let _queued = TcpStream::connect(swallows.local_addr().unwrap()).await.unwrap();
+        for (given, order) in [
+            (&["127.0.0.1", "127.0.0.2", "127.0.0.3"][..], &["127.0.0.3", "127.0.0.1", "127.0.0.2"][..]),
+            (&["127.0.0.1", "::1"], &["127.0.0.1", "::1"]),
+        ] {
+            assert_eq!(answering_first(&ips(given), port).await, ips(order));
+        }
+        drop(listener);
+        let none = ips(&["127.0.0.2", "127.0.0.3"]);
+        assert_eq!(answering_first(&none, port).await, none);
     }
 
     #[tokio::test]

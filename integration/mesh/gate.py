@@ -17,9 +17,9 @@ class Gate(App):
     "broken" (200 with half a body) or "rubbish" (no HTTP at all). A change of it ends the connections of before.
     """
 
-    def __init__(self, port, agent_port):
+    def __init__(self, port, agent_port, host="127.0.0.1"):
         self.agent_port, self._mode, self.requests, self.most_open = agent_port, "pass", b"", 0
-        super().__init__(port)
+        super().__init__(port, host)
 
     @property
     def mode(self):

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from mesh import Blackhole, Echo, Service, Upstream, Web, ask, eventually
+from mesh import Blackhole, Echo, Gate, Service, Upstream, Web, ask, eventually
+from mesh.ports import is_listening
 
 DEAD, LIVE, RESOLVER = "127.0.0.41", "127.0.0.42", "127.0.0.43"
 NAME = "host.lictor.test"
@@ -68,6 +69,29 @@ def test_an_instance_is_reached_over_the_next_of_its_addresses(named):
         # So late that no session is free.
         time.sleep(0.1)
         assert quickly(client.reaches)
+
+
+def test_the_agent_is_reached_over_whichever_of_its_addresses_answers(named):
+    """Also when that is another one than before."""
+    agent = named.agent
+    port = named.ports.take()
+    dead, live = Blackhole(port, DEAD), named.keep(Gate(port, agent.port, LIVE))
+    server = named.service("server")
+    client = named.service("client", [server], sidecar=None)
+    # Several connections, some of them one after another.
+    quickly(lambda: client.start(env={"CONSUL_HTTP_ADDR": f"{NAME}:{port}"}), within=4)
+    client.eventually_reaches()
+    assert live.requests
+    dead.close()
+    moved = named.keep(Gate(port, agent.port, DEAD))
+    live.close()
+    # Nobody listens at the second address any more, and what is new is heard over the first.
+    other = named.service("other")
+    upstream = client.add_upstream(other)
+    client.register()
+    eventually(lambda: is_listening(upstream.port), 30, "the new upstream is listened on")
+    client.eventually_reaches(other)
+    assert moved.requests
 
 
 def test_a_resolver_that_does_not_answer_delays_nobody_who_dials_an_address(named):

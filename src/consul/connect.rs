@@ -17,6 +17,7 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 
 use super::files::{Followed, files_of};
 use super::settings::{Address, Settings, TlsSettings};
+use crate::resolve;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -106,13 +107,13 @@ fn tcp(settings: &Settings, base: Url) -> anyhow::Result<Transport> {
     let tls = if https { tls(&settings.tls)? } else { no_tls()? };
     let mut transport_base = base.clone();
     let mut host = None;
-    let mut resolver = None;
+    // Of a proxy the address is asked for by its own name.
+    let resolver = proxy.is_none().then(|| Arc::new(Resolver { host: bare_host(&base), port: port(&base) }));
     if let Some(name) = renamed(settings, &base)
         && proxy.is_none()
     {
         // The server name that is sent is that of the URL, so the URL gets the name and the resolver is
         // told what it stands for.
-        resolver = Some(Arc::new(Resolver { host: bare_host(&base), port: port(&base) }));
         transport_base.set_host(Some(&name)).with_context(|| format!("the TLS server name {name} is not a name"))?;
         host = Some(match base.port() {
             Some(port) => format!("{}:{port}", base.host_str().unwrap_or_default()),
@@ -167,7 +168,8 @@ fn proxy(base: &Url) -> anyhow::Result<Option<Proxy>> {
     Ok(Some(proxy.no_proxy(NoProxy::from_env())))
 }
 
-/// Resolves whatever it is asked to the agent's true address.
+/// Resolves whatever it is asked to the agent's true address; of several to one that answers first, as hyper waits for
+/// seconds before it tries the next.
 struct Resolver {
     host: String,
     port: u16,
@@ -175,10 +177,11 @@ struct Resolver {
 
 impl Resolve for Resolver {
     fn resolve(&self, _: Name) -> Resolving {
-        let target = (self.host.clone(), self.port);
+        let (host, port) = (self.host.clone(), self.port);
         Box::pin(async move {
-            let found: Vec<SocketAddr> = tokio::net::lookup_host(target).await?.collect();
-            Ok(Box::new(found.into_iter()) as Addrs)
+            let found = resolve::lookup(&host).await?;
+            let order = resolve::answering_first(&found, port).await;
+            Ok(Box::new(order.into_iter().map(move |ip| SocketAddr::from((ip, port)))) as Addrs)
         })
     }
 }
