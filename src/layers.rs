@@ -10,7 +10,7 @@ use std::{fmt, fs};
 /// Each module of the crate, lowest first, with the modules that it may import. A module imports none that stands below it in this table,
 /// so the table itself has no cycle.
 const LAYERS: [(&str, &[&str]); 18] = [
-    ("demand", &[]),
+    ("fetch", &[]),
     ("drain", &[]),
     ("race", &[]),
     ("telemetry", &[]),
@@ -22,8 +22,8 @@ const LAYERS: [(&str, &[&str]); 18] = [
     ("access_log", &["jwt", "operators", "telemetry"]),
     ("config", &["consul", "telemetry", "tls"]),
     ("registration", &["config", "consul"]),
-    ("snapshot", &["access_log", "demand", "jwt", "operators", "tls"]),
-    ("control", &["access_log", "config", "consul", "demand", "jwt", "snapshot", "tls"]),
+    ("snapshot", &["access_log", "fetch", "jwt", "operators", "tls"]),
+    ("control", &["access_log", "config", "consul", "fetch", "jwt", "snapshot", "tls"]),
     ("proxy", &["access_log", "drain", "jwt", "operators", "race", "resolve", "snapshot", "tls"]),
     ("app", &["access_log", "config", "consul", "control", "drain", "proxy", "registration", "snapshot"]),
     // The root of the crate, and the program.
@@ -68,6 +68,16 @@ fn the_table_names_each_module_once_and_lowest_first() {
 }
 
 #[test]
+fn the_architecture_names_files_that_there_are() {
+    let top = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let text = fs::read_to_string(top.join("docs/architecture.md")).expect("the page is there");
+    let named = text.split('`').skip(1).step_by(2).filter(|name| name.ends_with(".rs") || name.ends_with('/'));
+    let missing: Vec<&str> =
+        named.filter(|name| ![top, &top.join("src")].iter().any(|at| at.join(name).exists())).collect();
+    assert!(missing.is_empty(), "docs/architecture.md names what there is not: {}", missing.join(", "));
+}
+
+#[test]
 fn faults_are_told_with_file_line_and_rule() {
     let of = |module: &str, text: &str| {
         let mut sources = Sources::default();
@@ -79,7 +89,7 @@ fn faults_are_told_with_file_line_and_rule() {
         layer_faults(&sources)
     };
     assert_eq!(of("snapshot", "use crate::tls::Sni;\n// crate::control\nfn f() { \"crate::control\"; 'c'; }"), [""; 0]);
-    let expected = "src/snapshot.rs:2: snapshot imports control::draft, and may import only access_log, demand, jwt, operators, tls \
+    let expected = "src/snapshot.rs:2: snapshot imports control::draft, and may import only access_log, fetch, jwt, operators, tls \
                     (LAYERS in src/layers.rs)";
     assert_eq!(of("snapshot", "\nuse crate::{tls::{self, Sni}, control::draft::Draft};"), [expected]);
     assert_eq!(of("snapshot", "\nfn f<'a>(x: &'a u8) { crate::control::draft::f() }"), [expected]);

@@ -3,7 +3,7 @@
 //! # A bird's-eye view
 //!
 //! **agent → [`consul`] → [`control`] → [`snapshot`] → [`proxy`] → wire**, and data flows rightward only. One bit
-//! goes the other way: that a connection waits for an upstream which is not known yet ([`demand`]).
+//! goes the other way: that a connection waits for an upstream which is not known yet ([`fetch`]).
 //!
 //! * [`config`] turns the command line and the environment into checked settings.
 //! * [`consul`] speaks the agent's HTTP API: one method per endpoint, and the loop that keeps a
@@ -32,8 +32,8 @@ pub mod app;
 pub mod config;
 pub mod consul;
 pub mod control;
-pub mod demand;
 pub mod drain;
+pub mod fetch;
 pub mod jwt;
 pub mod operators;
 pub mod proxy;

@@ -119,7 +119,7 @@ def test_an_app_that_breaks_off_is_told_as_such(mesh):
 
 
 def test_a_try_that_takes_too_long_is_given_up_for_another(mesh):
-    server, _, port = pair(mesh, lictor_per_try_timeout_ms=700, lictor_tell_cause=True)
+    server, _, port = pair(mesh, lictor_per_try_timeout_ms=700, lictor_expose_cause=True)
     retried = {"Match": {"HTTP": {"PathPrefix": "/retried"}}, "Destination": {"NumRetries": 2, "RetryOnStatusCodes": [504], "PrefixRewrite": "/again"}}
     mesh.agent.write("service-router", server.name, Routes=[retried])
     eventually(lambda: ask(port, "/retried").seen()["path"] == "/again")
@@ -139,7 +139,7 @@ def test_a_try_that_takes_too_long_is_given_up_for_another(mesh):
 
 @pytest.mark.parametrize("tells", [True, False])
 def test_the_cause_is_told_in_a_header_where_that_is_asked(mesh, tells):
-    config = {"lictor_tell_cause": True} if tells else {}
+    config = {"lictor_expose_cause": True} if tells else {}
     server, client, port = pair(mesh, config, **config)
     eventually(lambda: who(port) == "server")
     server.app.close()
@@ -155,7 +155,7 @@ def test_the_cause_is_told_in_a_header_where_that_is_asked(mesh, tells):
 @pytest.mark.parametrize("tells", [True, False])
 def test_the_cause_that_another_sidecar_tells_is_passed_on_only_where_that_is_asked(mesh, tells):
     """And what an app says under that name is nobody's cause."""
-    server, _, port = pair(mesh, {"lictor_tell_cause": True}, **({"lictor_tell_cause": True} if tells else {}))
+    server, _, port = pair(mesh, {"lictor_expose_cause": True}, **({"lictor_expose_cause": True} if tells else {}))
     server.app.answer = lambda request: server.app.say(request, b"", 200, [("x-lictor-cause", "the app's")])
     answer = eventually(lambda: (got := ask(port)).status == 200 and got)
     assert answer.header("x-lictor-cause") == ("the app's" if tells else None)

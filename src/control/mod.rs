@@ -9,7 +9,7 @@ mod fixture;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod identity;
-mod keys;
+mod jwks_fetcher;
 mod query;
 mod tokens;
 mod translate;
@@ -24,7 +24,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use self::draft::{Draft, Update, Urgency, Want};
-use self::keys::{Keeper, KeySource};
+use self::jwks_fetcher::{Keeper, KeySource};
 use self::query::Query;
 use crate::config::Mode;
 use crate::consul::query::Event;
@@ -185,13 +185,13 @@ impl Control {
         publish: watch::Sender<Option<Arc<Snapshot>>>,
     ) -> anyhow::Result<()> {
         let mut pace = Pace::default();
-        let bell = self.draft.bell();
-        let mut called = false;
+        let fetch_requests = self.draft.fetch_requests();
+        let mut requested = false;
         let mut retry = tokio::time::interval(RETRY);
         retry.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             self.ask_for_what_is_wanted();
-            called = called && self.hurry();
+            requested = requested && self.hurry();
             for note in self.draft.notes() {
                 tracing::warn!("{note}");
             }
@@ -209,8 +209,8 @@ impl Control {
                     let burst = std::iter::once(first).chain(std::iter::from_fn(|| news.try_recv().ok()));
                     self.take_burst(burst, publish.borrow().is_none())?;
                 }
-                () = bell.rung() => {
-                    called = true;
+                () = fetch_requests.notified() => {
+                    requested = true;
                     continue;
                 }
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => continue,
@@ -312,7 +312,7 @@ impl Control {
     /// Puts first what a connection waits for; false if nobody waits.
     fn hurry(&self) -> bool {
         let mut waits = false;
-        for query in self.draft.called_for() {
+        for query in self.draft.requested() {
             waits = true;
             if let Some(watch) = self.running.get(query) {
                 watch.hurry();
@@ -323,7 +323,9 @@ impl Control {
 
     fn keep(&self, source: KeySource) -> Keeper {
         let named = source.clone();
-        keys::keep(source, self.sender.clone(), move |fetched| News::Update(Update::Keys(named.clone(), fetched)))
+        jwks_fetcher::keep(source, self.sender.clone(), move |fetched| {
+            News::Update(Update::Keys(named.clone(), fetched))
+        })
     }
 
     /// Watches what the agent knows; `None` for what it does not.

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::keys::KeySource;
+use super::jwks_fetcher::KeySource;
 
 pub(super) use crate::consul::{Chain as ChainQuery, Instances as EndpointsQuery};
 

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
-use super::keys::{Fetched, KeySource};
+use super::jwks_fetcher::{Fetched, KeySource};
 use super::query::Query;
 use super::translate::jwt::ProviderPlan;
 use crate::jwt::{Provider, Providers};

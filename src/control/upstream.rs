@@ -9,7 +9,7 @@ use super::translate::chain::{ChainPlan, Identity, Prepared, Sni, TargetPlan};
 use super::translate::definition::{Source, UpstreamPlan};
 use super::translate::endpoints::{self, Instance, View};
 use super::translate::{Bad, Notes};
-use crate::demand::Bell;
+use crate::fetch::FetchRequests;
 use crate::snapshot::{Endpoints, Protocol, Target, Upstream, UpstreamKey};
 use crate::tls::{self, Credentials, SpiffeId};
 
@@ -59,9 +59,9 @@ pub(super) struct Instances {
 }
 
 impl UpstreamDraft {
-    pub(super) fn new(key: &UpstreamKey, plan: UpstreamPlan, bell: &Bell) -> Self {
-        let demand = Arc::new(bell.demand());
-        let unknown = Arc::new(Upstream::unknown(key.clone(), plan.name.clone(), Some(demand)));
+    pub(super) fn new(key: &UpstreamKey, plan: UpstreamPlan, fetches: &FetchRequests) -> Self {
+        let request = Arc::new(fetches.request());
+        let unknown = Arc::new(Upstream::unknown(key.clone(), plan.name.clone(), Some(request)));
         Self { plan, uses: Vec::new(), state: State::Unknown(unknown) }
     }
 
@@ -92,8 +92,8 @@ impl UpstreamDraft {
     }
 
     /// What it hangs on, if somebody waits for it.
-    pub(super) fn called_for(&self) -> &[Query] {
-        let waits = self.published().awaited.as_ref().is_some_and(|demand| demand.is_called());
+    pub(super) fn requested(&self) -> &[Query] {
+        let waits = self.published().awaited.as_ref().is_some_and(|request| request.is_requested());
         if waits { &self.uses } else { &[] }
     }
 

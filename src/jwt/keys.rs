@@ -11,13 +11,13 @@ use aws_lc_rs::signature::{
 use serde::Deserialize;
 
 use super::base64url::decode;
-use super::seen::Seen;
+use super::verified_cache::VerifiedCache;
 
 /// The keys of one issuer that can be used for verifying.
 #[derive(Clone, PartialEq, Eq)]
 pub struct KeySet {
     keys: Vec<Key>,
-    pub(super) seen: Seen,
+    pub(super) verified: VerifiedCache,
 }
 
 /// The text is not a key set.
@@ -58,7 +58,7 @@ impl KeySet {
         let set: JsonKeySet = serde_json::from_slice(json)
             .map_err(|error| BadKeySet(format!("not a key set (line {}, column {})", error.line(), error.column())))?;
         let keys = set.keys.into_iter().filter_map(|key| serde_json::from_value(key).ok());
-        Ok(Self { keys: keys.filter_map(Key::read).collect(), seen: Seen::default() })
+        Ok(Self { keys: keys.filter_map(Key::read).collect(), verified: VerifiedCache::default() })
     }
 
     #[must_use]

@@ -7,8 +7,8 @@ mod base64url;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod keys;
-mod seen;
 mod token;
+mod verified_cache;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -428,7 +428,7 @@ mod tests {
     #[test]
     fn a_good_signature_is_remembered_and_nothing_else() {
         let provider = Provider { audiences: vec!["us".to_owned()], ..provider(&[secret()]) };
-        let remembered = |token: &str| provider.keys.as_ref().unwrap().seen.has(&seen::digest_of(token));
+        let remembered = |token: &str| provider.keys.as_ref().unwrap().verified.has(&verified_cache::digest_of(token));
         let good = hs256(&json!({"aud": "us", "exp": NOW + 100}));
         for _ in 0..2 {
             assert_eq!(outcome(&provider, &good), Ok(()));

@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 
 use super::base64url::decode;
 use super::keys::{KeySet, Verdict};
-use super::seen::digest_of;
+use super::verified_cache::digest_of;
 
 /// The claims of a verified token.
 #[derive(Clone, PartialEq, Eq)]
@@ -86,11 +86,11 @@ impl Checks<'_> {
         if header.crit.is_some() {
             return Err(Refusal::Critical);
         }
-        let seen = digest_of(token);
-        if !self.keys.seen.has(&seen) {
+        let digest = digest_of(token);
+        if !self.keys.verified.has(&digest) {
             let signature = decode(signature).ok_or(Refusal::Malformed)?;
             match self.keys.verify(&header.alg, header.kid.as_deref(), signed.as_bytes(), &signature) {
-                Verdict::Good => self.keys.seen.add(seen),
+                Verdict::Good => self.keys.verified.add(digest),
                 Verdict::Bad => return Err(Refusal::Signature),
                 Verdict::NoKey => return Err(Refusal::UnknownKey),
             }

@@ -82,8 +82,8 @@ async fn establish(accepted: Accepted<Plan>, clock: Clock, access_log: AccessLog
 /// drain.
 async fn known(live: &mut watch::Receiver<Live<Plan>>) -> Arc<Plan> {
     let known = live.wait_for(|live| {
-        let demand = live.part.upstream.awaited.as_ref().filter(|_| live.stage < Stage::Closing);
-        demand.map(|demand| demand.call()).is_none()
+        let request = live.part.upstream.awaited.as_ref().filter(|_| live.stage < Stage::Closing);
+        request.map(|request| request.request()).is_none()
     });
     let _ = timeout(AWAITED, known).await;
     Arc::clone(&live.borrow_and_update().part)

@@ -46,7 +46,7 @@ pub use route::{
 };
 pub use upgrade::Upgrades;
 
-use crate::demand::Demand;
+use crate::fetch::FetchRequest;
 use crate::{access_log, jwt, tls};
 
 /// Everything that the data plane needs, as of one version.
@@ -93,7 +93,7 @@ pub struct PublicListener {
     pub upgrades: Upgrades,
     /// Whether `x-forwarded-client-cert` is removed rather than added to, HTTP only.
     pub sanitize_forwarded_cert: bool,
-    /// Answers of ours say why in a header, HTTP only: `lictor_tell_cause`.
+    /// Answers of ours say why in a header, HTTP only: `lictor_expose_cause`.
     pub tells_cause: bool,
     /// Those that the intentions name, HTTP only. One that is not here has no valid token.
     pub token_providers: Arc<jwt::Providers>,
@@ -120,13 +120,13 @@ pub struct Upstream {
     pub requests: RequestSettings,
     /// Something while it is not known yet where it leads. Whoever connects calls for it and waits. Until then it
     /// has no target.
-    pub awaited: Option<Arc<Demand>>,
+    pub awaited: Option<Arc<FetchRequest>>,
 }
 
 impl Upstream {
     /// One that leads nowhere, or nowhere yet.
     #[must_use]
-    pub fn unknown(key: UpstreamKey, name: String, awaited: Option<Arc<Demand>>) -> Self {
+    pub fn unknown(key: UpstreamKey, name: String, awaited: Option<Arc<FetchRequest>>) -> Self {
         let start = Node::Resolver(Arc::new(Resolver::new(Vec::new())));
         Self {
             key,
@@ -145,7 +145,7 @@ impl Upstream {
 pub struct RequestSettings {
     /// One try, from the instance's choice to the head of its answer: `lictor_per_try_timeout_ms`; `None` is no limit.
     pub per_try_timeout: Option<Duration>,
-    /// Answers of ours say why in a header: `lictor_tell_cause`.
+    /// Answers of ours say why in a header: `lictor_expose_cause`.
     pub tells_cause: bool,
     /// What connections may be upgraded to: `lictor_upgrades`.
     pub upgrades: Upgrades,

@@ -54,7 +54,7 @@ struct State {
     tokens: HashSet<String>,
     before_1_9: bool,
     default_policy: Option<&'static str>,
-    requests: Vec<Seen>,
+    requests: Vec<RecordedRequest>,
     /// Connections made under an older number are closed.
     generation: u64,
     /// So many connections are served, and others closed at once.
@@ -99,7 +99,7 @@ pub(crate) enum Fault {
 
 /// A request that came.
 #[derive(Debug, Clone)]
-pub(crate) struct Seen {
+pub(crate) struct RecordedRequest {
     pub(crate) method: Method,
     pub(crate) path: String,
     pub(crate) params: BTreeMap<String, String>,
@@ -107,7 +107,7 @@ pub(crate) struct Seen {
     pub(crate) body: Bytes,
 }
 
-impl Seen {
+impl RecordedRequest {
     pub(crate) fn param(&self, name: &str) -> Option<&str> {
         self.params.get(name).map(String::as_str)
     }
@@ -265,13 +265,13 @@ impl Agent {
     }
 
     /// The requests for a path, oldest first.
-    pub(crate) fn requests(&self, path: &str) -> Vec<Seen> {
+    pub(crate) fn requests(&self, path: &str) -> Vec<RecordedRequest> {
         self.shared.lock().requests.iter().filter(|seen| seen.path == path).cloned().collect()
     }
 
-    /// How many requests came of which `which` is true.
-    pub(crate) fn count(&self, which: impl Fn(&Seen) -> bool) -> usize {
-        self.shared.lock().requests.iter().filter(|seen| which(seen)).count()
+    /// How many recorded requests match.
+    pub(crate) fn count(&self, matches: impl Fn(&RecordedRequest) -> bool) -> usize {
+        self.shared.lock().requests.iter().filter(|seen| matches(seen)).count()
     }
 
     fn change(&self, change: impl FnOnce(&mut State)) {
@@ -362,21 +362,22 @@ async fn answer(shared: Arc<Shared>, request: Request<Incoming>) -> Result<Respo
     let (head, body) = request.into_parts();
     let params = url_params(head.uri.query().unwrap_or_default());
     let body = body.collect().await.map(|body| body.to_bytes()).unwrap_or_default();
-    let seen = Seen { method: head.method, path: head.uri.path().into(), params, headers: head.headers, body };
+    let seen =
+        RecordedRequest { method: head.method, path: head.uri.path().into(), params, headers: head.headers, body };
     shared.lock().requests.push(seen.clone());
     let mut version = shared.version.subscribe();
     let wait = seen.param("wait").and_then(|wait| wait.strip_suffix("ms")).and_then(|wait| wait.parse().ok());
     let deadline = tokio::time::sleep(Duration::from_millis(wait.unwrap_or(300_000)));
     tokio::pin!(deadline);
-    let mut over = false;
+    let mut wait_expired = false;
     loop {
         version.mark_unchanged();
-        if let Some(response) = shared.lock().try_answer(&seen, over) {
+        if let Some(response) = shared.lock().try_answer(&seen, wait_expired) {
             return Ok(response);
         }
         tokio::select! {
             _ = version.changed() => {}
-            () = &mut deadline, if !over => over = true,
+            () = &mut deadline, if !wait_expired => wait_expired = true,
         }
     }
 }
@@ -400,8 +401,8 @@ impl State {
         }
     }
 
-    /// `None` while the request has to wait; `over` when it has waited for as long as it wanted.
-    fn try_answer(&self, seen: &Seen, over: bool) -> Option<Response<Full<Bytes>>> {
+    /// `None` while the request has to wait; `wait_expired` when it has waited for as long as it asked.
+    fn try_answer(&self, seen: &RecordedRequest, wait_expired: bool) -> Option<Response<Full<Bytes>>> {
         match self.fault {
             Some(Fault::Silent) => return None,
             Some(Fault::Status(code, text)) => return Some(refusal(code, text)),
@@ -412,14 +413,14 @@ impl State {
             return Some(refusal(403, "Permission denied"));
         }
         if [INSTANCES, CONFIG_ENTRIES].contains(&seen.path.as_str()) && !self.answers.contains_key(&seen.path) {
-            return self.table(seen, over);
+            return self.table(seen, wait_expired);
         }
         let table = seen.path == "/v1/connect/intentions";
         let stored = self.answers.get(&seen.key()).or_else(|| self.answers.get(&seen.path)).cloned();
         let matched = |path: &str| path.starts_with("/v1/connect/intentions");
         let intentions = || self.answers.iter().filter(|(path, _)| matched(path)).map(|(_, stored)| stored.index).max();
         let stored = stored.or_else(|| table.then(|| Stored { body: "[]".into(), index: intentions().unwrap_or(1) }));
-        let Some(stored) = stored else { return self.missing(seen, over) };
+        let Some(stored) = stored else { return self.missing(seen, wait_expired) };
         let hash = format!("{:016x}", stored.index);
         let by_hash = seen.path.starts_with("/v1/agent/service/");
         let index = if seen.path == "/v1/connect/intentions/match" && self.before_1_9 {
@@ -429,7 +430,7 @@ impl State {
         };
         let asked_index = seen.param("index").and_then(|index| index.parse().ok()).unwrap_or(0);
         let waits = if by_hash { seen.param("hash") == Some(&hash) } else { asked_index >= index };
-        if waits && !over {
+        if waits && !wait_expired {
             return None;
         }
         let mut response = Response::builder();
@@ -445,23 +446,23 @@ impl State {
     }
 
     /// The index of a table, with nothing in it.
-    fn table(&self, seen: &Seen, over: bool) -> Option<Response<Full<Bytes>>> {
+    fn table(&self, seen: &RecordedRequest, wait_expired: bool) -> Option<Response<Full<Bytes>>> {
         if self.without_tables {
             return Some(refusal(404, "not found"));
         }
         let index = self.tables.get(seen.path.as_str()).copied().unwrap_or(1);
         let asked_index = seen.param("index").and_then(|index| index.parse().ok()).unwrap_or(0);
-        if asked_index >= index && !over {
+        if asked_index >= index && !wait_expired {
             return None;
         }
         let response = Response::builder().header("X-Consul-Index", index).body(Full::new("[]".into()));
         Some(response.expect("the parts are valid"))
     }
 
-    fn missing(&self, seen: &Seen, over: bool) -> Option<Response<Full<Bytes>>> {
+    fn missing(&self, seen: &RecordedRequest, wait_expired: bool) -> Option<Response<Full<Bytes>>> {
         let asked_index: u64 = seen.param("index").and_then(|index| index.parse().ok()).unwrap_or(0);
         if seen.path.starts_with("/v1/config/") {
-            if asked_index >= self.index && !over {
+            if asked_index >= self.index && !wait_expired {
                 return None;
             }
             let mut response = refusal(404, "Config entry not found");

@@ -25,7 +25,7 @@ use super::translate::mesh::MeshSettings;
 use super::translate::{Bad, definition, mesh};
 use crate::access_log;
 use crate::consul::api;
-use crate::demand::Bell;
+use crate::fetch::FetchRequests;
 use crate::snapshot::{Bind, Exposed, Snapshot, Upstream};
 use crate::tls::Aead;
 
@@ -149,14 +149,14 @@ impl Draft {
         std::mem::take(&mut self.effects.wants)
     }
 
-    /// Rung when a connection waits for something that is not known yet.
-    pub(super) fn bell(&self) -> Bell {
-        self.upstreams.bell()
+    /// Notified when a connection waits for an upstream that is not known yet.
+    pub(super) fn fetch_requests(&self) -> FetchRequests {
+        self.upstreams.fetch_requests()
     }
 
     /// The queries whose answers a connection waits for.
-    pub(super) fn called_for(&self) -> impl Iterator<Item = &Query> {
-        self.upstreams.called_for()
+    pub(super) fn requested(&self) -> impl Iterator<Item = &Query> {
+        self.upstreams.requested()
     }
 
     /// Whether there is something to publish, and how soon.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::super::identity::Identity;
-use super::super::keys::{Fetched, KeySource};
+use super::super::jwks_fetcher::{Fetched, KeySource};
 use super::super::query::Query;
 use super::super::tokens::Tokens;
 use super::super::translate::definition::{Definition, PublicPlan};

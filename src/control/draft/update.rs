@@ -1,6 +1,6 @@
 //! What goes into a draft, and what it asks for in return.
 
-use super::super::keys::{Fetched, KeySource};
+use super::super::jwks_fetcher::{Fetched, KeySource};
 use super::super::query::{ChainQuery, EndpointsQuery, PreparedQuery, Query};
 use super::super::translate::Notes;
 use crate::consul::api;

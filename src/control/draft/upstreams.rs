@@ -11,7 +11,7 @@ use super::super::translate::{Bad, Notes, chain};
 use super::super::upstream::{Instances, Mesh, UpstreamDraft};
 use super::update::{Effects, Urgency, Want};
 use crate::consul::api;
-use crate::demand::Bell;
+use crate::fetch::FetchRequests;
 use crate::snapshot::{Upstream, UpstreamKey};
 use crate::tls::Credentials;
 
@@ -28,19 +28,19 @@ pub(super) struct Upstreams {
     unused: Vec<Query>,
     /// Those that have to be built again.
     changed: BTreeSet<UpstreamKey>,
-    /// Rung by connections that wait for an upstream.
-    bell: Bell,
+    /// Requests of connections that wait for an upstream.
+    fetches: FetchRequests,
 }
 
 impl Upstreams {
-    /// Rung when a connection waits for something that is not known yet.
-    pub(super) fn bell(&self) -> Bell {
-        self.bell.clone()
+    /// Notified when a connection waits for an upstream that is not known yet.
+    pub(super) fn fetch_requests(&self) -> FetchRequests {
+        self.fetches.clone()
     }
 
     /// The queries whose answers a connection waits for.
-    pub(super) fn called_for(&self) -> impl Iterator<Item = &Query> {
-        self.drafts.values().flat_map(UpstreamDraft::called_for)
+    pub(super) fn requested(&self) -> impl Iterator<Item = &Query> {
+        self.drafts.values().flat_map(UpstreamDraft::requested)
     }
 
     /// Makes the upstreams those of a definition.
@@ -53,7 +53,7 @@ impl Upstreams {
         for (key, plan) in plans {
             let unchanged = match self.drafts.get_mut(key) {
                 Some(upstream) => !upstream.set_plan(plan),
-                None => self.drafts.insert(key.clone(), UpstreamDraft::new(key, plan.clone(), &self.bell)).is_some(),
+                None => self.drafts.insert(key.clone(), UpstreamDraft::new(key, plan.clone(), &self.fetches)).is_some(),
             };
             if !unchanged {
                 self.relink(key, effects);
@@ -183,8 +183,8 @@ impl Upstreams {
 
     /// How soon a change of these upstreams must be published.
     fn urgency_of(&self, upstreams: &BTreeSet<UpstreamKey>) -> Urgency {
-        let called = |key: &UpstreamKey| self.drafts.get(key).is_some_and(|found| !found.called_for().is_empty());
-        if upstreams.iter().any(called) { Urgency::Now } else { Urgency::Soon }
+        let requested = |key: &UpstreamKey| self.drafts.get(key).is_some_and(|found| !found.requested().is_empty());
+        if upstreams.iter().any(requested) { Urgency::Now } else { Urgency::Soon }
     }
 
     fn users_of(&self, query: &Query) -> BTreeSet<UpstreamKey> {

@@ -462,7 +462,9 @@ fn query_source(wire: &api::Upstream, config: Opaque<'_>, notes: &mut Notes) -> 
 
 /// Off by default: a cause names addresses of instances and rules.
 fn tells_cause(config: Opaque<'_>, notes: &mut Notes) -> bool {
-    config.count("lictor_tell_cause", notes).is_some_and(|on| on > 0)
+    let set = config.count("lictor_expose_cause", notes);
+    // The older spelling of the key.
+    set.or_else(|| config.count("lictor_tell_cause", notes)).is_some_and(|on| on > 0)
 }
 
 /// What connections may be upgraded to beside `websocket`.
@@ -804,7 +806,7 @@ mod tests {
             "limits": {"max_connections": 7, "max_pending_requests": 0, "max_concurrent_requests": "9"},
             "passive_health_check": {"interval": "30s", "max_failures": 3, "enforcing_consecutive_5xx": 50,
                 "max_ejection_percent": 250, "base_ejection_time": "1m"},
-            "lictor_per_try_timeout_ms": 250, "lictor_tell_cause": true, "lictor_upgrades": ["chat", "TLS/1.2"],
+            "lictor_per_try_timeout_ms": 250, "lictor_expose_cause": true, "lictor_upgrades": ["chat", "TLS/1.2"],
         });
         let merged = json!({
             "limits": {"MaxConnections": 7, "MaxPendingRequests": 0, "MaxConcurrentRequests": 9},

@@ -11,7 +11,7 @@ use http::HeaderName;
 
 use super::{Bad, Notes};
 use crate::consul::api;
-use crate::control::keys::{KeySource, RemoteKeys, Trust};
+use crate::control::jwks_fetcher::{KeySource, RemoteKeys, Trust};
 use crate::jwt::{DEFAULT_CLOCK_SKEW, Forwarding, KeySet, Location, Provider};
 
 /// Consul asks for a time and has no default; this is its documentation's example, rounded.

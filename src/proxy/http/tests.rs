@@ -24,8 +24,8 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use crate::access_log;
-use crate::demand::Bell;
 use crate::drain::Stage;
+use crate::fetch::FetchRequests;
 use crate::proxy::fixture::*;
 use crate::snapshot::*;
 use crate::testing::TempFile;
@@ -568,12 +568,12 @@ async fn a_connection_waits_until_it_is_known_where_its_upstream_leads() {
     let (mesh, at) = (free(), free());
     let _server = Sidecar::start(with_public(public(Protocol::Http, mesh, app)));
     let known = upstream(Protocol::Http, at, &[mesh]);
-    let bell = Bell::default();
+    let fetches = FetchRequests::default();
     let unknown = |awaited| Upstream::unknown(known.key.clone(), known.name.clone(), awaited);
-    let client = Sidecar::start(with_upstream(unknown(Some(Arc::new(bell.demand())))));
+    let client = Sidecar::start(with_upstream(unknown(Some(Arc::new(fetches.request())))));
     listening(at).await;
     let waiting = tokio::spawn(async move { Client::http1(at).await.send(get("/")).await.status() });
-    bell.rung().await;
+    fetches.notified().await;
     assert!(!waiting.is_finished());
     client.snapshot.send_replace(Some(Arc::new(with_upstream(known))));
     assert_eq!(waiting.await.unwrap(), StatusCode::OK);

@@ -13,9 +13,9 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::control::fixture::{Ca, TRUST_DOMAIN, chain, read, registration, roots, row, rows};
-use crate::control::keys::Fetched;
+use crate::control::jwks_fetcher::Fetched;
 use crate::control::query::{ChainQuery, EndpointsQuery, PreparedQuery};
-use crate::demand::Demand;
+use crate::fetch::FetchRequest;
 use crate::snapshot::{Action, Bind, Decision, DefaultPolicy, Target, UpstreamKey};
 use crate::tls::SpiffeId;
 
@@ -134,7 +134,7 @@ fn upstream<'a>(snapshot: &'a Snapshot, destination: &str) -> Option<&'a Arc<Ups
     snapshot.upstreams.iter().find(found).map(|(_, upstream)| upstream)
 }
 
-fn awaited<'a>(snapshot: &'a Snapshot, destination: &str) -> Option<&'a Demand> {
+fn awaited<'a>(snapshot: &'a Snapshot, destination: &str) -> Option<&'a FetchRequest> {
     upstream(snapshot, destination).unwrap().awaited.as_deref()
 }
 

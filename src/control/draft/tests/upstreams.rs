@@ -76,23 +76,23 @@ fn what_a_connection_waits_for_is_called_for_until_it_is_known() {
     let mut stage = Stage::ready(&ca);
     stage.service(registration(&[("db", 9191), ("cache", 9192)]));
     let snapshot = stage.publishes();
-    let called_for = |stage: &Stage| stage.draft.called_for().map(ToString::to_string).collect::<BTreeSet<String>>();
-    assert_eq!(called_for(&stage), BTreeSet::new());
-    awaited(&snapshot, "db").unwrap().call();
-    assert_eq!(called_for(&stage), ["discovery chain of db".to_owned()].into());
+    let requested = |stage: &Stage| stage.draft.requested().map(ToString::to_string).collect::<BTreeSet<String>>();
+    assert_eq!(requested(&stage), BTreeSet::new());
+    awaited(&snapshot, "db").unwrap().request();
+    assert_eq!(requested(&stage), ["discovery chain of db".to_owned()].into());
     stage.chain("db", chain(&["db.dc1"])).unwrap();
-    assert!(called_for(&stage).contains("endpoints of db in dc1"));
+    assert!(requested(&stage).contains("endpoints of db in dc1"));
     stage.endpoints("db.dc1", &[row("10.0.0.5", 21001)]);
     assert_eq!(stage.draft.urgency(), Some(Urgency::Now));
     let snapshot = stage.publishes();
-    assert_eq!(called_for(&stage), BTreeSet::new());
+    assert_eq!(requested(&stage), BTreeSet::new());
 
     // Nobody waits for what can't be had; and what comes all the same is used.
-    awaited(&snapshot, "cache").unwrap().call();
+    awaited(&snapshot, "cache").unwrap().request();
     stage.apply(Update::Failed(Query::Chain(chain_query("cache")))).unwrap();
     let snapshot = stage.publishes();
     assert!(awaited(&snapshot, "cache").is_none() && targets(&snapshot, "cache").is_empty());
-    assert_eq!(called_for(&stage), BTreeSet::new());
+    assert_eq!(requested(&stage), BTreeSet::new());
     stage.apply(Update::Failed(Query::Chain(chain_query("cache")))).unwrap();
     stage.publishes_nothing();
     stage.chain("cache", chain(&["cache.dc1"])).unwrap();

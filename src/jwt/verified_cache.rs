@@ -12,7 +12,7 @@ use aws_lc_rs::digest::{SHA256, digest};
 /// Of tokens the digest is kept. There are at most twice [`MOST`], the latest ones: only who holds tokens of the
 /// issuer can fill it.
 #[derive(Default)]
-pub(super) struct Seen(Mutex<Generations>);
+pub(super) struct VerifiedCache(Mutex<Generations>);
 
 #[derive(Default)]
 struct Generations {
@@ -29,7 +29,7 @@ pub(super) fn digest_of(token: &str) -> Digest {
     name
 }
 
-impl Seen {
+impl VerifiedCache {
     pub(super) fn has(&self, token: &Digest) -> bool {
         let mut generations = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if generations.recent.contains(token) {
@@ -57,24 +57,24 @@ impl Generations {
 }
 
 /// A copy of a key set begins with nothing.
-impl Clone for Seen {
+impl Clone for VerifiedCache {
     fn clone(&self) -> Self {
         Self::default()
     }
 }
 
 /// It says nothing of the keys.
-impl PartialEq for Seen {
+impl PartialEq for VerifiedCache {
     fn eq(&self, _: &Self) -> bool {
         true
     }
 }
 
-impl Eq for Seen {}
+impl Eq for VerifiedCache {}
 
-impl fmt::Debug for Seen {
+impl fmt::Debug for VerifiedCache {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Seen")
+        f.write_str("VerifiedCache")
     }
 }
 
@@ -87,16 +87,16 @@ mod tests {
 
     #[test]
     fn the_latest_are_remembered_and_no_more() {
-        let seen = Seen::default();
+        let cache = VerifiedCache::default();
         let token = |number: usize| digest_of(&number.to_string());
         (0..10 * MOST).for_each(|number| {
             // One is used all the time.
-            assert!(number == 0 || seen.has(&token(0)), "{number}");
-            seen.add(token(number));
+            assert!(number == 0 || cache.has(&token(0)), "{number}");
+            cache.add(token(number));
         });
-        let known = (0..10 * MOST).filter(|number| seen.has(&token(*number))).count();
+        let known = (0..10 * MOST).filter(|number| cache.has(&token(*number))).count();
         assert!((MOST..=2 * MOST).contains(&known), "{known}");
-        let generations = seen.0.lock().unwrap();
+        let generations = cache.0.lock().unwrap();
         assert!(generations.recent.len() <= MOST && generations.older.len() <= MOST);
     }
 }
