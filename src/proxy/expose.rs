@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::http::expose::{Exposure, Plan};
 use super::http::note::Caller;
 use super::listener::Accepted;
+use super::log_limit::LogLimit;
 use super::places::Places;
 use super::record::{Direction, Record};
 use crate::access_log::AccessLog;
@@ -13,11 +14,11 @@ use crate::access_log::AccessLog;
 pub(super) const CONNECTIONS: usize = 256;
 
 /// Serves one connection, whose requests have a task of their own.
-pub(super) async fn serve(accepted: Accepted<Plan>, access_log: AccessLog, places: Arc<Places>) {
+pub(super) async fn serve(accepted: Accepted<Plan>, access_log: AccessLog, places: Arc<Places>, log_limit: LogLimit) {
     let Accepted { socket, remote, live, drain } = accepted;
     let mut record = Record::new(Direction::Inbound, remote);
     let caller = Caller { access_log, remote, local: socket.local_address(), ..Caller::default() };
-    let connection = Exposure { live, caller };
+    let connection = Exposure { live, caller, log_limit };
     let mut place = places.take();
     tokio::spawn(async move {
         let ended = tokio::select! {

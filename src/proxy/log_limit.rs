@@ -48,7 +48,7 @@ impl LogLimit {
     /// Writes the counts when their time has come. To be called about once a second.
     pub(super) fn tell(&self) {
         for ((source, reason), count) in self.due(Instant::now()) {
-            tracing::info!(target: "proxy.inbound", source, reason, count, "Refused again, in the last {PERIOD:?}; access logs tell of each");
+            tracing::info!(target: "proxy.inbound", source, reason, count, "Refused again, in the last {PERIOD:?}");
         }
     }
 

@@ -209,8 +209,8 @@ impl<'a> Proxy<'a> {
             return;
         }
         let plan = Arc::new(Plan::new(Arc::clone(upstream), None));
-        let (clock, access_log) = (self.clock, self.access_log.clone());
-        let serve = move |accepted| outbound::serve(accepted, clock, access_log.clone());
+        let (clock, access_log, log_limit) = (self.clock, self.access_log.clone(), self.log_limit.clone());
+        let serve = move |accepted| outbound::serve(accepted, clock, access_log.clone(), log_limit.clone());
         if let Some(running) = self.start(&key.destination, &key.bind, &plan, serve) {
             self.listeners.upstreams.insert(key.clone(), running);
         }
@@ -225,9 +225,9 @@ impl<'a> Proxy<'a> {
             }
             return;
         }
-        let access_log = self.access_log.clone();
+        let (access_log, log_limit) = (self.access_log.clone(), self.log_limit.clone());
         let places = Places::new(expose::CONNECTIONS);
-        let serve = move |accepted| expose::serve(accepted, access_log.clone(), Arc::clone(&places));
+        let serve = move |accepted| expose::serve(accepted, access_log.clone(), Arc::clone(&places), log_limit.clone());
         if let Some(running) = self.start("exposed paths", bind, &plan(), serve) {
             self.listeners.exposed.insert(bind.clone(), running);
         }

@@ -13,6 +13,7 @@ use super::http::note::Caller;
 use super::http::outbound::Outbound;
 use super::limits::{Limit, Permit};
 use super::listener::{Accepted, Live};
+use super::log_limit::LogLimit;
 use super::probe;
 use super::record::{Direction, Record};
 use super::relay::{self, Broken, Relay, Side};
@@ -25,8 +26,8 @@ use crate::snapshot::Target;
 use crate::tls::{self, SpiffeId};
 
 /// Serves one connection: choose the target, connect to an instance of it, relay, record.
-pub(super) async fn serve(accepted: Accepted<Plan>, clock: Clock, access_log: AccessLog) {
-    if let Some(connection) = establish(accepted, clock, access_log).await {
+pub(super) async fn serve(accepted: Accepted<Plan>, clock: Clock, access_log: AccessLog, log_limit: LogLimit) {
+    if let Some(connection) = establish(accepted, clock, access_log, log_limit).await {
         // In a task of its own: an open connection keeps none of the memory that opening it took.
         tokio::spawn(connection.relay());
     }
@@ -47,7 +48,12 @@ struct Connection {
 }
 
 /// `None` also for a connection of requests, which has a task of its own by then.
-async fn establish(accepted: Accepted<Plan>, clock: Clock, access_log: AccessLog) -> Option<Connection> {
+async fn establish(
+    accepted: Accepted<Plan>,
+    clock: Clock,
+    access_log: AccessLog,
+    log_limit: LogLimit,
+) -> Option<Connection> {
     let Accepted { socket: app, remote, mut live, drain } = accepted;
     let mut record = Record::new(Direction::Outbound, remote);
     let local = if access_log.is_on() { app.local_address() } else { None };
@@ -55,7 +61,7 @@ async fn establish(accepted: Accepted<Plan>, clock: Clock, access_log: AccessLog
     if plan.upstream.chain.protocol.is_http() {
         let caller = Caller { access_log, remote, local, ..Caller::default() };
         let upgrades = plan.upstream.requests.upgrades.clone();
-        let connection = Outbound { remote, live, drain, clock, upgrades, caller };
+        let connection = Outbound { remote, live, drain, clock, upgrades, caller, log_limit };
         tokio::spawn(async move {
             let ended = connection.serve(app).await;
             record.finish(ended.as_ref().map_or_else(String::as_str, |()| "ended"));

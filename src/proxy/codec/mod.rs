@@ -2,7 +2,7 @@
 //!
 //! A [`pool`] keeps those that we made and sends requests over them, with an [`upload`] each. Under a codec on either
 //! side lies a [`wire`], which gathers what it writes; on the server side the wire looks over what is read as well
-//! ([`strict`], [`blocks`]). HTTP/1 is hyper's; of HTTP/2 the frames are h2's, and what follows from them is decided
+//! ([`strict`], [`blocks`]), and at what its codec refuses ([`resets`]). HTTP/1 is hyper's; of HTTP/2 the frames are h2's, and what follows from them is decided
 //! here ([`client`], [`server`], [`flow`]). What a codec has decoded says its length in one way ([`framing`]).
 
 pub(super) mod blocks;
@@ -12,6 +12,7 @@ pub(super) mod framing;
 pub(super) mod incoming;
 mod outgoing;
 pub(super) mod pool;
+pub(super) mod resets;
 pub(super) mod server;
 pub(super) mod strict;
 pub(super) mod upload;

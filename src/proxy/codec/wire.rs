@@ -17,6 +17,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::timeout;
 
 use super::blocks::Blocks;
+use super::resets::Resets;
 use super::strict::Strict;
 use crate::proxy::socket::Socket;
 use crate::snapshot::Upgrades;
@@ -50,8 +51,12 @@ struct State {
     written: u64,
     /// Judges what an HTTP/1 client sends.
     strict: Option<Strict>,
+    /// Why it has refused one, until that is asked.
+    refusal: Option<&'static str>,
     /// Follows what an HTTP/2 client sends.
     blocks: Option<Blocks>,
+    /// Follows what the codec sends to an HTTP/2 client.
+    resets: Option<Resets>,
     /// Responses that the codec has been given, the last of them perhaps not whole.
     begun: u64,
     /// Responses that the codec has been given whole.
@@ -78,6 +83,8 @@ enum Io {
 /// How long, and for how many bytes, a connection is read from that we have ended.
 const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: usize = 1024 * 1024;
+
+const FOREIGN: &str = "the client does not speak HTTP";
 
 /// Bytes gathered at most; then the socket has to take some.
 const GATHERED: usize = 64 * 1024;
@@ -127,7 +134,9 @@ impl Wire {
             received: 0,
             written: 0,
             strict: None,
+            refusal: None,
             blocks: None,
+            resets: None,
             begun: 0,
             answered: 0,
             ended: false,
@@ -163,9 +172,11 @@ impl Wire {
         state.strict = Some(Strict::new(state.upgrades.clone()));
     }
 
-    /// Notes the HTTP/2 header blocks that come from here on, the preface included.
-    pub fn follow_blocks(&self) {
-        self.state().blocks = Some(Blocks::after(PREFACE.len()));
+    /// Notes the HTTP/2 header blocks that come from here on, the preface included, and the streams that the codec resets.
+    pub fn follow_frames(&self) {
+        let mut state = self.state();
+        state.blocks = Some(Blocks::after(PREFACE.len()));
+        state.resets = Some(Resets::default());
     }
 
     /// Whether the handshake said that the client speaks HTTP/2.
@@ -243,10 +254,12 @@ impl Wire {
         state.strict = None;
     }
 
-    /// Why a request was refused here, if one was.
+    /// Why a request was refused, here or by an HTTP/2 codec, since this was asked last.
     #[must_use]
-    pub fn refused(&self) -> Option<&'static str> {
-        self.state().strict.as_ref().and_then(Strict::refused)
+    pub fn take_refusal(&self) -> Option<&'static str> {
+        let mut state = self.state();
+        let resets = state.resets.as_mut().and_then(Resets::take);
+        resets.or_else(|| state.refusal.take())
     }
 
     /// A number that changes whenever bytes move, and that of the request whose head has begun to come and is not
@@ -475,6 +488,9 @@ impl State {
             let room = GATHERED.saturating_sub(self.outgoing.len());
             self.outgoing.extend_from_slice(&part[..part.len().min(room)]);
         }
+        if let Some(resets) = &mut self.resets {
+            resets.follow(&self.outgoing[before..]);
+        }
         let count = self.outgoing.len() - before + gone;
         self.written += count as u64;
         Poll::Ready(Ok(count))
@@ -599,8 +615,10 @@ impl AsyncRead for Wire {
         }
         if let Some(strict) = &mut state.strict {
             strict.judge(&mut buffer.filled_mut()[before..]);
-            if strict.is_foreign() {
-                return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, "the client does not speak HTTP")));
+            let (refused, foreign) = (strict.refused(), strict.is_foreign());
+            state.refusal = refused.or(foreign.then_some(FOREIGN));
+            if foreign {
+                return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, FOREIGN)));
             }
         }
         Poll::Ready(Ok(()))

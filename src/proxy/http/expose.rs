@@ -14,11 +14,13 @@ use super::note::{Caller, Note};
 use super::ongoing::Ongoing;
 use super::refusal::{Kind, Refusal};
 use super::reply::Asked;
-use super::serve::{self, Terms, Times};
+use super::serve::{self, Part, Terms, Times};
 use crate::proxy::codec::pool::Pool;
 use crate::proxy::codec::upload::Upload;
 use crate::proxy::codec::wire::Wire;
 use crate::proxy::listener::Live;
+use crate::proxy::log_limit::LogLimit;
+use crate::proxy::record::{Host, Shown};
 use crate::proxy::socket::Socket;
 use crate::snapshot::{Exposed, Normalization, Upgrades};
 
@@ -49,6 +51,7 @@ impl Plan {
 pub(crate) struct Exposure {
     pub live: watch::Receiver<Live<Plan>>,
     pub caller: Caller,
+    pub log_limit: LogLimit,
 }
 
 impl Exposure {
@@ -57,7 +60,7 @@ impl Exposure {
     /// # Errors
     /// Why it ended otherwise than well, for the log.
     pub(crate) async fn serve(self, socket: Socket) -> Result<(), String> {
-        let terms = Terms::new(self.live.clone(), TIMES, Arc::default(), |_| true);
+        let terms = Terms::new(self.live.clone(), TIMES, Arc::default(), &self.caller, self.log_limit.clone());
         let this = Arc::new(self);
         let answer = move |request, ongoing| Arc::clone(&this).answer(request, ongoing);
         serve::serve(Wire::plain(socket), &terms, answer).await
@@ -67,7 +70,31 @@ impl Exposure {
         let mut asked = Asked::new(&self.caller, &request);
         let plan = Arc::clone(&self.live.borrow().part);
         let result = try_answer(&plan, request, &ongoing, asked.note.as_deref_mut()).await;
-        asked.answer(result.inspect_err(|refusal| log(&plan, refusal)), false)
+        asked.answer(result.inspect_err(|refusal| self.log(&plan, refusal)), false)
+    }
+
+    fn log(&self, plan: &Plan, refusal: &Refusal) {
+        if !self.log_limit.is_first(Host(self.caller.remote), &refusal.cause) {
+            return;
+        }
+        tracing::info!(
+            target: "proxy.inbound",
+            listener = %plan.exposed.bind,
+            src = %Shown(self.caller.remote),
+            flag = refusal.kind.flag(),
+            cause = &*refusal.cause,
+            "Request for an exposed path failed"
+        );
+    }
+}
+
+impl Part for Plan {
+    fn carries_requests(&self) -> bool {
+        true
+    }
+
+    fn name(&self) -> String {
+        format!("exposed paths at {}", self.exposed.bind)
     }
 }
 
@@ -102,14 +129,4 @@ async fn try_answer(
     let (mut parts, body) = response.into_parts();
     message::strip(&mut parts.headers);
     Ok(Response::from_parts(parts, Body::stream(body).with(rest)))
-}
-
-fn log(plan: &Plan, refusal: &Refusal) {
-    tracing::debug!(
-        target: "proxy.inbound",
-        listener = %plan.exposed.bind,
-        flag = refusal.kind.flag(),
-        cause = &*refusal.cause,
-        "Request for an exposed path failed"
-    );
 }

@@ -17,7 +17,7 @@ use super::note::{Caller, Note};
 use super::ongoing::{Case, Ongoing, Open};
 use super::refusal::{Kind, Refusal};
 use super::reply::Asked;
-use super::serve::{self, Leaving, Terms};
+use super::serve::{self, Leaving, Part, Terms};
 use super::{bridge, upgrade};
 use crate::access_log::Secrets;
 use crate::drain;
@@ -61,7 +61,7 @@ impl Inbound {
         let (wire, leaving) = (Wire::tls(mesh), Arc::default());
         wire.allow_upgrades(self.upgrades.clone());
         let terms =
-            Terms::new(self.live.clone(), serve::TIMES, Arc::clone(&leaving), |public| public.protocol.is_http());
+            Terms::new(self.live.clone(), serve::TIMES, Arc::clone(&leaving), &self.caller, self.log_limit.clone());
         let this = Arc::new(self);
         let (asked, on) = (Arc::clone(&this), wire.clone());
         let answer = move |request, ongoing| Arc::clone(&asked).answer(request, ongoing, on.clone());
@@ -240,6 +240,16 @@ impl Inbound {
             cause = &*cause,
             "Request refused"
         );
+    }
+}
+
+impl Part for PublicListener {
+    fn carries_requests(&self) -> bool {
+        self.protocol.is_http()
+    }
+
+    fn name(&self) -> String {
+        format!("public listener of {}", self.service)
     }
 }
 

@@ -18,7 +18,7 @@ use super::ongoing::Ongoing;
 use super::patience::{Expired, Patience};
 use super::refusal::{Kind, Refusal};
 use super::reply::Asked;
-use super::serve::{self, Terms};
+use super::serve::{self, Part, Terms};
 use super::{bridge, upgrade};
 use crate::drain;
 use crate::proxy::balance::{Balancer, Clock, Instance, Outcome, Picked, Plan, Retry};
@@ -29,6 +29,7 @@ use crate::proxy::codec::wire::Wire;
 use crate::proxy::dial::{Offer, Pace, attempt};
 use crate::proxy::limits::{Limit, Overflow, Permit};
 use crate::proxy::listener::Live;
+use crate::proxy::log_limit::LogLimit;
 use crate::proxy::probe;
 use crate::proxy::socket::Socket;
 use crate::race::{Next, Race};
@@ -44,6 +45,7 @@ pub(crate) struct Outbound {
     pub upgrades: Upgrades,
     /// For the access log.
     pub caller: Caller,
+    pub log_limit: LogLimit,
 }
 
 impl Outbound {
@@ -54,8 +56,7 @@ impl Outbound {
     pub(crate) async fn serve(self, app: Socket) -> Result<(), String> {
         let wire = Wire::plain(app);
         wire.allow_upgrades(self.upgrades.clone());
-        let terms =
-            Terms::new(self.live.clone(), serve::TIMES, Arc::default(), |plan| plan.upstream.chain.protocol.is_http());
+        let terms = Terms::new(self.live.clone(), serve::TIMES, Arc::default(), &self.caller, self.log_limit.clone());
         let this = Arc::new(self);
         let answer = move |request, ongoing| Arc::clone(&this).answer(request, ongoing);
         serve::serve(wire, &terms, answer).await
@@ -133,6 +134,16 @@ impl Outbound {
             head.rewrite(path)?;
         }
         Ok(head)
+    }
+}
+
+impl Part for Plan {
+    fn carries_requests(&self) -> bool {
+        self.upstream.chain.protocol.is_http()
+    }
+
+    fn name(&self) -> String {
+        format!("upstream {}", self.upstream.name)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::future::{Future, poll_fn};
+use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,6 +22,7 @@ use super::body::Body;
 use super::departure::Departure;
 use super::grpc::is_grpc;
 use super::message;
+use super::note::Caller;
 use super::ongoing::Ongoing;
 use crate::drain::Stage;
 use crate::proxy::codec::incoming::Incoming;
@@ -29,7 +31,10 @@ use crate::proxy::codec::upload::Upload;
 use crate::proxy::codec::wire::{Turn, Wire};
 use crate::proxy::codec::{HEAD_SIZE, HEADERS, HTTP1_BUFFER};
 use crate::proxy::listener::Live;
+use crate::proxy::log_limit::LogLimit;
+use crate::proxy::record::{Host, Shown};
 use crate::snapshot::Upgrades;
+use crate::tls::SpiffeId;
 
 /// For how long a client may be silent.
 #[derive(Debug, Clone, Copy)]
@@ -52,31 +57,60 @@ pub(super) const TIMES: Times = Times {
     stall: Duration::from_secs(300),
 };
 
+/// The part of a configuration by which requests are served.
+pub(super) trait Part {
+    /// Whether they are served at all. That may change while a connection is open.
+    fn carries_requests(&self) -> bool;
+
+    /// Of the listener, for the log.
+    fn name(&self) -> String;
+}
+
 /// What a connection goes by besides its requests.
 pub(super) struct Terms<P> {
     live: watch::Receiver<Live<P>>,
     times: Times,
     leaving: Arc<Leaving>,
-    /// Whether requests are served at all. That may change while a connection is open.
-    carries_requests: fn(&P) -> bool,
+    remote: Option<SocketAddr>,
+    peer: Option<Arc<SpiffeId>>,
+    log_limit: LogLimit,
 }
 
-impl<P> Terms<P> {
+impl<P: Part> Terms<P> {
     #[must_use]
     pub(super) fn new(
         live: watch::Receiver<Live<P>>,
         times: Times,
         leaving: Arc<Leaving>,
-        carries_requests: fn(&P) -> bool,
+        caller: &Caller,
+        log_limit: LogLimit,
     ) -> Self {
-        Self { live, times, leaving, carries_requests }
+        Self { live, times, leaving, remote: caller.remote, peer: caller.peer.clone(), log_limit }
+    }
+
+    /// Logs why something is refused that was no request yet.
+    fn refused(&self, reason: &str) {
+        let is_first = match &self.peer {
+            Some(peer) => self.log_limit.is_first(peer, reason),
+            None => self.log_limit.is_first(Host(self.remote), reason),
+        };
+        if is_first {
+            tracing::info!(
+                target: "proxy",
+                listener = self.live.borrow().part.name(),
+                source = self.peer.as_deref().map(tracing::field::display),
+                src = %Shown(self.remote),
+                reason,
+                "Refused what is no request"
+            );
+        }
     }
 
     /// Ends when no new request is to be taken.
     async fn leaves(&self) {
         let mut live = self.live.clone();
         tokio::select! {
-            _ = live.wait_for(|live| live.stage >= Stage::Draining || !(self.carries_requests)(&live.part)) => {}
+            _ = live.wait_for(|live| live.stage >= Stage::Draining || !live.part.carries_requests()) => {}
             () = self.leaving.told() => {}
         }
     }
@@ -85,7 +119,7 @@ impl<P> Terms<P> {
     async fn closes(&self) {
         let (mut live, mut kind) = (self.live.clone(), self.live.clone());
         let carries_bytes = async {
-            let _ = kind.wait_for(|live| !(self.carries_requests)(&live.part)).await;
+            let _ = kind.wait_for(|live| !live.part.carries_requests()).await;
             sleep(OTHER_KIND).await;
         };
         tokio::select! {
@@ -120,6 +154,7 @@ impl Leaving {
 /// Serves requests until the connection ends, is idle for too long, or a drain is over.
 pub(super) async fn serve<P, H, F>(wire: Wire, terms: &Terms<P>, handle: H) -> Result<(), String>
 where
+    P: Part,
     H: Fn(Request<Upload>, Ongoing) -> F + Clone,
     F: Future<Output = Response<Body>> + Send + 'static,
 {
@@ -143,10 +178,11 @@ where
 
 async fn serve_http2<P, H, F>(wire: Wire, terms: &Terms<P>, handle: H) -> Result<(), String>
 where
+    P: Part,
     H: Fn(Request<Upload>, Ongoing) -> F,
     F: Future<Output = Response<Body>> + Send + 'static,
 {
-    wire.follow_blocks();
+    wire.follow_frames();
     let answer = move |request: Request<Incoming>| {
         let (request, ongoing) = begin(request, true);
         let (response, of) = (handle(request, ongoing.clone()), ongoing.clone());
@@ -164,11 +200,14 @@ where
 /// another one is begun with the next request.
 async fn serve_http1<P, H, F>(wire: Wire, terms: &Terms<P>, handle: H) -> Result<(), String>
 where
+    P: Part,
     H: Fn(Request<Upload>, Ongoing) -> F + Clone,
     F: Future<Output = Response<Body>> + Send + 'static,
 {
     if wire.agreed_on_http2() {
-        return Err("the client agreed on HTTP/2 and does not speak it".into());
+        let reason = "the client agreed on HTTP/2 and does not speak it";
+        terms.refused(reason);
+        return Err(reason.into());
     }
     wire.be_strict();
     let mut comes_back = false;
@@ -214,7 +253,7 @@ where
 }
 
 /// Waits for more on a connection between two requests; false once there will be none, and the wire is shut down.
-async fn wakes<P>(wire: &Wire, terms: &Terms<P>) -> bool {
+async fn wakes<P: Part>(wire: &Wire, terms: &Terms<P>) -> bool {
     let more = tokio::select! {
         biased;
         more = timeout(terms.times.idle, wire.has_more()) => matches!(more, Ok(Ok(true))),
@@ -317,11 +356,12 @@ async fn drive<C, P, E>(
 ) -> Result<Ended, String>
 where
     C: Future<Output = Result<(), E>>,
-    E: std::error::Error,
+    P: Part,
+    E: CodecError,
 {
     let wire = watchman.wire.clone();
     let mut connection = pin!(Turn::new(connection, wire.clone()));
-    let mut guard = Guard { under_way, departure: Departure::default(), wire: wire.clone() };
+    let mut guard = Guard { under_way, departure: Departure::default(), wire: wire.clone(), terms, refused: false };
     let turns = poll_fn(|cx| match guard.poll(cx, connection.as_mut()) {
         Poll::Pending if rests && wire.is_at_rest() => Poll::Ready(None),
         polled => polled.map(Some),
@@ -334,7 +374,11 @@ where
         },
         () = terms.leaves() => false,
         verdict = watchman.verdict() => match verdict {
-            Verdict::Slow => return Err(format!("a request head took longer than {:?}", watchman.times.head)),
+            Verdict::Slow => {
+                let reason = format!("a request head took longer than {:?}", watchman.times.head);
+                terms.refused(&reason);
+                return Err(reason);
+            }
             Verdict::Stalled => return Err(format!("the client took nothing for {:?}", watchman.times.stall)),
             Verdict::AtRest => true,
             Verdict::Idle => false,
@@ -347,7 +391,7 @@ where
         let ended = poll_fn(|cx| Poll::Ready(connection.as_mut().poll(cx))).await;
         wire.outlives_codec(false);
         if let Poll::Ready(ended) = ended {
-            return ended.map(|()| Ended::AtRest).map_err(|error| described(&error));
+            return ended.map(|()| Ended::AtRest).map_err(|error| guard.told(&error));
         }
     }
     tokio::select! {
@@ -357,29 +401,37 @@ where
     }
 }
 
-/// Looks after the request that is under way on an HTTP/1 connection, beside its codec.
-struct Guard {
+/// Looks after what the codec of a connection has under way, and what it refuses, beside it.
+struct Guard<'a, P> {
     /// `None` for HTTP/2, whose streams look after themselves.
     under_way: Option<UnderWay>,
     departure: Departure,
     wire: Wire,
+    terms: &'a Terms<P>,
+    /// What was refused has been told.
+    refused: bool,
 }
 
-impl Guard {
+impl<P: Part> Guard<'_, P> {
     /// Polls the codec, and then whether it must end or its client is gone.
     fn poll<C, E>(&mut self, cx: &mut Context<'_>, mut connection: Pin<&mut Turn<C>>) -> Poll<Result<(), String>>
     where
         C: Future<Output = Result<(), E>>,
-        E: std::error::Error,
+        E: CodecError,
     {
-        if let Poll::Ready(ended) = connection.as_mut().poll(cx) {
-            return Poll::Ready(ended.map_err(|error| described(&error)));
+        let ended = connection.as_mut().poll(cx);
+        if let Some(reason) = self.wire.take_refusal() {
+            self.refused = true;
+            self.terms.refused(reason);
+        }
+        if let Poll::Ready(ended) = ended {
+            return Poll::Ready(ended.map_err(|error| self.told(&error)));
         }
         let Some(under_way) = &self.under_way else { return Poll::Pending };
         if let Poll::Ready(ongoing) = under_way.poll_over(cx) {
             // The answer's body, or whoever waits for the answer, ends it if the codec asks.
             if let Poll::Ready(ended) = connection.poll(cx) {
-                return Poll::Ready(ended.map_err(|error| described(&error)));
+                return Poll::Ready(ended.map_err(|error| self.told(&error)));
             }
             if !ongoing.is_done() {
                 self.wire.breaks_off();
@@ -388,12 +440,37 @@ impl Guard {
         }
         self.departure.poll(cx, &self.wire).map(Err)
     }
+
+    /// Why the codec has ended the connection, for the log, which has it at once where what came is refused.
+    fn told(&self, error: &impl CodecError) -> String {
+        let told = match error.source() {
+            Some(source) => format!("{error}: {source}"),
+            None => error.to_string(),
+        };
+        if let Some(what) = error.refuses().filter(|_| !self.refused) {
+            self.terms.refused(&format!("{what}: {told}"));
+        }
+        told
+    }
 }
 
-fn described(error: &impl std::error::Error) -> String {
-    match error.source() {
-        Some(source) => format!("{error}: {source}"),
-        None => error.to_string(),
+/// An error that ends a codec.
+trait CodecError: std::error::Error {
+    /// Why what the client sent is none of its protocol, if that is the error.
+    fn refuses(&self) -> Option<&'static str>;
+}
+
+impl CodecError for hyper::Error {
+    fn refuses(&self) -> Option<&'static str> {
+        self.is_parse().then_some("the head of a request is malformed or too large")
+    }
+}
+
+impl CodecError for h2::Error {
+    fn refuses(&self) -> Option<&'static str> {
+        const WHAT: &str =
+            "a frame is out of place or malformed, or a header block can't be decoded or has a path that is not UTF-8";
+        self.is_library().then_some(WHAT)
     }
 }
 
@@ -469,6 +546,16 @@ mod tests {
     use super::*;
     use crate::proxy::socket::Socket;
 
+    impl Part for () {
+        fn carries_requests(&self) -> bool {
+            true
+        }
+
+        fn name(&self) -> String {
+            String::new()
+        }
+    }
+
     /// `GET /` for the host `a`, in HPACK.
     const FIELDS: &[u8] = &[0x82, 0x86, 0x84, 0x41, 1, b'a'];
     const END_STREAM: u8 = 1;
@@ -484,7 +571,11 @@ mod tests {
         let answer = |_, _| pending::<Response<Body>>();
         timeout(
             Duration::from_secs(60),
-            serve(Wire::plain(Socket::Unix(server)), &Terms::new(live, TIMES, Arc::default(), |()| true), answer),
+            serve(
+                Wire::plain(Socket::Unix(server)),
+                &Terms::new(live, TIMES, Arc::default(), &Caller::default(), LogLimit::default()),
+                answer,
+            ),
         )
         .await
         .ok()

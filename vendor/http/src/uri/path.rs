@@ -422,9 +422,8 @@ const fn build_path_map() -> [u8; 256] {
         // See https://url.spec.whatwg.org/#path-state
         t[i] = match i as u8 {
             b'?' => CLASS_QUERY,
-            b'#' => CLASS_FRAGMENT,
 
-            // Lictor: every printable byte, as Envoy takes them.
+            // Lictor: every printable byte, for us to judge; `#` too, which cuts nothing off.
             0x21..=0x7E => CLASS_VALID,
 
             // Potentially utf8, checked later.
@@ -443,9 +442,7 @@ const fn build_query_map() -> [u8; 256] {
     while i < 256 {
         // See https://url.spec.whatwg.org/#query-state
         t[i] = match i as u8 {
-            b'#' => CLASS_FRAGMENT,
-
-            // Lictor: every printable byte, as Envoy takes them.
+            // Lictor: every printable byte, for us to judge; `#` too, which cuts nothing off.
             0x21..=0x7E => CLASS_VALID,
 
             0x80..=0xFF => CLASS_HIGH,
