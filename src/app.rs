@@ -22,8 +22,7 @@ use crate::{control, proxy};
 /// Runs the proxy until it is told to stop: the first SIGINT or SIGTERM drains it, the second ends it at once.
 ///
 /// # Errors
-/// What keeps the proxy from starting: settings that can't be used, and whatever the agent refuses for good
-/// before anything runs.
+/// When the proxy can't start: settings that can't be used, or a refusal of the agent that is final.
 pub async fn run(config: Config) -> anyhow::Result<()> {
     let Config { mode, agent, drain_time, workers, aead, tunnel, .. } = config;
     tracing::info!(target: "proxy", aead = %aead, "TLS record encryption chosen for this processor");
@@ -69,13 +68,13 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     result
 }
 
-/// Lets open connections finish, up to the drain time or a second signal. Control goes on meanwhile: what is
-/// denied then is closed then.
+/// Lets open connections finish, up to the drain time or a second signal. Control goes on meanwhile, so that a new deny
+/// closes connections during the drain too.
 async fn drain(trigger: drain::Trigger, time: Duration, signals: &mut Signals) {
     tracing::info!(
         target: "proxy",
         drain_time = ?time,
-        "Stopping: nothing new is accepted and what is open may finish; a second signal ends it at once"
+        "Draining: no new connection is accepted and open ones may finish; a second signal ends the process at once"
     );
     trigger.advance(Stage::Draining);
     tokio::select! {
@@ -83,7 +82,7 @@ async fn drain(trigger: drain::Trigger, time: Duration, signals: &mut Signals) {
         () = sleep(time) => {}
         () = signals.next() => return,
     }
-    tracing::info!(target: "proxy", "The drain time is over: closing what is still open");
+    tracing::info!(target: "proxy", "The drain time is over: closing open connections");
     trigger.advance(Stage::Closing);
     let _ = timeout(CLOSE_TIME, trigger.drained()).await;
 }
@@ -103,7 +102,7 @@ async fn first_error(tasks: &mut JoinSet<anyhow::Result<()>>) -> anyhow::Error {
     }
 }
 
-/// Says once that everything is in, in the words of Consul's proxy, which scripts wait for.
+/// Logs once that the first snapshot is complete, in the words of Consul's proxy, which scripts wait for.
 async fn tell_ready(mut snapshots: watch::Receiver<Option<Arc<Snapshot>>>) -> anyhow::Result<()> {
     if snapshots.wait_for(Option::is_some).await.is_ok() {
         tracing::info!(target: "proxy", "Proxy loaded config and ready to serve");

@@ -1,4 +1,4 @@
-//! Draining is a value you hold: a [`Trigger`] that starts it, and clones of a [`Watch`] held by whatever
+//! Draining is a value: a [`Trigger`] that starts it, and clones of a [`Watch`] held by every task that
 //! must finish first. Drained means that every watch is dropped.
 //!
 //! The same pair stops one listener and the whole program. `tokio_util` counts what is open; its `CancellationToken` knows one stage and a
@@ -72,7 +72,7 @@ impl Watch {
 
 impl Observer {
     /// Ends when the drain has reached `stage` or gone past it. A trigger that was dropped counts as
-    /// [`Stage::Closing`]: nobody is left who could wait for us.
+    /// [`Stage::Closing`]: no task is left that could wait for us.
     pub async fn reached(&mut self, stage: Stage) {
         let _ = self.0.wait_for(|now| *now >= stage).await;
     }

@@ -20,7 +20,7 @@ pub(crate) enum Next<T, E> {
     Begin(Attempt<T, E>, Duration),
     /// Wait for those that are under way. Asked again when one of them has failed.
     Wait,
-    /// Give up, whatever is under way.
+    /// Give up all attempts.
     Stop,
 }
 

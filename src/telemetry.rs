@@ -5,7 +5,7 @@
 //! object with `@level`, `@message`, `@module`, `@timestamp` and the fields. Both follow Consul 1.8.7, but for the
 //! time, which is always UTC, and for quotes inside of values, which Consul leaves as they are.
 //!
-//! Names, certificates and error texts of strangers end up in logs, so whatever could begin another line or move a
+//! Names, certificates and error texts of strangers end up in logs, so characters that could begin another line or move a
 //! terminal's cursor is escaped, see [`escape`].
 
 use std::borrow::Cow;

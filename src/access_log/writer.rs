@@ -20,11 +20,11 @@ use crate::operators::Record;
 
 /// Lines that wait to be written; more are dropped.
 const QUEUE: usize = 4096;
-/// How often it is looked at whether another file has the name by now, and a failed one is opened again.
+/// How often to check whether the path names another file by now, and to open a failed one again.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
-/// How often it is looked at whether all is written, at the end.
+/// How often to check at the end whether all is written.
 const POLL: Duration = Duration::from_millis(5);
-/// How often dropped lines are told of.
+/// How often dropped lines are logged.
 const TELL_AGAIN: Duration = Duration::from_secs(10);
 
 /// What the data plane logs through. Clones log to the same place, which may be replaced at any time.
@@ -86,7 +86,7 @@ impl AccessLog {
                 Some(Active { settings: Arc::clone(settings), queue, dropped })
             }
             Err(error) => {
-                tracing::error!(target: "proxy", %error, "The access log has no thread to be written by");
+                tracing::error!(target: "proxy", %error, "Cannot start the thread that writes the access log: nothing is logged");
                 None
             }
         }
@@ -129,7 +129,7 @@ struct Writer {
 }
 
 impl Writer {
-    /// Writes until nobody logs any more.
+    /// Writes until every sender is gone.
     fn run(mut self, lines: &Receiver<String>) {
         loop {
             match lines.recv_timeout(LOOK_AGAIN) {
@@ -151,7 +151,7 @@ impl Writer {
         }
         self.told = Some(Instant::now());
         let lines = self.dropped.swap(0, Ordering::Relaxed);
-        tracing::warn!(target: "proxy", lines, "Lines of the access log were dropped: it can't be written as fast as needed, or not at all");
+        tracing::warn!(target: "proxy", lines, "Access log lines were dropped: the sink is too slow or can't be written to");
     }
 }
 
@@ -161,12 +161,12 @@ enum Output {
     File(LogFile),
 }
 
-/// A file that may be moved away by whoever rotates logs.
+/// A file that log rotation may move away.
 struct LogFile {
     path: PathBuf,
     file: Option<File>,
     looked: Option<Instant>,
-    /// Told already that it can't be opened.
+    /// Whether it was logged that it can't be opened.
     failing: bool,
 }
 
@@ -210,7 +210,7 @@ impl LogFile {
             Ok(file) => (self.file, self.failing) = (Some(file), false),
             Err(error) if !self.failing => {
                 self.failing = true;
-                tracing::warn!(target: "proxy", path = %self.path.display(), %error, "The access log can't be opened, and will be tried again");
+                tracing::warn!(target: "proxy", path = %self.path.display(), %error, "Cannot open the access log; trying again every second");
             }
             Err(_) => {}
         }

@@ -205,7 +205,7 @@ impl Control {
                 () = publish.closed() => return Ok(()),
                 // The sender is ours, so there is always a next.
                 Some(first) = news.recv() => {
-                    // Whatever came with it is of the same burst.
+                    // Updates that came with it are of the same burst.
                     let burst = std::iter::once(first).chain(std::iter::from_fn(|| news.try_recv().ok()));
                     self.take_burst(burst, publish.borrow().is_none())?;
                 }
@@ -285,7 +285,7 @@ impl Control {
                  `consul services register`, or give its id with -proxy-id"
             ),
             Registration::Known => tracing::warn!(
-                "the registration {id} is gone from the agent: going on with what it was, until it is back"
+                "the registration {id} is gone from the agent: the last one that was read stays in use until it is back"
             ),
         }
     }
@@ -309,7 +309,7 @@ impl Control {
         }
     }
 
-    /// Puts first what a connection waits for; false if nobody waits.
+    /// Moves the queries that a connection waits for to the front; false if no connection waits.
     fn hurry(&self) -> bool {
         let mut waits = false;
         for query in self.draft.requested() {

@@ -1,4 +1,4 @@
-//! What verifies tokens, in the making: the providers that intentions name, and their keys.
+//! The draft of the token providers: those that intentions name, with their keys.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
@@ -23,7 +23,7 @@ pub(super) struct Tokens {
 }
 
 impl Tokens {
-    /// What it hangs on.
+    /// The queries that it is built from.
     pub(super) fn queries(&self) -> Vec<Query> {
         let entries = self.wanted.iter().cloned().map(Query::JwtProvider);
         // Two providers may share a set.
@@ -120,7 +120,7 @@ impl Tokens {
         self.plans.values().any(|plan| plan.keys.as_ref() == Some(source))
     }
 
-    /// Nobody keeps keys up to date that no provider uses.
+    /// Drops keys that no provider uses: they would not be kept up to date.
     fn forget_keys(&mut self) {
         let mut keys = std::mem::take(&mut self.keys);
         keys.retain(|source, _| self.is_used(source));

@@ -1,5 +1,5 @@
-//! Upstreams in the making: each is built from its plan, its chain and the endpoints of its targets, on its
-//! own, and keeps what of it did not change.
+//! The draft of one upstream. It is built from its plan, its chain and the endpoints of its targets, and keeps the parts that did
+//! not change.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -25,7 +25,7 @@ pub(super) struct Mesh<'a> {
 #[derive(Debug)]
 pub(super) struct UpstreamDraft {
     plan: UpstreamPlan,
-    /// What it hangs on.
+    /// The queries that it is built from.
     uses: Vec<Query>,
     state: State,
 }
@@ -78,7 +78,7 @@ impl UpstreamDraft {
         new
     }
 
-    /// Takes what it hangs on, and gives back what it hung on before.
+    /// Sets the queries that it is built from, and returns those before.
     pub(super) fn set_uses(&mut self, uses: Vec<Query>) -> Vec<Query> {
         std::mem::replace(&mut self.uses, uses)
     }
@@ -91,13 +91,13 @@ impl UpstreamDraft {
         }
     }
 
-    /// What it hangs on, if somebody waits for it.
+    /// The queries that it uses, if a connection waits for it.
     pub(super) fn requested(&self) -> &[Query] {
         let waits = self.published().awaited.as_ref().is_some_and(|request| request.is_requested());
         if waits { &self.uses } else { &[] }
     }
 
-    /// Nobody need wait for an answer that failed to come; says whether that is news.
+    /// Connections need not wait any more, as the answer failed to come; true if they waited until now.
     pub(super) fn give_up(&mut self) -> bool {
         match &mut self.state {
             State::Unknown(upstream) if upstream.awaited.is_some() => {
@@ -206,8 +206,8 @@ impl Mesh<'_> {
         let wan = elsewhere || target.partition != us.partition;
         if wan && !matches!(target.gateway_mode.as_str(), "" | "none") {
             self.notes.push(format!(
-                "upstream {upstream}: {} in {} is to be reached by a mesh gateway (mode {}), which is not supported \
-                 yet, so it counts as having no instance",
+                "upstream {upstream}: {} in {} is behind a mesh gateway (mode {}), which is not supported yet, so it \
+                 has no usable instance",
                 target.service, target.datacenter, target.gateway_mode
             ));
             return Some(Arc::default());

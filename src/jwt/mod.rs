@@ -50,17 +50,17 @@ pub struct Provider {
     pub clock_skew: Duration,
 }
 
-/// Asks whoever keeps a key set for a newer one. Clones ask the same; only those are equal.
+/// Asks the fetcher of a key set for a newer one. Clones ask the same fetcher; only clones are equal.
 #[derive(Debug, Clone, Default)]
 pub struct Refetch(Arc<Notify>);
 
 impl Refetch {
-    /// Does not wait. To ask again before it was heard is to ask once.
+    /// Does not wait. Requests that were not handled yet count as one.
     pub fn ask(&self) {
         self.0.notify_one();
     }
 
-    /// Ends when somebody has asked since the last time.
+    /// Ends when a newer key set was requested since the last time.
     pub async fn asked(&self) {
         self.0.notified().await;
     }

@@ -29,7 +29,7 @@ pub struct Intention {
     pub destination: String,
     /// `None`: only HTTP requests can be judged, by `permissions`, `token` or both.
     pub action: Option<Action>,
-    /// The first that matches a request decides. Empty beside a `token`: whoever has it is allowed.
+    /// The first that matches a request decides. Empty beside a `token`: every request with that token is allowed.
     pub permissions: Vec<Permission>,
     /// What every request needs besides.
     pub token: Option<TokenRequirement>,

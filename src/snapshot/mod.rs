@@ -61,7 +61,7 @@ pub struct Snapshot {
     pub former_public: Option<Arc<PublicListener>>,
     /// By a key that names the destination and where it is bound: another address is another listener.
     pub upstreams: BTreeMap<UpstreamKey, Arc<Upstream>>,
-    /// Plaintext listeners for single paths of the local app. Whoever reaches them may ask.
+    /// Plaintext listeners for single paths of the local app. Anyone who can reach them may send requests.
     pub exposed: BTreeMap<Bind, Arc<Exposed>>,
     /// `None`: requests and connections have no log of their own.
     pub access_log: Option<Arc<access_log::Settings>>,
@@ -118,7 +118,7 @@ pub struct Upstream {
     pub limits: Limits,
     pub passive_health_check: PassiveHealthCheck,
     pub requests: RequestSettings,
-    /// Something while it is not known yet where it leads. Whoever connects calls for it and waits. Until then it
+    /// Something while it is not known yet where it leads. A connection requests it and waits. Until then it
     /// has no target.
     pub awaited: Option<Arc<FetchRequest>>,
 }

@@ -80,7 +80,7 @@ impl ServiceDraft {
             self.rules = Rules::default();
         }
         if self.open_plan().is_none() {
-            // Nobody keeps them up to date from here on.
+            // They are not kept up to date from here on.
             self.rules = Rules::default();
         }
         self.changed |= !is_same;
@@ -147,8 +147,8 @@ impl ServiceDraft {
         })?;
         if plan.is_none() {
             effects.notes.push(format!(
-                "an intention requires a token of jwt-provider {name}, which there is none of (or the agent is older \
-                 than 1.16): such requests are denied"
+                "an intention requires a token of jwt-provider {name}, which does not exist (or the agent is older than \
+                 1.16): requests that need the token are denied"
             ));
         }
         let before = self.tokens.queries();
@@ -213,7 +213,9 @@ impl ServiceDraft {
             (Ok(server), _) => server,
             // New rules must not wait for new credentials that can't be used.
             (Err(error), Some((_, _, server))) => {
-                notes.push(format!("public listener: its credentials stay what they were: {error}"));
+                notes.push(format!(
+                    "public listener: the new credentials can't be used, so the earlier ones stay in use: {error}"
+                ));
                 Arc::clone(server)
             }
             (Err(error), None) => return Err(Bad(error.to_string())),

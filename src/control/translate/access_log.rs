@@ -24,14 +24,11 @@ pub(super) fn settings(wire: Option<&api::AccessLogs>, notes: &mut Notes) -> Opt
         (json, _) => Format::json(json),
     };
     let format = format.unwrap_or_else(|bad| {
-        notes.push(format!("access logs: their format can't be used, as {bad}: they have the default one"));
+        notes.push(format!("access logs: the format can't be used, as {bad}: the default format is used"));
         Format::default()
     });
     if !format.unknown().is_empty() {
-        notes.push(format!(
-            "access logs: these operators are not supported and stand for nothing: {:?}",
-            format.unknown()
-        ));
+        notes.push(format!("access logs: these operators are not supported and have no value: {:?}", format.unknown()));
     }
     Some(Settings { sink, format, refused_connections: !wire.disable_listener_logs })
 }

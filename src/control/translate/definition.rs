@@ -284,7 +284,7 @@ fn exposed(
             idle_timeout: public.map_or(Some(LOCAL_IDLE_TIMEOUT), |public| public.local_idle_timeout),
         });
         if listener.paths.contains_key(&wire.path) {
-            notes.push(format!("exposed path {:?}: port {port} has it twice, of which the first counts", wire.path));
+            notes.push(format!("exposed path {:?}: port {port} lists it twice; the first entry is used", wire.path));
         } else {
             listener.paths.insert(wire.path.clone(), path);
         }

@@ -79,9 +79,8 @@ fn remote_keys(wire: &api::RemoteJwks, name: &str, notes: &mut Notes) -> Result<
     let uri = reqwest::Url::parse(&wire.uri).map_err(|_| Bad("the URI of its key set is none".into()))?;
     match uri.scheme() {
         "https" => {}
-        "http" => notes.push(format!(
-            "jwt-provider {name}: its key set comes over plain HTTP, which anybody on the way can change"
-        )),
+        "http" => notes
+            .push(format!("jwt-provider {name}: its key set is fetched over plain HTTP and can be changed in transit")),
         _ => return Err(Bad("the URI of its key set is neither https nor http".into())),
     }
     let retry = wire.retry_policy.as_ref();

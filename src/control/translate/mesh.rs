@@ -75,8 +75,8 @@ fn suites(names: &[String], direction: &str, notes: &mut Notes) -> Result<Vec<St
 fn normalization(wire: &api::RequestNormalization, notes: &mut Notes) -> Normalization {
     if wire.insecure_disable_path_normalization {
         notes.push(
-            "mesh config entry: InsecureDisablePathNormalization is set, so paths are judged as they are written, and \
-             another spelling of a path gets round a rule (/%61dmin round a deny of /admin)"
+            "mesh config entry: InsecureDisablePathNormalization is set, so rules match paths as they are written: \
+             another spelling of a path (/%61dmin) bypasses a rule (a deny of /admin)"
                 .to_owned(),
         );
     }

@@ -53,7 +53,7 @@ pub(super) fn edits(wire: Option<&api::HeaderModifiers>, notes: &mut Notes) -> R
     let set = wire.set.iter().map(|(name, value)| (name.as_str(), value.as_str()));
     let edits = Edits::new(wire.remove.iter().map(String::as_str), add, set).map_err(|bad| Bad(bad.to_string()))?;
     for operator in edits.unknown_operators() {
-        notes.push(format!("the value of %{operator}% in a header is not known here: nothing stands in its place"));
+        notes.push(format!("the operator %{operator}% in a header is not supported and has no value"));
     }
     Ok(edits)
 }
@@ -74,7 +74,7 @@ pub(super) fn load_balancer(wire: Option<&api::LoadBalancer>, notes: &mut Notes)
         "ring_hash" => ring(wire.ring_hash_config.as_ref()),
         "maglev" => Policy::Maglev,
         other => {
-            notes.push(format!("the load balancer's policy {other:?} is not known: as if none were set"));
+            notes.push(format!("the load balancer's policy {other:?} is not known, so the default policy is used"));
             Policy::Unset
         }
     };
