@@ -1,6 +1,7 @@
 //! Upstreams and the queries that they share.
 
 use super::*;
+use crate::config::{AdHoc, AdHocUpstream};
 
 #[test]
 fn upstreams_do_not_wait_for_each_other_and_share_what_is_the_same() {
@@ -236,4 +237,22 @@ fn a_prepared_query_is_one_target_wherever_its_rows_are() {
     assert!(!Arc::ptr_eq(&near.tls, &far.tls));
     stage.apply(Update::Failed(Query::PreparedQuery(query.clone()))).unwrap();
     stage.publishes_nothing();
+}
+
+#[test]
+fn without_the_tunnel_upstreams_that_flags_define_offer_none() {
+    let ca = Ca::new();
+    let bind = "127.0.0.1:9191".parse().unwrap();
+    let upstreams = vec![AdHocUpstream { name: "db".into(), prepared_query: false, bind }];
+    let flags = AdHoc { service: "web".into(), upstreams, public: None, register: None };
+    let draft = Draft::ad_hoc(definition::ad_hoc(&flags).unwrap()).with_tunnel(false);
+    let mut stage = Stage { draft, ..Stage::new() };
+    stage.roots(&[&ca]).unwrap();
+    stage.leaf("web", ca.leaf("web")).unwrap();
+    let overrides = api::ChainOverrides { protocol: Some("tcp".into()), ..Default::default() };
+    let query = ChainQuery { service: "db".into(), overrides, ..ChainQuery::default() };
+    stage.apply(Update::Chain(query, Box::new(read(chain(&["db.dc1"]))))).unwrap();
+    stage.endpoints("db.dc1", &[row("10.0.0.5", 21001)]);
+    let snapshot = stage.publishes();
+    assert_eq!(targets(&snapshot, "db")[0].tls.config().alpn_protocols, Vec::<Vec<u8>>::new());
 }
