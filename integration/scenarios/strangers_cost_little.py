@@ -3,7 +3,10 @@
 import contextlib
 import time
 
-from mesh import Web, ask, dial, eventually
+import pytest
+
+from mesh import Browser, Web, ask, dial, eventually, mtls_connect, mtls_server
+from mesh.identity import client_context
 from mesh.ports import is_listening
 
 MANY = 300
@@ -29,6 +32,49 @@ def test_many_denied_connections_are_a_few_lines(mesh):
             client.dial().end()
     server.process.logged("Refused again")
     assert server.process.count("Connection denied") < 5
+
+
+def test_many_requests_for_what_is_not_exposed_are_a_few_lines(mesh):
+    port = mesh.ports.take()
+    service = mesh.service("exposing", app=Web, sidecar=None, proxy={"Config": {"protocol": "http"}})
+    service.proxy["Expose"] = {"Paths": [{"Path": "/health", "LocalPathPort": service.port, "ListenerPort": port}]}
+    service.register().start()
+    eventually(lambda: is_listening(port), what="the exposed port is listened on")
+    with Browser(port) as browser:
+        assert {browser.ask("/secret").status for _ in range(MANY)} == {404}
+    service.process.logged("Refused again")
+    assert 1 <= service.process.count("Request for an exposed path failed") < 5
+
+
+@pytest.mark.parametrize("protocol, line", [("tcp", "failed to dial the upstream"), ("http", "Request failed")])
+def test_a_local_app_that_tries_again_and_again_writes_a_few_lines(mesh, protocol, line):
+    missing = mesh.name("missing")
+    mesh.agent.write("service-defaults", missing, Protocol=protocol)
+    client = mesh.service("client", [missing], app=None)
+    port = client.upstreams[0].port
+    for _ in range(MANY):
+        assert ask(port).status == 503 if protocol == "http" else dial(port).end() == "fin"
+    client.process.logged("Failed again")
+    assert 1 <= client.process.count(line) < 5
+
+
+def test_an_instance_that_is_another_service_is_told_of_now_and_then(mesh):
+    server = mesh.service("server", app=None, sidecar=None)
+    impostor = mesh.keep(mtls_server(server.public, mesh.agent.roots(), mesh.agent.leaf(mesh.name("impostor"))))
+    client = mesh.service("client", [server], app=None)
+    eventually(lambda: client.refused() and len(impostor.failures) + impostor.ran > 30, 60, "it was tried many times")
+    assert 1 <= client.process.count("An instance was refused") < 15
+
+
+def test_an_app_that_is_down_is_told_of_now_and_then(mesh):
+    server = mesh.service("server", app=None)
+    name = mesh.name("client")
+    context = client_context(mesh.agent.roots(), mesh.agent.leaf(name))
+    for _ in range(100):
+        with contextlib.suppress(OSError), mtls_connect(server.public, None, context=context, sni=mesh.agent.sni(server.name)) as conn:
+            conn.end()
+    server.process.logged("Refused again")
+    assert 1 <= server.process.count("failed to dial the local app") < 5
 
 
 def test_silent_clients_do_not_use_up_max_inbound_connections(mesh):

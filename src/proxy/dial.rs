@@ -99,7 +99,9 @@ pub(super) async fn attempt(
         Err(_) => return Err("did not finish the TLS handshake in time".into()),
     };
     // Not a matter of reaching it: something there is not what the catalog says.
-    tracing::warn!(target: "proxy.upstream", service = target.service, instance = %instance.address, problem, "An instance was refused");
+    if let Some(before) = instance.refusals().due() {
+        tracing::warn!(target: "proxy.upstream", service = target.service, instance = %instance.address, problem, before, "An instance was refused");
+    }
     Err(format!("was refused: {problem}"))
 }
 

@@ -215,12 +215,14 @@ impl Session {
         let app = match connect_app(&listener).await {
             Ok(app) => app,
             Err(error) => {
-                tracing::warn!(
-                    target: "proxy.inbound",
-                    app = %listener.local_app,
-                    error,
-                    "failed to dial the local app: is it listening there? (LocalServiceAddress and LocalServicePort of the registration)"
-                );
+                if self.shared.log_limit.is_first(&self.peer.id, &format!("no local app: {error}")) {
+                    tracing::warn!(
+                        target: "proxy.inbound",
+                        app = %listener.local_app,
+                        error,
+                        "failed to dial the local app: is it listening there? (LocalServiceAddress and LocalServicePort of the registration)"
+                    );
+                }
                 record.finish("no local app");
                 return self.refuse(Refusal::NoApp).await;
             }

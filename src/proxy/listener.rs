@@ -13,6 +13,7 @@ use socket2::{Domain, Protocol, SockAddr, Type};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 
+use super::log_limit::Seldom;
 use super::socket::Socket;
 use crate::drain::{self, Stage};
 use crate::snapshot::Bind;
@@ -128,6 +129,7 @@ where
         let _ = stage.wait_for(|live| live.stage >= Stage::Draining).await;
     };
     tokio::pin!(stopped);
+    let failures = Seldom::default();
     loop {
         let accepted = tokio::select! {
             biased;
@@ -139,7 +141,7 @@ where
                 let accepted = Accepted { socket, remote, live: live.clone(), drain: drain.clone() };
                 tokio::spawn(serve(accepted));
             }
-            Err(e) => pause_after(&e).await,
+            Err(e) => pause_after(&e, &failures).await,
         }
     }
     // Whoever the kernel has already greeted is served: closing the socket would reset them.
@@ -149,9 +151,11 @@ where
 }
 
 /// A connection that died in the queue is nothing; out of descriptors or memory needs a moment.
-async fn pause_after(error: &io::Error) {
+async fn pause_after(error: &io::Error, failures: &Seldom) {
     if !matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted) {
-        tracing::warn!(target: "proxy", %error, "Accept failed; raise the limit of open files if that is it");
+        if let Some(before) = failures.due() {
+            tracing::warn!(target: "proxy", %error, before, "Accept failed; raise the limit of open files if that is it");
+        }
         tokio::time::sleep(ACCEPT_PAUSE).await;
     }
 }

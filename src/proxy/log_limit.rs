@@ -1,4 +1,4 @@
-//! Log lines that anybody who reaches a port can cause: the first of each source and reason at once, then a count.
+//! Log lines that whoever reaches a port can cause: the first of each source and reason at once, then a count.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -7,9 +7,20 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Limits such lines, however many connections and requests are refused. Clones share what they count.
+/// Limits such lines, however many connections and requests fail. Clones share what they count.
 #[derive(Debug, Clone, Default)]
 pub(super) struct LogLimit(Arc<Mutex<Lines>>);
+
+/// Those of both directions: what strangers and peers cause, and what the local app does. Neither takes the other's room.
+#[derive(Debug, Clone, Default)]
+pub(super) struct LogLimits {
+    pub inbound: LogLimit,
+    pub upstream: LogLimit,
+}
+
+/// A line of one kind about one thing: written at once, and then every few seconds at most.
+#[derive(Debug, Default)]
+pub(super) struct Seldom(Mutex<Option<(Instant, u64)>>);
 
 #[derive(Debug, Default)]
 struct Lines {
@@ -27,8 +38,35 @@ const KEPT: usize = 64;
 /// Bytes of a source or a reason that are kept: a reason may quote what a stranger sent.
 const TEXT: usize = 256;
 
+impl LogLimits {
+    /// Writes the counts when their time has come. To be called about once a second.
+    pub(super) fn tell(&self) {
+        let now = Instant::now();
+        for ((source, reason), count) in self.inbound.due(now) {
+            tracing::info!(target: "proxy.inbound", source, reason, count, "Refused again, in the last {PERIOD:?}");
+        }
+        for ((source, reason), count) in self.upstream.due(now) {
+            tracing::warn!(target: "proxy.upstream", source, reason, count, "Failed again, in the last {PERIOD:?}");
+        }
+    }
+}
+
+impl Seldom {
+    /// How many lines were kept back since the last one, if this one is to be written.
+    pub(super) fn due(&self) -> Option<u64> {
+        let (mut last, now) = (self.0.lock().unwrap_or_else(PoisonError::into_inner), Instant::now());
+        match &mut *last {
+            Some((written, again)) if now < *written + PERIOD => {
+                *again += 1;
+                None
+            }
+            last => last.replace((now, 0)).map_or(Some(0), |(_, again)| Some(again)),
+        }
+    }
+}
+
 impl LogLimit {
-    /// Whether the caller is to write its line. Otherwise it is counted, and [`LogLimit::tell`] writes the count.
+    /// Whether the caller is to write its line. Otherwise it is counted, and [`LogLimits::tell`] writes the count.
     #[must_use]
     pub(super) fn is_first(&self, source: impl fmt::Display, reason: &str) -> bool {
         let mut lines = self.lines();
@@ -43,13 +81,6 @@ impl LogLimit {
         }
         lines.again.insert(key, 0);
         true
-    }
-
-    /// Writes the counts when their time has come. To be called about once a second.
-    pub(super) fn tell(&self) {
-        for ((source, reason), count) in self.due(Instant::now()) {
-            tracing::info!(target: "proxy.inbound", source, reason, count, "Refused again, in the last {PERIOD:?}");
-        }
     }
 
     /// The counts that are to be told now. What has not come again since the last time is forgotten.
@@ -98,6 +129,15 @@ mod tests {
         assert_eq!(limit.due(start + PERIOD * 2).len(), 1);
         assert!(limit.due(start + PERIOD * 3).is_empty());
         assert!(limit.is_first("10.0.0.1", "denied"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_line_that_comes_again_and_again_is_written_now_and_then() {
+        let line = Seldom::default();
+        assert_eq!(line.due(), Some(0));
+        assert_eq!([line.due(), line.due()], [None, None]);
+        tokio::time::advance(PERIOD).await;
+        assert_eq!([line.due(), line.due()], [Some(2), None]);
     }
 
     #[test]

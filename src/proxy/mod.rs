@@ -42,7 +42,7 @@ use crate::drain::{self, Stage};
 use crate::snapshot::{Bind, Exposed, Protocol, PublicListener, Snapshot, Upstream, UpstreamKey};
 use balance::{Clock, Plan};
 use listener::Live;
-use log_limit::LogLimit;
+use log_limit::LogLimits;
 use memory::Memory;
 use places::Places;
 
@@ -70,15 +70,15 @@ pub async fn run(
             _ = tidy.tick() => {
                 let version = snapshots.borrow().as_ref().map_or(0, |snapshot| snapshot.version);
                 proxy.memory.look(proxy.listeners.users(), version);
-                proxy.log_limit.tell();
+                proxy.log_limits.tell();
                 continue;
             }
         }
     }
-    let Proxy { listeners, log_limit, drain, .. } = proxy;
+    let Proxy { listeners, log_limits, drain, .. } = proxy;
     // Only connections are waited for from here on.
     drop(drain);
-    listeners.drain(snapshots, stage, &log_limit).await;
+    listeners.drain(snapshots, stage, &log_limits).await;
 }
 
 struct Proxy<'a> {
@@ -90,7 +90,7 @@ struct Proxy<'a> {
     listeners: Listeners,
     /// Binds that failed and are tried again.
     failed: BTreeMap<Bind, Failed>,
-    log_limit: LogLimit,
+    log_limits: LogLimits,
     memory: Memory,
 }
 
@@ -130,13 +130,13 @@ struct Failed {
 
 impl<'a> Proxy<'a> {
     fn new(workers: &'a Workers, access_log: AccessLog, drain: drain::Watch) -> Self {
-        let log_limit = LogLimit::default();
+        let log_limits = LogLimits::default();
         Self {
             workers,
             drain,
             clock: Clock::start(),
-            inbound: inbound::Shared::new(access_log.clone(), log_limit.clone()),
-            log_limit,
+            inbound: inbound::Shared::new(access_log.clone(), log_limits.inbound.clone()),
+            log_limits,
             access_log,
             listeners: Listeners::default(),
             failed: BTreeMap::new(),
@@ -209,7 +209,7 @@ impl<'a> Proxy<'a> {
             return;
         }
         let plan = Arc::new(Plan::new(Arc::clone(upstream), None));
-        let (clock, access_log, log_limit) = (self.clock, self.access_log.clone(), self.log_limit.clone());
+        let (clock, access_log, log_limit) = (self.clock, self.access_log.clone(), self.log_limits.upstream.clone());
         let serve = move |accepted| outbound::serve(accepted, clock, access_log.clone(), log_limit.clone());
         if let Some(running) = self.start(&key.destination, &key.bind, &plan, serve) {
             self.listeners.upstreams.insert(key.clone(), running);
@@ -225,7 +225,7 @@ impl<'a> Proxy<'a> {
             }
             return;
         }
-        let (access_log, log_limit) = (self.access_log.clone(), self.log_limit.clone());
+        let (access_log, log_limit) = (self.access_log.clone(), self.log_limits.inbound.clone());
         let places = Places::new(expose::CONNECTIONS);
         let serve = move |accepted| expose::serve(accepted, access_log.clone(), Arc::clone(&places), log_limit.clone());
         if let Some(running) = self.start("exposed paths", bind, &plan(), serve) {
@@ -294,7 +294,7 @@ impl Listeners {
         mut self,
         mut snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
         mut stage: drain::Observer,
-        log_limit: &LogLimit,
+        log_limits: &LogLimits,
     ) {
         self.advance(Stage::Draining);
         self.retired_public.extend(self.public.take());
@@ -309,7 +309,7 @@ impl Listeners {
                 biased;
                 () = &mut closing => break,
                 Ok(()) = snapshots.changed() => {}
-                _ = tidy.tick() => log_limit.tell(),
+                _ = tidy.tick() => log_limits.tell(),
             }
         }
         self.advance(Stage::Closing);

@@ -76,7 +76,9 @@ async fn establish(
             Some(Connection { app, mesh, tls, live, record, instance, clock, _permit: permit, _drain: drain })
         }
         Err(reason) => {
-            tracing::warn!(target: "proxy.upstream", upstream = plan.upstream.name, reason, "failed to dial the upstream");
+            if log_limit.is_first(&plan.upstream.name, &reason) {
+                tracing::warn!(target: "proxy.upstream", upstream = plan.upstream.name, reason, "failed to dial the upstream");
+            }
             record.finish(&reason);
             app.close().await;
             None

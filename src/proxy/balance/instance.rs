@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::latency::{Latency, Waiting};
 use crate::proxy::codec::pool::Pool;
+use crate::proxy::log_limit::Seldom;
 use crate::proxy::tunnel::Sessions;
 use crate::snapshot::{Address, PassiveHealthCheck};
 
@@ -25,6 +26,8 @@ pub(super) struct State {
     pool: Pool,
     /// Sessions that are free for connections.
     sessions: Arc<Sessions>,
+    /// Lines about what it is not.
+    refusals: Seldom,
     /// So much may be in flight, times the weight, before others are preferred. It is small and grows with each success
     /// where an instance comes new to others or is back, so that it is not run over.
     window: AtomicU32,
@@ -54,6 +57,11 @@ impl Instance {
     #[must_use]
     pub fn pool(&self) -> &Pool {
         &self.state.pool
+    }
+
+    /// For the line that says that what is there is not it.
+    pub(in crate::proxy) fn refusals(&self) -> &Seldom {
+        &self.state.refusals
     }
 
     /// Sessions with it that are kept for connections.
@@ -227,6 +235,7 @@ impl Default for State {
             in_flight: AtomicU32::new(0),
             pool: Pool::default(),
             sessions: Arc::default(),
+            refusals: Seldom::default(),
             window: AtomicU32::new(UNLIMITED),
             latency: Latency::default(),
             waiting: Waiting::default(),

@@ -70,7 +70,19 @@ impl Outbound {
         if bridged && let Ok(response) = result {
             result = bridge::gather(response).await;
         }
-        asked.answer(result.inspect_err(|refusal| log(&plan, refusal)), plan.upstream.requests.tells_cause)
+        asked.answer(result.inspect_err(|refusal| self.log(&plan, refusal)), plan.upstream.requests.tells_cause)
+    }
+
+    fn log(&self, plan: &Plan, refusal: &Refusal) {
+        if self.log_limit.is_first(&plan.upstream.name, &refusal.cause) {
+            tracing::warn!(
+                target: "proxy.upstream",
+                upstream = plan.upstream.name,
+                flag = refusal.kind.flag(),
+                cause = &*refusal.cause,
+                "Request failed"
+            );
+        }
     }
 
     async fn try_answer(
@@ -145,16 +157,6 @@ impl Part for Plan {
     fn name(&self) -> String {
         format!("upstream {}", self.upstream.name)
     }
-}
-
-fn log(plan: &Plan, refusal: &Refusal) {
-    tracing::warn!(
-        target: "proxy.upstream",
-        upstream = plan.upstream.name,
-        flag = refusal.kind.flag(),
-        cause = &*refusal.cause,
-        "Request failed"
-    );
 }
 
 /// One request with all its tries.
