@@ -235,3 +235,57 @@ def test_a_trickle_of_a_head_ends_one_of_a_body_goes_on_and_an_answer_has_its_ti
     for took, taken in (reader.result(LONG) for reader in readers):
         # The answer as a whole has its 15 s, whoever takes long over it.
         assert 12 < took < 70 and 5 < taken < 40
+
+
+class Upgraded(Web):
+    """Upgrades, and then echoes, or sends without an end, by path."""
+
+    def answer(self, request):
+        request.send_response_only(101)
+        request.send_header("upgrade", "websocket")
+        request.send_header("connection", "Upgrade")
+        request.end_headers()
+        request.close_connection = True
+        self._count(1)
+        try:
+            while data := PIECE if request.path == "/endless" else request.rfile.read1(65536):
+                request.wfile.write(data)
+        finally:
+            self._count(-1)
+
+
+def upgrade(conn, path="/"):
+    conn.send(b"GET " + path.encode() + b" HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: x\r\n\r\n")
+    assert b" 101 " in conn.line()
+    while conn.line().strip():
+        pass
+    return conn
+
+
+def test_upgraded_connections_end_when_they_stand_still_and_no_sooner(mesh):
+    mesh.agent.needs((1, 15), "local_idle_timeout_ms")
+    server = mesh.service("server", app=Upgraded, protocol="http", proxy={"Config": {"protocol": "http", "local_idle_timeout_ms": 2000}})
+    identity = mesh.agent.leaf(mesh.name("peer"))
+    connect = lambda: mtls_connect(server.public, mesh.agent.roots(), identity, mesh.agent.sni(server.name))
+    with connect() as silent, connect() as deaf, connect() as lively:
+        upgrade(silent)
+        upgrade(deaf, "/endless")
+        upgrade(lively)
+        eventually(lambda: server.app.waiting == 3, what="all are upgraded")
+        # Whoever talks for longer than the limit is what is left.
+        eventually(lambda: lively.ask(b"hello") == b"hello" and server.app.waiting == 1, LONG, "those that stand still have ended", every=0.5)
+        assert silent.end() == "fin" and lively.ask(b"still here") == b"still here"
+
+
+def test_upgraded_connections_count_towards_max_inbound_connections(mesh):
+    server = mesh.service("server", app=Upgraded, protocol="http", proxy={"Config": {"protocol": "http", "max_inbound_connections": 2}})
+    identity = mesh.agent.leaf(mesh.name("peer"))
+    connect = lambda: mtls_connect(server.public, mesh.agent.roots(), identity, mesh.agent.sni(server.name))
+    first, second = upgrade(connect()), upgrade(connect())
+    with contextlib.suppress(OSError), connect() as third:
+        assert third.send(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").end() in ("fin", "reset")
+    assert server.app.waiting == 2 and second.ask(b"open") == b"open"
+    # Its place is given back.
+    first.close()
+    eventually(lambda: upgrade(connect()))
+    server.process.logged("max_inbound_connections are open")

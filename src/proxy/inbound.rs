@@ -16,7 +16,7 @@ use super::http::note::Caller;
 use super::http::ongoing::Open;
 use super::listener::{Accepted, Live};
 use super::log_limit::LogLimit;
-use super::places::Places;
+use super::places::{Counted, Places};
 use super::record::{Direction, Host, Record, Shown};
 use super::relay::{self, Broken, Relay, Side};
 use super::socket::Socket;
@@ -71,22 +71,6 @@ const HANDSHAKES: usize = 4096;
 const WAITING: usize = 1024;
 /// How long a new session, for which no connection is asked, does not count as one that waits.
 const FIRST_TIME: Duration = Duration::from_secs(1);
-
-/// One of those that are counted, until it is dropped.
-struct Counted(Arc<AtomicUsize>);
-
-impl Counted {
-    fn one(count: &Arc<AtomicUsize>, limit: usize) -> Option<Self> {
-        let counted = Self(Arc::clone(count));
-        (count.fetch_add(1, Ordering::Relaxed) < limit).then_some(counted)
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
 
 /// Serves one TLS session: learn who it is, then for each connection decide, connect to the local app, relay, record.
 pub(super) async fn serve(accepted: Accepted<PublicListener>, shared: Shared) {
@@ -143,12 +127,22 @@ async fn establish(accepted: Accepted<PublicListener>, shared: Shared) -> Option
         let caller = Caller { access_log: shared.access_log, remote, local, peer: Some(Arc::clone(&peer.id)) };
         let (app, log_limit, upgrades) = (shared.app, shared.log_limit, listener.upgrades.clone());
         let under_way = Open::default();
-        let connection =
-            Inbound { peer, remote, live, drain, app, certificate, upgrades, caller, log_limit, open: under_way };
+        let connection = Inbound {
+            peer,
+            remote,
+            live,
+            drain,
+            app,
+            certificate,
+            upgrades,
+            caller,
+            log_limit,
+            open: under_way,
+            _counted: open,
+        };
         tokio::spawn(async move {
             let ended = connection.serve(mesh).await;
             record.finish(ended.as_ref().map_or_else(String::as_str, |()| "ended"));
-            drop(open);
         });
         return None;
     }

@@ -4,6 +4,7 @@
 //! moments, and the oldest connection is one that has not.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::oneshot;
@@ -71,6 +72,24 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         self.places.taken().places.remove(&self.number);
+    }
+}
+
+/// One of those that are counted, until it is dropped.
+#[derive(Debug)]
+pub(super) struct Counted(Arc<AtomicUsize>);
+
+impl Counted {
+    /// `None` where there are `limit` already.
+    pub(super) fn one(count: &Arc<AtomicUsize>, limit: usize) -> Option<Self> {
+        let counted = Self(Arc::clone(count));
+        (count.fetch_add(1, Ordering::Relaxed) < limit).then_some(counted)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -28,6 +28,7 @@ use crate::proxy::codec::upload::Upload;
 use crate::proxy::codec::wire::Wire;
 use crate::proxy::listener::Live;
 use crate::proxy::log_limit::LogLimit;
+use crate::proxy::places::Counted;
 use crate::proxy::record::Shown;
 use crate::proxy::socket::Socket;
 use crate::snapshot::{Decision, Protocol, PublicListener, Upgrades};
@@ -50,6 +51,8 @@ pub(crate) struct Inbound {
     pub log_limit: LogLimit,
     /// Requests under way.
     pub open: Open,
+    /// Counts towards `max_inbound_connections`, also when it is a connection of requests no more.
+    pub _counted: Counted,
 }
 
 impl Inbound {

@@ -57,6 +57,11 @@ impl Patience {
         patience
     }
 
+    /// For how long nothing may move.
+    pub(crate) fn idle(&self) -> Option<Duration> {
+        self.idle
+    }
+
     /// Begins the time of one try, or ends it.
     pub(crate) fn try_for(&mut self, time: Option<Duration>) {
         self.one_try = time.map(|time| Limit { start: Instant::now(), time });

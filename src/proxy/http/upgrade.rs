@@ -1,5 +1,6 @@
 //! Connections that leave HTTP behind: WebSocket and whatever else a client and an app agree on.
 
+use std::future::pending;
 use std::io;
 use std::time::Duration;
 
@@ -9,16 +10,17 @@ use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncWriteExt, copy_bidirectional_with_sizes};
 use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::body::{Body, Rest};
+use super::patience::Patience;
 use crate::drain::{self, Stage};
 use crate::proxy::codec::incoming::Incoming;
 use crate::proxy::codec::wire::Wire;
 use crate::proxy::listener::Live;
 
 /// Joins both connections after the response that says so, and gives that response. They are cut at the end of a
-/// drain, or when `may_stay` says no of a newer configuration.
+/// drain, when `may_stay` says no of a newer configuration, or when nothing has moved for the idle time of the exchange.
 pub(super) fn join<P: Send + Sync + 'static>(
     client: OnUpgrade,
     mut response: Response<Incoming>,
@@ -28,11 +30,14 @@ pub(super) fn join<P: Send + Sync + 'static>(
     may_stay: impl Fn(&P) -> bool + Send + Sync + 'static,
 ) -> Response<Body> {
     let server = hyper::upgrade::on(&mut response);
+    let idle = rest.patience.as_ref().and_then(Patience::idle);
     tokio::spawn(async move {
         let (_rest, _drain) = (rest, drain);
         let Ok(Ok(mut joined)) = timeout(TAKE_TIME, take_both(client, server)).await else { return };
+        let wires = [joined.client.clone(), joined.server.clone()];
         let copied = tokio::select! {
             biased;
+            () = stands_still(wires, idle) => None,
             _ = live.wait_for(|live| live.stage >= Stage::Closing || !may_stay(&live.part)) => None,
             copied = joined.copy() => Some(copied),
         };
@@ -93,6 +98,19 @@ impl Joined {
     }
 }
 
+/// Ends when nothing has moved on either wire for `idle`, give or take a part of it.
+async fn stands_still(wires: [Wire; 2], idle: Option<Duration>) {
+    let Some(idle) = idle else { return pending().await };
+    let progress = || wires.each_ref().map(|wire| wire.progress().0);
+    let (mut before, mut still) = (progress(), 0);
+    while still < LOOKS {
+        sleep((idle / LOOKS).max(SHORTEST)).await;
+        let now = progress();
+        still = if now == before { still + 1 } else { 0 };
+        before = now;
+    }
+}
+
 /// The wire under a connection, and what the codec has read of it beyond its own.
 fn take(upgraded: Upgraded) -> io::Result<(Wire, bytes::Bytes)> {
     let parts = upgraded.downcast::<TokioIo<Wire>>().map_err(|_| io::ErrorKind::Unsupported)?;
@@ -104,3 +122,7 @@ fn take(upgraded: Upgraded) -> io::Result<(Wire, bytes::Bytes)> {
 /// For the codecs to let go of their connections, and for an end to be said.
 const TAKE_TIME: Duration = Duration::from_secs(1);
 const BUFFER: usize = 16 * 1024;
+/// How often within the idle time it is looked whether something has moved.
+const LOOKS: u32 = 8;
+/// Between two looks at least.
+const SHORTEST: Duration = Duration::from_millis(10);
