@@ -7,7 +7,7 @@ use std::time::Duration;
 use divan::{Bencher, black_box};
 use http::{HeaderMap, HeaderValue};
 use lictor::jwt::Verified;
-use lictor::proxy::balance::{Balancer, Outcome, Settings};
+use lictor::proxy::balance::{Balancer, Report, Settings};
 use lictor::snapshot::{
     Action, Address, Chain, Conditions, Decision, DefaultPolicy, Edits, Endpoint, Endpoints, Host, IDLE_TIMEOUT,
     Intention, Intentions, MAXIMUM_RING, MINIMUM_RING, Next, Node, Normalization, PathMatch, PathRule, Permission,
@@ -56,7 +56,7 @@ fn balancer(name: &str, count: usize, weights: u32) -> Arc<Balancer> {
 fn request(balancer: &Arc<Balancer>, now: u64) {
     let picked = balancer.pick(now, Some(fastrand::u64(..)), &[], |below| fastrand::u64(..below));
     if let Some(picked) = picked {
-        drop(picked.report(Outcome::Success, Duration::from_millis(1), now));
+        drop(picked.report(Report::Success, Duration::from_millis(1), now));
     }
 }
 
@@ -77,7 +77,7 @@ fn pick_with_half_put_aside(bencher: Bencher<'_, '_>, (name, count): (&str, usiz
     let balancer = balancer(name, count, 1);
     for _ in 0..count / 2 {
         if let Some(picked) = balancer.pick(0, None, &[], |below| fastrand::u64(..below)) {
-            drop(picked.report(Outcome::Unreachable, Duration::ZERO, 0));
+            drop(picked.report(Report::Unreachable, Duration::ZERO, 0));
         }
     }
     bencher.bench(|| request(black_box(&balancer), 7));

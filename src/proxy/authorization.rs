@@ -4,7 +4,6 @@
 //! state of the intentions denies it, also while its listener is no longer wanted or a drain goes on. That an identity
 //! runs out ends nothing that is open, as in Envoy: peers renew theirs while connections go on.
 
-use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
@@ -12,6 +11,7 @@ use rustls_pki_types::CertificateDer;
 use tokio::sync::watch;
 
 use super::listener::Live;
+use super::outcome::{Fault, Outcome};
 use crate::drain::Stage;
 use crate::jwt::Verified;
 use crate::snapshot::{Decider, Decision, PublicListener, RequestView};
@@ -93,18 +93,24 @@ pub(super) enum Revoked {
     CarriesRequests,
 }
 
-impl fmt::Display for Revoked {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Denied(..) => "denied while open",
-            Self::Drained => "closed at the end of the drain time",
-            Self::CarriesRequests => CARRIES_REQUESTS,
-        })
+impl Revoked {
+    pub(super) fn fault(&self) -> Fault {
+        match self {
+            Self::Denied(..) => Fault::new(Outcome::Denied, "denied while open"),
+            Self::Drained => drained(),
+            Self::CarriesRequests => carries_requests(),
+        }
     }
 }
 
-/// For the log, of a connection of bytes.
-pub(super) const CARRIES_REQUESTS: &str = "closed, as the protocol is one of HTTP now";
+/// Of a connection of bytes that may carry requests, each of which is to be judged now.
+pub(super) fn carries_requests() -> Fault {
+    Fault::new(Outcome::OtherProtocol, "closed, as the protocol is one of HTTP now")
+}
+
+pub(super) fn drained() -> Fault {
+    Fault::new(Outcome::Drained, "closed at the end of the drain time")
+}
 
 /// Ends when an open connection must.
 pub(super) async fn revoked(live: &mut watch::Receiver<Live<PublicListener>>, peer: &SpiffeId) -> Revoked {

@@ -6,6 +6,7 @@ use super::http::expose::{Exposure, Plan};
 use super::http::note::Caller;
 use super::listener::Accepted;
 use super::log_limit::LogLimit;
+use super::outcome::{Fault, Outcome};
 use super::places::Places;
 use super::record::{Direction, Record};
 use crate::access_log::AccessLog;
@@ -24,9 +25,9 @@ pub(super) async fn serve(accepted: Accepted<Plan>, access_log: AccessLog, place
         let ended = tokio::select! {
             biased;
             ended = connection.serve(socket) => ended,
-            () = place.lost() => Err("its place was taken by a newer connection".into()),
+            () = place.lost() => Err(Fault::new(Outcome::Displaced, "its place was taken by a newer connection")),
         };
-        record.finish(ended.as_ref().map_or_else(String::as_str, |()| "ended"));
+        record.result(&ended);
         drop(drain);
     });
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-use super::authorization::{self, CARRIES_REQUESTS, Peer, Revoked, denial};
+use super::authorization::{self, Peer, Revoked, denial};
 use super::codec::pool::Pool;
 use super::http::certificate;
 use super::http::inbound::Inbound;
@@ -16,6 +16,7 @@ use super::http::note::Caller;
 use super::http::ongoing::Open;
 use super::listener::{Accepted, Live};
 use super::log_limit::LogLimit;
+use super::outcome::{Fault, Outcome};
 use super::places::{Counted, Places};
 use super::record::{Direction, Host, Record, Shown};
 use super::relay::{self, Broken, Relay, Side};
@@ -112,7 +113,7 @@ async fn establish(accepted: Accepted<PublicListener>, shared: Shared) -> Option
     }
 
     let Some((mesh, peer)) = shake(socket, remote, &listener, &shared).await else {
-        record.finish("no handshake");
+        record.finish(Outcome::Unproved, "no handshake");
         return None;
     };
     record.peer(&peer.id);
@@ -142,7 +143,7 @@ async fn establish(accepted: Accepted<PublicListener>, shared: Shared) -> Option
         };
         tokio::spawn(async move {
             let ended = connection.serve(mesh).await;
-            record.finish(ended.as_ref().map_or_else(String::as_str, |()| "ended"));
+            record.result(&ended);
         });
         return None;
     }
@@ -156,7 +157,7 @@ fn too_many(listener: &PublicListener, remote: Option<SocketAddr>, mut record: R
         let limit = listener.max_connections;
         tracing::info!(target: "proxy.inbound", limit, src = %Shown(remote), "Connection closed: {PROBLEM}");
     }
-    record.finish("limit reached");
+    record.finish(Outcome::Overflow, "limit reached");
 }
 
 impl Session {
@@ -167,11 +168,11 @@ impl Session {
             match timeout(FIRST_TIME, self.mesh.asked()).await {
                 Ok(Ok(())) => {}
                 Ok(Err(_)) => {
-                    record.finish("no connection was asked for");
+                    record.finish(Outcome::Unused, "no connection was asked for");
                     return None;
                 }
                 Err(_) => {
-                    record.finish("no connection was asked for yet");
+                    record.finish(Outcome::Unused, "no connection was asked for yet");
                     return self.next().await;
                 }
             }
@@ -197,33 +198,33 @@ impl Session {
         let listener = Arc::clone(&self.live.borrow_and_update().part);
         if listener.protocol.is_http() {
             // A client of ours makes another session, for requests or for bytes.
-            record.finish(CARRIES_REQUESTS);
+            record.failed(&authorization::carries_requests());
             self.mesh.part();
             return None;
         }
         if let Some(reason) = denial(&listener, &self.peer.id) {
             self.log_denial("Connection denied", &listener, &reason);
-            record.finish("denied");
+            record.finish(Outcome::Denied, "denied");
             return self.refuse(Refusal::Denied).await;
         }
         let app = match connect_app(&listener).await {
             Ok(app) => app,
-            Err(error) => {
-                if self.shared.log_limit.is_first(&self.peer.id, &format!("no local app: {error}")) {
+            Err(fault) => {
+                if self.shared.log_limit.is_first(&self.peer.id, &format!("no local app: {fault}")) {
                     tracing::warn!(
                         target: "proxy.inbound",
                         app = %listener.local_app,
-                        error,
+                        error = &*fault.cause,
                         "failed to dial the local app: is it listening there? (LocalServiceAddress and LocalServicePort of the registration)"
                     );
                 }
-                record.finish("no local app");
+                record.finish(Outcome::Unreachable, "no local app");
                 return self.refuse(Refusal::NoApp).await;
             }
         };
         record.leads_to("local_app", &listener.local_app);
         if let Err(error) = self.mesh.accept().await {
-            record.finish(&error.to_string());
+            record.finish(Outcome::ClientReset, &error.to_string());
             return None;
         }
         Some(Connection { session: self, app, record, open })
@@ -252,7 +253,7 @@ impl Session {
         record.peer(&self.peer.id);
         if let Err(problem) = self.peer.check(&listener, |act| act(self.mesh.tls.peer_certificates())) {
             refuse(self.remote, &problem.to_string(), &self.shared.log_limit);
-            record.finish("no longer proved");
+            record.finish(Outcome::Unproved, "no longer proved");
             self.mesh.part();
             return None;
         }
@@ -298,10 +299,13 @@ async fn unfit(live: &mut watch::Receiver<Live<PublicListener>>, peer: &Peer) {
     let _ = live.wait_for(unfit).await;
 }
 
-async fn connect_app(listener: &PublicListener) -> Result<Socket, String> {
+async fn connect_app(listener: &PublicListener) -> Result<Socket, Fault> {
     match timeout(listener.local_connect_timeout, Socket::connect_app(&listener.local_app)).await {
-        Ok(connected) => connected.map_err(|e| e.to_string()),
-        Err(_) => Err(format!("no answer within {:?}", listener.local_connect_timeout)),
+        Ok(connected) => connected.map_err(|e| Fault::new(Outcome::Unreachable, e.to_string())),
+        Err(_) => {
+            let cause = format!("no answer within {:?}", listener.local_connect_timeout);
+            Err(Fault::new(Outcome::Unreachable, cause))
+        }
     }
 }
 
@@ -389,20 +393,20 @@ impl Connection {
     async fn end(mut self, end: End) -> Option<Self> {
         match end {
             End::Relayed(Ok(())) => {
-                self.record.finish("ended");
+                self.record.ended();
                 let session = self.session;
                 drop((self.app, self.open));
                 return if session.mesh.is_free() { session.next().await } else { None };
             }
             End::Relayed(Err(broken)) => {
-                self.record.finish(&broken.to_string());
+                self.record.failed(&broken.of(Side::Tls));
                 relay::abort(&broken, self.app, self.session.mesh.tls);
             }
             End::Revoked(revoked) => {
                 if let Revoked::Denied(listener, reason) = &revoked {
                     self.session.log_denial("Open connection closed, it is denied now", listener, reason);
                 }
-                self.record.finish(&revoked.to_string());
+                self.record.failed(&revoked.fault());
                 relay::close(self.app, self.session.mesh.tls).await;
             }
         }

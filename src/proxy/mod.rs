@@ -20,6 +20,7 @@ mod listener;
 mod log_limit;
 mod memory;
 mod outbound;
+mod outcome;
 mod places;
 mod probe;
 mod record;

@@ -6,14 +6,15 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 
-use super::authorization::CARRIES_REQUESTS;
-use super::balance::{Balancer, Clock, InFlight, Instance, Outcome, Picked, Plan};
+use super::authorization;
+use super::balance::{Balancer, Clock, InFlight, Instance, Picked, Plan, Report};
 use super::dial::{self, Pace, Unconnected};
 use super::http::note::Caller;
 use super::http::outbound::Outbound;
 use super::limits::{Limit, Permit};
 use super::listener::{Accepted, Live};
 use super::log_limit::LogLimit;
+use super::outcome::{Fault, Outcome};
 use super::probe;
 use super::record::{Direction, Record};
 use super::relay::{self, Broken, Relay, Side};
@@ -64,7 +65,7 @@ async fn establish(
         let connection = Outbound { remote, live, drain, clock, upgrades, caller, log_limit };
         tokio::spawn(async move {
             let ended = connection.serve(app).await;
-            record.finish(ended.as_ref().map_or_else(String::as_str, |()| "ended"));
+            record.result(&ended);
         });
         return None;
     }
@@ -75,11 +76,11 @@ async fn establish(
             record.leads_to(&plan.upstream.name, &instance.get().address);
             Some(Connection { app, mesh, tls, live, record, instance, clock, _permit: permit, _drain: drain })
         }
-        Err(reason) => {
-            if log_limit.is_first(&plan.upstream.name, &reason) {
-                tracing::warn!(target: "proxy.upstream", upstream = plan.upstream.name, reason, "failed to dial the upstream");
+        Err(fault) => {
+            if log_limit.is_first(&plan.upstream.name, &fault.cause) {
+                tracing::warn!(target: "proxy.upstream", upstream = plan.upstream.name, reason = &*fault.cause, "failed to dial the upstream");
             }
-            record.finish(&reason);
+            record.failed(&fault);
             app.close().await;
             None
         }
@@ -154,18 +155,18 @@ impl Connection {
     async fn end(mut self, ended: Option<Result<(), Broken>>) {
         match ended {
             Some(Ok(())) => {
-                self.record.finish("ended");
+                self.record.ended();
                 if self.live.borrow().stage == Stage::Running {
                     self.instance.get().sessions().keep(self.mesh, &self.tls);
                 }
             }
             Some(Err(broken)) => {
-                self.record.finish(&broken.to_string());
+                self.record.failed(&broken.of(Side::Plain));
                 relay::abort(&broken, self.app, self.mesh.tls);
             }
             None => {
                 let drained = self.live.borrow().stage >= Stage::Closing;
-                self.record.finish(if drained { "closed at the end of the drain time" } else { CARRIES_REQUESTS });
+                self.record.failed(&if drained { authorization::drained() } else { authorization::carries_requests() });
                 relay::close(self.app, self.mesh.tls).await;
             }
         }
@@ -216,13 +217,14 @@ struct Failure {
 ///
 /// # Errors
 /// Why there is none, for the log.
-async fn connect(plan: &Plan, clock: Clock, live: &watch::Receiver<Live<Plan>>) -> Result<Connected, String> {
-    let mut reasons = Vec::new();
+async fn connect(plan: &Plan, clock: Clock, live: &watch::Receiver<Live<Plan>>) -> Result<Connected, Fault> {
+    let (mut reasons, mut outcome) = (Vec::new(), Outcome::NoInstance);
     for (target, balancer) in plan.balancers.in_order(plan.upstream.chain.connection_targets(), clock.now()) {
         match connect_target(target, balancer, clock, live).await {
             Ok(connected) => return Ok(connected),
-            Err(Unusable { reason, denied }) => {
-                reasons.push(format!("{target}: {reason}"));
+            Err(Unusable { fault, denied }) => {
+                reasons.push(format!("{target}: {fault}"));
+                outcome = fault.outcome;
                 if denied {
                     break;
                 }
@@ -230,14 +232,14 @@ async fn connect(plan: &Plan, clock: Clock, live: &watch::Receiver<Live<Plan>>) 
         }
     }
     Err(match reasons[..] {
-        [] => "the agent has not told where it leads: see what it answered above".into(),
-        _ => reasons.join("; "),
+        [] => Fault::new(outcome, "the agent has not told where it leads: see what it answered above"),
+        _ => Fault::new(outcome, reasons.join("; ")),
     })
 }
 
 /// Why a target can't be used, and whether that is because it does not allow us: then no other is tried either.
 struct Unusable {
-    reason: String,
+    fault: Fault,
     denied: bool,
 }
 
@@ -248,8 +250,8 @@ async fn connect_target(
     clock: Clock,
     live: &watch::Receiver<Live<Plan>>,
 ) -> Result<Connected, Unusable> {
-    let unusable = |reason| Unusable { reason, denied: false };
-    let permit = balancer.admit(Limit::Connections).map_err(|overflow| unusable(overflow.to_string()))?;
+    let unusable = |fault| Unusable { fault, denied: false };
+    let permit = balancer.admit(Limit::Connections).map_err(|overflow| unusable(overflow.into()))?;
     let pace = Pace::new(target);
     let (mut tried, mut reasons, mut denied) = (Vec::new(), Vec::new(), false);
     let mut race: Race<Won, Failure> = Race::new();
@@ -280,8 +282,11 @@ async fn connect_target(
         (Some((mesh, peer, instance)), _) => {
             Ok(Connected { mesh, tls: Arc::clone(&target.tls), peer, instance, permit })
         }
-        (None, []) => Err(unusable(balancer.absence())),
-        (None, _) => Err(Unusable { reason: format!("no instance could be used: {}", reasons.join(", ")), denied }),
+        (None, []) => Err(unusable(Fault::new(Outcome::NoInstance, balancer.absence()))),
+        (None, _) => {
+            let cause = format!("no instance could be used: {}", reasons.join(", "));
+            Err(Unusable { fault: Fault::new(Outcome::Unreachable, cause), denied })
+        }
     }
 }
 
@@ -297,7 +302,7 @@ async fn reach(target: Arc<Target>, picked: Picked, until: Instant, clock: Clock
             let instance = Arc::clone(picked.instance());
             // A denial says nothing of the instance.
             if !matches!(why, Unconnected::Refused(Refusal::Denied)) {
-                picked.report(Outcome::Unreachable, Duration::ZERO, clock.now());
+                picked.report(Report::Unreachable, Duration::ZERO, clock.now());
             }
             Err(Failure { instance, why })
         }

@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
+use super::outcome::{Fault, Outcome};
 use crate::access_log::{self, AccessLog, Active};
 use crate::tls::SpiffeId;
 
@@ -79,27 +80,45 @@ impl Record {
         self.from_app = from_app;
     }
 
-    /// Writes the line.
-    pub(super) fn finish(&mut self, outcome: &str) {
+    /// Writes the line of a connection that carried all that it was to carry.
+    pub(super) fn ended(&mut self) {
+        self.finish(Outcome::Ended, "ended");
+    }
+
+    /// Writes the line of one that did not end well.
+    pub(super) fn failed(&mut self, fault: &Fault) {
+        self.finish(fault.outcome, &fault.cause);
+    }
+
+    /// Writes the line of a connection of requests.
+    pub(super) fn result(&mut self, ended: &Result<(), Fault>) {
+        match ended {
+            Ok(()) => self.ended(),
+            Err(fault) => self.failed(fault),
+        }
+    }
+
+    /// Writes the line. `cause` is one sentence.
+    pub(super) fn finish(&mut self, outcome: Outcome, cause: &str) {
         self.finished = true;
         if let Some(access) = self.access.take() {
-            self.tell(&access, outcome);
+            self.tell(&access, outcome, cause);
         }
         let (src, peer) = (Shown(self.remote), self.peer.as_deref().unwrap_or("-"));
         let (to_app, from_app, ms) = (self.to_app, self.from_app, self.started.elapsed().as_millis());
         match self.direction {
             Direction::Inbound => {
-                tracing::debug!(target: "proxy.inbound", src = %src, peer, bytes_to_app = to_app, bytes_from_app = from_app, duration_ms = ms, outcome, "Connection");
+                tracing::debug!(target: "proxy.inbound", src = %src, peer, bytes_to_app = to_app, bytes_from_app = from_app, duration_ms = ms, outcome = cause, "Connection");
             }
             Direction::Outbound => {
-                tracing::debug!(target: "proxy.upstream", src = %src, peer, bytes_to_app = to_app, bytes_from_app = from_app, duration_ms = ms, outcome, "Connection");
+                tracing::debug!(target: "proxy.upstream", src = %src, peer, bytes_to_app = to_app, bytes_from_app = from_app, duration_ms = ms, outcome = cause, "Connection");
             }
         }
     }
 }
 
 impl Record {
-    fn tell(&self, access: &Access, outcome: &str) {
+    fn tell(&self, access: &Access, outcome: Outcome, cause: &str) {
         let (received, sent) = match self.direction {
             Direction::Inbound => (self.to_app, self.from_app),
             Direction::Outbound => (self.from_app, self.to_app),
@@ -112,13 +131,13 @@ impl Record {
             transport_failure: None,
             attempts: 1,
         });
-        let flags = if upstream.is_none() && outcome != "denied" { "UF" } else { "" };
         let record = access_log::Record {
             duration: self.started.elapsed(),
-            flags: Cow::Borrowed(flags),
+            // As in Envoy, one that was carried has none, however it ended.
+            flags: Cow::Borrowed(if upstream.is_some() { "" } else { outcome.told().flag }),
             bytes_received: received,
             bytes_sent: sent,
-            connection_termination: (outcome != "ended").then_some(Cow::Borrowed(outcome)),
+            connection_termination: (outcome != Outcome::Ended).then_some(Cow::Borrowed(cause)),
             upstream,
             downstream_local: access.local,
             downstream_remote: self.remote,
@@ -132,7 +151,7 @@ impl Record {
 impl Drop for Record {
     fn drop(&mut self) {
         if !self.finished {
-            self.finish("aborted");
+            self.finish(Outcome::Aborted, "aborted");
         }
     }
 }

@@ -14,6 +14,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::{Instant, timeout};
 
+use super::outcome::{Fault, Outcome};
 use super::socket::Socket;
 use super::tunnel::Carrier;
 use crate::tls::{Scratch, Stream, with_scratch};
@@ -59,6 +60,14 @@ pub(super) struct Broken {
 pub(super) enum Side {
     Plain,
     Tls,
+}
+
+impl Broken {
+    /// Which side that was of the connection; `client` is on this one of the relay.
+    pub(super) fn of(&self, client: Side) -> Fault {
+        let outcome = if self.side == client { Outcome::ClientReset } else { Outcome::Reset };
+        Fault::new(outcome, self.to_string())
+    }
 }
 
 impl fmt::Display for Broken {

@@ -167,7 +167,7 @@ impl Default for Shared {
 
 /// How a try of a request went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Outcome {
+pub enum Report {
     /// An answer that is no fault of the instance, 4xx included.
     Success,
     /// A 5xx, or a gRPC status that says as much.
@@ -534,22 +534,22 @@ impl Picked {
     /// make new instances look slow) to the head of its response. The result is to be held until the
     /// response's body is done.
     ///
-    /// [`Outcome::ServerError`] and [`Outcome::Reset`] count towards an ejection. It is decided at once and not on a
-    /// sweep. [`Outcome::Unreachable`] counts with them, but alone it only puts the instance aside.
-    pub fn report(self, outcome: Outcome, latency: Duration, now: u64) -> InFlight {
+    /// [`Report::ServerError`] and [`Report::Reset`] count towards an ejection. It is decided at once and not on a
+    /// sweep. [`Report::Unreachable`] counts with them, but alone it only puts the instance aside.
+    pub fn report(self, outcome: Report, latency: Duration, now: u64) -> InFlight {
         let instance = self.in_flight.instance();
         let state = &instance.state;
         match outcome {
-            Outcome::Success => {
+            Report::Success => {
                 state.latency.record(latency, now);
                 self.succeeded(now);
             }
-            Outcome::ServerError | Outcome::Reset => {
+            Report::ServerError | Report::Reset => {
                 state.latency.record_error(latency, now);
                 state.reached();
-                self.failed(now, outcome == Outcome::Reset);
+                self.failed(now, outcome == Report::Reset);
             }
-            Outcome::Unreachable => state.could_not_be_reached(now, self.probe.aside),
+            Report::Unreachable => state.could_not_be_reached(now, self.probe.aside),
         }
         self.over()
     }

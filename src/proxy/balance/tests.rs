@@ -43,14 +43,14 @@ fn shares(balancer: &Arc<Balancer>, now: u64, count: usize) -> Vec<usize> {
     shares
 }
 
-fn report(balancer: &Arc<Balancer>, instance: usize, outcome: Outcome, now: u64) {
+fn report(balancer: &Arc<Balancer>, instance: usize, outcome: Report, now: u64) {
     let picked = balancer.picked(&balancer.instances[instance], Probe::default(), now, &mut |_| 0);
     picked.report(outcome, Duration::from_millis(5), now);
 }
 
 fn fail(balancer: &Arc<Balancer>, instance: usize, times: usize, now: u64) {
     for _ in 0..times {
-        report(balancer, instance, Outcome::ServerError, now);
+        report(balancer, instance, Report::ServerError, now);
     }
 }
 
@@ -107,7 +107,7 @@ fn a_slow_instance_gets_visibly_less() {
         for _ in 0..20_000 {
             time += -(1.0 - rng.f64()).ln() * 0.5;
             for (_, latency, picked) in under_way.extract_if(.., |(end, ..)| *end <= time) {
-                picked.report(Outcome::Success, Duration::from_secs_f64(latency / 1000.0), time as u64);
+                picked.report(Report::Success, Duration::from_secs_f64(latency / 1000.0), time as u64);
             }
             let picked = pick(&balancer, time as u64, &mut rng).unwrap();
             shares[place(&picked)] += 1;
@@ -136,7 +136,7 @@ fn a_slow_instance_gets_less_even_of_one_request_at_a_time_and_recovers() {
             let latency = if place(&picked) == 0 { slow } else { 5 };
             picks += usize::from(place(&picked) == 0);
             now += latency;
-            picked.report(Outcome::Success, Duration::from_millis(latency), now);
+            picked.report(Report::Success, Duration::from_millis(latency), now);
         }
         picks
     };
@@ -160,7 +160,7 @@ fn one_by_one(balancer: &Arc<Balancer>, now: &mut u64, count: usize, latency: im
         let latency = latency(place(&picked));
         shares[place(&picked)] += 1;
         *now += latency;
-        picked.report(Outcome::Success, Duration::from_millis(latency), *now);
+        picked.report(Report::Success, Duration::from_millis(latency), *now);
     }
     shares
 }
@@ -175,7 +175,7 @@ fn one_slow_answer_costs_an_instance_its_share_for_a_moment_only() {
             one_by_one(&balancer, &mut now, before, |_| 3);
             let picked = balancer.picked(&balancer.instances[0], Probe::default(), now, &mut |_| 0);
             now += first;
-            picked.report(Outcome::Success, Duration::from_millis(first), now);
+            picked.report(Report::Success, Duration::from_millis(first), now);
             one_by_one(&balancer, &mut now, 200, |_| 3);
             let shares = one_by_one(&balancer, &mut now, 300, |_| 3);
             assert!(shares.iter().all(|share| (60..140).contains(share)), "{first} ms after {before}: {shares:?}");
@@ -202,8 +202,8 @@ fn an_instance_that_is_new_or_back_is_not_run_over() {
     let _more: Vec<Picked> = (0..300).map(|_| pick(&after, 0, &mut rng).unwrap()).collect();
     let load = after.instances[3].load();
     assert!(load <= 8, "{load}");
-    report(&after, 3, Outcome::Unreachable, 0);
-    report(&after, 3, Outcome::Success, 0);
+    report(&after, 3, Report::Unreachable, 0);
+    report(&after, 3, Report::Success, 0);
     (0..300).for_each(|_| after.instances[3].state.succeeded());
     let _more: Vec<Picked> = (0..300).map(|_| pick(&after, 0, &mut rng).unwrap()).collect();
     assert!(after.instances[3].load() > 100, "{}", after.instances[3].load());
@@ -234,7 +234,7 @@ fn what_hashes_to_an_instance_that_is_out_goes_to_the_same_other_one_and_comes_b
     for policy in [RING, Policy::Maglev] {
         let balancer = balancer(policy, &[1; 10]);
         let home = hashed(&balancer, 42, 0);
-        report(&balancer, usize::from(home - FIRST_PORT), Outcome::Unreachable, 0);
+        report(&balancer, usize::from(home - FIRST_PORT), Report::Unreachable, 0);
         let other = hashed(&balancer, 42, 0);
         assert!(other != home && other == hashed(&balancer, 42, 999));
         assert_eq!(hashed(&balancer, 42, 1000), home);
@@ -244,20 +244,20 @@ fn what_hashes_to_an_instance_that_is_out_goes_to_the_same_other_one_and_comes_b
 #[test]
 fn an_unreachable_instance_is_put_aside_and_probed_by_one_alone() {
     let balancer = balancer(Policy::Unset, &[1, 1]);
-    report(&balancer, 0, Outcome::Unreachable, 0);
+    report(&balancer, 0, Report::Unreachable, 0);
     assert_eq!(shares(&balancer, 999, 100), [0, 100]);
     let mut rng = fastrand::Rng::with_seed(7);
     let picks: Vec<Picked> = (0..20).map(|_| pick(&balancer, 1000, &mut rng).unwrap()).collect();
     assert_eq!(picks.iter().filter(|picked| place(picked) == 0).count(), 1);
     for picked in picks {
-        let outcome = if place(&picked) == 0 { Outcome::Unreachable } else { Outcome::Success };
+        let outcome = if place(&picked) == 0 { Report::Unreachable } else { Report::Success };
         picked.report(outcome, Duration::from_millis(5), 1000);
     }
     assert_eq!(shares(&balancer, 2999, 100), [0, 100]);
     // A probe that is dropped without a word leaves it to the next.
     let probes = shares(&balancer, 3000, 100)[0];
     assert!(probes > 1, "{probes}");
-    report(&balancer, 0, Outcome::ServerError, 3000);
+    report(&balancer, 0, Report::ServerError, 3000);
     assert!(shares(&balancer, 3000, 100)[0] > 20);
 }
 
@@ -265,8 +265,8 @@ fn an_unreachable_instance_is_put_aside_and_probed_by_one_alone() {
 fn when_all_are_aside_the_one_that_is_due_first_is_tried_and_none_twice() {
     for policy in POLICIES {
         let balancer = balancer(policy, &[1, 1]);
-        report(&balancer, 0, Outcome::Unreachable, 5);
-        report(&balancer, 1, Outcome::Unreachable, 0);
+        report(&balancer, 0, Report::Unreachable, 5);
+        report(&balancer, 1, Report::Unreachable, 0);
         assert!(!balancer.is_up(10));
         let first = Arc::clone(balancer.pick(10, Some(1), &[], |_| 0).unwrap().instance());
         assert_eq!(first.address.port, FIRST_PORT + 1);
@@ -282,13 +282,13 @@ fn errors_in_a_row_eject_and_one_probe_decides() {
     let check = PassiveHealthCheck { max_failures: 3, ..PassiveHealthCheck::default() };
     let balancer = with_check(&[1, 1], check);
     fail(&balancer, 0, 2, 0);
-    report(&balancer, 0, Outcome::Success, 0);
+    report(&balancer, 0, Report::Success, 0);
     fail(&balancer, 0, 2, 0);
     assert!(balancer.instances[0].is_fit(0));
-    report(&balancer, 0, Outcome::Reset, 0);
+    report(&balancer, 0, Report::Reset, 0);
     assert_eq!(shares(&balancer, 29_999, 100), [0, 100]);
     // What was under way changes nothing, be it good or bad.
-    report(&balancer, 0, Outcome::Success, 10);
+    report(&balancer, 0, Report::Success, 10);
     fail(&balancer, 0, 10, 10);
     assert_eq!(shares(&balancer, 29_999, 100), [0, 100]);
 
@@ -299,10 +299,10 @@ fn errors_in_a_row_eject_and_one_probe_decides() {
         assert_eq!(probes.len(), 1);
         probes.remove(0)
     };
-    probe(30_000).report(Outcome::ServerError, Duration::ZERO, 30_000);
+    probe(30_000).report(Report::ServerError, Duration::ZERO, 30_000);
     assert_eq!(shares(&balancer, 89_999, 100), [0, 100]);
     drop(probe(90_000));
-    probe(90_000).report(Outcome::Success, Duration::from_millis(1), 90_000);
+    probe(90_000).report(Report::Success, Duration::from_millis(1), 90_000);
     fail(&balancer, 0, 2, 90_000);
     assert!(shares(&balancer, 90_000, 100)[0] > 10);
 }
@@ -322,7 +322,7 @@ fn where_all_may_be_ejected_there_may_be_none_to_pick() {
         assert!(!balancer.is_up(29_999) && balancer.is_up(30_000));
         let probe = balancer.pick(30_000, Some(1), &[], |_| 0).unwrap();
         assert!(balancer.pick(30_000, Some(1), &[], |_| 0).is_none());
-        let _ = probe.report(Outcome::Success, Duration::ZERO, 30_000);
+        let _ = probe.report(Report::Success, Duration::ZERO, 30_000);
         assert!(balancer.pick(30_000, Some(1), &[], |_| 0).is_some());
     }
 }
@@ -335,13 +335,13 @@ fn the_last_usable_instance_is_not_ejected_where_nothing_is_said() {
         assert!(alone.is_up(0) && alone.pick(0, Some(1), &[], |_| 0).is_some());
 
         let two = balancer(policy, &[1, 1]);
-        report(&two, 1, Outcome::Unreachable, 0);
+        report(&two, 1, Report::Unreachable, 0);
         fail(&two, 0, 50, 0);
         assert!(two.instances[0].is_fit(0));
         // The other is back, and out again when this one is ejected.
         fail(&two, 0, 5, 1000);
         assert_eq!(shares(&two, 1001, 10), [0, 10]);
-        report(&two, 1, Outcome::Unreachable, 1001);
+        report(&two, 1, Report::Unreachable, 1001);
         let aside = two.pick(1002, Some(1), &[], |_| 0).unwrap();
         assert_eq!(place(&aside), 1);
         let ejected = two.pick(1002, Some(1), &[Arc::clone(aside.instance())], |_| 0).unwrap();
@@ -401,7 +401,7 @@ fn ejection_is_a_matter_of_chance_where_it_is_enforced_in_part() {
         let mut rng = fastrand::Rng::with_seed(7);
         for instance in &balancer.instances {
             let picked = balancer.picked(instance, Probe::default(), 0, &mut |below| rng.u64(..below));
-            picked.report(Outcome::ServerError, Duration::ZERO, 0);
+            picked.report(Report::ServerError, Duration::ZERO, 0);
         }
         let ejected = balancer.instances.iter().filter(|instance| !instance.is_fit(0)).count();
         assert!(expected.contains(&ejected), "{chance} %: {ejected}");
@@ -412,17 +412,17 @@ fn ejection_is_a_matter_of_chance_where_it_is_enforced_in_part() {
 fn connections_that_fail_count_but_do_not_eject_alone() {
     let balancer = with_check(&[1], all_may_go());
     for second in 0..10 {
-        report(&balancer, 0, Outcome::Unreachable, second * 40_000);
+        report(&balancer, 0, Report::Unreachable, second * 40_000);
     }
     assert!(balancer.pick(400_000, None, &[], |_| 0).is_some());
-    report(&balancer, 0, Outcome::ServerError, 400_000);
+    report(&balancer, 0, Report::ServerError, 400_000);
     assert!(balancer.pick(400_000, None, &[], |_| 0).is_none());
 }
 
 #[test]
 fn what_is_known_of_an_instance_outlives_a_snapshot() {
     let before = with_check(&[1, 1], all_may_go());
-    report(&before, 1, Outcome::Unreachable, 0);
+    report(&before, 1, Report::Unreachable, 0);
     fail(&before, 0, 4, 0);
     let open = before.picked(&before.instances[1], Probe::default(), 0, &mut |_| 0);
     let permit = before.admit(Limit::Connections).unwrap();
@@ -435,7 +435,7 @@ fn what_is_known_of_an_instance_outlives_a_snapshot() {
     assert_eq!(after.instances[1].load(), 0);
     assert!(after.admit(Limit::Connections).is_ok());
     // A request that began before is among those that eject.
-    report(&before, 0, Outcome::ServerError, 0);
+    report(&before, 0, Report::ServerError, 0);
     assert!(!after.instances[0].is_fit(10));
     assert!(Arc::ptr_eq(&after, &Balancer::new(&after.endpoints, after.settings, Some(&after))));
 }
@@ -445,7 +445,7 @@ fn picks_go_on_with_most_of_many_instances_out() {
     for policy in POLICIES {
         let balancer = balancer(policy, &[1; 1000]);
         for instance in (0..1000).filter(|instance| instance % 100 != 3) {
-            report(&balancer, instance, Outcome::Unreachable, 0);
+            report(&balancer, instance, Report::Unreachable, 0);
         }
         let mut rng = fastrand::Rng::with_seed(7);
         for hash in 0..100_u64 {
@@ -493,7 +493,7 @@ fn an_instance_that_hangs_gets_no_more_while_its_estimate_decays() {
     let mut rng = fastrand::Rng::with_seed(7);
     for now in 0..200 {
         let picked = pick(&balancer, now, &mut rng).unwrap();
-        picked.report(Outcome::Success, Duration::from_millis(5), now);
+        picked.report(Report::Success, Duration::from_millis(5), now);
     }
     // The first answers nothing from now on, the other one as ever, to one request each 10 ms for 20 s.
     let mut hanging: Vec<Picked> = Vec::new();
@@ -502,12 +502,12 @@ fn an_instance_that_hangs_gets_no_more_while_its_estimate_decays() {
         if place(&picked) == 0 {
             hanging.push(picked);
         } else {
-            picked.report(Outcome::Success, Duration::from_millis(5), now + 5);
+            picked.report(Report::Success, Duration::from_millis(5), now + 5);
         }
     }
     assert!((1..4).contains(&hanging.len()), "{}", hanging.len());
     // It answers again.
-    hanging.into_iter().for_each(|picked| drop(picked.report(Outcome::Success, Duration::from_secs(20), 20_000)));
+    hanging.into_iter().for_each(|picked| drop(picked.report(Report::Success, Duration::from_secs(20), 20_000)));
     let shares = shares(&balancer, 60_000, 100);
     assert!(shares[0] > 20, "{shares:?}");
 }
@@ -518,7 +518,7 @@ fn those_who_ask_for_long_answers_say_nothing_while_others_are_answered() {
     let first = &balancer.instances[0];
     let _polls: Vec<Picked> = (0..5).map(|_| balancer.picked(first, Probe::default(), 0, &mut |_| 0)).collect();
     for now in 0..10_000 {
-        (0..2).for_each(|instance| report(&balancer, instance, Outcome::Success, now));
+        (0..2).for_each(|instance| report(&balancer, instance, Report::Success, now));
     }
     let (polled, other) = balancer.instances[0].latencies(&balancer.instances[1], 10_000).unwrap();
     assert!(polled < other * 1.5, "{polled} {other}");
@@ -563,7 +563,7 @@ fn where_every_instance_ends_connections_unanswered_each_gets_its_part() {
 #[test]
 fn a_probe_keeps_an_instance_aside_and_brings_it_back() {
     let balancer = balancer(Policy::Unset, &[1; 2]);
-    report(&balancer, 0, Outcome::Unreachable, 0);
+    report(&balancer, 0, Report::Unreachable, 0);
     let instance = &balancer.instances[0];
     let watched = instance.watch().expect("nobody looks after it");
     assert!(instance.watch().is_none());
@@ -585,7 +585,7 @@ fn a_probe_keeps_an_instance_aside_and_brings_it_back() {
 
 #[test]
 fn as_many_as_give_no_answer_are_ejected_while_another_is_left() {
-    for (outcome, ejected) in [(Outcome::Reset, 3), (Outcome::ServerError, 1)] {
+    for (outcome, ejected) in [(Report::Reset, 3), (Report::ServerError, 1)] {
         let balancer = balancer(Policy::Unset, &[1; 4]);
         for instance in 0..4 {
             (0..20).for_each(|_| report(&balancer, instance, outcome, 0));

@@ -9,11 +9,11 @@ use super::body::Rest;
 use super::message::Head;
 use super::note::Note;
 use super::patience::Patience;
-use super::refusal::{Kind, Refusal};
 use crate::proxy::codec::incoming::Incoming;
 use crate::proxy::codec::pool::{Dialled, Lent, MadeFor, NoConnection, Pool, Version};
 use crate::proxy::codec::upload::{Upload, UploadState};
 use crate::proxy::codec::wire::Wire;
+use crate::proxy::outcome::{Fault, Outcome};
 use crate::proxy::socket::Socket;
 use crate::snapshot::{Failure, LocalApp, Protocol};
 
@@ -39,7 +39,7 @@ impl App<'_> {
         mut body: Upload,
         upload: Option<&UploadState>,
         note: Option<&mut Note>,
-    ) -> Result<(Response<Incoming>, Rest), Refusal> {
+    ) -> Result<(Response<Incoming>, Rest), Fault> {
         if let Some(note) = note {
             note.sent_to("local_app", self.address);
             note.uploads(upload);
@@ -63,24 +63,24 @@ impl App<'_> {
                 }
                 Err(failed) if upload.is_some_and(UploadState::is_broken) => {
                     let cause = format!("the request's body broke off: {}", failed.told());
-                    return Err(Refusal::new(Kind::BadRequest, cause));
+                    return Err(Fault::new(Outcome::BadRequest, cause));
                 }
                 Err(mut failed) => match (failed.request.take(), again) {
                     (Some(request), _) => (head, body) = Head::from_request(*request, authority),
                     (None, Some(again)) if failed.failure == Failure::Refused || (repeatable && failed.is_lost()) => {
                         let body_again = upload.map_or_else(|| Some(Upload::none()), UploadState::again);
-                        let Some(body_again) = body_again else { return Err(Refusal::of("the local app", &failed)) };
+                        let Some(body_again) = body_again else { return Err(Fault::of("the local app", &failed)) };
                         (head, body) = (again, body_again);
                     }
-                    _ => return Err(Refusal::of("the local app", &failed)),
+                    _ => return Err(Fault::of("the local app", &failed)),
                 },
             }
             anew = true;
         }
-        Err(Refusal::new(Kind::Reset, "the local app closes connections before it takes a request"))
+        Err(Fault::new(Outcome::Reset, "the local app closes connections before it takes a request"))
     }
 
-    async fn connection(&self, alone: bool, anew: bool) -> Result<Lent, Refusal> {
+    async fn connection(&self, alone: bool, anew: bool) -> Result<Lent, Fault> {
         let made_for = MadeFor::App(self.address.clone());
         if alone {
             let open = self.pool.enter(None);

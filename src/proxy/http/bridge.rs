@@ -12,7 +12,7 @@ use http_body_util::BodyExt;
 use super::body::{Body, Broken};
 use super::grpc::is_grpc;
 use super::ongoing::Over;
-use super::refusal::{Kind, Refusal};
+use crate::proxy::outcome::{Fault, Outcome};
 use crate::snapshot::Protocol;
 
 /// Whether the response to this request is to be [`gather`]ed. If so the request says what gRPC apps insist on.
@@ -29,7 +29,7 @@ pub(super) fn spans<B>(protocol: Protocol, request: &mut Request<B>) -> bool {
 ///
 /// # Errors
 /// It broke off, took too long or has more than 1 MiB.
-pub(super) async fn gather(response: Response<Body>) -> Result<Response<Body>, Refusal> {
+pub(super) async fn gather(response: Response<Body>) -> Result<Response<Body>, Fault> {
     if response.body().is_empty() {
         return Ok(response);
     }
@@ -38,8 +38,8 @@ pub(super) async fn gather(response: Response<Body>) -> Result<Response<Body>, R
     while let Some(frame) = body.frame().await {
         match frame.map_err(refused)?.into_data() {
             Ok(data) if messages.len() + data.len() > GATHERED => {
-                return Err(Refusal::new(
-                    Kind::LargeResponse,
+                return Err(Fault::new(
+                    Outcome::LargeResponse,
                     "the response has more than 1 MiB, which is held back at most",
                 ));
             }
@@ -56,11 +56,11 @@ pub(super) async fn gather(response: Response<Body>) -> Result<Response<Body>, R
 }
 
 /// The client has seen nothing of the response, so that it can be told.
-fn refused(broken: Broken) -> Refusal {
+fn refused(broken: Broken) -> Fault {
     match broken {
-        Broken::Source(error) => Refusal::new(Kind::Reset, format!("the response broke off: {error}")),
+        Broken::Source(error) => Fault::new(Outcome::Reset, format!("the response broke off: {error}")),
         Broken::Over(Over::Expired(expired)) => expired.into(),
-        Broken::Over(Over::Denied) => Refusal::new(Kind::Denied, "denied while it was under way"),
+        Broken::Over(Over::Denied) => Fault::new(Outcome::Denied, "denied while it was under way"),
     }
 }
 

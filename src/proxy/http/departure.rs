@@ -4,6 +4,7 @@
 //! answer (BusyBox wget does that). TCP tells the two apart when something is sent: who has closed replies with a
 //! reset. So the first bytes of the answer, which are the same in each, are sent ahead.
 
+use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -11,6 +12,7 @@ use std::time::Duration;
 use tokio::time::{Instant, Sleep, sleep};
 
 use crate::proxy::codec::wire::{Awaits, Wire};
+use crate::proxy::outcome::{Fault, Outcome};
 
 /// Looks after one connection.
 #[derive(Default)]
@@ -28,14 +30,14 @@ struct Half {
 
 impl Departure {
     /// Ready with the reason once the client is gone. To be asked after the codec has had its turn.
-    pub(super) fn poll(&mut self, cx: &mut Context<'_>, wire: &Wire) -> Poll<String> {
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>, wire: &Wire) -> Poll<Fault> {
         let awaits = wire.awaits();
         if awaits == Awaits::Nothing {
             self.half = None;
             return Poll::Pending;
         }
         if let Err(error) = ready!(wire.poll_end(cx)) {
-            return Poll::Ready(format!("the client is gone: {error}"));
+            return Poll::Ready(gone(&error));
         }
         let half = self.half.get_or_insert_with(|| Half {
             since: Instant::now(),
@@ -54,23 +56,28 @@ impl Departure {
 }
 
 impl Half {
-    fn look(&mut self, cx: &mut Context<'_>, wire: &Wire, awaits: Awaits) -> Result<(), String> {
+    fn look(&mut self, cx: &mut Context<'_>, wire: &Wire, awaits: Awaits) -> Result<(), Fault> {
         self.looks += 1;
         // One byte after a quarter of a second, the next after one, two, four seconds and so on.
         let probes = awaits == Awaits::Answer
             && (self.looks == 1 || (self.looks / 4).is_power_of_two() && self.looks.is_multiple_of(4));
         let checked = if probes { wire.probe(cx).map(drop) } else { wire.check() };
-        checked.map_err(|error| format!("the client is gone: {error}"))?;
+        checked.map_err(|error| gone(&error))?;
         let (moved, _) = wire.progress();
         if std::mem::replace(&mut self.moved, moved) != moved {
             self.since = Instant::now();
         }
         let patience = if awaits == Awaits::Answer { ANSWER_TIME } else { REST_TIME };
         if self.since.elapsed() >= patience {
-            return Err(format!("the client has ended its direction, and nothing has come for it for {patience:?}"));
+            let cause = format!("the client has ended its direction, and nothing has come for it for {patience:?}");
+            return Err(Fault::new(Outcome::Idle, cause));
         }
         Ok(())
     }
+}
+
+fn gone(error: &io::Error) -> Fault {
+    Fault::new(Outcome::ClientReset, format!("the client is gone: {error}"))
 }
 
 /// Between two looks at a client that has ended its direction.

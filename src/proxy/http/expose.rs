@@ -12,7 +12,6 @@ use super::body::Body;
 use super::message::{self, Head, Intake, X_FORWARDED_CLIENT_CERT};
 use super::note::{Caller, Note};
 use super::ongoing::Ongoing;
-use super::refusal::{Kind, Refusal};
 use super::reply::Asked;
 use super::serve::{self, Part, Terms, Times};
 use crate::proxy::codec::pool::Pool;
@@ -20,6 +19,7 @@ use crate::proxy::codec::upload::Upload;
 use crate::proxy::codec::wire::Wire;
 use crate::proxy::listener::Live;
 use crate::proxy::log_limit::LogLimit;
+use crate::proxy::outcome::{Fault, Outcome};
 use crate::proxy::record::{Host, Shown};
 use crate::proxy::socket::Socket;
 use crate::snapshot::{Exposed, Normalization, Upgrades};
@@ -59,7 +59,7 @@ impl Exposure {
     ///
     /// # Errors
     /// Why it ended otherwise than well, for the log.
-    pub(crate) async fn serve(self, socket: Socket) -> Result<(), String> {
+    pub(crate) async fn serve(self, socket: Socket) -> Result<(), Fault> {
         let terms = Terms::new(self.live.clone(), TIMES, Arc::default(), &self.caller, self.log_limit.clone());
         let this = Arc::new(self);
         let answer = move |request, ongoing| Arc::clone(&this).answer(request, ongoing);
@@ -70,19 +70,19 @@ impl Exposure {
         let mut asked = Asked::new(&self.caller, &request);
         let plan = Arc::clone(&self.live.borrow().part);
         let result = try_answer(&plan, request, &ongoing, asked.note.as_deref_mut()).await;
-        asked.answer(result.inspect_err(|refusal| self.log(&plan, refusal)), false)
+        asked.answer(result.inspect_err(|fault| self.log(&plan, fault)), false)
     }
 
-    fn log(&self, plan: &Plan, refusal: &Refusal) {
-        if !self.log_limit.is_first(Host(self.caller.remote), &refusal.cause) {
+    fn log(&self, plan: &Plan, fault: &Fault) {
+        if !self.log_limit.is_first(Host(self.caller.remote), &fault.cause) {
             return;
         }
         tracing::info!(
             target: "proxy.inbound",
             listener = %plan.exposed.bind,
             src = %Shown(self.caller.remote),
-            flag = refusal.kind.flag(),
-            cause = &*refusal.cause,
+            flag = fault.outcome.flag(),
+            cause = &*fault.cause,
             "Request for an exposed path failed"
         );
     }
@@ -103,7 +103,7 @@ async fn try_answer(
     request: Request<Upload>,
     ongoing: &Ongoing,
     note: Option<&mut Note>,
-) -> Result<Response<Body>, Refusal> {
+) -> Result<Response<Body>, Fault> {
     let (parts, body) = request.into_parts();
     let intake =
         Intake { normalization: &Normalization::default(), upgrades: &Upgrades::default(), service: "localhost" };
@@ -112,7 +112,7 @@ async fn try_answer(
     head.stay();
     let path = head.path.path();
     let found = plan.exposed.path(path).zip(plan.pools.get(path));
-    let (to, pool) = found.ok_or_else(|| Refusal::new(Kind::NoRoute, "the path is not exposed"))?;
+    let (to, pool) = found.ok_or_else(|| Fault::new(Outcome::NoRoute, "the path is not exposed"))?;
     // Nobody has proved anything here.
     head.headers.remove(X_FORWARDED_CLIENT_CERT);
     message::annotate(&mut head.headers);

@@ -3,13 +3,13 @@
 use http::header::{CONTENT_TYPE, HeaderName};
 use http::{HeaderMap, HeaderValue, StatusCode};
 
-use super::refusal::Kind;
+use crate::proxy::outcome::{Outcome, Told};
 
 /// What ends the answer to a gRPC request whose source is denied now.
 pub(super) fn grpc_denial() -> HeaderMap {
-    let (status, text, _) = Kind::Denied.told();
+    let Told { status, body, .. } = Outcome::Denied.told();
     let status = (HeaderName::from_static("grpc-status"), grpc_status(status));
-    [status, (HeaderName::from_static("grpc-message"), HeaderValue::from_static(text))].into_iter().collect()
+    [status, (HeaderName::from_static("grpc-message"), HeaderValue::from_static(body))].into_iter().collect()
 }
 
 /// Whether these are the headers of a gRPC request.

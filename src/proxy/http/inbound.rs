@@ -15,7 +15,6 @@ use super::body::Body;
 use super::message::{self, Head, Intake, X_FORWARDED_CLIENT_CERT};
 use super::note::{Caller, Note};
 use super::ongoing::{Case, Ongoing, Open};
-use super::refusal::{Kind, Refusal};
 use super::reply::Asked;
 use super::serve::{self, Leaving, Part, Terms};
 use super::{bridge, upgrade};
@@ -28,6 +27,7 @@ use crate::proxy::codec::upload::Upload;
 use crate::proxy::codec::wire::Wire;
 use crate::proxy::listener::Live;
 use crate::proxy::log_limit::LogLimit;
+use crate::proxy::outcome::{Fault, Outcome};
 use crate::proxy::places::Counted;
 use crate::proxy::record::Shown;
 use crate::proxy::socket::Socket;
@@ -60,7 +60,7 @@ impl Inbound {
     ///
     /// # Errors
     /// Why it ended otherwise than well, for the log.
-    pub(crate) async fn serve(self, mesh: Stream<Socket>) -> Result<(), String> {
+    pub(crate) async fn serve(self, mesh: Stream<Socket>) -> Result<(), Fault> {
         let (wire, leaving) = (Wire::tls(mesh), Arc::default());
         wire.allow_upgrades(self.upgrades.clone());
         let terms =
@@ -110,7 +110,7 @@ impl Inbound {
     fn is_denied(&self, listener: &PublicListener, case: &Case) -> bool {
         let denied = request_denial(listener, &self.peer.id, &case.head.view(), &case.judged);
         if let Some(reason) = &denied {
-            self.log(listener, &Refusal::new(Kind::Denied, format!("under way, and denied now: {reason}")));
+            self.log(listener, &Fault::new(Outcome::Denied, format!("under way, and denied now: {reason}")));
         }
         denied.is_some()
     }
@@ -129,8 +129,8 @@ impl Inbound {
             if bridged { bridge::gather(response).await } else { Ok(response) }
         };
         let result = ongoing.unless_over(answer).await;
-        let result = result.unwrap_or_else(|_| Err(Refusal::new(Kind::Denied, "denied while it was under way")));
-        asked.answer(result.inspect_err(|refusal| self.log(&listener, refusal)), listener.tells_cause)
+        let result = result.unwrap_or_else(|_| Err(Fault::new(Outcome::Denied, "denied while it was under way")));
+        asked.answer(result.inspect_err(|fault| self.log(&listener, fault)), listener.tells_cause)
     }
 
     async fn try_answer(
@@ -139,7 +139,7 @@ impl Inbound {
         mut request: Request<Upload>,
         ongoing: &Ongoing,
         note: Option<&mut Note>,
-    ) -> Result<Response<Body>, Refusal> {
+    ) -> Result<Response<Body>, Fault> {
         let client = request.extensions_mut().remove::<OnUpgrade>();
         let (parts, body) = request.into_parts();
         let mut head = Head::check(parts, self.intake(listener))?;
@@ -189,7 +189,7 @@ impl Inbound {
         }
     }
 
-    fn decide(&self, listener: &PublicListener, head: &Head, now: SystemTime) -> Result<Verified, Refusal> {
+    fn decide(&self, listener: &PublicListener, head: &Head, now: SystemTime) -> Result<Verified, Fault> {
         let providers = &listener.token_providers;
         let view = head.view();
         let (decision, verified) = listener.intentions.verify_and_decide(&self.peer.id, &view, providers, now);
@@ -208,11 +208,11 @@ impl Inbound {
         match decision {
             Decision::Allow(_) => Ok(verified),
             Decision::Deny(decider) => {
-                let tokens = verified.refusals().map(|(provider, refusal)| format!("; token of {provider}: {refusal}"));
-                Err(Refusal::new(Kind::Denied, format!("{decider}{}", tokens.collect::<String>())))
+                let tokens = verified.refusals().map(|(provider, fault)| format!("; token of {provider}: {fault}"));
+                Err(Fault::new(Outcome::Denied, format!("{decider}{}", tokens.collect::<String>())))
             }
             // Requests are judged by what it asks of each.
-            Decision::EachRequest(intention) => Err(Refusal::new(Kind::Denied, format!("{intention} was not judged"))),
+            Decision::EachRequest(intention) => Err(Fault::new(Outcome::Denied, format!("{intention} was not judged"))),
         }
     }
 
@@ -227,10 +227,10 @@ impl Inbound {
         }
     }
 
-    fn log(&self, listener: &PublicListener, refusal: &Refusal) {
+    fn log(&self, listener: &PublicListener, fault: &Fault) {
         // A redirect's is a location, with the query.
         let secrets = Secrets { providers: Some(&listener.token_providers) };
-        let cause = secrets.hide(&refusal.cause);
+        let cause = secrets.hide(&fault.cause);
         if !self.log_limit.is_first(&self.peer.id, &cause) {
             return;
         }
@@ -239,7 +239,7 @@ impl Inbound {
             source = %self.peer.id,
             destination = listener.service,
             src = %Shown(self.remote),
-            flag = refusal.kind.flag(),
+            flag = fault.outcome.flag(),
             cause = &*cause,
             "Request refused"
         );
@@ -256,8 +256,8 @@ impl Part for PublicListener {
     }
 }
 
-fn unproved(problem: &PeerError) -> Refusal {
-    Refusal::new(Kind::Denied, format!("the peer does not prove its identity any more: {problem}"))
+fn unproved(problem: &PeerError) -> Fault {
+    Fault::new(Outcome::Denied, format!("the peer does not prove its identity any more: {problem}"))
 }
 
 /// A peer is looked at again at least so often.

@@ -12,10 +12,10 @@ use http::request::Parts;
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version};
 
-use super::refusal::{Kind, Refusal};
 use crate::jwt::{Providers, Verified};
 use crate::proxy::codec::upload::Upload;
 use crate::proxy::codec::{HEADERS, framing, pool};
+use crate::proxy::outcome::{Fault, Outcome};
 use crate::snapshot::{NormalPath, Normalization, RequestView, Upgrades};
 
 pub(super) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -58,19 +58,19 @@ impl Head {
     ///
     /// # Errors
     /// The request is to be answered so.
-    pub(crate) fn check(parts: Parts, intake: Intake<'_>) -> Result<Self, Refusal> {
+    pub(crate) fn check(parts: Parts, intake: Intake<'_>) -> Result<Self, Fault> {
         let Parts { method, uri, version, mut headers, .. } = parts;
         if method == Method::CONNECT {
-            return Err(Refusal::new(Kind::Method, "CONNECT is not served"));
+            return Err(Fault::new(Outcome::Method, "CONNECT is not served"));
         }
         if headers.len() > HEADERS {
-            return Err(Refusal::new(Kind::TooLarge, "the request has too many headers"));
+            return Err(Fault::new(Outcome::TooLarge, "the request has too many headers"));
         }
-        framing::check(version, &headers).map_err(|bad| Refusal::new(Kind::BadRequest, bad))?;
-        framing::check_values(version, &headers).map_err(|bad| Refusal::new(Kind::BadRequest, bad))?;
+        framing::check(version, &headers).map_err(|bad| Fault::new(Outcome::BadRequest, bad))?;
+        framing::check_values(version, &headers).map_err(|bad| Fault::new(Outcome::BadRequest, bad))?;
         let authority = authority(&uri, version, &headers, intake.service)?;
         let normalization = intake.normalization;
-        normalization.headers(&mut headers).map_err(|bad| Refusal::new(Kind::BadRequest, bad.to_string()))?;
+        normalization.headers(&mut headers).map_err(|bad| Fault::new(Outcome::BadRequest, bad.to_string()))?;
         let path = path(uri, &method, normalization)?;
         let upgrade = upgrade(version, &headers, intake.upgrades);
         strip(&mut headers);
@@ -94,9 +94,9 @@ impl Head {
     ///
     /// # Errors
     /// The request is to be answered so.
-    pub(crate) fn check_method(&self) -> Result<(), Refusal> {
+    pub(crate) fn check_method(&self) -> Result<(), Fault> {
         if self.method.as_str().bytes().any(|byte| byte.is_ascii_lowercase()) {
-            return Err(Refusal::new(Kind::BadRequest, "the method is not in upper case"));
+            return Err(Fault::new(Outcome::BadRequest, "the method is not in upper case"));
         }
         Ok(())
     }
@@ -155,8 +155,8 @@ impl Head {
     ///
     /// # Errors
     /// When it is none.
-    pub(crate) fn rewrite(&mut self, path: &str) -> Result<(), Refusal> {
-        let bad = || Refusal::new(Kind::BadRequest, "the rewritten path is no path");
+    pub(crate) fn rewrite(&mut self, path: &str) -> Result<(), Fault> {
+        let bad = || Fault::new(Outcome::BadRequest, "the rewritten path is no path");
         let original = HeaderValue::from_bytes(self.path.as_str().as_bytes()).map_err(|_| bad())?;
         self.path = PathAndQuery::try_from(path).map_err(|_| bad())?;
         self.headers.insert(X_ENVOY_ORIGINAL_PATH, original);
@@ -173,7 +173,7 @@ impl Head {
     ///
     /// # Errors
     /// When HTTP/2 can't name the host.
-    pub(crate) fn into_request(mut self, version: pool::Version, body: Upload) -> Result<Request<Upload>, Refusal> {
+    pub(crate) fn into_request(mut self, version: pool::Version, body: Upload) -> Result<Request<Upload>, Fault> {
         let chunked = is_of_unknown_length(&body) && !self.headers.contains_key(CONTENT_LENGTH);
         let mut request = Request::new(body);
         match version {
@@ -214,8 +214,8 @@ fn is_of_unknown_length(body: &Upload) -> bool {
 }
 
 /// The path and query of a target, normalised.
-fn path(uri: Uri, method: &Method, normalization: &Normalization) -> Result<PathAndQuery, Refusal> {
-    let bad = |cause| Refusal::new(Kind::BadRequest, cause);
+fn path(uri: Uri, method: &Method, normalization: &Normalization) -> Result<PathAndQuery, Fault> {
+    let bad = |cause| Fault::new(Outcome::BadRequest, cause);
     let mut path = uri.into_parts().path_and_query.ok_or_else(|| bad("the request has no path"))?;
     if path.as_str().starts_with('?') {
         // A target such as `http://db?x=1` has the path `/` (RFC 9110, 4.2.3).
@@ -229,13 +229,13 @@ fn path(uri: Uri, method: &Method, normalization: &Normalization) -> Result<Path
         Ok(NormalPath::Forward(Cow::Owned(normal))) => {
             PathAndQuery::try_from(normal).map_err(|_| bad("the path can't be normalised"))
         }
-        Ok(NormalPath::Redirect(location)) => Err(Refusal::new(Kind::Redirect, location)),
-        Err(bad) => Err(Refusal::new(Kind::BadRequest, bad.to_string())),
+        Ok(NormalPath::Redirect(location)) => Err(Fault::new(Outcome::Redirect, location)),
+        Err(bad) => Err(Fault::new(Outcome::BadRequest, bad.to_string())),
     }
 }
 
-fn http2_uri(path: PathAndQuery, authority: HeaderValue) -> Result<Uri, Refusal> {
-    let no_host = || Refusal::new(Kind::BadRequest, "the host is none that HTTP/2 can name");
+fn http2_uri(path: PathAndQuery, authority: HeaderValue) -> Result<Uri, Fault> {
+    let no_host = || Fault::new(Outcome::BadRequest, "the host is none that HTTP/2 can name");
     let authority = Authority::from_maybe_shared(Bytes::copy_from_slice(authority.as_bytes()));
     let mut parts = http::uri::Parts::default();
     parts.scheme = Some(Scheme::HTTP);
@@ -247,8 +247,8 @@ fn http2_uri(path: PathAndQuery, authority: HeaderValue) -> Result<Uri, Refusal>
 /// Whom a request is for, however it says so: the target's authority if it names one, else the `host` header, of which
 /// there is one (RFC 9112, 3.2 and 3.2.2). In HTTP/2 both must be the same (RFC 9113, 8.3.1). HTTP/1.0 may name none, and
 /// is for `service`.
-fn authority(uri: &Uri, version: Version, headers: &HeaderMap, service: &str) -> Result<HeaderValue, Refusal> {
-    let bad = |cause| Err(Refusal::new(Kind::BadRequest, cause));
+fn authority(uri: &Uri, version: Version, headers: &HeaderMap, service: &str) -> Result<HeaderValue, Fault> {
+    let bad = |cause| Err(Fault::new(Outcome::BadRequest, cause));
     let mut hosts = headers.get_all(HOST).iter();
     let host = hosts.next();
     if hosts.next().is_some() {
@@ -312,9 +312,9 @@ pub(super) fn leaves_http<B>(request: &Request<B>, allowed: &Upgrades) -> bool {
 ///
 /// # Errors
 /// Nobody asked.
-pub(super) fn refuse_unasked_switch<B>(response: &Response<B>) -> Result<(), Refusal> {
+pub(super) fn refuse_unasked_switch<B>(response: &Response<B>) -> Result<(), Fault> {
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
-        return Err(Refusal::new(Kind::BadResponse, "the answer switches protocols, which was not asked for"));
+        return Err(Fault::new(Outcome::BadResponse, "the answer switches protocols, which was not asked for"));
     }
     Ok(())
 }

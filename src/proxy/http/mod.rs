@@ -19,7 +19,6 @@ pub(super) mod note;
 pub(super) mod ongoing;
 pub(super) mod outbound;
 mod patience;
-mod refusal;
 mod reply;
 mod serve;
 #[cfg(test)]

@@ -10,10 +10,10 @@ use http::{HeaderMap, Method, Request, Response, Uri, Version};
 use http_body::Frame;
 
 use super::patience::Expired;
-use super::refusal::{Kind, Refusal};
 use crate::access_log::{self, AccessLog, Active, Record, Secrets};
 use crate::jwt::Providers;
 use crate::proxy::codec::upload::UploadState;
+use crate::proxy::outcome::{Fault, Outcome};
 use crate::tls::SpiffeId;
 
 /// Who asks, the same for all requests of a connection.
@@ -39,8 +39,9 @@ pub(crate) struct Note {
     status: u16,
     response_headers: HeaderMap,
     trailers: Option<HeaderMap>,
-    details: Option<&'static str>,
-    flag: &'static str,
+    /// How the answer began.
+    answer: Option<Outcome>,
+    outcome: Outcome,
     /// They say where tokens are that the log must not show.
     providers: Option<Arc<Providers>>,
     upstream: Option<Upstream>,
@@ -73,8 +74,8 @@ impl Caller {
             status: 0,
             response_headers: HeaderMap::new(),
             trailers: None,
-            details: None,
-            flag: "",
+            answer: None,
+            outcome: Outcome::Ended,
             providers: None,
             upstream: None,
             upload: None,
@@ -101,12 +102,12 @@ impl Note {
     }
 
     /// There is a response, which it goes with until that is over.
-    pub(crate) fn answered<B>(&mut self, response: &Response<B>, refusal: Option<&Refusal>) {
+    pub(crate) fn answered<B>(&mut self, response: &Response<B>, fault: Option<&Fault>) {
         self.answered = Some(Instant::now());
         self.status = response.status().as_u16();
         self.response_headers = response.headers().clone();
-        self.details = Some(refusal.map_or("via_upstream", |refusal| details(refusal.kind)));
-        self.flag = refusal.map_or("", |refusal| refusal.kind.flag());
+        self.outcome = fault.map_or(Outcome::Ended, |fault| fault.outcome);
+        self.answer = Some(self.outcome);
     }
 
     pub(crate) fn frame(&mut self, frame: &Frame<Bytes>) {
@@ -125,17 +126,16 @@ impl Note {
     /// The response broke off, as its source is denied now.
     pub(crate) fn denied(&mut self) {
         self.complete = true;
-        self.details = Some(details(Kind::Denied));
+        self.answer = Some(Outcome::Denied);
     }
 
     /// The response broke off: it was not waited for any longer, or (`None`) whoever sent it failed to.
     pub(crate) fn broken(&mut self, expired: Option<Expired>) {
         self.complete = true;
-        self.flag = match expired {
-            None => "UC",
-            Some(Expired::Whole | Expired::Try) => "UT",
-            Some(Expired::Idle | Expired::IdleUpload) => "SI",
-            Some(Expired::Upload) => "DC",
+        self.outcome = match expired {
+            None => Outcome::Reset,
+            Some(Expired::Upload) => Outcome::ClientReset,
+            Some(expired) => Fault::from(expired).outcome,
         };
     }
 }
@@ -145,7 +145,7 @@ impl Drop for Note {
         let authority = self.uri.authority().map(|authority| authority.as_str());
         let host = || self.headers.get(http::header::HOST).and_then(|host| host.to_str().ok());
         // Not all was taken: whoever asked is gone.
-        let flag = if self.complete { self.flag } else { "DC" };
+        let outcome = if self.complete { self.outcome } else { Outcome::Aborted };
         let secrets = Secrets { providers: self.providers.as_deref() };
         let record = Record {
             duration: self.began.elapsed(),
@@ -159,11 +159,11 @@ impl Drop for Note {
             }),
             response: (self.status > 0).then(|| access_log::Response {
                 code: self.status,
-                details: self.details.map(Cow::Borrowed),
+                details: self.answer.map(|outcome| Cow::Borrowed(outcome.told().details)),
                 headers: &self.response_headers,
                 trailers: self.trailers.as_ref(),
             }),
-            flags: Cow::Borrowed(if flag == "-" { "" } else { flag }),
+            flags: Cow::Borrowed(outcome.told().flag),
             bytes_received: self.upload.as_ref().map_or(0, UploadState::received),
             bytes_sent: self.sent,
             upstream: self.upstream.as_ref().map(|upstream| access_log::Upstream {
@@ -180,24 +180,5 @@ impl Drop for Note {
             ..Record::new(self.start)
         };
         self.log.log(&record, secrets);
-    }
-}
-
-/// Envoy's words for an answer that is not the app's.
-fn details(kind: Kind) -> &'static str {
-    match kind {
-        Kind::Denied => "rbac_access_denied_matched_policy[none]",
-        Kind::NoRoute => "route_not_found",
-        Kind::NoInstance => "no_healthy_upstream",
-        Kind::Unreachable => "upstream_reset_before_response_started{remote_connection_failure}",
-        Kind::Reset => "upstream_reset_before_response_started{connection_termination}",
-        Kind::BadResponse => "upstream_reset_before_response_started{protocol_error}",
-        Kind::LargeResponse => "response_payload_too_large",
-        Kind::Overflow => "upstream_reset_before_response_started{overflow}",
-        Kind::Timeout => "response_timeout",
-        Kind::TryTimeout => "upstream_per_try_timeout",
-        Kind::Idle | Kind::IdleUpload => "stream_idle_timeout",
-        Kind::Redirect => "path_normalization_failed",
-        _ => "bad_request",
     }
 }

@@ -16,12 +16,11 @@ use super::message::{self, Head, Intake, X_FORWARDED_CLIENT_CERT};
 use super::note::{Caller, Note};
 use super::ongoing::Ongoing;
 use super::patience::{Expired, Patience};
-use super::refusal::{Kind, Refusal};
 use super::reply::Asked;
 use super::serve::{self, Part, Terms};
 use super::{bridge, upgrade};
 use crate::drain;
-use crate::proxy::balance::{Balancer, Clock, Instance, Outcome, Picked, Plan, Retry};
+use crate::proxy::balance::{Balancer, Clock, Instance, Picked, Plan, Report, Retry};
 use crate::proxy::codec::incoming::Incoming;
 use crate::proxy::codec::pool::{Borrowed, Dialled, Failed, Lent, MadeFor, NoConnection, Pool, Version};
 use crate::proxy::codec::upload::{Upload, UploadState};
@@ -30,6 +29,7 @@ use crate::proxy::dial::{Offer, Pace, attempt};
 use crate::proxy::limits::{Limit, Overflow, Permit};
 use crate::proxy::listener::Live;
 use crate::proxy::log_limit::LogLimit;
+use crate::proxy::outcome::{Fault, Outcome};
 use crate::proxy::probe;
 use crate::proxy::socket::Socket;
 use crate::race::{Next, Race};
@@ -53,7 +53,7 @@ impl Outbound {
     ///
     /// # Errors
     /// Why it ended otherwise than well, for the log.
-    pub(crate) async fn serve(self, app: Socket) -> Result<(), String> {
+    pub(crate) async fn serve(self, app: Socket) -> Result<(), Fault> {
         let wire = Wire::plain(app);
         wire.allow_upgrades(self.upgrades.clone());
         let terms = Terms::new(self.live.clone(), serve::TIMES, Arc::default(), &self.caller, self.log_limit.clone());
@@ -70,16 +70,16 @@ impl Outbound {
         if bridged && let Ok(response) = result {
             result = bridge::gather(response).await;
         }
-        asked.answer(result.inspect_err(|refusal| self.log(&plan, refusal)), plan.upstream.requests.tells_cause)
+        asked.answer(result.inspect_err(|fault| self.log(&plan, fault)), plan.upstream.requests.tells_cause)
     }
 
-    fn log(&self, plan: &Plan, refusal: &Refusal) {
-        if self.log_limit.is_first(&plan.upstream.name, &refusal.cause) {
+    fn log(&self, plan: &Plan, fault: &Fault) {
+        if self.log_limit.is_first(&plan.upstream.name, &fault.cause) {
             tracing::warn!(
                 target: "proxy.upstream",
                 upstream = plan.upstream.name,
-                flag = refusal.kind.flag(),
-                cause = &*refusal.cause,
+                flag = fault.outcome.flag(),
+                cause = &*fault.cause,
                 "Request failed"
             );
         }
@@ -91,7 +91,7 @@ impl Outbound {
         mut request: Request<Upload>,
         ongoing: &Ongoing,
         note: Option<&mut Note>,
-    ) -> Result<Response<Body>, Refusal> {
+    ) -> Result<Response<Body>, Fault> {
         let client = request.extensions_mut().remove::<OnUpgrade>();
         let (parts, body) = request.into_parts();
         let version = parts.version;
@@ -104,7 +104,7 @@ impl Outbound {
             .upstream
             .chain
             .route(&head.view(), fastrand::u64(..))
-            .ok_or_else(|| Refusal::new(Kind::NoRoute, "no route of the service-router matches"))?;
+            .ok_or_else(|| Fault::new(Outcome::NoRoute, "no route of the service-router matches"))?;
         let source = self.remote.map(|remote| remote.ip());
         let RequestHash { hash, set_cookies } =
             hash_request(routed.hash_policies, &head.view(), source, fastrand::u64(..));
@@ -134,7 +134,7 @@ impl Outbound {
         }
     }
 
-    fn edit(&self, mut head: Head, known: &Known<'_>, upgradable: bool) -> Result<Head, Refusal> {
+    fn edit(&self, mut head: Head, known: &Known<'_>, upgradable: bool) -> Result<Head, Fault> {
         if !upgradable {
             head.stay();
         }
@@ -228,7 +228,7 @@ impl<'a> Exchange<'a> {
         mut body: Upload,
         upload: Option<&UploadState>,
         mut note: Option<&mut Note>,
-    ) -> Result<(Response<Incoming>, Rest), Refusal> {
+    ) -> Result<(Response<Incoming>, Rest), Fault> {
         self.plan.balancers.budget.request(self.clock.now());
         if let Some(note) = &mut note {
             note.uploads(upload);
@@ -244,7 +244,7 @@ impl<'a> Exchange<'a> {
             let (picked, lent) = match connected {
                 Ok(connected) => connected?,
                 Err(expired @ Expired::Try) => {
-                    self.took_too_long(&Refusal::from(expired));
+                    self.took_too_long(&Fault::from(expired));
                     continue;
                 }
                 Err(expired) => return Err(expired.into()),
@@ -268,30 +268,30 @@ impl<'a> Exchange<'a> {
         race: &mut Race<(Picked, Lent), Unconnected>,
         alone: bool,
         mut note: Option<&mut Note>,
-    ) -> Result<(Picked, Lent), Refusal> {
+    ) -> Result<(Picked, Lent), Fault> {
         self.current = None;
         loop {
-            let refusal = match self.choose(false) {
+            let fault = match self.choose(false) {
                 Ok((first, until)) => {
                     self.tell(&mut note, &first);
                     if !alone && let Some(lent) = self.current.as_ref().and_then(|current| current.reuse(&first)) {
                         return Ok((first, lent));
                     }
-                    let (mut first, mut refusal) = (Some((first, until)), None);
-                    let won = race.run(|failed| self.next(&mut first, failed, alone, &mut note, &mut refusal)).await;
+                    let (mut first, mut fault) = (Some((first, until)), None);
+                    let won = race.run(|failed| self.next(&mut first, failed, alone, &mut note, &mut fault)).await;
                     self.connecting.clear();
-                    match (won, refusal) {
+                    match (won, fault) {
                         (Some(won), _) => return Ok(won),
                         // A limit is no fault of the instance, and would be reached elsewhere too.
                         (None, Some(overflow)) => return Err(overflow),
                         (None, None) => self.choose(false).err().unwrap_or_else(|| self.exhausted()),
                     }
                 }
-                Err(refusal) => refusal,
+                Err(fault) => fault,
             };
             let asked = self.routed.retries.filter(|_| self.retries > 0 && !self.unreachable.is_empty());
             if !asked.is_some_and(|policy| policy.retries_failure(Failure::Connect)) || !self.may_retry().await {
-                return Err(refusal);
+                return Err(fault);
             }
         }
     }
@@ -303,16 +303,16 @@ impl<'a> Exchange<'a> {
         failed: Option<Unconnected>,
         alone: bool,
         note: &mut Option<&mut Note>,
-        overflow: &mut Option<Refusal>,
+        overflow: &mut Option<Fault>,
     ) -> Next<(Picked, Lent), Unconnected> {
-        if let Some(Unconnected { instance, refusal }) = failed {
-            if refusal.kind == Kind::Overflow {
-                *overflow = Some(refusal);
+        if let Some(Unconnected { instance, fault }) = failed {
+            if fault.outcome == Outcome::Overflow {
+                *overflow = Some(fault);
                 return Next::Stop;
             }
             self.connecting.retain(|one| !Arc::ptr_eq(one, &instance));
             self.unreachable.push(Arc::clone(&instance));
-            self.reasons.push(format!("{} {}", instance.address, refusal.cause));
+            self.reasons.push(format!("{} {}", instance.address, fault.cause));
             if let Some(current) = &self.current {
                 probe::begin(self.live, current.target, &instance, self.clock);
             }
@@ -355,9 +355,9 @@ impl<'a> Exchange<'a> {
     }
 
     /// Those that were being connected to took too long for one try.
-    fn took_too_long(&mut self, refusal: &Refusal) {
+    fn took_too_long(&mut self, fault: &Fault) {
         for instance in std::mem::take(&mut self.connecting) {
-            self.reasons.push(format!("{} {}", instance.address, refusal.cause));
+            self.reasons.push(format!("{} {}", instance.address, fault.cause));
             self.unreachable.push(instance);
         }
     }
@@ -370,7 +370,7 @@ impl<'a> Exchange<'a> {
 
     /// One instance of the first target that has one, in the order of failover, and until when it may take; `beside`
     /// others of the same target alone.
-    fn choose(&mut self, beside: bool) -> Result<(Picked, Instant), Refusal> {
+    fn choose(&mut self, beside: bool) -> Result<(Picked, Instant), Fault> {
         if self.reasons.len() >= ATTEMPTS {
             return Err(self.exhausted());
         }
@@ -404,17 +404,17 @@ impl<'a> Exchange<'a> {
                 return Ok((picked, until));
             }
         }
-        Err(overflow.map_or_else(|| self.exhausted(), Refusal::from))
+        Err(overflow.map_or_else(|| self.exhausted(), Fault::from))
     }
 
-    fn exhausted(&self) -> Refusal {
+    fn exhausted(&self) -> Fault {
         if !self.reasons.is_empty() {
             let cause = format!("no instance could be used: {}", self.reasons.join(", "));
-            return Refusal::new(Kind::Unreachable, cause);
+            return Fault::new(Outcome::Unreachable, cause);
         }
         let targets = self.plan.balancers.in_order(&self.routed.resolver.targets, self.clock.now());
         let told = targets.iter().map(|(target, balancer)| format!("{}: {}", target, balancer.absence()));
-        Refusal::new(Kind::NoInstance, told.collect::<Vec<_>>().join("; "))
+        Fault::new(Outcome::NoInstance, told.collect::<Vec<_>>().join("; "))
     }
 
     fn give_up(&mut self, instance: Arc<Instance>, why: &str) {
@@ -431,7 +431,7 @@ impl<'a> Exchange<'a> {
         body: Upload,
         upload: Option<&UploadState>,
         patience: &mut Patience,
-    ) -> Result<Tried, Refusal> {
+    ) -> Result<Tried, Fault> {
         let permit = self.current.take().map(|Current { target, permit, .. }| {
             self.sent_to = Some(target);
             permit
@@ -448,7 +448,7 @@ impl<'a> Exchange<'a> {
         match answered {
             Ok(Ok((response, held))) => {
                 let error = is_server_error(&response);
-                let outcome = if error { Outcome::ServerError } else { Outcome::Success };
+                let outcome = if error { Report::ServerError } else { Report::Success };
                 let in_flight = picked.report(outcome, latency, now);
                 let policy = self.routed.retries.filter(|_| self.retries > 0);
                 if policy.is_some_and(|policy| policy.retries_response(response.status(), response.headers()))
@@ -470,21 +470,21 @@ impl<'a> Exchange<'a> {
         expired: Expired,
         again: Again<'_>,
         latency: Duration,
-    ) -> Result<Tried, Refusal> {
+    ) -> Result<Tried, Fault> {
         let instance = Arc::clone(picked.instance());
         // What the client broke off says nothing of the instance.
         if expired != Expired::Upload {
-            picked.report(Outcome::Reset, latency, self.clock.now());
+            picked.report(Report::Reset, latency, self.clock.now());
         }
-        let refusal = Refusal::from(expired);
+        let fault = Fault::from(expired);
         let policy = self.routed.retries.filter(|_| expired == Expired::Try && self.retries > 0);
         if policy.is_some_and(|policy| policy.retries_response(StatusCode::GATEWAY_TIMEOUT, &HeaderMap::new()))
             && let Some((head, body)) = again.take()
-            && self.retry(&instance, &refusal.cause).await
+            && self.retry(&instance, &fault.cause).await
         {
             return Ok(Tried::Again(head, body));
         }
-        Err(refusal)
+        Err(fault)
     }
 
     async fn after_failure(
@@ -494,17 +494,17 @@ impl<'a> Exchange<'a> {
         again: Again<'_>,
         authority: HeaderValue,
         reused: bool,
-    ) -> Result<Tried, Refusal> {
+    ) -> Result<Tried, Fault> {
         let (instance, now) = (Arc::clone(picked.instance()), self.clock.now());
         let told = failed.told();
         if again.upload.is_some_and(UploadState::is_broken) {
-            return Err(Refusal::new(Kind::BadRequest, format!("the request's body broke off: {told}")));
+            return Err(Fault::new(Outcome::BadRequest, format!("the request's body broke off: {told}")));
         }
         // Nothing of it has been sent: this is no retry, and no fault of the instance if the connection was old.
         if let Some(request) = failed.request.take() {
             self.reasons.push(format!("{} closed the connection: {told}", instance.address));
             if !reused {
-                picked.report(Outcome::Unreachable, Duration::ZERO, now);
+                picked.report(Report::Unreachable, Duration::ZERO, now);
                 if let Some(target) = self.sent_to {
                     probe::begin(self.live, target, &instance, self.clock);
                 }
@@ -516,13 +516,13 @@ impl<'a> Exchange<'a> {
         }
         let refused = failed.failure == Failure::Refused;
         if !refused && (!reused || failed.is_malformed()) {
-            picked.report(Outcome::Reset, Duration::ZERO, now);
+            picked.report(Report::Reset, Duration::ZERO, now);
         }
         // What it has not looked at, and what changes nothing and met the end of an old connection.
         let unseen = refused || (reused && failed.is_lost() && again.head.as_ref().is_some_and(Head::is_safe));
         let asked = self.routed.retries.filter(|_| self.retries > 0);
         let asked = asked.is_some_and(|policy| policy.retries_failure(failed.failure));
-        let broken = Refusal::of(&instance.address, &failed);
+        let broken = Fault::of(&instance.address, &failed);
         if self.reasons.len() >= ATTEMPTS || !(unseen || asked) {
             return Err(broken);
         }
@@ -606,7 +606,7 @@ struct Dial {
 /// An instance that there is no connection to.
 struct Unconnected {
     instance: Arc<Instance>,
-    refusal: Refusal,
+    fault: Fault,
 }
 
 impl Dial {
@@ -615,11 +615,11 @@ impl Dial {
         match self.connection(picked.instance()).await {
             Ok(lent) => Ok((picked, lent)),
             Err(why) => {
-                let (instance, refusal) = (Arc::clone(picked.instance()), Refusal::from(why));
-                if refusal.kind != Kind::Overflow {
-                    picked.report(Outcome::Unreachable, Duration::ZERO, clock.now());
+                let (instance, fault) = (Arc::clone(picked.instance()), Fault::from(why));
+                if fault.outcome != Outcome::Overflow {
+                    picked.report(Report::Unreachable, Duration::ZERO, clock.now());
                 }
-                Err(Unconnected { instance, refusal })
+                Err(Unconnected { instance, fault })
             }
         }
     }

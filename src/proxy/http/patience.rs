@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use crate::proxy::codec::upload::{Progress, UploadState};
+use crate::proxy::outcome::{Fault, Outcome};
 
 /// The patience with one exchange: one timer for all of its limits, and an eye on its upload.
 ///
@@ -158,6 +159,20 @@ pub(crate) enum Expired {
     IdleUpload,
     /// The client's body broke off.
     Upload,
+}
+
+impl From<Expired> for Fault {
+    fn from(expired: Expired) -> Self {
+        match expired {
+            Expired::Whole => Self::new(Outcome::Timeout, "no whole answer within the request timeout"),
+            Expired::Try => Self::new(Outcome::TryTimeout, "no answer within lictor_per_try_timeout_ms"),
+            Expired::Idle => Self::new(Outcome::Idle, "nothing moved for the idle timeout"),
+            Expired::IdleUpload => {
+                Self::new(Outcome::IdleUpload, "nothing more of the request came for the idle timeout")
+            }
+            Expired::Upload => Self::new(Outcome::BadRequest, "the request's body broke off"),
+        }
+    }
 }
 
 impl fmt::Display for Expired {

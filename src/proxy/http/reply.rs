@@ -6,7 +6,7 @@ use http::{HeaderValue, Request, Response};
 use super::body::Body;
 use super::grpc::{grpc_status, is_grpc};
 use super::note::{Caller, Note};
-use super::refusal::{Kind, Refusal};
+use crate::proxy::outcome::{Fault, Outcome, Told};
 
 /// What is remembered of a request in order to answer it.
 pub(super) struct Asked {
@@ -24,8 +24,8 @@ impl Asked {
     /// The response to the request, or to what it was refused for. `tells_cause` has a header say why, ours or that of the
     /// sidecar behind.
     #[must_use]
-    pub(super) fn answer(self, result: Result<Response<Body>, Refusal>, tells_cause: bool) -> Response<Body> {
-        let (response, refusal) = match result {
+    pub(super) fn answer(self, result: Result<Response<Body>, Fault>, tells_cause: bool) -> Response<Body> {
+        let (response, fault) = match result {
             Ok(mut response) => {
                 // What another sidecar says names services and addresses too.
                 if !tells_cause {
@@ -33,46 +33,46 @@ impl Asked {
                 }
                 (response, None)
             }
-            Err(refusal) => (reply(&refusal, self.grpc, tells_cause), Some(refusal)),
+            Err(fault) => (reply(&fault, self.grpc, tells_cause), Some(fault)),
         };
         let Some(mut note) = self.note else { return response };
-        note.answered(&response, refusal.as_ref());
+        note.answered(&response, fault.as_ref());
         response.map(|body| body.noted(note))
     }
 }
 
 /// An answer of our own, with the cause in a header if `tells_cause`. `grpc` says that the request was one of gRPC.
-fn reply(refusal: &Refusal, grpc: bool, tells_cause: bool) -> Response<Body> {
-    let (status, text, _) = refusal.kind.told();
+fn reply(fault: &Fault, grpc: bool, tells_cause: bool) -> Response<Body> {
+    let Told { status, body, .. } = fault.outcome.told();
     let mut response = Response::new(Body::empty());
     let headers = response.headers_mut();
-    if refusal.kind == Kind::Overflow {
+    if fault.outcome == Outcome::Overflow {
         headers.insert(HeaderName::from_static("x-envoy-overloaded"), HeaderValue::from_static("true"));
     }
     if tells_cause {
-        let cause: String = refusal.cause.chars().map(|c| if c.is_ascii_graphic() { c } else { ' ' }).collect();
+        let cause: String = fault.cause.chars().map(|c| if c.is_ascii_graphic() { c } else { ' ' }).collect();
         if let Ok(cause) = HeaderValue::try_from(cause) {
             headers.insert(X_LICTOR_CAUSE, cause);
         }
     }
-    if refusal.kind == Kind::BadRequest {
+    if fault.outcome == Outcome::BadRequest {
         // Nobody knows what the rest is.
         headers.insert(CONNECTION, HeaderValue::from_static("close"));
     }
-    if refusal.kind == Kind::Redirect
-        && let Ok(location) = HeaderValue::from_bytes(refusal.cause.as_bytes())
+    if fault.outcome == Outcome::Redirect
+        && let Ok(location) = HeaderValue::from_bytes(fault.cause.as_bytes())
     {
         headers.insert(LOCATION, location);
     }
     if grpc {
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
         headers.insert(HeaderName::from_static("grpc-status"), grpc_status(status));
-        headers.insert(HeaderName::from_static("grpc-message"), HeaderValue::from_static(text));
+        headers.insert(HeaderName::from_static("grpc-message"), HeaderValue::from_static(body));
         return response;
     }
-    if !text.is_empty() {
+    if !body.is_empty() {
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain"));
-        *response.body_mut() = Body::text(text);
+        *response.body_mut() = Body::text(body);
     }
     *response.status_mut() = status;
     response

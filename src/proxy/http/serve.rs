@@ -32,6 +32,7 @@ use crate::proxy::codec::wire::{Turn, Wire};
 use crate::proxy::codec::{HEAD_SIZE, HEADERS, HTTP1_BUFFER};
 use crate::proxy::listener::Live;
 use crate::proxy::log_limit::LogLimit;
+use crate::proxy::outcome::{Fault, Outcome};
 use crate::proxy::record::{Host, Shown};
 use crate::snapshot::Upgrades;
 use crate::tls::SpiffeId;
@@ -152,7 +153,7 @@ impl Leaving {
 }
 
 /// Serves requests until the connection ends, is idle for too long, or a drain is over.
-pub(super) async fn serve<P, H, F>(wire: Wire, terms: &Terms<P>, handle: H) -> Result<(), String>
+pub(super) async fn serve<P, H, F>(wire: Wire, terms: &Terms<P>, handle: H) -> Result<(), Fault>
 where
     P: Part,
     H: Fn(Request<Upload>, Ongoing) -> F + Clone,
@@ -170,13 +171,13 @@ where
     let http2 = match http2 {
         Ok(Ok(http2)) => http2,
         Ok(Err(error)) if error.kind() == std::io::ErrorKind::UnexpectedEof => return Ok(()),
-        Ok(Err(error)) => return Err(error.to_string()),
-        Err(_) => return Err(format!("nothing came within {:?}", terms.times.first)),
+        Ok(Err(error)) => return Err(broken(error.to_string())),
+        Err(_) => return Err(slow(format!("nothing came within {:?}", terms.times.first))),
     };
     if http2 { serve_http2(wire, terms, handle).await } else { serve_http1(wire, terms, handle).await }
 }
 
-async fn serve_http2<P, H, F>(wire: Wire, terms: &Terms<P>, handle: H) -> Result<(), String>
+async fn serve_http2<P, H, F>(wire: Wire, terms: &Terms<P>, handle: H) -> Result<(), Fault>
 where
     P: Part,
     H: Fn(Request<Upload>, Ongoing) -> F,
@@ -198,7 +199,7 @@ where
 
 /// The codec of an idle connection holds some 20 KB, so it is ended where the client does not come back soon, and
 /// another one is begun with the next request.
-async fn serve_http1<P, H, F>(wire: Wire, terms: &Terms<P>, handle: H) -> Result<(), String>
+async fn serve_http1<P, H, F>(wire: Wire, terms: &Terms<P>, handle: H) -> Result<(), Fault>
 where
     P: Part,
     H: Fn(Request<Upload>, Ongoing) -> F + Clone,
@@ -207,7 +208,7 @@ where
     if wire.agreed_on_http2() {
         let reason = "the client agreed on HTTP/2 and does not speak it";
         terms.refused(reason);
-        return Err(reason.into());
+        return Err(Fault::new(Outcome::BadRequest, reason));
     }
     wire.be_strict();
     let mut comes_back = false;
@@ -353,7 +354,7 @@ async fn drive<C, P, E>(
     shut_down: fn(Pin<&mut C>),
     rests: bool,
     under_way: Option<UnderWay>,
-) -> Result<Ended, String>
+) -> Result<Ended, Fault>
 where
     C: Future<Output = Result<(), E>>,
     P: Part,
@@ -377,9 +378,9 @@ where
             Verdict::Slow => {
                 let reason = format!("a request head took longer than {:?}", watchman.times.head);
                 terms.refused(&reason);
-                return Err(reason);
+                return Err(slow(reason));
             }
-            Verdict::Stalled => return Err(format!("the client took nothing for {:?}", watchman.times.stall)),
+            Verdict::Stalled => return Err(slow(format!("the client took nothing for {:?}", watchman.times.stall))),
             Verdict::AtRest => true,
             Verdict::Idle => false,
         },
@@ -397,7 +398,7 @@ where
     tokio::select! {
         biased;
         ended = poll_fn(|cx| guard.poll(cx, connection.as_mut())) => ended.map(|()| Ended::Over),
-        () = terms.closes() => Err("the time for what was under way is over".into()),
+        () = terms.closes() => Err(Fault::new(Outcome::Drained, "the time for what was under way is over")),
     }
 }
 
@@ -414,7 +415,7 @@ struct Guard<'a, P> {
 
 impl<P: Part> Guard<'_, P> {
     /// Polls the codec, and then whether it must end or its client is gone.
-    fn poll<C, E>(&mut self, cx: &mut Context<'_>, mut connection: Pin<&mut Turn<C>>) -> Poll<Result<(), String>>
+    fn poll<C, E>(&mut self, cx: &mut Context<'_>, mut connection: Pin<&mut Turn<C>>) -> Poll<Result<(), Fault>>
     where
         C: Future<Output = Result<(), E>>,
         E: CodecError,
@@ -435,23 +436,32 @@ impl<P: Part> Guard<'_, P> {
             }
             if !ongoing.is_done() {
                 self.wire.breaks_off();
-                return Poll::Ready(Err("an answer was ended that the client does not take".into()));
+                return Poll::Ready(Err(broken("an answer was ended that the client does not take".into())));
             }
         }
         self.departure.poll(cx, &self.wire).map(Err)
     }
 
     /// Why the codec has ended the connection, for the log, which has it at once where what came is refused.
-    fn told(&self, error: &impl CodecError) -> String {
+    fn told(&self, error: &impl CodecError) -> Fault {
         let told = match error.source() {
             Some(source) => format!("{error}: {source}"),
             None => error.to_string(),
         };
-        if let Some(what) = error.refuses().filter(|_| !self.refused) {
+        let Some(what) = error.refuses() else { return broken(told) };
+        if !self.refused {
             self.terms.refused(&format!("{what}: {told}"));
         }
-        told
+        Fault::new(Outcome::BadRequest, told)
     }
+}
+
+fn broken(cause: String) -> Fault {
+    Fault::new(Outcome::ClientReset, cause)
+}
+
+fn slow(cause: String) -> Fault {
+    Fault::new(Outcome::IdleUpload, cause)
 }
 
 /// An error that ends a codec.
@@ -562,7 +572,7 @@ mod tests {
     const END_HEADERS: u8 = 4;
 
     /// How a connection ends within a minute on which these frames come first.
-    async fn ended(frames: &[&[u8]]) -> Option<Result<(), String>> {
+    async fn ended(frames: &[&[u8]]) -> Option<Result<(), Fault>> {
         let (mut client, server) = UnixStream::pair().unwrap();
         let (_live, live) = watch::channel(Live { part: Arc::new(()), stage: Stage::Running });
         client.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
@@ -587,8 +597,8 @@ mod tests {
         let continuation = |flags| vec![0, 0, 0, 9, flags, 0, 0, 0, 1];
         let whole = headers(END_HEADERS);
         for open in [&[&headers(0)[..]][..], &[&headers(0), &continuation(0)], &[&whole[..9]]] {
-            let reason = ended(open).await.expect("it is cut").unwrap_err();
-            assert!(reason.contains("request head"), "{reason}");
+            let fault = ended(open).await.expect("it is cut").unwrap_err();
+            assert!(fault.cause.contains("request head"), "{fault}");
         }
         for complete in [&[&whole[..]][..], &[&headers(0), &continuation(END_HEADERS)]] {
             assert!(ended(complete).await.is_none());
