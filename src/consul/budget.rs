@@ -2,8 +2,8 @@
 //!
 //! The agent counts the connections of all programs on a host together and refuses the surplus (200 for each client
 //! address by default, Consul 1.8.7 to 1.22). So the budget grows by one and is halved when a connection is refused,
-//! as TCP does with its window. Each refusal doubles the time until it grows again, so that many sidecars settle below
-//! the agent's limit instead of trying it out forever.
+//! as TCP does with its window. A refusal right after it has grown takes that one back. Each refusal doubles the time until
+//! it grows again, so that many sidecars settle below the agent's limit instead of trying it out forever.
 
 use std::time::Duration;
 
@@ -19,6 +19,12 @@ const STREAMS: usize = 8;
 /// Time until the budget grows by one: after the first refusal, and at most.
 const GROWTH: Duration = Duration::from_secs(60);
 const SLOWEST_GROWTH: Duration = Duration::from_secs(30 * 60);
+
+/// A refusal within this time after the budget has grown says that it has grown too far.
+const PROBE: Duration = Duration::from_secs(10);
+
+/// Connections that are few enough for that none is left for long waits.
+const SCARCE: usize = 3;
 
 /// Refusals within this time are one: they tell of the same moment.
 const ONE_MOMENT: Duration = Duration::from_secs(1);
@@ -39,12 +45,21 @@ pub(super) struct Usage {
     refused_at: Option<Instant>,
     grows_at: Option<Instant>,
     growth: Duration,
+    grown_at: Option<Instant>,
 }
 
 impl Usage {
     fn new(most: usize) -> Self {
         let most = most.clamp(1, MOST);
-        Self { most, allowed: most, multiplexed: false, refused_at: None, grows_at: None, growth: GROWTH }
+        Self {
+            most,
+            allowed: most,
+            multiplexed: false,
+            refused_at: None,
+            grows_at: None,
+            growth: GROWTH,
+            grown_at: None,
+        }
     }
 
     /// Requests that may be under way besides the one for intentions, which always may. With none, that one's
@@ -53,11 +68,18 @@ impl Usage {
         if self.multiplexed { STREAMS - 1 } else { self.allowed - 1 }
     }
 
+    /// Whether one more refusal or two may leave no request besides the one for intentions.
+    pub(super) fn is_scarce(&self) -> bool {
+        !self.multiplexed && self.refused_at.is_some() && self.allowed <= SCARCE
+    }
+
     fn refused(&mut self, now: Instant, chance: f64) {
         if self.multiplexed || self.refused_at.is_some_and(|at| now.saturating_duration_since(at) < ONE_MOMENT) {
             return;
         }
-        self.allowed = (self.allowed / 2).max(1);
+        // What was one too many is given back; what was enough so far and is not any more is halved.
+        let is_probe = self.grown_at.take().is_some_and(|at| now.saturating_duration_since(at) < PROBE);
+        self.allowed = if is_probe { self.allowed - 1 } else { self.allowed / 2 }.max(1);
         self.refused_at = Some(now);
         self.grows_at = Some(now + self.growth.mul_f64(0.75 + 0.5 * chance));
         self.growth = (self.growth * 2).min(SLOWEST_GROWTH);
@@ -69,6 +91,7 @@ impl Usage {
             return false;
         }
         self.allowed += 1;
+        self.grown_at = Some(now);
         self.grows_at = Some(now + self.growth.mul_f64(0.75 + 0.5 * chance));
         if self.allowed >= self.most {
             self.allowed = self.most;
@@ -155,6 +178,21 @@ mod tests {
             usage.grow(at(seconds), 0.5);
         }
         assert_eq!((usage.allowed, usage.grows_at), (4, None));
+    }
+
+    #[test]
+    fn what_was_one_too_many_is_given_back() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut usage = Usage::new(8);
+        assert!(!usage.is_scarce());
+        usage.refused(at(0), 0.5);
+        assert!((usage.allowed, usage.is_scarce()) == (4, false) && usage.grow(at(60), 0.5));
+        usage.refused(at(65), 0.5);
+        assert_eq!(usage.allowed, 4);
+        // What was enough is not any more.
+        usage.refused(at(70), 0.5);
+        assert_eq!((usage.allowed, usage.is_scarce()), (2, true));
     }
 
     #[test]

@@ -44,6 +44,10 @@ const SHORTEST_WAIT: Duration = Duration::from_millis(250);
 /// between for as long as [`SHORTEST_WAIT`]: a denial is known within a second.
 const ALONE_WAIT: Duration = Duration::from_millis(600);
 
+/// Where connections are scarce, the intentions block no longer than this: the others are asked for soon if their connections
+/// are lost.
+const SCARCE_WAIT: Duration = Duration::from_secs(4);
+
 /// How often what a table watches over is fetched all the same, in case that a table does not tell.
 const REFRESH: Duration = Duration::from_secs(60 * 60);
 
@@ -84,8 +88,8 @@ pub(super) enum Role {
 /// For whom the next request is looked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Worker {
-    /// The one for intentions; `alone` if there is no other.
-    Authorization { alone: bool },
+    /// The one for intentions; `alone` if there is no other, `scarce` if there may soon be none.
+    Authorization { alone: bool, scarce: bool },
     /// One of so many for all else.
     Shared { of: usize },
 }
@@ -246,7 +250,8 @@ impl<W> Schedule<W> {
     /// Whether a request that rotates may be given up for something new: seldom enough that the agent has let go of the one
     /// before.
     pub(super) fn may_interrupt(&mut self, now: Instant) -> bool {
-        let rotates = |entry: &Entry<W>| entry.blocking.is_some_and(|wait| wait < LONG_WAIT);
+        let rotates =
+            |entry: &Entry<W>| entry.role != Role::Authorization && entry.blocking.is_some_and(|wait| wait < LONG_WAIT);
         let may = self.entries.values().any(rotates)
             && self.interrupted.is_none_or(|at| now.saturating_duration_since(at) >= ROTATION_BOUNDS.1 * 2);
         if may {
@@ -276,7 +281,7 @@ impl<W> Schedule<W> {
     /// The next request for `worker`.
     pub(super) fn next(&mut self, worker: Worker, now: Instant) -> Next<W> {
         let chosen = match worker {
-            Worker::Authorization { alone: true } => self.alone(now),
+            Worker::Authorization { alone: true, .. } => self.alone(now),
             _ => self.fetchable(worker, now).map(|id| (id, None)).or_else(|| self.blockable(worker, now)),
         };
         match chosen.and_then(|(id, wait)| self.take(id, wait, now)) {
@@ -326,7 +331,8 @@ impl<W> Schedule<W> {
         if let Some((_, id, _)) = all.iter().take(kept).find(|(_, _, entry)| ready(entry))
             && long < kept
         {
-            return Some((*id, Some(LONG_WAIT)));
+            let is_scarce = matches!(worker, Worker::Authorization { scarce: true, .. });
+            return Some((*id, Some(if is_scarce { SCARCE_WAIT } else { LONG_WAIT })));
         }
         if all.iter().any(|(_, _, entry)| entry.blocking.is_some_and(|wait| wait < LONG_WAIT)) {
             return None;
@@ -349,7 +355,7 @@ impl<W> Schedule<W> {
 
     /// For a single connection: the intentions are asked at least once within [`ALONE_WAIT`] and a little more.
     fn alone(&self, now: Instant) -> Option<(Id, Option<Duration>)> {
-        let worker = Worker::Authorization { alone: true };
+        let worker = Worker::Authorization { alone: true, scarce: true };
         let is_old = |at: Option<Instant>| at.is_none_or(|at| now.saturating_duration_since(at) >= ALONE_WAIT);
         let due = self.fetchable(worker, now);
         let ready = |entry: &Entry<W>| entry.blocks_from.is_some_and(|from| from <= now);
@@ -533,7 +539,7 @@ impl<W> Schedule<W> {
 impl<W> Entry<W> {
     fn is_for(&self, worker: Worker) -> bool {
         match worker {
-            Worker::Authorization { alone } => alone || self.role == Role::Authorization,
+            Worker::Authorization { alone, .. } => alone || self.role == Role::Authorization,
             Worker::Shared { .. } => self.role != Role::Authorization,
         }
     }
@@ -667,7 +673,7 @@ mod tests {
         stage.schedule.await_first(awaited);
         let names: Vec<_> = std::iter::from_fn(|| stage.named(ALL)).map(|(name, _)| name).collect();
         assert_eq!(names, ["awaited", "own", "instances table", "first", "periodic"]);
-        assert_eq!(stage.named(Worker::Authorization { alone: false }), Some(("intentions", None)));
+        assert_eq!(stage.named(Worker::Authorization { alone: false, scarce: false }), Some(("intentions", None)));
     }
 
     #[test]
@@ -778,7 +784,7 @@ mod tests {
         let job = stage.next(ALL).expect("it blocks for a moment");
         assert!(job.rotates());
         stage.done(job, Done::Block(Duration::ZERO));
-        let authorization = Worker::Authorization { alone: false };
+        let authorization = Worker::Authorization { alone: false, scarce: false };
         let intentions = stage.next(authorization).expect("they are fetched");
         stage.done(intentions, Done::Block(Duration::ZERO));
         assert_eq!(stage.named(authorization), Some(("intentions", Some(LONG_WAIT))));
@@ -793,7 +799,7 @@ mod tests {
         for name in ["a", "b", "c", "d", "e", "f"] {
             stage.add(Role::Periodic, name);
         }
-        let alone = Worker::Authorization { alone: true };
+        let alone = Worker::Authorization { alone: true, scarce: true };
         let mut since = Duration::ZERO;
         for _ in 0..60 {
             let job = stage.next(alone).expect("there is always something");

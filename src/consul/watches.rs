@@ -162,10 +162,13 @@ async fn authorization_worker(shared: Arc<Shared>) {
     let mut tokens = shared.client.token_changes();
     let mut pause = Backoff::default();
     loop {
-        let alone = usage.borrow_and_update().shared() == 0;
+        let (alone, scarce) = {
+            let usage = usage.borrow_and_update();
+            (usage.shared() == 0, usage.is_scarce())
+        };
         let job = tokio::select! {
             biased;
-            job = shared.next(Worker::Authorization { alone }) => job,
+            job = shared.next(Worker::Authorization { alone, scarce }) => job,
             _ = usage.changed() => continue,
         };
         if let Some(error) = shared.perform(job, Pool::Authorization, &mut tokens).await {
@@ -250,7 +253,7 @@ impl Shared {
                 return None;
             }
             // The agent is busy with what is given up here for a few seconds more, and no longer.
-            () = self.urgent.notified(), if job.rotates() => {
+            () = self.urgent.notified(), if pool == Pool::Shared && job.rotates() => {
                 self.done(job, Done::Block(Duration::ZERO));
                 return None;
             }
