@@ -1,5 +1,8 @@
 """A path between two sidecars that carries nothing any more and says nothing: noticed while somebody waits."""
 
+import os
+import shutil
+import subprocess
 import threading
 import time
 
@@ -71,3 +74,35 @@ def test_who_waits_long_on_a_path_that_is_well_is_not_disturbed(mesh):
         time.sleep(1.5)
         assert caller.echo() == b"hello"
     assert not watcher.done() and path.made == made
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_path_to_an_envoy_that_is_cut_is_noticed_by_the_kernel(mesh, workers, method):
+    """It speaks HTTP/1.1, which has no PING; and packets must be lost for the kernel to see it."""
+    if os.getuid() != 0 or not shutil.which("iptables"):
+        pytest.skip("packets can't be dropped: that takes root and iptables")
+    first = mesh.web("first")
+    second = mesh.web("second", of=first, sidecar=None)
+    second.process = mesh.envoy(second)
+    client = mesh.service("client", [first], protocol="http")
+    port = client.upstreams[0].port
+    eventually(lambda: {ask(port).seen()["app"] for _ in range(8)} == {"first", "second"})
+    # Some have an answer to wait for when the path is cut, and others are sent later.
+    second.app.delay = 60
+    held = [workers.submit(ask, port, "/", method, within=50) for _ in range(4)]
+    eventually(lambda: second.app.waiting > 0)
+    drop(mesh, second.public)
+    began = time.monotonic()
+    later = [ask(port, "/", "GET", within=50).status for _ in range(10)]
+    assert later == [200] * 10
+    # What is safe goes on elsewhere where its connection had been used before.
+    assert {each.result(50).status for each in held} <= {200, 503}
+    assert time.monotonic() - began < 30
+
+
+def drop(mesh, port):
+    """Loses all packets from and to a port, up to the end of the scenario."""
+    for words in (["--dport", str(port)], ["--sport", str(port)]):
+        rule = ["INPUT", "-i", "lo", "-p", "tcp", *words, "-j", "DROP"]
+        subprocess.run(["iptables", "-w", "-I", *rule], check=True, capture_output=True)
+        mesh.stack.callback(subprocess.run, ["iptables", "-w", "-D", *rule], capture_output=True)

@@ -70,10 +70,18 @@ impl Socket {
         }
     }
 
-    /// Ends the connection when what was sent has not been acknowledged for so long. A socket that refuses still works.
-    pub fn end_when_unacknowledged(&self, time: Duration) {
+    /// Ends the connection when what was sent has not been acknowledged for so long, or as the kernel sees fit. A socket
+    /// that refuses still works.
+    pub fn end_when_unacknowledged(&self, time: Option<Duration>) {
         if let Self::Tcp(stream) = self {
-            let _ = SockRef::from(stream).set_tcp_user_timeout(Some(time));
+            let _ = SockRef::from(stream).set_tcp_user_timeout(time);
+        }
+    }
+
+    /// Has a peer that vanished be noticed within seconds, or in the usual time. A socket that refuses still works.
+    pub fn keep_alive(&self, closely: bool) {
+        if let Self::Tcp(stream) = self {
+            let _ = SockRef::from(stream).set_tcp_keepalive(if closely { &CLOSE_WATCH } else { &KEEPALIVE });
         }
     }
 
@@ -120,6 +128,9 @@ impl Socket {
 /// First probe after 30 s of silence, then every 10 s; gone after four unanswered.
 const KEEPALIVE: TcpKeepalive =
     TcpKeepalive::new().with_time(Duration::from_secs(30)).with_interval(Duration::from_secs(10)).with_retries(4);
+/// The same while an answer is awaited: gone after some three seconds.
+const CLOSE_WATCH: TcpKeepalive =
+    TcpKeepalive::new().with_time(Duration::from_secs(1)).with_interval(Duration::from_secs(1)).with_retries(2);
 
 /// How long, and for how many bytes, a connection that we end is read from before it is closed.
 const LINGER: Duration = Duration::from_secs(1);

@@ -160,7 +160,7 @@ pub(super) async fn connect(
     let (requests, mut connection) = builder.handshake(wire.clone()).await?;
     let known = Arc::new(Known::new(freed));
     if remote {
-        wire.end_when_unacknowledged(UNACKNOWLEDGED);
+        wire.end_when_unacknowledged();
     }
     let driver = Driver {
         pings: Pings::new(connection.ping_pong().filter(|_| remote)),
@@ -342,5 +342,3 @@ const ANSWER: Duration = Duration::from_secs(2);
 const ANSWER_BEHIND_MUCH: Duration = Duration::from_secs(10);
 /// Bytes that take a slow path noticeable time.
 const MUCH: u64 = 64 * 1024;
-/// What was sent has so much time to be acknowledged by the far end's kernel.
-const UNACKNOWLEDGED: Duration = Duration::from_secs(3);

@@ -134,4 +134,4 @@ impl Drop for Uploading {
 }
 
 /// How long a request's body is sent on that was answered before its end.
-const AFTER_ANSWER: Duration = Duration::from_secs(5);
+pub(super) const AFTER_ANSWER: Duration = Duration::from_secs(5);

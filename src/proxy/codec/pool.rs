@@ -20,8 +20,9 @@ use super::client::{self, Sender};
 use super::flow::Counted;
 use super::framing;
 use super::incoming::Incoming;
+use super::outgoing::AFTER_ANSWER;
 use super::upload::Upload;
-use super::wire::{Turn, Wire};
+use super::wire::{PathWatch, Turn, Wire};
 use super::{HEAD_SIZE, HEADERS, HTTP1_BUFFER};
 use crate::proxy::limits::{Overflow, Permit};
 use crate::proxy::workers;
@@ -103,8 +104,14 @@ impl MadeFor {
 }
 
 struct Idle {
-    sender: http1::SendRequest<Upload>,
+    connection: Http1,
     since: Instant,
+}
+
+/// A connection of HTTP/1.
+struct Http1 {
+    sender: http1::SendRequest<Upload>,
+    wire: Wire,
 }
 
 #[derive(Clone)]
@@ -121,7 +128,7 @@ pub struct Lent {
 }
 
 enum Connection {
-    Http1(http1::SendRequest<Upload>, Option<Home>),
+    Http1(Http1, Option<Home>),
     Http2(Sender, Counted),
 }
 
@@ -138,10 +145,11 @@ pub enum Held {
     Http2,
 }
 
-/// An HTTP/1 connection, which goes home when dropped.
+/// An HTTP/1 connection, which goes home when dropped if its request was answered, or none was sent.
 pub struct Lease {
-    sender: Option<http1::SendRequest<Upload>>,
+    connection: Option<Http1>,
     home: Option<Home>,
+    unanswered: bool,
 }
 
 /// What there is of connections that others made.
@@ -265,8 +273,8 @@ impl Pool {
     /// # Errors
     /// None that depends on the far end.
     pub async fn connect_once(wire: Wire, open: Open) -> Result<Lent, NoConnection> {
-        let sender = http1(wire, open).await?;
-        Ok(Lent { connection: Connection::Http1(sender, None), reused: false })
+        let connection = http1(wire, open).await?;
+        Ok(Lent { connection: Connection::Http1(connection, None), reused: false })
     }
 
     /// Counts a connection that is about to be made.
@@ -320,9 +328,10 @@ impl Slot {
     fn reuse(self: &Arc<Self>, made_for: &MadeFor) -> Option<Lent> {
         let mut kept = self.kept();
         kept.renew(made_for);
-        while let Some(Idle { sender, since }) = kept.idle.pop() {
-            if sender.is_ready() && since.elapsed() < IDLE_TIME {
-                return Some(Lent { connection: Connection::Http1(sender, Some(self.home(made_for))), reused: true });
+        while let Some(Idle { connection, since }) = kept.idle.pop() {
+            if connection.sender.is_ready() && since.elapsed() < IDLE_TIME {
+                let connection = Connection::Http1(connection, Some(self.home(made_for)));
+                return Some(Lent { connection, reused: true });
             }
         }
         kept.shared.retain(|shared| !shared.sender.known.is_retired());
@@ -358,11 +367,11 @@ impl Slot {
     }
 
     async fn add_http1(self: &Arc<Self>, dialled: Dialled, made_for: &MadeFor) -> Result<Lent, NoConnection> {
-        let sender = http1(dialled.wire, dialled.open).await?;
+        let connection = http1(dialled.wire, dialled.open).await?;
         let mut kept = self.kept();
         kept.renew(made_for);
         kept.speaks = Some(Version::Http1);
-        Ok(Lent { connection: Connection::Http1(sender, Some(self.home(made_for))), reused: false })
+        Ok(Lent { connection: Connection::Http1(connection, Some(self.home(made_for))), reused: false })
     }
 
     fn home(self: &Arc<Self>, made_for: &MadeFor) -> Home {
@@ -399,15 +408,15 @@ impl Slot {
     }
 
     /// Takes an HTTP/1 connection back, unless there are enough.
-    fn put(self: &Arc<Self>, sender: http1::SendRequest<Upload>, made_for: &MadeFor) {
+    fn put(self: &Arc<Self>, connection: Http1, made_for: &MadeFor) {
         let mut kept = self.kept();
-        if sender.is_closed() || !kept.is_for(made_for) {
+        if connection.sender.is_closed() || !kept.is_for(made_for) {
             return;
         }
         if kept.idle.len() >= IDLE {
             kept.idle.remove(0);
         }
-        kept.idle.push(Idle { sender, since: Instant::now() });
+        kept.idle.push(Idle { connection, since: Instant::now() });
         self.sweep_later(&mut kept);
         drop(kept);
         self.count.freed.notify_waiters();
@@ -424,7 +433,8 @@ impl Slot {
                 tokio::time::sleep(SWEEP_TIME).await;
                 let Some(slot) = slot.upgrade() else { return };
                 let mut kept = slot.kept();
-                kept.idle.retain(|idle| !idle.sender.is_closed() && idle.since.elapsed() < IDLE_TIME);
+                kept.idle.retain(|idle| !idle.connection.sender.is_closed() && idle.since.elapsed() < IDLE_TIME);
+                kept.idle.iter().for_each(|idle| idle.connection.wire.watch_path(PathWatch::Idle));
                 kept.shared.retain(|shared| {
                     let known = &shared.sender.known;
                     !known.is_retired() && (known.meter.open() > 0 || shared.made.elapsed() < IDLE_TIME)
@@ -473,8 +483,8 @@ impl Lent {
 
     /// Puts back what nothing was sent on.
     pub fn put_back(self) {
-        if let Connection::Http1(sender, home) = self.connection {
-            drop(Lease { sender: Some(sender), home });
+        if let Connection::Http1(connection, home) = self.connection {
+            drop(Lease { connection: Some(connection), home, unanswered: false });
         }
     }
 
@@ -484,9 +494,13 @@ impl Lent {
     /// See [`Failed`].
     pub async fn send(self, request: Request<Upload>) -> Result<(Response<Incoming>, Held), Failed> {
         match self.connection {
-            Connection::Http1(mut sender, home) => {
-                let response = sender.try_send_request(request).await.map_err(Failed::http1)?;
-                Ok((checked(response.map(Incoming::from))?, Held::Http1(Lease { sender: Some(sender), home })))
+            Connection::Http1(mut connection, home) => {
+                let answered = connection.send(request);
+                // Whoever does not wait for the answer drops this.
+                let mut lease = Lease { connection: Some(connection), home, unanswered: true };
+                let response = answered.await.map_err(Failed::http1)?;
+                lease.unanswered = false;
+                Ok((checked(response.map(Incoming::from))?, Held::Http1(lease)))
             }
             Connection::Http2(sender, counted) => {
                 let response = sender.send(request, counted).await.map_err(|unanswered| Failed::http2(*unanswered))?;
@@ -506,13 +520,39 @@ fn checked(mut response: Response<Incoming>) -> Result<Response<Incoming>, Faile
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        if let (Some(sender), Some(home)) = (self.sender.take(), &self.home)
+        let Some(connection) = self.connection.take() else { return };
+        // What is left of the request would wait for a far end that may take no more of it.
+        if self.unanswered {
+            return connection.wire.cut_unsent();
+        }
+        if connection.wire.has_unsent() {
+            let wire = connection.wire;
+            tokio::spawn(async move {
+                tokio::time::sleep(AFTER_ANSWER).await;
+                wire.cut_unsent();
+            });
+            return;
+        }
+        if let Some(home) = &self.home
             && let Some(slot) = home.slot.upgrade()
         {
-            slot.put(sender, &home.made_for);
+            slot.put(connection, &home.made_for);
         }
     }
 }
+
+impl Http1 {
+    fn send(&mut self, request: Request<Upload>) -> impl Future<Output = Answered> + use<> {
+        use http_body::Body as _;
+        // A far end that takes no more of a body for now confirms nothing either.
+        let whole = request.body().is_end_stream();
+        self.wire.watch_path(if whole { PathWatch::Request } else { PathWatch::Upload });
+        self.sender.try_send_request(request)
+    }
+}
+
+/// What comes of a request that hyper sends.
+type Answered = Result<Response<hyper::body::Incoming>, hyper::client::conn::TrySendError<Request<Upload>>>;
 
 impl Failed {
     fn http1(mut failed: hyper::client::conn::TrySendError<Request<Upload>>) -> Self {
@@ -572,7 +612,7 @@ fn no_codec(error: impl fmt::Display) -> NoConnection {
     NoConnection::Unreachable(format!("no HTTP connection could be made: {error}"))
 }
 
-async fn http1(wire: Wire, open: Open) -> Result<http1::SendRequest<Upload>, NoConnection> {
+async fn http1(wire: Wire, open: Open) -> Result<Http1, NoConnection> {
     let (sender, connection) = http1::Builder::new()
         .max_headers(HEADERS)
         .max_header_size(HEAD_SIZE)
@@ -580,6 +620,7 @@ async fn http1(wire: Wire, open: Open) -> Result<http1::SendRequest<Upload>, NoC
         .handshake(TokioIo::new(wire.clone()))
         .await
         .map_err(no_codec)?;
+    let http1 = Http1 { sender, wire: wire.clone() };
     let turns = Turn::new(connection.with_upgrades(), wire.clone());
     tokio::spawn(async move {
         if turns.await.is_err() {
@@ -588,7 +629,7 @@ async fn http1(wire: Wire, open: Open) -> Result<http1::SendRequest<Upload>, NoC
         }
         drop(open);
     });
-    Ok(sender)
+    Ok(http1)
 }
 
 /// Whoever sent a request learns how the connection ended.

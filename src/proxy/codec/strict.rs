@@ -99,6 +99,12 @@ impl Strict {
         (self.place == Place::Start && self.line.is_empty()).then_some(self.heads)
     }
 
+    /// Whether more of a request's body is to come.
+    #[must_use]
+    pub(crate) fn awaits_body(&self) -> bool {
+        !matches!(self.place, Place::Start | Place::Header | Place::Upgraded)
+    }
+
     /// Looks at the bytes that come next and spoils them from the first fault on.
     pub(crate) fn judge(&mut self, bytes: &mut [u8]) {
         let mut at = 0;

@@ -73,6 +73,7 @@ struct State {
     end_is_bodys: bool,
     /// A response broke off.
     broke_off: bool,
+    path_watch: PathWatch,
 }
 
 enum Io {
@@ -98,10 +99,26 @@ const COMMON: &[u8] = b"HTTP/1.";
 /// How an HTTP/2 client begins, whatever was said about protocols before (RFC 9113, 3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
+/// What is under way on a connection, for which its path is watched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PathWatch {
+    /// Nothing, or what is no HTTP any more.
+    Idle,
+    /// A request that is as good as sent.
+    Request,
+    /// A body that the far end may have to wait for.
+    Upload,
+}
+
+/// What has not been acknowledged for so long will not be. A far end that takes nothing counts as well.
+const UNACKNOWLEDGED: Duration = Duration::from_secs(3);
+
 /// What a client waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Awaits {
     Nothing,
+    /// That more of a body is taken, as far as it has come.
+    Taking,
     /// An answer of which nothing has been written.
     Answer,
     /// The rest of one.
@@ -145,6 +162,7 @@ impl Wire {
             outlives_codec: false,
             end_is_bodys: false,
             broke_off: false,
+            path_watch: PathWatch::Idle,
         })))
     }
 
@@ -252,6 +270,8 @@ impl Wire {
         state.gathers = false;
         state.upgraded = false;
         state.strict = None;
+        drop(state);
+        self.watch_path(PathWatch::Idle);
     }
 
     /// Why a request was refused, here or by an HTTP/2 codec, since this was asked last.
@@ -271,10 +291,13 @@ impl Wire {
         (state.moved, state.strict.as_ref().and_then(Strict::begun_head).or_else(begun_block))
     }
 
-    /// What an HTTP/1 client waits for that has sent a whole request.
+    /// What an HTTP/1 client waits for that has sent a request, or a part of it.
     #[must_use]
     pub fn awaits(&self) -> Awaits {
         let state = self.state();
+        if state.strict.as_ref().is_some_and(Strict::awaits_body) {
+            return Awaits::Taking;
+        }
         let requests = state.strict.as_ref().and_then(Strict::whole_requests).filter(|_| !state.upgraded);
         match requests {
             Some(requests) if requests > state.begun => Awaits::Answer,
@@ -361,11 +384,34 @@ impl Wire {
         matches!(self.state().io, Io::Tls(_))
     }
 
-    /// Ends the connection when what was sent has not been acknowledged for so long.
-    pub fn end_when_unacknowledged(&self, time: Duration) {
-        match &self.state().io {
-            Io::Plain(socket) => socket.end_when_unacknowledged(time),
-            Io::Tls(stream) => stream.io.end_when_unacknowledged(time),
+    /// Has the kernel look whether the path to another host still carries something, for what is under way on a
+    /// connection of HTTP/1: that has no PING.
+    pub fn watch_path(&self, watch: PathWatch) {
+        let mut state = self.state();
+        let Io::Tls(stream) = &state.io else { return };
+        if watch == state.path_watch {
+            return;
+        }
+        if (watch == PathWatch::Idle) != (state.path_watch == PathWatch::Idle) {
+            stream.io.keep_alive(watch != PathWatch::Idle);
+        }
+        stream.io.end_when_unacknowledged((watch == PathWatch::Request).then_some(UNACKNOWLEDGED));
+        state.path_watch = watch;
+    }
+
+    /// Ends the connection when what was sent is not acknowledged any more.
+    pub fn end_when_unacknowledged(&self) {
+        if let Io::Tls(stream) = &self.state().io {
+            stream.io.end_when_unacknowledged(Some(UNACKNOWLEDGED));
+        }
+    }
+
+    /// Has the connection end with a reset where the socket has not taken all that was written.
+    pub fn cut_unsent(&self) {
+        if self.has_unsent() {
+            let mut state = self.state();
+            state.broken = Some(io::ErrorKind::ConnectionAborted);
+            state.socket().end_with_reset();
         }
     }
 
@@ -712,5 +758,55 @@ mod spare {
                 buffers.push(buffer);
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use socket2::SockRef;
+    use tokio::net::{TcpListener, TcpStream};
+
+    use super::*;
+    use crate::testing::ca::{Ca, uri};
+    use crate::tls::SpiffeId;
+
+    #[tokio::test]
+    async fn the_kernel_watches_the_path_of_what_is_under_way() {
+        let (ca, listener) = (Ca::new(), TcpListener::bind("127.0.0.1:0").await.unwrap());
+        let expected = vec![SpiffeId::parse(&uri("db")).unwrap()];
+        let client = ca.credentials("web").client("db.x.consul", expected, &[b"http/1.1"]).unwrap();
+        let server = ca.credentials("db").server(&[b"http/1.1"]).unwrap();
+        let near = Socket::tcp(TcpStream::connect(listener.local_addr().unwrap()).await.unwrap());
+        let (far, _) = listener.accept().await.unwrap();
+        let accept = Stream::accept(far, server.config([&b"http/1.1"[..]]));
+        let connect = async {
+            let mut near = Stream::connect(near, &client).await.unwrap();
+            poll_fn(|cx| near.poll_flush(cx)).await.unwrap();
+            near
+        };
+        let (near, far) = tokio::join!(connect, accept);
+        let (wire, _far) = (Wire::tls(near), far.unwrap());
+        let seconds = |wire: &Wire| {
+            let mut state = wire.state();
+            let Socket::Tcp(stream) = state.socket() else { unreachable!("it is TCP") };
+            let socket = SockRef::from(&*stream);
+            let unacknowledged = socket.tcp_user_timeout().unwrap().map(|time| time.as_secs());
+            (unacknowledged.unwrap_or(0), socket.tcp_keepalive_time().unwrap().as_secs())
+        };
+        assert_eq!(seconds(&wire), (0, 30));
+        for (watch, expected) in [
+            (PathWatch::Request, (3, 1)),
+            (PathWatch::Upload, (0, 1)),
+            (PathWatch::Request, (3, 1)),
+            (PathWatch::Idle, (0, 30)),
+            (PathWatch::Upload, (0, 1)),
+        ] {
+            wire.watch_path(watch);
+            assert_eq!(seconds(&wire), expected, "{watch:?}");
+        }
+        wire.release();
+        assert_eq!(seconds(&wire), (0, 30));
+        wire.end_when_unacknowledged();
+        assert_eq!(seconds(&wire), (3, 30));
     }
 }

@@ -19,6 +19,8 @@ use crate::proxy::outcome::{Fault, Outcome};
 pub(super) struct Departure {
     /// Since the client has ended its direction, with the timer of the next look.
     half: Option<Half>,
+    /// Since more of a body was to come.
+    taking: Option<Taking>,
 }
 
 struct Half {
@@ -32,9 +34,16 @@ impl Departure {
     /// Ready with the reason once the client is gone. To be asked after the codec has had its turn.
     pub(super) fn poll(&mut self, cx: &mut Context<'_>, wire: &Wire) -> Poll<Fault> {
         let awaits = wire.awaits();
-        if awaits == Awaits::Nothing {
-            self.half = None;
-            return Poll::Pending;
+        if awaits != Awaits::Taking {
+            self.taking = None;
+        }
+        match awaits {
+            Awaits::Answer | Awaits::Rest => {}
+            Awaits::Taking => return self.taking.get_or_insert_with(Taking::new).poll(cx, wire),
+            Awaits::Nothing => {
+                self.half = None;
+                return Poll::Pending;
+            }
         }
         if let Err(error) = ready!(wire.poll_end(cx)) {
             return Poll::Ready(gone(&error));
@@ -51,6 +60,31 @@ impl Departure {
                 return Poll::Ready(gone);
             }
             half.sleep.as_mut().reset(Instant::now() + LOOK_TIME);
+        }
+    }
+}
+
+/// A client that sends a body. Where nobody takes that, nothing is read, and a reset not noticed. (An end would wait
+/// behind what was not taken.)
+struct Taking {
+    moved: u64,
+    sleep: Pin<Box<Sleep>>,
+}
+
+impl Taking {
+    fn new() -> Self {
+        Self { moved: 0, sleep: Box::pin(sleep(LOOK_TIME)) }
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>, wire: &Wire) -> Poll<Fault> {
+        loop {
+            ready!(self.sleep.as_mut().poll(cx));
+            self.sleep.as_mut().reset(Instant::now() + LOOK_TIME);
+            let (moved, _) = wire.progress();
+            let stands = std::mem::replace(&mut self.moved, moved) == moved;
+            if let Some(error) = stands.then(|| wire.check().err()).flatten() {
+                return Poll::Ready(gone(&error));
+            }
         }
     }
 }
