@@ -15,7 +15,7 @@ use super::budget::Budget;
 use super::endpoint::Response;
 use super::failures::Failures;
 use super::pace::{Backoff, random};
-use super::query::{self, Event, Gone, Ongoing};
+use super::query::{self, Event, Gone, RunningQuery};
 use super::schedule::{Done, Id, Job, Next, Schedule, Worker};
 use super::token::Changes;
 use super::{Client, Error, Pool, Query};
@@ -53,7 +53,7 @@ struct Running {
 
 struct Shared {
     client: Client,
-    schedule: Mutex<Schedule<Ongoing>>,
+    schedule: Mutex<Schedule<RunningQuery>>,
     /// Something may be there to ask.
     work: Notify,
     /// Shared workers that wait for it.
@@ -104,11 +104,11 @@ impl Watches {
     {
         let shared = &self.running.shared;
         let role = query::role(&mut query, shared.client.has_tables());
-        let ongoing = Ongoing::new(query, events, wrap);
+        let running = RunningQuery::new(query, events, wrap);
         let nobody_waits = shared.waiting.load(Ordering::Relaxed) == 0;
         let now = Instant::now();
         let mut schedule = shared.lock();
-        let id = schedule.add(role, ongoing, now, Ongoing::watch);
+        let id = schedule.add(role, running, now, RunningQuery::watch);
         let interrupts = nobody_waits && schedule.may_interrupt(now);
         drop(schedule);
         shared.work.notify_waiters();
@@ -218,7 +218,7 @@ impl Drop for Waiting<'_> {
 
 impl Shared {
     /// Waits for something to ask.
-    async fn next(&self, worker: Worker) -> Job<Ongoing> {
+    async fn next(&self, worker: Worker) -> Job<RunningQuery> {
         loop {
             let work = self.work.notified();
             tokio::pin!(work);
@@ -237,7 +237,7 @@ impl Shared {
     }
 
     /// Asks, and deals with the answer; gives the error that concerns the connection rather than the query.
-    async fn perform(&self, mut job: Job<Ongoing>, pool: Pool, tokens: &mut Changes) -> Option<Error> {
+    async fn perform(&self, mut job: Job<RunningQuery>, pool: Pool, tokens: &mut Changes) -> Option<Error> {
         tokens.mark_unchanged();
         let asked = Instant::now();
         let cancelled = job.cancelled.clone();
@@ -281,7 +281,7 @@ impl Shared {
         error
     }
 
-    async fn answered(&self, job: &mut Job<Ongoing>, response: &Response) -> Result<Done, Gone> {
+    async fn answered(&self, job: &mut Job<RunningQuery>, response: &Response) -> Result<Done, Gone> {
         let (done, back) = job.work.answered(&self.client, &self.failures, response).await?;
         if back {
             // Whoever else waits for the agent to be back need not wait longer.
@@ -291,7 +291,7 @@ impl Shared {
         Ok(done)
     }
 
-    fn done(&self, job: Job<Ongoing>, done: Done) {
+    fn done(&self, job: Job<RunningQuery>, done: Done) {
         self.lock().done(job, done, Instant::now(), random());
         self.work.notify_waiters();
     }
@@ -307,7 +307,7 @@ impl Shared {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Schedule<Ongoing>> {
+    fn lock(&self) -> MutexGuard<'_, Schedule<RunningQuery>> {
         self.schedule.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
