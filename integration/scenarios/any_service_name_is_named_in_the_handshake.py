@@ -73,11 +73,14 @@ def test_we_call_envoy(mesh, what):
 
 
 def test_a_name_too_long_for_an_sni(mesh):
-    """Envoy refuses to be configured with one."""
+    """Ours reach each other without one; Envoy refuses to be configured with it."""
     server = registered(mesh, mesh.tag.ljust(300, "x"))
     server.start()
     client = mesh.service("client", [server])
     client.eventually_reaches()
+    other = mesh.service("other", [server], sidecar=None)
+    with pytest.raises(AssertionError, match="Sni: value length must be at most 255 bytes"):
+        mesh.envoy(other, endpoints={server.name: [server.public]})
 
 
 def server_name(conn):
