@@ -70,7 +70,12 @@ impl Usage {
 
     /// Whether one more refusal or two may leave no request besides the one for intentions.
     pub(super) fn is_scarce(&self) -> bool {
-        !self.multiplexed && self.refused_at.is_some() && self.allowed <= SCARCE
+        self.is_crowded() && self.allowed <= SCARCE
+    }
+
+    /// Whether the agent's connections have not been enough for this host.
+    pub(super) fn is_crowded(&self) -> bool {
+        !self.multiplexed && self.refused_at.is_some()
     }
 
     fn refused(&mut self, now: Instant, chance: f64) {

@@ -39,6 +39,8 @@ pub(super) struct Transport {
     /// Its connection is taken by no request of another kind. With `https` all share one connection by HTTP/2.
     pub(super) authorization: reqwest::Client,
     pub(super) shared: reqwest::Client,
+    /// Where the agent counts the connections of a host and each carries one request: one that keeps none.
+    pub(super) fresh: Option<reqwest::Client>,
     pub(super) base: Url,
     pub(super) host: Option<String>,
 }
@@ -71,7 +73,7 @@ fn transport(settings: &Settings) -> anyhow::Result<Transport> {
             let shared = most_idle(settings);
             let client = |kept| builder(kept).tls_backend_preconfigured(tls.clone()).unix_socket(path.clone()).build();
             let (authorization, shared) = (client((KEPT, 1))?, client((IDLE_TIMEOUT, shared))?);
-            Ok(Transport { authorization, shared, base: Url::parse("http://localhost/")?, host: None })
+            Ok(Transport { authorization, shared, fresh: None, base: Url::parse("http://localhost/")?, host: None })
         }
         Address::Tcp { https, authority, prefix } => {
             let scheme = if *https { "https" } else { "http" };
@@ -133,7 +135,8 @@ fn tcp(settings: &Settings, base: Url) -> anyhow::Result<Transport> {
     let shared = most_idle(settings);
     let authorization = client((KEPT, if https { shared } else { 1 }))?;
     let shared = if https { authorization.clone() } else { client((IDLE_TIMEOUT, shared))? };
-    Ok(Transport { authorization, shared, base: transport_base, host })
+    let fresh = if https { None } else { Some(client((IDLE_TIMEOUT, 0))?) };
+    Ok(Transport { authorization, shared, fresh, base: transport_base, host })
 }
 
 /// The DNS name to send instead of the address's own. An IP address is verified but never sent (RFC 6066,

@@ -91,6 +91,8 @@ pub struct Answer<T> {
 enum Pool {
     Authorization,
     Shared,
+    /// A new one.
+    Fresh,
 }
 
 /// Where a blocking query takes up.
@@ -166,6 +168,15 @@ impl Client {
         self.inner.multiplexed.load(Ordering::Relaxed) == MULTIPLEXED
     }
 
+    /// Whether the agent has no connection left for this host, as a request on a new one tells; `None` where connections
+    /// are not what the agent runs out of.
+    async fn is_crowded(&self) -> Option<bool> {
+        self.inner.transport.current().fresh.as_ref()?;
+        let request = Request::new(Method::GET, &["status", "leader"]);
+        let answer = self.send(Pool::Fresh, &request, &Cursor::None, Duration::ZERO).await;
+        Some(answer.is_err_and(|error| error.is_connection_limit()))
+    }
+
     fn token_changes(&self) -> token::Changes {
         self.inner.token.changes()
     }
@@ -239,6 +250,7 @@ impl Client {
         let client = match pool {
             Pool::Authorization => &transport.authorization,
             Pool::Shared => &transport.shared,
+            Pool::Fresh => transport.fresh.as_ref().unwrap_or(&transport.shared),
         };
         let mut http = client.request(request.method.clone(), self.url(&transport, request, cursor, wait)?);
         if let Some(token) = self.inner.token.current() {
@@ -253,7 +265,7 @@ impl Client {
         if let Some(body) = &request.body {
             http = http.header(CONTENT_TYPE, HeaderValue::from_static("application/json")).body(body.clone());
         }
-        if pool == Pool::Shared && wait >= schedule::LONG_WAIT && !self.inner.https {
+        if pool == Pool::Shared && wait >= watches::CROWDED_WAIT && !self.inner.https {
             // Others of the host have a chance of it.
             http = http.header(CONNECTION, HeaderValue::from_static("close"));
         }
@@ -366,6 +378,18 @@ mod tests {
 
     fn client(settings: &Settings) -> Client {
         Client::new(settings).expect("the settings are good")
+    }
+
+    #[tokio::test]
+    async fn a_new_connection_tells_whether_others_get_one() {
+        let agent = Agent::start();
+        let (authority, prefix) = (agent.tcp_address().await.to_string(), String::new());
+        let over_tcp = client(&testing::settings(Address::Tcp { https: false, authority, prefix }));
+        assert_eq!(over_tcp.is_crowded().await, Some(false));
+        agent.limit_connections(0);
+        assert_eq!(over_tcp.is_crowded().await, Some(true));
+        // The agent does not count these.
+        assert_eq!(client(&agent.settings()).is_crowded().await, None);
     }
 
     #[tokio::test]

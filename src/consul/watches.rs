@@ -26,6 +26,15 @@ const SHARED: usize = 7;
 /// An agent that has no connection left says so within this time.
 const PROMPT_REFUSAL: Duration = Duration::from_secs(1);
 
+/// How often a sidecar finds out whether the agent has a connection left for other programs, and how long it waits once there was
+/// none, for its own and those of others to end.
+const LEAVE_ROOM: Duration = Duration::from_secs(20);
+const ROOM_IS_MADE: Duration = Duration::from_secs(60);
+
+/// A request blocks no longer than this on a host whose connections have not been enough once: what is given up is free again
+/// when the agent has answered.
+pub(super) const CROWDED_WAIT: Duration = Duration::from_secs(15);
+
 /// Longest pause of a worker after no connection could be had: where nobody listens, and otherwise.
 const UNREACHABLE_PAUSE: Duration = Duration::from_secs(2);
 const REFUSED_PAUSE: Duration = Duration::from_secs(8);
@@ -84,6 +93,7 @@ impl Watches {
             tokio::spawn(authorization_worker(shared.clone())),
             tokio::spawn(follow(shared.clone())),
             tokio::spawn(follow_token(shared.clone())),
+            tokio::spawn(leave_room(shared.clone())),
         ];
         tasks.extend((0..SHARED).map(|number| tokio::spawn(shared_worker(shared.clone(), number))));
         Self { running: Arc::new(Running { shared, tasks }) }
@@ -154,6 +164,23 @@ async fn follow_token(shared: Arc<Shared>) {
     while tokens.changed().await.is_ok() {
         shared.lock().start_anew(Instant::now());
         shared.work.notify_waiters();
+    }
+}
+
+/// Whoever keeps its connections is refused none, while the programs are that make new ones. So this makes a new one now and
+/// then, to know of it.
+async fn leave_room(shared: Arc<Shared>) {
+    let mut pause = LEAVE_ROOM;
+    loop {
+        tokio::time::sleep(pause.mul_f64(0.5 + random())).await;
+        match shared.client.is_crowded().await {
+            Some(true) => {
+                shared.budget.refused(random());
+                pause = ROOM_IS_MADE;
+            }
+            Some(false) => pause = LEAVE_ROOM,
+            None => return,
+        }
     }
 }
 
@@ -239,6 +266,8 @@ impl Shared {
     /// Asks, and deals with the answer; gives the error that concerns the connection rather than the query.
     async fn perform(&self, mut job: Job<RunningQuery>, pool: Pool, tokens: &mut Changes) -> Option<Error> {
         tokens.mark_unchanged();
+        let crowded = self.budget.usage().is_crowded();
+        let wait = job.wait.map(|wait| if crowded { wait.min(CROWDED_WAIT) } else { wait });
         let asked = Instant::now();
         let cancelled = job.cancelled.clone();
         let result = tokio::select! {
@@ -257,7 +286,7 @@ impl Shared {
                 self.done(job, Done::Block(Duration::ZERO));
                 return None;
             }
-            result = job.work.ask(&self.client, pool, job.wait) => result,
+            result = job.work.ask(&self.client, pool, wait) => result,
         };
         self.budget.set_multiplexed(self.client.is_multiplexed());
         let (outcome, error) = match result {
