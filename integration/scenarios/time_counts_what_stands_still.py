@@ -180,6 +180,21 @@ def test_a_client_that_never_reads_gives_the_apps_connection_back(ways):
             assert is_reset(http2) and breaks_off(http1), name
 
 
+def test_an_answer_is_not_kept_for_who_takes_only_its_beginning(ways):
+    """Small as it is, it is held by the sidecar until the client has made room for all of it, or its time is over."""
+    _, listeners = ways(limit=2000)
+    with contextlib.ExitStack() as stack:
+        connections = {name: stack.enter_context(Http2(connect("h2"), LONG, NO_WINDOW)) for name, connect in listeners.items()}
+        for connection in connections.values():
+            connection.send(frame(HEADERS, END_HEADERS | END_STREAM, 1, block(PSEUDO)), frame(WINDOW_UPDATE, 0, 1, struct.pack(">I", 1)))
+        for name, connection in connections.items():
+            kinds = []
+            while not kinds or kinds[-1] != RST_STREAM:
+                kind, _, stream, _ = connection.next()
+                kinds.append(kind if stream == 1 else None)
+            assert DATA in kinds, name
+
+
 def trickles_head(conn, head):
     """Says a head a byte a second; how long that is borne."""
     began = time.monotonic()

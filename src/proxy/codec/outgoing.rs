@@ -14,6 +14,10 @@ use super::flow::Counted;
 
 /// Sends a body as fast as the far end takes it. Ready when all of it was given to the codec, or nothing more of it
 /// can be sent.
+///
+/// A piece is given to the codec as soon as the far end has room for any of it, so that few pieces are. Where that is not
+/// room for all, its last byte stays here until it is. So a body is at its end when the far end has made room for the
+/// whole, and until then whoever looks after the stream can end it, and what waits with it.
 pub(super) struct Outgoing<B> {
     body: B,
     to: SendStream<Bytes>,
@@ -46,8 +50,11 @@ where
                     None => return Poll::Ready(Err(Reason::STREAM_CLOSED.into())),
                 }
             }
-            let (data, last) = (std::mem::take(data), *last);
-            self.waits = None;
+            let covered = self.to.capacity() >= data.len();
+            let (data, last) = (data.split_to(data.len() - usize::from(!covered)), *last && covered);
+            if covered {
+                self.waits = None;
+            }
             return Poll::Ready(self.to.send_data(data, last).map(|()| last));
         }
         let Some(frame) = ready!(Pin::new(&mut self.body).poll_frame(cx)) else {
@@ -66,8 +73,7 @@ where
                 Poll::Ready(if last { self.to.send_data(data, true).map(|()| true) } else { Ok(false) })
             }
             Ok(data) => {
-                // Of what the connection shares, no more is claimed than makes the stream ready to send.
-                self.to.reserve_capacity(1);
+                self.to.reserve_capacity(data.len());
                 self.waits = Some((data, self.body.is_end_stream()));
                 Poll::Ready(Ok(false))
             }
