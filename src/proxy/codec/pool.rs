@@ -620,6 +620,7 @@ async fn http1(wire: Wire, open: Open) -> Result<Http1, NoConnection> {
         .handshake(TokioIo::new(wire.clone()))
         .await
         .map_err(no_codec)?;
+    wire.hear_out();
     let http1 = Http1 { sender, wire: wire.clone() };
     let turns = Turn::new(connection.with_upgrades(), wire.clone());
     tokio::spawn(async move {

@@ -41,6 +41,10 @@ struct State {
     upgraded: bool,
     /// Why nothing can be sent any more.
     broken: Option<io::ErrorKind>,
+    /// What the far end may have answered before it took no more is still read.
+    hears_out: bool,
+    /// The far end takes no more, which the codec learns when it has read all.
+    unheard: bool,
     /// Counts reads and writes.
     moved: u64,
     /// What an HTTP/1 client may upgrade to.
@@ -146,6 +150,8 @@ impl Wire {
             gathers: true,
             upgraded: false,
             broken: None,
+            hears_out: false,
+            unheard: false,
             moved: 0,
             upgrades: Upgrades::default(),
             received: 0,
@@ -259,6 +265,12 @@ impl Wire {
         poll_fn(|cx| self.state().poll_more(cx)).await.map(|count| count > 0)
     }
 
+    /// From here on an answer is read although the far end takes no more of what is written: it may have answered early,
+    /// and closed with a reset for what it did not read.
+    pub fn hear_out(&self) {
+        self.state().hears_out = true;
+    }
+
     /// The codec is about to end and leave what follows to another.
     pub fn upgrade(&self) {
         self.state().upgraded = true;
@@ -269,6 +281,7 @@ impl Wire {
         let mut state = self.state();
         state.gathers = false;
         state.upgraded = false;
+        state.hears_out = false;
         state.strict = None;
         drop(state);
         self.watch_path(PathWatch::Idle);
@@ -362,7 +375,7 @@ impl Wire {
     #[must_use]
     pub fn has_unsent(&self) -> bool {
         let state = self.state();
-        let held = matches!(&state.io, Io::Tls(stream) if stream.has_outgoing());
+        let held = matches!(&state.io, Io::Tls(stream) if stream.has_outgoing() && !state.unheard);
         held || !state.outgoing.is_empty()
     }
 
@@ -547,10 +560,18 @@ impl State {
         if let Some(kind) = self.broken {
             return Poll::Ready(Err(kind.into()));
         }
-        let sent = match &mut self.io {
+        let mut sent = match &mut self.io {
+            _ if self.unheard => Poll::Ready(Ok(())),
             Io::Plain(socket) => poll_send_plain(socket, cx, &self.outgoing, &mut self.sent),
             Io::Tls(stream) => poll_send_tls(stream, cx, &self.outgoing, &mut self.sent),
         };
+        if self.hears_out && matches!(&sent, Poll::Ready(Err(_))) {
+            (self.unheard, sent) = (true, Poll::Ready(Ok(())));
+            cx.waker().wake_by_ref();
+        }
+        if self.unheard {
+            self.sent = self.outgoing.len();
+        }
         if self.sent == self.outgoing.len() && self.outgoing.capacity() > 0 {
             spare::give(std::mem::take(&mut self.outgoing));
             self.sent = 0;
