@@ -104,8 +104,8 @@ def test_a_deadline_ends_a_call_at_both_ends(calls, ends):
     began = time.monotonic()
     with pytest.raises(grpc.RpcError) as failed:
         caller.call("unary_unary", "Wait")(b"", timeout=1)
-    assert failed.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED and time.monotonic() - began < 4
-    assert server.app.cancelled.acquire(timeout=5)
+    assert failed.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED and time.monotonic() - began < 15
+    assert server.app.cancelled.acquire(timeout=20)
 
 
 @ENDS

@@ -51,18 +51,18 @@ def test_without_limits_there_is_none(mesh, workers):
 def test_the_local_request_timeout(mesh):
     server, _, port = pair(mesh, {"local_request_timeout_ms": 500})
     eventually(lambda: who(port) == "server")
-    server.app.delay = 4
+    server.app.delay = 60
     began = time.monotonic()
-    assert who(port) == "504 upstream request timeout" and time.monotonic() - began < 3
+    assert who(port) == "504 upstream request timeout" and time.monotonic() - began < 10
 
 
 def test_the_local_idle_timeout(mesh):
     mesh.agent.needs((1, 15), "local_idle_timeout_ms")
     server, _, port = pair(mesh, {"local_idle_timeout_ms": 500})
     eventually(lambda: who(port) == "server")
-    server.app.delay = 4
+    server.app.delay = 60
     began = time.monotonic()
-    assert who(port) == "504 stream timeout" and time.monotonic() - began < 3
+    assert who(port) == "504 stream timeout" and time.monotonic() - began < 10
     # It was the client's turn.
     with dial(port) as conn:
         conn.send(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf")
@@ -85,8 +85,8 @@ def test_the_app_is_down_and_back(mesh):
     eventually(lambda: who(port) == "server")
     server.app.close()
     began = time.monotonic()
-    answer = eventually(lambda: (got := ask(port)).status == 503 and got, 5)
-    assert answer.body.decode() == NO_CONNECTION.removeprefix("503 ") + "remote connection failure" and time.monotonic() - began < 3
+    answer = eventually(lambda: (got := ask(port)).status == 503 and got)
+    assert answer.body.decode() == NO_CONNECTION.removeprefix("503 ") + "remote connection failure" and time.monotonic() - began < 5
     server.process.logged(r"(?i)refused")
     server.app = mesh.keep(type(server.app)(server.port, name="back"))
     eventually(lambda: who(port) == "back", 45, "the app's return is seen")

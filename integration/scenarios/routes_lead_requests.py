@@ -101,11 +101,11 @@ def test_a_prefix_is_rewritten_and_the_query_kept(routed):
 
 def test_a_request_that_takes_too_long_is_answered_504(routed):
     routed.routes(routed.to_other({"PathPrefix": "/"}, RequestTimeout="700ms"))
-    routed.other.app.delay = 5
+    routed.other.app.delay = 60
     began = time.monotonic()
     answer = ask(routed.port, "/slow")
     took = time.monotonic() - began
-    assert (answer.status, answer.body) == (504, b"upstream request timeout") and 0.6 < took < 3, took
+    assert (answer.status, answer.body) == (504, b"upstream request timeout") and 0.6 < took < 10, took
 
 
 def test_a_longer_timeout_than_the_usual_one_is_kept_to(routed):
@@ -199,10 +199,10 @@ def test_headers_are_edited(mesh, routed):
 def test_an_idle_stream_ends_after_its_time(mesh, routed):
     mesh.agent.needs((1, 15), "IdleTimeout")
     routed.routes(routed.to_other({"PathPrefix": "/"}, IdleTimeout="700ms", RequestTimeout="30s"))
-    routed.other.app.delay = 5
+    routed.other.app.delay = 60
     began = time.monotonic()
     answer = ask(routed.port, "/slow")
-    assert (answer.status, answer.body) == (504, b"stream timeout") and time.monotonic() - began < 3
+    assert (answer.status, answer.body) == (504, b"stream timeout") and time.monotonic() - began < 10
 
 
 def test_a_router_that_is_taken_away_no_longer_leads(mesh, routed):

@@ -849,7 +849,7 @@ async fn requests_are_logged_on_both_sides_when_they_are_over() {
     let (mesh, at) = (free(), free());
     let (near, far) = (TempFile::new(""), TempFile::new(""));
     let mut listener = public(Protocol::Http, mesh, app);
-    listener.local_request_timeout = Some(Duration::from_secs(1));
+    listener.local_request_timeout = Some(Duration::from_secs(3));
     let server = Sidecar::start(logged(with_public(listener), &far));
     let client = Sidecar::start(logged(with_upstream(upstream(Protocol::Http, at, &[mesh])), &near));
     listening(mesh).await;

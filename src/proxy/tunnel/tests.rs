@@ -325,7 +325,7 @@ async fn each_connection_of_a_session_is_judged_by_itself() {
     pair.warm().await;
     let mut open = pair.open().await;
     pair.change(|listener| listener.intentions = allowing(Action::Deny));
-    let ended = timeout(Duration::from_secs(1), open.read(&mut [0; 4])).await.expect("it is cut within a second");
+    let ended = timeout(PATIENCE, open.read(&mut [0; 4])).await.expect("it is cut");
     assert_eq!(ended.unwrap(), 0);
     eventually("it is refused", async || !pair.reaches().await).await;
     for _ in 0..10 {
@@ -422,7 +422,8 @@ async fn a_connection_that_breaks_takes_its_session_along() {
 async fn sessions_that_are_kept_hold_up_no_drain() {
     let pair = Pair::start().await;
     pair.warm().await;
-    let at_once = Duration::from_secs(2);
+    // Before a session would be given up for being free.
+    let at_once = SERVER_IDLE_TIME / 2;
     pair.server.trigger.advance(Stage::Draining);
     timeout(at_once, pair.server.trigger.drained()).await.expect("the server's sidecar is done");
     assert!(!pair.reaches().await);
@@ -627,7 +628,7 @@ async fn an_instance_without_its_app_fails_nobody_and_is_used_again() {
     }
     dead.change(|_| {});
     // Only the instance that was dead is left: it is in use again without anybody's failing first.
-    tokio::time::sleep(Duration::from_secs(2)).await;
+    tokio::time::sleep(Duration::from_secs(5)).await;
     pair.change(|listener| listener.local_app = LocalApp::Tcp(address(free())));
     eventually("the other is dead now", async || asked(&pair).await == Err(Refusal::NoApp)).await;
     for _ in 0..20 {

@@ -185,13 +185,13 @@ async fn the_time_for_an_answer_begins_when_the_request_is_complete() {
             }
         })
         .await;
-        let pair = hurried(protocol, at, ms(1500), ms(60_000)).await;
+        let pair = hurried(protocol, at, ms(3000), ms(60_000)).await;
         let client = Client::of(protocol, pair.at).await;
         let (upload, body) = channel();
         let slow = tokio::spawn(async move { client.ask(request(Method::POST, "/", body)).await });
         for _ in 0..6 {
             upload.send(data("piece")).unwrap();
-            sleep(ms(500)).await;
+            sleep(ms(700)).await;
         }
         drop(upload);
         assert_eq!(slow.await.unwrap(), (StatusCode::OK, "thanks".into()), "{protocol:?}");
