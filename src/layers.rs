@@ -54,6 +54,44 @@ fn modules_import_each_other_in_no_cycle() {
     assert!(cycles.is_empty(), "\n{}\n", cycles.join("\n"));
 }
 
+/// What names rustls' unbuffered interface, or the reader of a client's first message that goes with it.
+const UNBUFFERED: [&str; 6] = [
+    "UnbufferedClientConnection",
+    "UnbufferedServerConnection",
+    "UnbufferedStatus",
+    "ConnectionState",
+    "EncodeTlsData",
+    "Acceptor",
+];
+
+#[test]
+fn one_short_file_knows_the_unbuffered_interface_of_rustls() {
+    let top = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut folders = vec![top.join("src")];
+    let mut using = Vec::new();
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).expect("a folder of this crate") {
+            let path = entry.expect("an entry").path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let words = tokens(&fs::read_to_string(&path).expect("a file of this crate"));
+                let is_stream = path.ends_with("tls/stream.rs");
+                if words.iter().any(|(word, _)| UNBUFFERED.contains(&word.as_str()) || is_stream && word == "rustls") {
+                    using.push(path);
+                }
+            }
+        }
+    }
+    let only = top.join("src/tls/unbuffered.rs");
+    assert_eq!(using, [only.as_path()], "rustls 0.24 replaces that interface, so that one file alone may use it");
+    let lines = fs::read_to_string(only).expect("the file is there").lines().count();
+    assert!(
+        lines <= 200,
+        "{lines} lines are more than one reader takes in: keep what is not the library's in stream.rs"
+    );
+}
+
 #[test]
 fn the_table_names_each_module_once_and_lowest_first() {
     let sources = Sources::read();

@@ -21,6 +21,7 @@ mod stream;
 mod tests;
 mod tickets;
 mod trust;
+mod unbuffered;
 mod verify;
 
 use std::fmt;
@@ -36,10 +37,10 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 
 pub use aead::{Aead, Implementation};
 pub use policy::{Parameters, Policy, Versions, is_known_suite};
-pub use refusal::PeerError;
+pub use refusal::{HandshakeError, PeerError};
 pub use sides::{Client, Server};
 pub use spiffe::{NotAService, SpiffeId};
-pub use stream::{HandshakeError, ReadSide, Scratch, Stream, with_scratch};
+pub use stream::{ReadSide, Scratch, Stream, with_scratch};
 pub use verify::Peer;
 
 use certificate::{Certificate, Validity};

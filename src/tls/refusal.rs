@@ -1,7 +1,7 @@
-//! Why a peer is refused.
+//! Why a peer is refused, and why a handshake did not succeed.
 
-use std::fmt;
 use std::sync::Arc;
+use std::{fmt, io};
 
 use rustls::{CertificateError, OtherError};
 
@@ -113,5 +113,45 @@ impl PeerError {
             CertificateError::UnknownIssuer => Some(Self::UnknownIssuer),
             _ => None,
         }
+    }
+}
+
+/// Why a handshake did not succeed.
+#[derive(Debug)]
+pub enum HandshakeError {
+    Io(io::Error),
+    Tls(rustls::Error),
+    /// The peer left before it said anything, as health checks do.
+    Silent,
+}
+
+impl fmt::Display for HandshakeError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Io(e) => write!(f, "{e}"),
+            Self::Tls(rustls::Error::InvalidCertificate(rustls::CertificateError::Other(other))) => {
+                write!(f, "{other}")
+            }
+            Self::Tls(rustls::Error::InvalidCertificate(error)) => match PeerError::of(error) {
+                Some(error) => write!(f, "{error}"),
+                None => write!(f, "{error}"),
+            },
+            Self::Tls(e) => write!(f, "{e}"),
+            Self::Silent => f.write_str("the peer closed the connection without a word"),
+        }
+    }
+}
+
+impl std::error::Error for HandshakeError {}
+
+impl HandshakeError {
+    pub(super) fn too_large() -> Self {
+        Self::Tls(rustls::Error::General("the handshake is too large".into()))
+    }
+
+    /// Whether the server refuses a client for offering none of its application protocols.
+    #[must_use]
+    pub fn is_lack_of_protocol(&self) -> bool {
+        matches!(self, Self::Tls(rustls::Error::AlertReceived(rustls::AlertDescription::NoApplicationProtocol)))
     }
 }

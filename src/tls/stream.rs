@@ -6,21 +6,17 @@
 //! of a record, or bytes that the other side is not ready to take. An idle connection keeps none.
 
 use std::cell::RefCell;
-use std::fmt;
 use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
-use rustls::client::UnbufferedClientConnection;
-use rustls::server::{Acceptor, UnbufferedServerConnection};
-use rustls::unbuffered::{ConnectionState, EncodeError, EncodeTlsData, EncryptError, UnbufferedStatus};
 use rustls_pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::refusal::PeerError;
+use super::refusal::HandshakeError;
 use super::sides::{Client, Server};
+use super::unbuffered::{ClientHello, Emit, Next, Session, overhead};
 
 /// Bytes read in one turn, of either kind: eight records, which is where larger reads stop paying.
 const TURN: usize = 128 * 1024;
@@ -67,16 +63,10 @@ impl Scratch {
     }
 }
 
-/// What sealing adds at most: header, type and tag of each record of 16 KiB, and an answer or two of the
-/// protocol's own.
-const fn overhead(plain: usize) -> usize {
-    (plain / (16 * 1024) + 2) * 64
-}
-
 /// A TLS session over `io`, without buffers of its own while it is idle.
 pub struct Stream<IO> {
     pub io: IO,
-    session: Session,
+    pub(super) session: Session,
     /// The beginning of a record whose rest has not come yet.
     incoming: Vec<u8>,
     /// Opened before anybody read it: what came in the same flight as the end of the handshake.
@@ -100,57 +90,7 @@ pub enum ReadSide {
     Truncated,
 }
 
-enum Session {
-    Client(Box<UnbufferedClientConnection>),
-    Server(Box<UnbufferedServerConnection>),
-}
-
-/// Why a handshake did not succeed.
-#[derive(Debug)]
-pub enum HandshakeError {
-    Io(io::Error),
-    Tls(rustls::Error),
-    /// The peer left before it said anything, as health checks do.
-    Silent,
-}
-
-impl fmt::Display for HandshakeError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Io(e) => write!(f, "{e}"),
-            Self::Tls(rustls::Error::InvalidCertificate(rustls::CertificateError::Other(other))) => {
-                write!(f, "{other}")
-            }
-            Self::Tls(rustls::Error::InvalidCertificate(error)) => match PeerError::of(error) {
-                Some(error) => write!(f, "{error}"),
-                None => write!(f, "{error}"),
-            },
-            Self::Tls(e) => write!(f, "{e}"),
-            Self::Silent => f.write_str("the peer closed the connection without a word"),
-        }
-    }
-}
-
-impl std::error::Error for HandshakeError {}
-
-impl HandshakeError {
-    /// Whether the server refuses a client for offering none of its application protocols.
-    #[must_use]
-    pub fn is_lack_of_protocol(&self) -> bool {
-        matches!(self, Self::Tls(rustls::Error::AlertReceived(rustls::AlertDescription::NoApplicationProtocol)))
-    }
-}
-
 impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
-    /// Shakes hands as the server of a connection.
-    ///
-    /// # Errors
-    /// See [`HandshakeError`]; the peer has been sent the alert that says why.
-    pub async fn accept(io: IO, config: &Arc<rustls::ServerConfig>) -> Result<Self, HandshakeError> {
-        let session = UnbufferedServerConnection::new(Arc::clone(config)).map_err(HandshakeError::Tls)?;
-        Self::shake(io, Session::Server(Box::new(session)), Vec::new()).await
-    }
-
     /// Shakes hands as the server of a connection, by the configuration that `server` has for what the client
     /// offers.
     ///
@@ -158,26 +98,21 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
     /// See [`HandshakeError`]; the peer has been sent the alert that says why.
     pub async fn accept_offer(mut io: IO, server: &Server) -> Result<Self, HandshakeError> {
         let mut heard = Vec::new();
-        let mut acceptor = Acceptor::default();
+        let mut hello = ClientHello::default();
         let config = loop {
             let start = heard.len();
             if !read_more(&mut io, &mut heard).await.map_err(HandshakeError::Io)? {
                 let left = HandshakeError::Io(io::ErrorKind::UnexpectedEof.into());
                 return Err(if heard.is_empty() { HandshakeError::Silent } else { left });
             }
-            let mut news = &heard[start..];
-            let offer = acceptor.read_tls(&mut news).map_or(Ok(None), |_| acceptor.accept());
-            match offer {
-                Ok(Some(accepted)) => {
-                    break server.config(accepted.client_hello().alpn().into_iter().flatten());
-                }
-                Ok(None) if news.is_empty() && heard.len() < HELLO_LIMIT => {}
+            match hello.read(&heard[start..], server) {
+                Some(config) => break config,
+                None if heard.len() < HELLO_LIMIT => {}
                 // The session comes to the same end, and tells the peer why.
-                _ => break server.config([]),
+                None => break server.config([]),
             }
         };
-        let session = UnbufferedServerConnection::new(Arc::clone(config)).map_err(HandshakeError::Tls)?;
-        Self::shake(io, Session::Server(Box::new(session)), heard).await
+        Self::shake(io, Session::server(config).map_err(HandshakeError::Tls)?, heard).await
     }
 
     /// Shakes hands as the client of a connection.
@@ -185,7 +120,8 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
     /// # Errors
     /// See [`HandshakeError`]; the peer has been sent the alert that says why.
     pub async fn connect(io: IO, client: &Client) -> Result<Self, HandshakeError> {
-        Self::connect_by(io, client, client.config()).await
+        let session = Session::client(client.config(), client.name()).map_err(HandshakeError::Tls)?;
+        Self::shake(io, session, Vec::new()).await
     }
 
     /// The same, without offering any application protocol.
@@ -193,16 +129,12 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
     /// # Errors
     /// As with [`Stream::connect`].
     pub async fn connect_without_alpn(io: IO, client: &Client) -> Result<Self, HandshakeError> {
-        Self::connect_by(io, client, &client.without_alpn).await
-    }
-
-    async fn connect_by(io: IO, client: &Client, config: &Arc<rustls::ClientConfig>) -> Result<Self, HandshakeError> {
-        let session = UnbufferedClientConnection::new(Arc::clone(config), client.name().clone());
-        Self::shake(io, Session::Client(Box::new(session.map_err(HandshakeError::Tls)?)), Vec::new()).await
+        let session = Session::client(&client.without_alpn, client.name()).map_err(HandshakeError::Tls)?;
+        Self::shake(io, session, Vec::new()).await
     }
 
     /// `incoming` was read already.
-    async fn shake(io: IO, session: Session, incoming: Vec<u8>) -> Result<Self, HandshakeError> {
+    pub(super) async fn shake(io: IO, session: Session, incoming: Vec<u8>) -> Result<Self, HandshakeError> {
         let mut stream = Self {
             io,
             session,
@@ -213,7 +145,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
             blocked: false,
             read: ReadSide::Open,
         };
-        let mut heard = matches!(stream.session, Session::Client(_)) || !stream.incoming.is_empty();
+        let mut heard = stream.session.is_client() || !stream.incoming.is_empty();
         let shaken = poll_fn(|cx| with_scratch(|scratch| stream.poll_shake(cx, scratch, &mut heard))).await;
         if let Err(HandshakeError::Tls(_)) = shaken {
             // The alert that says why: worth one try, not a wait.
@@ -233,19 +165,19 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
         loop {
             let mut held = std::mem::take(&mut self.incoming);
             let mut keep = |payload: &[u8]| self.plain.extend_from_slice(payload);
-            let opened = self.session.process(&mut held, &mut keep, &mut self.outgoing);
+            let opened = self.session.receive(&mut held, &mut keep, &mut self.outgoing);
             let (used, next) = opened.map_err(HandshakeError::Tls)?;
             // Nothing is held most of the time, and then no memory either.
             self.incoming = if used == held.len() { Vec::new() } else { held.split_off(used) };
             match next {
-                Next::Ready => return Poll::Ready(Ok(())),
+                Next::Established => return Poll::Ready(Ok(())),
                 // Whoever has little to say may say it and end its direction in one flight with its handshake.
-                Next::Closed if !self.session.is_handshaking() => {
+                Next::PeerClosed if !self.session.is_handshaking() => {
                     self.read = ReadSide::Closed;
                     return Poll::Ready(Ok(()));
                 }
-                Next::Closed => return Poll::Ready(Err(HandshakeError::Io(io::ErrorKind::UnexpectedEof.into()))),
-                Next::Blocked => {}
+                Next::PeerClosed => return Poll::Ready(Err(HandshakeError::Io(io::ErrorKind::UnexpectedEof.into()))),
+                Next::NeedsMore => {}
             }
             // Not waited for: the peer may be waiting for us to read before it reads.
             let _ = self.poll_flush(cx).map_err(HandshakeError::Io)?;
@@ -257,7 +189,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
             }
             *heard = true;
             if self.incoming.len() + buffer.filled().len() > HANDSHAKE_LIMIT {
-                return Poll::Ready(Err(too_large()));
+                return Poll::Ready(Err(HandshakeError::too_large()));
             }
             self.incoming.extend_from_slice(buffer.filled());
         }
@@ -265,40 +197,12 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
 
     /// The certificates that the peer showed, leaf first; those of the original handshake when resumed.
     pub fn peer_certificates(&self) -> Option<&[CertificateDer<'static>]> {
-        match &self.session {
-            Session::Client(session) => session.peer_certificates(),
-            Session::Server(session) => session.peer_certificates(),
-        }
-    }
-
-    /// Whether the handshake was a full one or resumed an earlier session.
-    pub fn handshake_kind(&self) -> Option<rustls::HandshakeKind> {
-        match &self.session {
-            Session::Client(session) => session.handshake_kind(),
-            Session::Server(session) => session.handshake_kind(),
-        }
+        self.session.peer_certificates()
     }
 
     /// The application protocol that was agreed on, if any.
     pub fn alpn(&self) -> Option<&[u8]> {
-        match &self.session {
-            Session::Client(session) => session.alpn_protocol(),
-            Session::Server(session) => session.alpn_protocol(),
-        }
-    }
-
-    /// Version and cipher suite.
-    #[cfg(test)]
-    pub fn agreed(&self) -> (String, String) {
-        let (version, suite) = match &self.session {
-            Session::Client(session) => (session.protocol_version(), session.negotiated_cipher_suite()),
-            Session::Server(session) => (session.protocol_version(), session.negotiated_cipher_suite()),
-        };
-        let name = |suite: rustls::SupportedCipherSuite| suite.suite().as_str().unwrap_or_default().to_owned();
-        (
-            version.and_then(|version| version.as_str()).unwrap_or_default().to_owned(),
-            suite.map(name).unwrap_or_default(),
-        )
+        self.session.alpn()
     }
 
     /// How the peer's direction stands.
@@ -358,9 +262,9 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
         scratch.wire[..held].copy_from_slice(&self.incoming);
         let wire = &mut scratch.wire[..held + read];
         let mut take = |payload: &[u8]| take(&mut scratch.opened, payload);
-        let opened = self.session.process(wire, &mut take, &mut self.outgoing);
+        let opened = self.session.receive(wire, &mut take, &mut self.outgoing);
         let (used, next) = opened.map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
-        if next == Next::Closed {
+        if next == Next::PeerClosed {
             self.read = ReadSide::Closed;
         }
         // Nothing is held most of the time, and then no memory either.
@@ -428,11 +332,11 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
 
     fn seal(&mut self, cx: &mut Context<'_>, room: &mut [u8], plain: &[u8]) -> io::Result<()> {
         if self.has_outgoing() {
-            self.session.emit_behind(Emit::Data(plain), &mut self.incoming, &mut self.outgoing)?;
+            self.session.seal_behind(Emit::Data(plain), &mut self.incoming, &mut self.outgoing)?;
             let _ = self.poll_flush(cx)?;
             return Ok(());
         }
-        let sealed = self.session.emit(Emit::Data(plain), &mut self.incoming, room)?;
+        let sealed = self.session.seal(Emit::Data(plain), &mut self.incoming, room)?;
         self.write_or_keep(cx, &room[..sealed])
     }
 
@@ -476,7 +380,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
     /// Queues the `close_notify` that ends our direction; [`Stream::poll_flush`] sends it.
     pub fn close(&mut self) {
         // A session that can't say goodbye any more has nothing left to say.
-        let _ = self.session.emit_behind(Emit::Close, &mut self.incoming, &mut self.outgoing);
+        let _ = self.session.seal_behind(Emit::Close, &mut self.incoming, &mut self.outgoing);
     }
 }
 
@@ -493,175 +397,8 @@ async fn read_more<IO: AsyncRead + Unpin>(io: &mut IO, to: &mut Vec<u8>) -> io::
     .await
 }
 
-fn too_large() -> HandshakeError {
-    HandshakeError::Tls(rustls::Error::General("the handshake is too large".into()))
-}
-
 /// More than any honest peer's handshake: a chain of certificates is a few KiB.
 const HANDSHAKE_LIMIT: usize = TURN;
 
 /// More than any honest client's first message.
 const HELLO_LIMIT: usize = 64 * 1024;
-
-/// Where a session stands when nothing is left to process.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Next {
-    /// The handshake needs more bytes.
-    Blocked,
-    /// The handshake is complete.
-    Ready,
-    /// The peer's direction has ended.
-    Closed,
-}
-
-impl Session {
-    /// Processes the records in `wire` as far as they are whole. Plaintext is given to `take`, answers are appended
-    /// to `outgoing`. Tells how many bytes were used.
-    fn process(
-        &mut self,
-        wire: &mut [u8],
-        take: &mut impl FnMut(&[u8]),
-        outgoing: &mut Vec<u8>,
-    ) -> Result<(usize, Next), rustls::Error> {
-        let mut used = 0;
-        loop {
-            let rest = &mut wire[used..];
-            let stepped = match self {
-                Self::Client(session) => step(session.process_tls_records(rest), take, outgoing),
-                Self::Server(session) => step(session.process_tls_records(rest), take, outgoing),
-            };
-            used += stepped.used;
-            match stepped.next {
-                Ok(Some(next)) => return Ok((used, next)),
-                Ok(None) => {}
-                Err(error) => {
-                    self.collect_alert(&mut wire[used..], outgoing);
-                    return Err(error);
-                }
-            }
-        }
-    }
-
-    /// After an error the session holds the alert that tells the peer.
-    fn collect_alert(&mut self, wire: &mut [u8], outgoing: &mut Vec<u8>) {
-        // Nothing else may be asked of a session that has failed: it would look at the same bytes again.
-        while self.wants_write() {
-            let stepped = match self {
-                Self::Client(session) => step(session.process_tls_records(wire), &mut |_| {}, outgoing),
-                Self::Server(session) => step(session.process_tls_records(wire), &mut |_| {}, outgoing),
-            };
-            if stepped.next.is_err() {
-                return;
-            }
-        }
-    }
-
-    fn wants_write(&self) -> bool {
-        match self {
-            Self::Client(session) => session.wants_write(),
-            Self::Server(session) => session.wants_write(),
-        }
-    }
-
-    fn is_handshaking(&self) -> bool {
-        match self {
-            Self::Client(session) => session.is_handshaking(),
-            Self::Server(session) => session.is_handshaking(),
-        }
-    }
-
-    /// Seals into `room` and tells how much of it was used. `held` is what is held back of the incoming
-    /// bytes: the session remembers how far it has looked at them and must find them again at every call.
-    fn emit(&mut self, what: Emit<'_>, held: &mut [u8], room: &mut [u8]) -> io::Result<usize> {
-        match self {
-            Self::Client(session) => emit(session.process_tls_records(held), what, room),
-            Self::Server(session) => emit(session.process_tls_records(held), what, room),
-        }
-    }
-
-    /// As [`Session::emit`], behind what `outgoing` holds.
-    fn emit_behind(&mut self, what: Emit<'_>, held: &mut [u8], outgoing: &mut Vec<u8>) -> io::Result<()> {
-        let start = outgoing.len();
-        let plain = if let Emit::Data(plain) = what { plain.len() } else { 0 };
-        outgoing.resize(start + plain + overhead(plain), 0);
-        let emitted = self.emit(what, held, &mut outgoing[start..]);
-        outgoing.truncate(start + *emitted.as_ref().unwrap_or(&0));
-        emitted.map(|_| ())
-    }
-}
-
-/// What a session can be asked to seal.
-#[derive(Clone, Copy)]
-enum Emit<'a> {
-    Data(&'a [u8]),
-    /// The `close_notify` that ends our direction.
-    Close,
-}
-
-fn emit<D>(status: UnbufferedStatus<'_, '_, D>, what: Emit<'_>, room: &mut [u8]) -> io::Result<usize> {
-    match (status.state, what) {
-        (Ok(ConnectionState::WriteTraffic(mut traffic)), Emit::Data(plain)) => {
-            traffic.encrypt(plain, room).map_err(refused)
-        }
-        (Ok(ConnectionState::WriteTraffic(mut traffic)), Emit::Close) => {
-            traffic.queue_close_notify(room).map_err(refused)
-        }
-        (Ok(_), _) => Err(io::ErrorKind::NotConnected.into()),
-        (Err(e), _) => Err(io::Error::new(io::ErrorKind::InvalidData, e)),
-    }
-}
-
-fn refused(error: EncryptError) -> io::Error {
-    io::Error::other(error.to_string())
-}
-
-/// One step of a session: how many bytes of its input are done with, and where it stands; `None` asks for
-/// another step.
-struct Step {
-    used: usize,
-    next: Result<Option<Next>, rustls::Error>,
-}
-
-fn step<D>(status: UnbufferedStatus<'_, '_, D>, take: &mut impl FnMut(&[u8]), outgoing: &mut Vec<u8>) -> Step {
-    let mut used = status.discard;
-    let next = status.state.and_then(|state| handle(state, &mut used, take, outgoing));
-    Step { used, next }
-}
-
-fn handle<D>(
-    state: ConnectionState<'_, '_, D>,
-    used: &mut usize,
-    take: &mut impl FnMut(&[u8]),
-    outgoing: &mut Vec<u8>,
-) -> Result<Option<Next>, rustls::Error> {
-    match state {
-        ConnectionState::ReadTraffic(mut traffic) => {
-            while let Some(record) = traffic.next_record() {
-                let record = record?;
-                *used += record.discard;
-                take(record.payload);
-            }
-            Ok(None)
-        }
-        ConnectionState::EncodeTlsData(mut data) => encode(&mut data, outgoing).map(|()| None),
-        // It stands in `outgoing`, which is flushed in order: as good as transmitted.
-        ConnectionState::TransmitTlsData(data) => {
-            data.done();
-            Ok(None)
-        }
-        ConnectionState::BlockedHandshake => Ok(Some(Next::Blocked)),
-        ConnectionState::WriteTraffic(_) => Ok(Some(Next::Ready)),
-        ConnectionState::PeerClosed | ConnectionState::Closed => Ok(Some(Next::Closed)),
-        _ => Err(rustls::Error::General("a state of TLS that was never asked for".into())),
-    }
-}
-
-/// Appends one handshake message, which says how long it is when it does not fit.
-fn encode<D>(data: &mut EncodeTlsData<'_, D>, outgoing: &mut Vec<u8>) -> Result<(), rustls::Error> {
-    let start = outgoing.len();
-    if let Err(EncodeError::InsufficientSize(size)) = data.encode(&mut []) {
-        outgoing.resize(start + size.required_size, 0);
-        data.encode(&mut outgoing[start..]).map_err(|e| rustls::Error::General(e.to_string()))?;
-    }
-    Ok(())
-}
