@@ -57,11 +57,14 @@ pub const TUNNEL_1: &[u8] = b"lictor-tunnel/1";
 pub const TUNNELS: &[&[u8]] = &[TUNNEL, TUNNEL_1];
 
 /// Our leaf and the mesh's roots, checked against each other and ready for handshakes.
+#[derive(Clone)]
 pub struct Credentials {
     id: SpiffeId,
     valid: Validity,
     key: Arc<CertifiedKey>,
     trust: Arc<Trust>,
+    aead: Aead,
+    /// With the cipher suites of `aead`.
     provider: Arc<CryptoProvider>,
     policy: Policy,
 }
@@ -81,7 +84,8 @@ impl Credentials {
         service: &str,
         now: SystemTime,
     ) -> Result<Self, Error> {
-        let provider = Arc::new(policy::provider(Aead::detect()));
+        let aead = Aead::detect();
+        let provider = Arc::new(policy::provider(aead));
         let trust = Arc::new(trust(roots_pem, &provider, now)?);
         let chain = certificates(leaf_pem).map_err(|e| Error::new(format!("the leaf certificate is not PEM: {e}")))?;
         if chain.is_empty() {
@@ -111,14 +115,13 @@ impl Credentials {
         let valid = trust
             .verify(&key.cert, Purpose::Server, now)
             .map_err(|e| Error::new(format!("the leaf certificate: {e}")))?;
-        Ok(Self { id, valid, key: Arc::new(key), trust, provider, policy: Policy::default() })
+        Ok(Self { id, valid, key: Arc::new(key), trust, aead, provider, policy: Policy::default() })
     }
 
     /// The same credentials, used as the mesh's policy says.
     #[must_use]
     pub fn under(&self, policy: Policy) -> Self {
-        let (key, trust, provider) = (self.key.clone(), self.trust.clone(), self.provider.clone());
-        Self { id: self.id.clone(), valid: self.valid, key, trust, provider, policy }
+        Self { policy, ..self.clone() }
     }
 
     /// The same credentials, trusting no root that is not among `roots_pem`; `None` if that changes nothing, or one of
@@ -128,14 +131,16 @@ impl Credentials {
         let read = |pem: &String| certificates(pem).ok().filter(|roots| !roots.is_empty());
         let listed: Option<Vec<_>> = roots_pem.iter().map(read).collect();
         let trust = Arc::new(self.trust.only(&listed?.concat())?);
-        let (id, key, provider) = (self.id.clone(), self.key.clone(), self.provider.clone());
-        Some(Self { id, valid: self.valid, key, trust, provider, policy: self.policy.clone() })
+        Some(Self { trust, ..self.clone() })
     }
 
     /// The same credentials, with records sealed by `aead`.
     #[must_use]
     pub fn sealed_by(self, aead: Aead) -> Self {
-        Self { provider: Arc::new(policy::provider(aead)), ..self }
+        if aead == self.aead {
+            return self;
+        }
+        Self { aead, provider: Arc::new(policy::provider(aead)), ..self }
     }
 
     /// Who we are.

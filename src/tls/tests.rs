@@ -103,10 +103,22 @@ async fn reconnect(client: &Client, server: &Server) -> HandshakeKind {
     if near.agreed().0 == "TLSv1_3" {
         std::future::poll_fn(|cx| with_scratch(|scratch| near.poll_open(cx, scratch))).await.unwrap();
     }
-    // A resumed session shows the certificates of the first, so that it can be judged as that was.
+    // A resumed session shows the certificates of the first, so that it can be authenticated as that was.
     assert_eq!(*client.authenticate(near.peer_certificates(), SystemTime::now()).unwrap().id, id("db"));
     assert_eq!(*server.authenticate(far.peer_certificates(), SystemTime::now()).unwrap().id, id("web"));
     far.handshake_kind().unwrap()
+}
+
+#[test]
+fn credentials_make_a_provider_only_for_another_aead() {
+    let credentials = Ca::new().credentials("web");
+    let provider = Arc::clone(&credentials.provider);
+    let same = credentials.sealed_by(Aead::detect()).under(Policy::default());
+    assert!(Arc::ptr_eq(&provider, &same.provider));
+    let is_same = [Implementation::AwsLc, Implementation::Ring]
+        .map(|implementation| same.clone().sealed_by(Aead::forced(implementation)).provider)
+        .map(|other| Arc::ptr_eq(&provider, &other));
+    assert_eq!(is_same.iter().filter(|is_same| **is_same).count(), 1);
 }
 
 #[tokio::test]
@@ -124,15 +136,15 @@ async fn identities_that_are_not_one_service_of_our_domain_are_refused() {
     let ca = Ca::new();
     let server = server(&ca, "db");
     let now = SystemTime::now();
-    let judge = |uris: &[&str]| {
+    let authenticate = |uris: &[&str]| {
         let chain = certificates(&ca.leaf_with(uris, -60, 3600).cert_pem).unwrap();
         server.authenticate(Some(&chain), now)
     };
     let foreign = "spiffe://other.consul/ns/default/dc/dc1/svc/web";
-    assert!(matches!(judge(&[foreign]), Err(PeerError::TrustDomain(id)) if id.service == "web"));
-    assert_eq!(judge(&[]), Err(PeerError::NotOneUri(0)));
-    assert_eq!(judge(&[&uri("web"), &uri("api")]), Err(PeerError::NotOneUri(2)));
-    assert!(matches!(judge(&["https://example.com/"]), Err(PeerError::NotAService(_))));
+    assert!(matches!(authenticate(&[foreign]), Err(PeerError::TrustDomain(id)) if id.service == "web"));
+    assert_eq!(authenticate(&[]), Err(PeerError::NotOneUri(0)));
+    assert_eq!(authenticate(&[&uri("web"), &uri("api")]), Err(PeerError::NotOneUri(2)));
+    assert!(matches!(authenticate(&["https://example.com/"]), Err(PeerError::NotAService(_))));
     assert_eq!(server.authenticate(None, now), Err(PeerError::NoCertificate));
     let junk = [CertificateDer::from(vec![0x30, 0x03, 1, 2, 3])];
     assert_eq!(server.authenticate(Some(&junk), now), Err(PeerError::Malformed));
@@ -234,7 +246,7 @@ async fn garbage_gets_an_alert_and_a_silent_peer_is_told_apart() {
 }
 
 #[tokio::test]
-async fn whoever_sends_what_cannot_be_opened_is_told_so() {
+async fn a_peer_whose_record_cannot_be_opened_gets_an_alert() {
     let ca = Ca::new();
     let (near, far) = shake(&client(&ca, "web", "db"), &server(&ca, "db")).await;
     let (mut near, mut far) = (near.unwrap(), far.unwrap());
@@ -249,8 +261,8 @@ async fn whoever_sends_what_cannot_be_opened_is_told_so() {
         }
     }
     open(&mut far).await;
-    let told = open(&mut near).await;
-    assert!(told.contains("BadRecordMac"), "{told}");
+    let error = open(&mut near).await;
+    assert!(error.contains("BadRecordMac"), "{error}");
 }
 
 #[test]
