@@ -1,4 +1,4 @@
-//! What a certificate says, as far as it bears on a path: read once, judged in `path`.
+//! What a certificate says, as far as it bears on a path: read once, validated in `path`.
 
 use std::time::{Duration, SystemTime};
 

@@ -187,7 +187,7 @@ mod tests {
     use super::*;
 
     /// Whether a name is in a subtree: in the sense for what is permitted, and in that for what is excluded.
-    fn judge(name: Name<'_>, base: Name<'_>) -> (Option<bool>, Option<bool>) {
+    fn both_senses(name: Name<'_>, base: Name<'_>) -> (Option<bool>, Option<bool>) {
         (matches(name, base, Sense::Narrow), matches(name, base, Sense::Wide))
     }
 
@@ -223,7 +223,7 @@ mod tests {
             ("spiffe://.td.consul/x", ".td.consul", APART),
             ("spiffe://td.consul./x", "td.consul", APART),
         ] {
-            let (narrow, wide) = judge(Name::Uri(uri), Name::Uri(base));
+            let (narrow, wide) = both_senses(Name::Uri(uri), Name::Uri(base));
             assert_eq!((narrow, wide), (Some(expected.0), Some(expected.1)), "{uri} {base}");
         }
     }
@@ -252,12 +252,12 @@ mod tests {
             (Name::Ip(&[10, 0, 0, 1]), Name::Ip(&[10, 0, 0, 0, 255, 0, 0, 0]), APART),
             (Name::Other(0x88), Name::Other(0x88), APART),
         ] {
-            assert_eq!(judge(name, base), (Some(expected.0), Some(expected.1)), "{name:?} {base:?}");
+            assert_eq!(both_senses(name, base), (Some(expected.0), Some(expected.1)), "{name:?} {base:?}");
         }
         for (name, base) in
             [(dns("a"), Name::Uri("a")), (Name::Other(0x88), Name::Other(0xa0)), (Name::Ip(&[]), dns("a"))]
         {
-            assert_eq!(judge(name, base), (None, None));
+            assert_eq!(both_senses(name, base), (None, None));
         }
     }
 

@@ -1,7 +1,7 @@
 //! The search for a path from a certificate to a root, and what makes a path valid (RFC 5280, 6.1).
 //!
-//! Pure: certificates, roots and the time come in, a verdict goes out. Of what a peer shows, only the path counts. What
-//! Go (`crypto/x509`, for Consul's own proxy) and BoringSSL (for Envoy) judge differently is refused; the table is in
+//! Pure: certificates, roots and the time come in, its validity or what is wrong goes out. Of what a peer shows, only the path counts. What
+//! Go (`crypto/x509`, for Consul's own proxy) and BoringSSL (for Envoy) decide differently is refused; the table is in
 //! docs/certificates.md.
 
 use std::time::SystemTime;
@@ -18,7 +18,7 @@ const MAX_AUTHORITIES: usize = 8;
 /// have the same name.
 const MAX_SIGNATURES: usize = 64;
 
-/// What a path is looked for in, and judged by.
+/// What a path is looked for in, and validated by.
 pub(super) struct Search<'a> {
     /// What the peer showed beside its leaf.
     pub(super) others: &'a [Certificate<'a>],
@@ -52,7 +52,7 @@ impl<'a> Search<'a> {
         let last = *path.last()?;
         for root in self.roots {
             if self.is_signed(last, root, findings) {
-                match self.judge(path, root) {
+                match self.validate(path, root) {
                     Ok(valid) => return Some(valid),
                     Err(problem) => findings.problem = findings.problem.take().or(Some(problem)),
                 }
@@ -90,8 +90,8 @@ impl<'a> Search<'a> {
         certificate.is_signed_by(issuer, self.algorithms)
     }
 
-    /// Judges a path, leaf first, all of whose signatures are good.
-    fn judge(&self, below: &[&Certificate<'_>], root: &Certificate<'_>) -> Result<Validity, PeerError> {
+    /// Validates a path, leaf first, all of whose signatures are good.
+    fn validate(&self, below: &[&Certificate<'_>], root: &Certificate<'_>) -> Result<Validity, PeerError> {
         let path: Vec<&Certificate<'_>> = below.iter().copied().chain([root]).collect();
         let valid = path.iter().fold(root.valid, |valid, certificate| valid.and(certificate.valid));
         if self.now > valid.until {

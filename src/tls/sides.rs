@@ -41,7 +41,7 @@ impl Server {
 
     /// Who the client is, as of `now`: asked after every handshake, full or resumed, for a resumed session brings the
     /// certificate of an earlier one, and again when [`Peer::until`] has passed. It takes nothing but `chain` into
-    /// account, so that a chain that was shown to an earlier server can be judged by the present roots.
+    /// account, so that a chain that was shown to an earlier server can be authenticated by the present roots.
     ///
     /// # Errors
     /// When there is no certificate, no path from it to a root is valid at `now`, or its identity is not that of a

@@ -1,4 +1,4 @@
-//! Whom a certificate speaks for: its path to the mesh's roots, then its SPIFFE id instead of a host name.
+//! Which service a certificate proves: its path to the mesh's roots, then its SPIFFE id instead of a host name.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -27,7 +27,7 @@ pub struct Peer {
     pub until: SystemTime,
 }
 
-/// Judges chains against the mesh's roots. The same few peers come again and again, so that a chain that was verified is
+/// Verifies chains against the mesh's roots. The same few peers come again and again, so that a chain that was verified is
 /// looked up, and only the time is looked at again. What is known here is worth nothing to other roots.
 #[derive(Debug)]
 pub(super) struct Peers {
@@ -54,7 +54,7 @@ impl Peers {
         Self { trust, purpose, known: Mutex::default() }
     }
 
-    /// Whom a chain, leaf first, speaks for at `now`.
+    /// The service that a chain, leaf first, proves at `now`.
     ///
     /// # Errors
     /// When there is no path to a root that is valid at `now`, or the leaf does not name one service.
@@ -109,7 +109,7 @@ pub(super) fn expect(shown: &SpiffeId, expected: &[SpiffeId]) -> Result<(), Peer
     Err(PeerError::Unexpected { shown: Box::new(shown.clone()), expected: expected.to_vec() })
 }
 
-/// Verifies whoever connects to us: a service of the mesh.
+/// Verifies the clients of our listener: services of the mesh.
 #[derive(Debug)]
 pub(super) struct ClientIdentity {
     pub(super) peers: Arc<Peers>,
@@ -117,7 +117,7 @@ pub(super) struct ClientIdentity {
     pub(super) hints: Vec<DistinguishedName>,
 }
 
-/// Verifies the server of a target: the identity that was meant.
+/// Verifies the servers of one target: services with one of the expected identities.
 #[derive(Debug)]
 pub(super) struct ServerIdentity {
     pub(super) peers: Arc<Peers>,
@@ -126,12 +126,39 @@ pub(super) struct ServerIdentity {
 
 impl Peers {
     /// As a handshake asks.
-    fn judge(&self, leaf: &CertificateDer<'_>, rest: &[CertificateDer<'_>], now: UnixTime) -> Result<Peer, PeerError> {
+    fn verify(&self, leaf: &CertificateDer<'_>, rest: &[CertificateDer<'_>], now: UnixTime) -> Result<Peer, PeerError> {
         let mut chain = Vec::with_capacity(1 + rest.len());
         chain.push(CertificateDer::from(leaf.as_ref()));
         chain.extend(rest.iter().map(|certificate| CertificateDer::from(certificate.as_ref())));
         self.identify(&chain, SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(now.as_secs()))
     }
+}
+
+/// The methods that both traits have: what a handshake is signed with does not depend on the side.
+macro_rules! verify_signatures {
+    () => {
+        fn verify_tls12_signature(
+            &self,
+            message: &[u8],
+            certificate: &CertificateDer<'_>,
+            signature: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, rustls::Error> {
+            self.peers.verify_tls12(message, certificate, signature)
+        }
+
+        fn verify_tls13_signature(
+            &self,
+            message: &[u8],
+            certificate: &CertificateDer<'_>,
+            signature: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, rustls::Error> {
+            self.peers.verify_tls13(message, certificate, signature)
+        }
+
+        fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+            self.peers.schemes()
+        }
+    };
 }
 
 impl ClientCertVerifier for ClientIdentity {
@@ -145,31 +172,11 @@ impl ClientCertVerifier for ClientIdentity {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
-        self.peers.judge(end_entity, intermediates, now)?;
+        self.peers.verify(end_entity, intermediates, now)?;
         Ok(ClientCertVerified::assertion())
     }
 
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.peers.verify_tls12(message, certificate, signature)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.peers.verify_tls13(message, certificate, signature)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.peers.schemes()
-    }
+    verify_signatures! {}
 }
 
 impl ServerCertVerifier for ServerIdentity {
@@ -181,32 +188,12 @@ impl ServerCertVerifier for ServerIdentity {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        let peer = self.peers.judge(end_entity, intermediates, now)?;
+        let peer = self.peers.verify(end_entity, intermediates, now)?;
         expect(&peer.id, &self.expected)?;
         Ok(ServerCertVerified::assertion())
     }
 
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.peers.verify_tls12(message, certificate, signature)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.peers.verify_tls13(message, certificate, signature)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.peers.schemes()
-    }
+    verify_signatures! {}
 }
 
 /// What a handshake is signed with. The key is taken from the certificate as it is read here, for the library's own

@@ -55,7 +55,7 @@ fn require_policy(critical: bool, skip: u8) -> CustomExtension {
 type Adjust<'a> = &'a dyn Fn(&mut CertificateParams);
 
 /// A root, an intermediate and a leaf, each with something of its own; whether a client with them is let in.
-fn judge(root: Adjust<'_>, between: Adjust<'_>, leaf: Adjust<'_>) -> Result<(), String> {
+fn validate(root: Adjust<'_>, between: Adjust<'_>, leaf: Adjust<'_>) -> Result<(), String> {
     let key = || KeyPair::generate().unwrap();
     let root = Ca::made(key(), None, root);
     let between = Ca::made(key(), Some(&root), between);
@@ -72,7 +72,7 @@ fn verify(root: &str, chain: &[&str]) -> Result<(), String> {
 fn none(_: &mut CertificateParams) {}
 
 /// Asserts that a chain is good, or that what is wrong with it is told in these words.
-fn assert_verdict(what: &str, got: &Result<(), String>, problem: Option<&str>) {
+fn assert_result(what: &str, got: &Result<(), String>, problem: Option<&str>) {
     match problem {
         None => assert_eq!(*got, Ok(()), "{what}"),
         Some(words) => assert!(got.as_ref().is_err_and(|e| e.contains(words)), "{what}: {got:?}"),
@@ -126,11 +126,11 @@ fn each_extension_at_an_authority() {
         ("one that is not critical", vec![extension(99, false, &[5, 0])], None),
     ] {
         let adjust = |params: &mut CertificateParams| params.custom_extensions.clone_from(&of);
-        let at_root = judge(&adjust, &none, &none);
+        let at_root = validate(&adjust, &none, &none);
         // What is required of those below a root says nothing of the root's own policies.
-        assert_verdict(&format!("{what}, at the intermediate"), &judge(&none, &adjust, &none), problem);
+        assert_result(&format!("{what}, at the intermediate"), &validate(&none, &adjust, &none), problem);
         let is_policy = what.contains("policy required") || what.contains("one required");
-        assert_verdict(&format!("{what}, at the root"), &at_root, if is_policy { None } else { problem });
+        assert_result(&format!("{what}, at the root"), &at_root, if is_policy { None } else { problem });
     }
 }
 
@@ -165,7 +165,7 @@ fn each_extension_at_a_leaf() {
         ),
         ("requires a policy of itself", Box::new(extended(require_policy(true, 0))), Some("policy")),
     ] {
-        assert_verdict(what, &judge(&none, &none, &*of), problem);
+        assert_result(what, &validate(&none, &none, &*of), problem);
     }
 }
 
@@ -176,19 +176,19 @@ fn what_authorities_must_be() {
     let purposes = |purposes: &'static [ExtendedKeyUsagePurpose]| {
         move |params: &mut CertificateParams| params.extended_key_usages = purposes.to_vec()
     };
-    assert_eq!(judge(&length(1), &length(0), &none), Ok(()));
-    assert_verdict("a root for leaves only", &judge(&length(0), &none, &none), Some("path length"));
+    assert_eq!(validate(&length(1), &length(0), &none), Ok(()));
+    assert_result("a root for leaves only", &validate(&length(0), &none, &none), Some("path length"));
     let not: Adjust<'_> = &|params| params.is_ca = IsCa::ExplicitNoCa;
-    assert_verdict("a leaf that signs", &judge(&none, not, &none), Some("not an authority's"));
-    assert_verdict("a root that is none", &judge(not, &none, &none), Some("not an authority's"));
+    assert_result("a leaf that signs", &validate(&none, not, &none), Some("not an authority's"));
+    assert_result("a root that is none", &validate(not, &none, &none), Some("not an authority's"));
     let does_not_sign: Adjust<'_> = &|params| params.key_usages = vec![KeyUsagePurpose::CrlSign];
-    assert_verdict("key usage", &judge(&none, does_not_sign, &none), Some("key usage"));
-    assert_verdict("key usage of the root", &judge(does_not_sign, &none, &none), Some("key usage"));
+    assert_result("key usage", &validate(&none, does_not_sign, &none), Some("key usage"));
+    assert_result("key usage of the root", &validate(does_not_sign, &none, &none), Some("key usage"));
     let (clients, servers) =
         (purposes(&[ExtendedKeyUsagePurpose::ClientAuth]), purposes(&[ExtendedKeyUsagePurpose::ServerAuth]));
     for (adjust, problem) in [(&clients as Adjust<'_>, None), (&servers, Some("extended key usage"))] {
-        assert_verdict("extended key usage", &judge(&none, adjust, &none), problem);
-        assert_verdict("extended key usage of the root", &judge(adjust, &none, &none), problem);
+        assert_result("extended key usage", &validate(&none, adjust, &none), problem);
+        assert_result("extended key usage of the root", &validate(adjust, &none, &none), problem);
     }
 }
 
@@ -209,15 +209,15 @@ fn every_name_of_a_leaf_is_constrained() {
         (SanType::URI("urn:x".try_into().unwrap()), 0x86, b".consul", Some("urn:x")),
     ] {
         let what = format!("{name:?}");
-        assert_verdict(&what, &judge(&none, &only(tag, base), &with(name.clone())), problem);
-        assert_verdict(&what, &judge(&only(tag, base), &none, &with(name)), problem);
+        assert_result(&what, &validate(&none, &only(tag, base), &with(name.clone())), problem);
+        assert_result(&what, &validate(&only(tag, base), &none, &with(name)), problem);
     }
     // An intermediate has names too.
     let else_where: Adjust<'_> =
         &|params| params.subject_alt_names = vec![SanType::URI("spiffe://else".try_into().unwrap())];
-    assert_verdict(
+    assert_result(
         "an intermediate",
-        &judge(&only(0x86, TRUST_DOMAIN.as_bytes()), else_where, &none),
+        &validate(&only(0x86, TRUST_DOMAIN.as_bytes()), else_where, &none),
         Some("intermediate 1"),
     );
 }
@@ -252,7 +252,7 @@ fn policies_that_are_required() {
             Some("mapped"),
         ),
     ] {
-        assert_verdict(what, &judge(&none, &between, &leaf), problem);
+        assert_result(what, &validate(&none, &between, &leaf), problem);
     }
 }
 
@@ -313,6 +313,6 @@ fn a_search_has_an_end() {
         let leaf = line.last().unwrap().leaf("web");
         let mut chain = vec![leaf.cert_pem.as_str()];
         chain.extend(line.iter().map(|ca| ca.pem.as_str()));
-        assert_verdict(&levels.to_string(), &verify(&root.pem, &chain), problem);
+        assert_result(&levels.to_string(), &verify(&root.pem, &chain), problem);
     }
 }
