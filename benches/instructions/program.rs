@@ -240,7 +240,7 @@ fn server_side(tls: Arc<Server>, protocol: Protocol, public: u16, app: u16) -> S
         intentions: Arc::new(intentions()),
         normalization: Normalization::default(),
         sanitize_forwarded_cert: false,
-        tells_cause: false,
+        expose_cause: false,
         upgrades: Upgrades::default(),
         token_providers: Arc::new(Providers::default()),
     };

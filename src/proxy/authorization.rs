@@ -10,7 +10,7 @@ use std::time::SystemTime;
 use rustls_pki_types::CertificateDer;
 use tokio::sync::watch;
 
-use super::listener::Live;
+use super::listener::ListenerState;
 use super::outcome::{Fault, Outcome};
 use crate::drain::Stage;
 use crate::jwt::Verified;
@@ -113,14 +113,14 @@ pub(super) fn drained() -> Fault {
 }
 
 /// Ends when an open connection must.
-pub(super) async fn revoked(live: &mut watch::Receiver<Live<PublicListener>>, peer: &SpiffeId) -> Revoked {
+pub(super) async fn revoked(live: &mut watch::Receiver<ListenerState<PublicListener>>, peer: &SpiffeId) -> Revoked {
     loop {
         if live.changed().await.is_err() {
             return Revoked::Drained;
         }
         let (listener, stage) = {
             let now = live.borrow_and_update();
-            (Arc::clone(&now.part), now.stage)
+            (Arc::clone(&now.config), now.stage)
         };
         if stage >= Stage::Closing {
             return Revoked::Drained;

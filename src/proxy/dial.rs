@@ -9,7 +9,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::balance::{Balancer, Instance};
 use super::socket::Socket;
-use super::tunnel::{Carrier, Refusal, Role};
+use super::tunnel::{MeshStream, Refusal, Role};
 use crate::snapshot::Target;
 use crate::tls::{HandshakeError, SpiffeId, Stream};
 
@@ -113,12 +113,12 @@ pub(super) async fn connect(
     target: &Target,
     instance: &Instance,
     until: Instant,
-) -> Result<(Carrier<Socket>, Arc<SpiffeId>), Unconnected> {
+) -> Result<(MeshStream<Socket>, Arc<SpiffeId>), Unconnected> {
     if let Some(begun) = instance.sessions().start(&target.tls, until).await {
         return begun.map_err(Unconnected::Refused);
     }
     let (tls, peer) = attempt(target, instance, until, Offer::Tunnel).await.map_err(Unconnected::Unreachable)?;
-    let mut mesh = Carrier::new(tls, Role::Client);
+    let mut mesh = MeshStream::new(tls, Role::Client);
     if mesh.is_free() {
         match timeout_at(until, mesh.start()).await {
             Ok(Ok(answer)) => answer.map_err(Unconnected::Refused)?,

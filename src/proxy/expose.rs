@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::http::expose::{Exposure, Plan};
-use super::http::note::Caller;
+use super::http::request_record::ConnectionInfo;
 use super::listener::Accepted;
 use super::log_limit::LogLimit;
 use super::outcome::{Fault, Outcome};
@@ -18,7 +18,7 @@ pub(super) const CONNECTIONS: usize = 256;
 pub(super) async fn serve(accepted: Accepted<Plan>, access_log: AccessLog, places: Arc<Places>, log_limit: LogLimit) {
     let Accepted { socket, remote, live, drain } = accepted;
     let mut record = Record::new(Direction::Inbound, remote);
-    let caller = Caller { access_log, remote, local: socket.local_address(), ..Caller::default() };
+    let caller = ConnectionInfo { access_log, remote, local: socket.local_address(), ..ConnectionInfo::default() };
     let connection = Exposure { live, caller, log_limit };
     let mut place = places.take();
     tokio::spawn(async move {

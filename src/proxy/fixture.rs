@@ -86,7 +86,7 @@ pub(super) fn public(protocol: Protocol, bind: SocketAddr, app: SocketAddr) -> P
         intentions: allowing(Action::Allow),
         normalization: Normalization::default(),
         sanitize_forwarded_cert: false,
-        tells_cause: false,
+        expose_cause: false,
         upgrades: Upgrades::new(["echo".to_owned()]),
         token_providers: Arc::new(Providers::default()),
     }

@@ -18,8 +18,8 @@ use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::codec::blocks::Blocks;
-use super::codec::strict::Strict;
+use super::codec::header_block::HeaderBlockProgress;
+use super::codec::http1_validator::Http1Validator;
 use super::codec::{HEAD_SIZE, HEADERS};
 pub use super::tunnel::fuzzing::tunnel;
 use crate::snapshot::Upgrades;
@@ -27,7 +27,7 @@ use crate::snapshot::Upgrades;
 /// Sizes of the pieces in which bytes come.
 const PIECES: [usize; 2] = [7, 1];
 
-/// HTTP/1 requests: nobody reads others, or other bodies, than the codec behind [`Strict`] does.
+/// HTTP/1 requests: nobody reads others, or other bodies, than the codec behind [`Http1Validator`] does.
 pub fn strict(bytes: &[u8]) {
     let whole = Judged::of(bytes, usize::MAX);
     let served = serve(&whole);
@@ -42,7 +42,7 @@ pub fn strict(bytes: &[u8]) {
     }
 }
 
-/// What [`Strict`] makes of a client's bytes.
+/// What [`Http1Validator`] makes of a client's bytes.
 struct Judged {
     through: Vec<u8>,
     piece: usize,
@@ -53,9 +53,9 @@ struct Judged {
 
 impl Judged {
     fn of(bytes: &[u8], piece: usize) -> Self {
-        let mut strict = Strict::default();
+        let mut strict = Http1Validator::default();
         let mut through = bytes.to_vec();
-        through.chunks_mut(piece).for_each(|piece| strict.judge(piece));
+        through.chunks_mut(piece).for_each(|piece| strict.validate(piece));
         let refused = strict.refused();
         while refused.is_some() {
             match strict.rest() {
@@ -236,7 +236,7 @@ fn take<'a>(bytes: &mut &'a [u8], count: usize) -> Option<&'a [u8]> {
 pub fn blocks(bytes: &[u8]) {
     let preface = usize::from(bytes.first().copied().unwrap_or(0) % 32);
     for piece in [usize::MAX, 7, 1] {
-        let mut blocks = Blocks::after(preface);
+        let mut blocks = HeaderBlockProgress::after(preface);
         let mut seen = 0;
         bytes.chunks(piece).for_each(|piece| {
             blocks.follow(piece);

@@ -12,16 +12,16 @@ use super::authorization::{self, Peer, Revoked, denial};
 use super::codec::pool::Pool;
 use super::http::certificate;
 use super::http::inbound::Inbound;
-use super::http::note::Caller;
 use super::http::ongoing::Open;
-use super::listener::{Accepted, Live};
+use super::http::request_record::ConnectionInfo;
+use super::listener::{Accepted, ListenerState};
 use super::log_limit::LogLimit;
 use super::outcome::{Fault, Outcome};
 use super::places::{Counted, Places};
 use super::record::{Direction, Host, Record, Shown};
 use super::relay::{self, Broken, Relay, Side};
 use super::socket::Socket;
-use super::tunnel::{self, Carrier, Refusal, Role};
+use super::tunnel::{self, MeshStream, Refusal, Role};
 use crate::access_log::AccessLog;
 use crate::drain::{self, Stage};
 use crate::snapshot::PublicListener;
@@ -83,12 +83,12 @@ pub(super) async fn serve(accepted: Accepted<PublicListener>, shared: Shared) {
 
 /// A session with a peer that has proved who it is.
 struct Session {
-    mesh: Carrier<Socket>,
+    mesh: MeshStream<Socket>,
     peer: Peer,
     remote: Option<SocketAddr>,
     /// Of us, for the access log.
     local: Option<SocketAddr>,
-    live: watch::Receiver<Live<PublicListener>>,
+    live: watch::Receiver<ListenerState<PublicListener>>,
     shared: Shared,
     _drain: drain::Watch,
 }
@@ -106,7 +106,7 @@ async fn establish(accepted: Accepted<PublicListener>, shared: Shared) -> Option
     let Accepted { socket, remote, live, drain } = accepted;
     let local = if shared.access_log.is_on() { socket.local_address() } else { None };
     let mut record = Record::new(Direction::Inbound, remote);
-    let listener = Arc::clone(&live.borrow().part);
+    let listener = Arc::clone(&live.borrow().config);
     if shared.is_full(listener.max_connections) {
         too_many(&listener, remote, record, &shared.log_limit);
         return None;
@@ -125,7 +125,7 @@ async fn establish(accepted: Accepted<PublicListener>, shared: Shared) -> Option
         };
         // Each request is judged, so that a refused one gets an answer.
         let certificate = certificate::element(listener.tls.id(), mesh.peer_certificates().unwrap_or_default());
-        let caller = Caller { access_log: shared.access_log, remote, local, peer: Some(Arc::clone(&peer.id)) };
+        let caller = ConnectionInfo { access_log: shared.access_log, remote, local, peer: Some(Arc::clone(&peer.id)) };
         let (app, log_limit, upgrades) = (shared.app, shared.log_limit, listener.upgrades.clone());
         let under_way = Open::default();
         let connection = Inbound {
@@ -147,7 +147,7 @@ async fn establish(accepted: Accepted<PublicListener>, shared: Shared) -> Option
         });
         return None;
     }
-    let mesh = Carrier::new(mesh, Role::Server);
+    let mesh = MeshStream::new(mesh, Role::Server);
     Session { mesh, peer, remote, local, live, shared, _drain: drain }.first(record).await
 }
 
@@ -182,7 +182,7 @@ impl Session {
 
     /// Opens the connection that the peer asks for, unless there are too many.
     async fn admit(self, record: Record) -> Option<Connection> {
-        let listener = Arc::clone(&self.live.borrow().part);
+        let listener = Arc::clone(&self.live.borrow().config);
         let Some(open) = self.shared.enter(listener.max_connections) else {
             too_many(&listener, self.remote, record, &self.shared.log_limit);
             return self.refuse(Refusal::Full).await;
@@ -195,7 +195,7 @@ impl Session {
     async fn open(mut self, mut record: Record, open: Counted) -> Option<Connection> {
         record.log_to(&self.shared.access_log, self.local, Some(&self.peer.id));
         // From here on changes are noticed, so that none slips between the decision and the relay.
-        let listener = Arc::clone(&self.live.borrow_and_update().part);
+        let listener = Arc::clone(&self.live.borrow_and_update().config);
         if listener.protocol.is_http() {
             // A client of ours makes another session, for requests or for bytes.
             record.failed(&authorization::carries_requests());
@@ -243,7 +243,7 @@ impl Session {
             self.mesh.part();
             return None;
         }
-        let listener = Arc::clone(&self.live.borrow().part);
+        let listener = Arc::clone(&self.live.borrow().config);
         if !self.mesh.answers_for_app() && denial(&listener, &self.peer.id).is_some() {
             // The client makes another session for the same connection, which is denied there and told once.
             self.mesh.part();
@@ -275,7 +275,7 @@ impl Session {
 
     /// Whether the peer has asked for another connection while the session could carry one.
     async fn wait(&mut self) -> bool {
-        let limit = self.live.borrow().part.max_connections;
+        let limit = self.live.borrow().config.max_connections;
         let Some(_waiting) = self.shared.wait(limit) else { return false };
         let Self { mesh, live, peer, .. } = self;
         tokio::select! {
@@ -288,9 +288,9 @@ impl Session {
 
 /// Ends when a session is to carry nothing any more: the drain has begun, its credentials were replaced, the peer is
 /// denied, or the listener carries requests now.
-async fn unfit(live: &mut watch::Receiver<Live<PublicListener>>, peer: &Peer) {
-    let unfit = |live: &Live<PublicListener>| {
-        let Live { part, stage } = live;
+async fn unfit(live: &mut watch::Receiver<ListenerState<PublicListener>>, peer: &Peer) {
+    let unfit = |live: &ListenerState<PublicListener>| {
+        let ListenerState { config: part, stage } = live;
         *stage >= Stage::Draining
             || part.protocol.is_http()
             || !peer.is_proved_to(part)

@@ -20,8 +20,8 @@ use crate::snapshot::Bind;
 
 /// What a running listener and its connections go by, replaced live.
 #[derive(Debug)]
-pub(super) struct Live<P> {
-    pub part: Arc<P>,
+pub(super) struct ListenerState<P> {
+    pub config: Arc<P>,
     pub stage: Stage,
 }
 
@@ -30,7 +30,7 @@ pub(super) struct Accepted<P> {
     pub socket: Socket,
     /// `None` for a Unix socket.
     pub remote: Option<SocketAddr>,
-    pub live: watch::Receiver<Live<P>>,
+    pub live: watch::Receiver<ListenerState<P>>,
     /// Dropped when the connection is done.
     pub drain: drain::Watch,
 }
@@ -110,7 +110,7 @@ fn remove_stale(path: &Path) -> io::Result<()> {
 const BACKLOG: i32 = 4096;
 
 /// Accepts until the stage says otherwise, and has each connection served by a task of its own.
-pub(super) async fn run<P, S, F>(bound: Bound, live: watch::Receiver<Live<P>>, drain: drain::Watch, serve: S)
+pub(super) async fn run<P, S, F>(bound: Bound, live: watch::Receiver<ListenerState<P>>, drain: drain::Watch, serve: S)
 where
     P: Send + Sync + 'static,
     S: Fn(Accepted<P>) -> F,

@@ -41,8 +41,8 @@ use tokio::time::{Instant, MissedTickBehavior};
 use crate::access_log::AccessLog;
 use crate::drain::{self, Stage};
 use crate::snapshot::{Bind, Exposed, Protocol, PublicListener, Snapshot, Upstream, UpstreamKey};
-use balance::{Clock, Plan};
-use listener::Live;
+use balance::{Clock, UpstreamRuntime};
+use listener::ListenerState;
 use log_limit::LogLimits;
 use memory::Memory;
 use places::Places;
@@ -98,18 +98,18 @@ struct Proxy<'a> {
 #[derive(Default)]
 struct Listeners {
     public: Option<Running<PublicListener>>,
-    upstreams: BTreeMap<UpstreamKey, Running<Plan>>,
+    upstreams: BTreeMap<UpstreamKey, Running<UpstreamRuntime>>,
     exposed: BTreeMap<Bind, Running<http::expose::Plan>>,
     /// No longer wanted, while their connections go on.
     retired_public: Vec<Running<PublicListener>>,
-    retired_upstreams: Vec<Running<Plan>>,
+    retired_upstreams: Vec<Running<UpstreamRuntime>>,
     retired_exposed: Vec<Running<http::expose::Plan>>,
 }
 
 /// A listener that accepts, or did and still has connections.
 struct Running<P> {
     bind: Bind,
-    live: watch::Sender<Live<P>>,
+    live: watch::Sender<ListenerState<P>>,
     /// Removed when the listener stops.
     socket_file: Option<SocketFile>,
 }
@@ -191,7 +191,7 @@ impl<'a> Proxy<'a> {
 
     fn run_public(&mut self, public: &Arc<PublicListener>) {
         if let Some(running) = &self.listeners.public {
-            let before = running.live.borrow().part.protocol;
+            let before = running.live.borrow().config.protocol;
             tell_of_protocol("public listener", before, public.protocol);
             return running.update(public);
         }
@@ -202,14 +202,14 @@ impl<'a> Proxy<'a> {
 
     fn run_upstream(&mut self, key: &UpstreamKey, upstream: &Arc<Upstream>) {
         if let Some(running) = self.listeners.upstreams.get(key) {
-            let previous = Arc::clone(&running.live.borrow().part);
+            let previous = Arc::clone(&running.live.borrow().config);
             if !Arc::ptr_eq(&previous.upstream, upstream) {
                 tell_of_protocol(&key.destination, previous.upstream.chain.protocol, upstream.chain.protocol);
-                running.update(&Arc::new(Plan::new(Arc::clone(upstream), Some(&previous))));
+                running.update(&Arc::new(UpstreamRuntime::new(Arc::clone(upstream), Some(&previous))));
             }
             return;
         }
-        let plan = Arc::new(Plan::new(Arc::clone(upstream), None));
+        let plan = Arc::new(UpstreamRuntime::new(Arc::clone(upstream), None));
         let (clock, access_log, log_limit) = (self.clock, self.access_log.clone(), self.log_limits.upstream.clone());
         let serve = move |accepted| outbound::serve(accepted, clock, access_log.clone(), log_limit.clone());
         if let Some(running) = self.start(&key.destination, &key.bind, &plan, serve) {
@@ -220,7 +220,7 @@ impl<'a> Proxy<'a> {
     fn run_exposed(&mut self, bind: &Bind, exposed: &Arc<Exposed>) {
         let plan = || Arc::new(http::expose::Plan::new(Arc::clone(exposed)));
         if let Some(running) = self.listeners.exposed.get(bind) {
-            let changed = !Arc::ptr_eq(&running.live.borrow().part.exposed, exposed);
+            let changed = !Arc::ptr_eq(&running.live.borrow().config.exposed, exposed);
             if changed {
                 running.update(&plan());
             }
@@ -253,7 +253,7 @@ impl<'a> Proxy<'a> {
         };
         self.failed.remove(bind);
         tracing::info!(target: "proxy", listener = name, bind_addr = %bind, "Starting listener");
-        let (live, watched) = watch::channel(Live { part: Arc::clone(part), stage: Stage::Running });
+        let (live, watched) = watch::channel(ListenerState { config: Arc::clone(part), stage: Stage::Running });
         for (worker, bound) in bound.into_iter().enumerate() {
             self.workers.spawn(worker, listener::run(bound, watched.clone(), self.drain.clone(), serve.clone()));
         }
@@ -349,8 +349,8 @@ impl<P> Running<P> {
     /// Publishes a changed part; the same one again concerns nobody.
     fn update(&self, part: &Arc<P>) {
         self.live.send_if_modified(|live| {
-            let changed = !Arc::ptr_eq(&live.part, part);
-            live.part = Arc::clone(part);
+            let changed = !Arc::ptr_eq(&live.config, part);
+            live.config = Arc::clone(part);
             changed
         });
     }

@@ -7,19 +7,19 @@ use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 
 use super::authorization;
-use super::balance::{Balancer, Clock, InFlight, Instance, Picked, Plan, Report};
+use super::balance::{Balancer, Clock, InFlight, Instance, Picked, Report, UpstreamRuntime};
 use super::dial::{self, Pace, Unconnected};
-use super::http::note::Caller;
 use super::http::outbound::Outbound;
+use super::http::request_record::ConnectionInfo;
 use super::limits::{Limit, Permit};
-use super::listener::{Accepted, Live};
+use super::listener::{Accepted, ListenerState};
 use super::log_limit::LogLimit;
 use super::outcome::{Fault, Outcome};
 use super::probe;
 use super::record::{Direction, Record};
 use super::relay::{self, Broken, Relay, Side};
 use super::socket::Socket;
-use super::tunnel::{Carrier, Refusal};
+use super::tunnel::{MeshStream, Refusal};
 use crate::access_log::AccessLog;
 use crate::drain::{self, Stage};
 use crate::race::{Next, Race};
@@ -27,7 +27,12 @@ use crate::snapshot::Target;
 use crate::tls::{self, SpiffeId};
 
 /// Serves one connection: choose the target, connect to an instance of it, relay, record.
-pub(super) async fn serve(accepted: Accepted<Plan>, clock: Clock, access_log: AccessLog, log_limit: LogLimit) {
+pub(super) async fn serve(
+    accepted: Accepted<UpstreamRuntime>,
+    clock: Clock,
+    access_log: AccessLog,
+    log_limit: LogLimit,
+) {
     if let Some(connection) = establish(accepted, clock, access_log, log_limit).await {
         // In a task of its own: an open connection keeps none of the memory that opening it took.
         tokio::spawn(connection.relay());
@@ -37,10 +42,10 @@ pub(super) async fn serve(accepted: Accepted<Plan>, clock: Clock, access_log: Ac
 /// A connection of the local app, and the one to an instance that has proved to be what was meant.
 struct Connection {
     app: Socket,
-    mesh: Carrier<Socket>,
+    mesh: MeshStream<Socket>,
     /// What `mesh` was made with.
     tls: Arc<tls::Client>,
-    live: watch::Receiver<Live<Plan>>,
+    live: watch::Receiver<ListenerState<UpstreamRuntime>>,
     record: Record,
     instance: Reached,
     clock: Clock,
@@ -50,7 +55,7 @@ struct Connection {
 
 /// `None` also for a connection of requests, which has a task of its own by then.
 async fn establish(
-    accepted: Accepted<Plan>,
+    accepted: Accepted<UpstreamRuntime>,
     clock: Clock,
     access_log: AccessLog,
     log_limit: LogLimit,
@@ -60,7 +65,7 @@ async fn establish(
     let local = if access_log.is_on() { app.local_address() } else { None };
     let plan = known(&mut live).await;
     if plan.upstream.chain.protocol.is_http() {
-        let caller = Caller { access_log, remote, local, ..Caller::default() };
+        let caller = ConnectionInfo { access_log, remote, local, ..ConnectionInfo::default() };
         let upgrades = plan.upstream.requests.upgrades.clone();
         let connection = Outbound { remote, live, drain, clock, upgrades, caller, log_limit };
         tokio::spawn(async move {
@@ -89,13 +94,13 @@ async fn establish(
 
 /// The plan, once it is known where the upstream leads; what there is when that takes too long, or at the end of a
 /// drain.
-async fn known(live: &mut watch::Receiver<Live<Plan>>) -> Arc<Plan> {
+async fn known(live: &mut watch::Receiver<ListenerState<UpstreamRuntime>>) -> Arc<UpstreamRuntime> {
     let known = live.wait_for(|live| {
-        let request = live.part.upstream.awaited.as_ref().filter(|_| live.stage < Stage::Closing);
+        let request = live.config.upstream.awaited.as_ref().filter(|_| live.stage < Stage::Closing);
         request.map(|request| request.request()).is_none()
     });
     let _ = timeout(AWAITED, known).await;
-    Arc::clone(&live.borrow_and_update().part)
+    Arc::clone(&live.borrow_and_update().config)
 }
 
 impl Connection {
@@ -184,14 +189,16 @@ impl Reached {
 
 /// Ends when open connections must be closed: at the end of a drain, and when they may carry requests that are to be
 /// routed one by one.
-async fn closing(live: &mut watch::Receiver<Live<Plan>>) {
-    let must = |live: &Live<Plan>| live.stage >= Stage::Closing || live.part.upstream.chain.protocol.is_http();
+async fn closing(live: &mut watch::Receiver<ListenerState<UpstreamRuntime>>) {
+    let must = |live: &ListenerState<UpstreamRuntime>| {
+        live.stage >= Stage::Closing || live.config.upstream.chain.protocol.is_http()
+    };
     let _ = live.wait_for(must).await;
 }
 
 /// What connecting gives.
 struct Connected {
-    mesh: Carrier<Socket>,
+    mesh: MeshStream<Socket>,
     tls: Arc<tls::Client>,
     peer: Arc<SpiffeId>,
     instance: Reached,
@@ -217,7 +224,11 @@ struct Failure {
 ///
 /// # Errors
 /// Why there is none, for the log.
-async fn connect(plan: &Plan, clock: Clock, live: &watch::Receiver<Live<Plan>>) -> Result<Connected, Fault> {
+async fn connect(
+    plan: &UpstreamRuntime,
+    clock: Clock,
+    live: &watch::Receiver<ListenerState<UpstreamRuntime>>,
+) -> Result<Connected, Fault> {
     let (mut reasons, mut outcome) = (Vec::new(), Outcome::NoInstance);
     for (target, balancer) in plan.balancers.in_order(plan.upstream.chain.connection_targets(), clock.now()) {
         match connect_target(target, balancer, clock, live).await {
@@ -248,7 +259,7 @@ async fn connect_target(
     target: &Arc<Target>,
     balancer: &Arc<Balancer>,
     clock: Clock,
-    live: &watch::Receiver<Live<Plan>>,
+    live: &watch::Receiver<ListenerState<UpstreamRuntime>>,
 ) -> Result<Connected, Unusable> {
     let unusable = |fault| Unusable { fault, denied: false };
     let permit = balancer.admit(Limit::Connections).map_err(|overflow| unusable(overflow.into()))?;
@@ -282,7 +293,7 @@ async fn connect_target(
         (Some((mesh, peer, instance)), _) => {
             Ok(Connected { mesh, tls: Arc::clone(&target.tls), peer, instance, permit })
         }
-        (None, []) => Err(unusable(Fault::new(Outcome::NoInstance, balancer.absence()))),
+        (None, []) => Err(unusable(Fault::new(Outcome::NoInstance, balancer.no_endpoint_reason()))),
         (None, _) => {
             let cause = format!("no instance could be used: {}", reasons.join(", "));
             Err(Unusable { fault: Fault::new(Outcome::Unreachable, cause), denied })
@@ -291,7 +302,7 @@ async fn connect_target(
 }
 
 /// Of the attempts at instances, what the first success gives.
-type Won = (Carrier<Socket>, Arc<SpiffeId>, Reached);
+type Won = (MeshStream<Socket>, Arc<SpiffeId>, Reached);
 
 /// Connects to one instance, and reports how that went.
 async fn reach(target: Arc<Target>, picked: Picked, until: Instant, clock: Clock) -> Result<Won, Failure> {

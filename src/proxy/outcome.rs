@@ -68,7 +68,7 @@ pub(crate) struct Told {
 
 impl Outcome {
     /// Of all that derives from an outcome, the one place.
-    pub(crate) const fn told(self) -> Told {
+    pub(crate) const fn describe(self) -> Told {
         const OK: StatusCode = StatusCode::OK;
         const UNAVAILABLE: StatusCode = StatusCode::SERVICE_UNAVAILABLE;
         let (flag, details, status, body) = match self {
@@ -125,7 +125,7 @@ impl Outcome {
     /// The flag as logs show it, which is never empty.
     #[must_use]
     pub(crate) const fn flag(self) -> &'static str {
-        let flag = self.told().flag;
+        let flag = self.describe().flag;
         if flag.is_empty() { "-" } else { flag }
     }
 }
@@ -145,7 +145,7 @@ impl Fault {
 
     /// For a request to `whom` that brought no response.
     pub(crate) fn of(whom: impl Display, failed: &Failed) -> Self {
-        let told = failed.told();
+        let told = failed.describe();
         if failed.is_malformed() {
             return Self::new(Outcome::BadResponse, format!("{whom} answered what is not to be passed on: {told}"));
         }
@@ -208,7 +208,7 @@ mod tests {
     #[test]
     fn what_has_an_answer_of_ours_says_why_in_the_access_log() {
         for outcome in ALL {
-            let Told { flag, details, status, body } = outcome.told();
+            let Told { flag, details, status, body } = outcome.describe();
             assert!(status == StatusCode::OK || !details.is_empty(), "{outcome:?}");
             assert!(status != StatusCode::OK || body.is_empty(), "{outcome:?}");
             // A gRPC client is shown the body in a header.

@@ -7,18 +7,23 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::balance::{Balancer, Clock, Instance, Plan};
+use super::balance::{Balancer, Clock, Instance, UpstreamRuntime};
 use super::dial::{self, Offer, Unconnected};
-use super::listener::Live;
+use super::listener::ListenerState;
 use super::socket::Socket;
-use super::tunnel::{Carrier, Refusal};
+use super::tunnel::{MeshStream, Refusal};
 use crate::drain::Stage;
 use crate::snapshot::Target;
 use crate::tls;
 
 /// Has a task look after the instance, unless one does. It ends when the instance is reached by anybody, leaves the
 /// catalog, or when nobody uses the target any more.
-pub(super) fn begin(live: &watch::Receiver<Live<Plan>>, target: &Target, instance: &Arc<Instance>, clock: Clock) {
+pub(super) fn begin(
+    live: &watch::Receiver<ListenerState<UpstreamRuntime>>,
+    target: &Target,
+    instance: &Arc<Instance>,
+    clock: Clock,
+) {
     if let Some(watched) = instance.watch() {
         tracing::info!(
             target: "proxy.upstream", service = target.service, instance = %instance.address,
@@ -32,7 +37,12 @@ pub(super) fn begin(live: &watch::Receiver<Live<Plan>>, target: &Target, instanc
     }
 }
 
-async fn look_after(live: &watch::Receiver<Live<Plan>>, id: &str, instance: &Arc<Instance>, clock: Clock) {
+async fn look_after(
+    live: &watch::Receiver<ListenerState<UpstreamRuntime>>,
+    id: &str,
+    instance: &Arc<Instance>,
+    clock: Clock,
+) {
     loop {
         sleep(PERIOD.mul_f32(0.75 + fastrand::f32() / 2.0)).await;
         // Whoever finds its time up goes there. Another one will before that.
@@ -41,7 +51,7 @@ async fn look_after(live: &watch::Receiver<Live<Plan>>, id: &str, instance: &Arc
         }
         let plan = {
             let live = live.borrow();
-            Arc::clone(if live.stage == Stage::Running { &live.part } else { return })
+            Arc::clone(if live.stage == Stage::Running { &live.config } else { return })
         };
         // As of now: credentials may be others than when it was put aside.
         let target = plan.upstream.chain.targets().find(|target| target.id == id);
@@ -84,7 +94,7 @@ fn probe(target: &Arc<Target>, balancer: &Balancer, instance: &Arc<Instance>, ht
 }
 
 /// Ends a connection that nobody needs, and keeps its session if it can carry another.
-pub(super) fn spare(mut mesh: Carrier<Socket>, tls: &Arc<tls::Client>, instance: &Arc<Instance>) {
+pub(super) fn spare(mut mesh: MeshStream<Socket>, tls: &Arc<tls::Client>, instance: &Arc<Instance>) {
     if !mesh.answers_for_app() {
         return mesh.part();
     }

@@ -134,7 +134,7 @@ impl Record {
         let record = access_log::Record {
             duration: self.started.elapsed(),
             // As in Envoy, one that was carried has none, however it ended.
-            flags: Cow::Borrowed(if upstream.is_some() { "" } else { outcome.told().flag }),
+            flags: Cow::Borrowed(if upstream.is_some() { "" } else { outcome.describe().flag }),
             bytes_received: received,
             bytes_sent: sent,
             connection_termination: (outcome != Outcome::Ended).then_some(Cow::Borrowed(cause)),

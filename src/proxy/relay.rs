@@ -16,7 +16,7 @@ use tokio::time::{Instant, timeout};
 
 use super::outcome::{Fault, Outcome};
 use super::socket::Socket;
-use super::tunnel::Carrier;
+use super::tunnel::MeshStream;
 use crate::tls::{Scratch, Stream, with_scratch};
 
 /// A connection on which nothing has moved for so long rests.
@@ -100,7 +100,7 @@ impl Relay {
     ///
     /// # Errors
     /// See [`Broken`].
-    pub(super) async fn run<P, T>(&mut self, plain: &mut P, tls: &mut Carrier<T>) -> Result<(), Broken>
+    pub(super) async fn run<P, T>(&mut self, plain: &mut P, tls: &mut MeshStream<T>) -> Result<(), Broken>
     where
         P: AsyncRead + AsyncWrite + Unpin,
         T: AsyncRead + AsyncWrite + Unpin,
@@ -113,7 +113,7 @@ impl Relay {
     pub(super) async fn run_to_rest<P, T>(
         &mut self,
         plain: &mut P,
-        tls: &mut Carrier<T>,
+        tls: &mut MeshStream<T>,
         client: Side,
     ) -> Option<Result<(), Broken>>
     where
@@ -138,7 +138,7 @@ impl Relay {
         cx: &mut Context<'_>,
         scratch: &mut Scratch,
         plain: &mut P,
-        tls: &mut Carrier<T>,
+        tls: &mut MeshStream<T>,
     ) -> Poll<Result<(), Broken>>
     where
         P: AsyncRead + AsyncWrite + Unpin,
@@ -164,7 +164,7 @@ impl Relay {
         cx: &mut Context<'_>,
         scratch: &mut Scratch,
         to: &mut P,
-        from: &mut Carrier<T>,
+        from: &mut MeshStream<T>,
     ) -> Poll<Result<(), Broken>>
     where
         P: AsyncWrite + Unpin,
@@ -208,7 +208,7 @@ impl Relay {
         cx: &mut Context<'_>,
         scratch: &mut Scratch,
         from: &mut P,
-        to: &mut Carrier<T>,
+        to: &mut MeshStream<T>,
     ) -> Poll<Result<(), Broken>>
     where
         P: AsyncRead + Unpin,
@@ -324,7 +324,7 @@ mod tests {
                 Stream::accept(wire, server.config(alpn.iter().copied())).await.unwrap()
             }
         };
-        let mut mesh = Carrier::new(tls, role);
+        let mut mesh = MeshStream::new(tls, role);
         if mesh.is_free() {
             match role {
                 Role::Client => mesh.start().await.unwrap().unwrap(),
@@ -427,7 +427,7 @@ mod tests {
                 let client = CA.credentials("web").client("db.x.consul", expected, &[TUNNEL_1]).unwrap();
                 let tls = Stream::connect(wire, &client).await.unwrap();
                 let mut plain = plain;
-                Relay::new().run(&mut plain, &mut Carrier::new(tls, Role::Client)).await
+                Relay::new().run(&mut plain, &mut MeshStream::new(tls, Role::Client)).await
             });
             let server = CA.credentials("db").server(&[TUNNEL_1]).unwrap();
             let mut tls = Stream::accept(far, server.config([TUNNEL_1])).await.unwrap();

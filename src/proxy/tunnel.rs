@@ -46,7 +46,7 @@ const REASON: u32 = 255;
 const HEADER: usize = size_of::<u32>();
 
 /// A TLS session as a relay sees it: bytes of one connection, and the end of each direction.
-pub struct Carrier<IO> {
+pub struct MeshStream<IO> {
     pub tls: Stream<IO>,
     /// `None`: the session is the connection, and its end the connection's.
     framing: Option<Framing>,
@@ -68,7 +68,7 @@ pub enum Role {
     Server,
 }
 
-impl<IO: AsyncRead + AsyncWrite + Unpin> Carrier<IO> {
+impl<IO: AsyncRead + AsyncWrite + Unpin> MeshStream<IO> {
     /// A session that was just made, with its first connection unless that has to be asked for.
     #[must_use]
     pub fn new(tls: Stream<IO>, role: Role) -> Self {
@@ -129,7 +129,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Carrier<IO> {
         self.tls.poll_seal_headed_from(cx, scratch, from, header)
     }
 
-    /// Ends our direction; [`Carrier::poll_end`] sends that.
+    /// Ends our direction; [`MeshStream::poll_end`] sends that.
     ///
     /// # Errors
     /// Those of the session.
@@ -449,7 +449,7 @@ struct Slot {
 }
 
 struct Idle {
-    session: Carrier<Socket>,
+    session: MeshStream<Socket>,
     since: Instant,
 }
 
@@ -460,7 +460,7 @@ impl Sessions {
         &self,
         client: &Arc<Client>,
         until: Instant,
-    ) -> Option<Result<(Carrier<Socket>, Arc<SpiffeId>), Refusal>> {
+    ) -> Option<Result<(MeshStream<Socket>, Arc<SpiffeId>), Refusal>> {
         let mut session = self.take(client)?;
         // Time may have passed its certificate by.
         let peer = client.authenticate(session.tls.peer_certificates(), SystemTime::now()).ok()?.id;
@@ -475,7 +475,7 @@ impl Sessions {
     }
 
     /// Keeps a session for the next connection, if it is free and there are not enough.
-    pub fn keep(self: &Arc<Self>, session: Carrier<Socket>, client: &Arc<Client>) {
+    pub fn keep(self: &Arc<Self>, session: MeshStream<Socket>, client: &Arc<Client>) {
         if !session.is_free() {
             return;
         }
@@ -515,7 +515,7 @@ impl Sessions {
         self.refused.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn take(&self, client: &Arc<Client>) -> Option<Carrier<Socket>> {
+    fn take(&self, client: &Arc<Client>) -> Option<MeshStream<Socket>> {
         let (taken, unwanted) = self.with_slot(|slot| {
             let mut unwanted = Vec::new();
             if !slot.is_for(client) {

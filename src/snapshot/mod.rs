@@ -94,7 +94,7 @@ pub struct PublicListener {
     /// Whether `x-forwarded-client-cert` is removed rather than added to, HTTP only.
     pub sanitize_forwarded_cert: bool,
     /// Answers of ours say why in a header, HTTP only: `lictor_expose_cause`.
-    pub tells_cause: bool,
+    pub expose_cause: bool,
     /// Those that the intentions name, HTTP only. One that is not here has no valid token.
     pub token_providers: Arc<jwt::Providers>,
 }
@@ -146,7 +146,7 @@ pub struct RequestSettings {
     /// One try, from the instance's choice to the head of its answer: `lictor_per_try_timeout_ms`; `None` is no limit.
     pub per_try_timeout: Option<Duration>,
     /// Answers of ours say why in a header: `lictor_expose_cause`.
-    pub tells_cause: bool,
+    pub expose_cause: bool,
     /// What connections may be upgraded to: `lictor_upgrades`.
     pub upgrades: Upgrades,
 }

@@ -287,7 +287,7 @@ fn listener(
         intentions,
         normalization: mesh.normalization,
         sanitize_forwarded_cert: mesh.sanitize_forwarded_cert,
-        tells_cause: plan.tells_cause,
+        expose_cause: plan.expose_cause,
         upgrades: plan.upgrades,
         token_providers: Arc::clone(tokens.built()),
     }

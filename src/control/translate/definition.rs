@@ -58,7 +58,7 @@ pub(in crate::control) struct PublicPlan {
     pub(in crate::control) handshake_timeout: Duration,
     pub(in crate::control) max_connections: Option<usize>,
     /// Answers of ours say why in a header.
-    pub(in crate::control) tells_cause: bool,
+    pub(in crate::control) expose_cause: bool,
     pub(in crate::control) upgrades: Upgrades,
     /// Whether the tunnel is agreed to, tcp only: `lictor_tunnel`.
     pub(in crate::control) tunnel: bool,
@@ -175,7 +175,7 @@ fn plain_public(bind: Bind, local_app: LocalApp) -> PublicPlan {
         local_idle_timeout: Some(LOCAL_IDLE_TIMEOUT),
         handshake_timeout: HANDSHAKE_TIMEOUT,
         max_connections: None,
-        tells_cause: false,
+        expose_cause: false,
         upgrades: Upgrades::default(),
         tunnel: true,
     }
@@ -206,7 +206,7 @@ fn public(service: &api::AgentService, proxy: &api::Proxy, notes: &mut Notes) ->
         handshake_timeout: above_zero(config.milliseconds("handshake_timeout_ms", notes))
             .unwrap_or(plain.handshake_timeout),
         max_connections: config.count("max_inbound_connections", notes).filter(|max| *max > 0).map(saturate),
-        tells_cause: tells_cause(config, notes),
+        expose_cause: expose_cause(config, notes),
         upgrades: upgrades(config, notes),
         tunnel: tunnel(config, notes).unwrap_or(true),
         ..plain
@@ -377,7 +377,7 @@ fn upstream(
         passive_health_check: passive_health_check(config, notes),
         requests: RequestSettings {
             per_try_timeout: above_zero(config.milliseconds("lictor_per_try_timeout_ms", notes)),
-            tells_cause: tells_cause(config, notes),
+            expose_cause: expose_cause(config, notes),
             upgrades: upgrades(config, notes),
         },
         tunnel: tunnel(config, notes).unwrap_or(proxy_tunnel),
@@ -461,7 +461,7 @@ fn query_source(wire: &api::Upstream, config: Opaque<'_>, notes: &mut Notes) -> 
 }
 
 /// Off by default: a cause names addresses of instances and rules.
-fn tells_cause(config: Opaque<'_>, notes: &mut Notes) -> bool {
+fn expose_cause(config: Opaque<'_>, notes: &mut Notes) -> bool {
     let set = config.count("lictor_expose_cause", notes);
     // The older spelling of the key.
     set.or_else(|| config.count("lictor_tell_cause", notes)).is_some_and(|on| on > 0)
@@ -830,7 +830,7 @@ mod tests {
             assert_eq!((plan.limits, plan.passive_health_check), (limits, check));
             let requests = RequestSettings {
                 per_try_timeout: Some(Duration::from_millis(250)),
-                tells_cause: true,
+                expose_cause: true,
                 upgrades: Upgrades::new(["chat".to_owned(), "TLS/1.2".to_owned()]),
             };
             assert_eq!(plan.requests, requests);

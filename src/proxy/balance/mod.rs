@@ -5,7 +5,7 @@
 //!
 //! 1. [`Balancers::in_order`]: the targets, those that are up first.
 //! 2. [`Balancer::admit`]: a permit for each limit that it counts towards, held as long as it does.
-//! 3. [`Balancer::pick`]: an instance that was not tried yet. None: [`Balancer::absence`] tells why.
+//! 3. [`Balancer::pick`]: an instance that was not tried yet. None: [`Balancer::no_endpoint_reason`] tells why.
 //! 4. [`Picked::report`], or for a relayed connection [`Picked::connected`] or [`Picked::closed_unanswered`]: how it went. A
 //!    pick that is dropped without a word counts as nothing.
 //! 5. Hold the [`InFlight`] to the end of the connection or of the response's body.
@@ -41,12 +41,12 @@ pub use instance::{InFlight, Instance};
 
 /// An upstream with what is remembered of its instances.
 #[derive(Debug)]
-pub struct Plan {
+pub struct UpstreamRuntime {
     pub upstream: Arc<Upstream>,
     pub balancers: Balancers,
 }
 
-impl Plan {
+impl UpstreamRuntime {
     /// Takes over what `previous` remembers.
     #[must_use]
     pub fn new(upstream: Arc<Upstream>, previous: Option<&Self>) -> Self {
@@ -142,7 +142,7 @@ struct Shared {
     counts: Arc<Counts>,
     /// Of round robin.
     turn: AtomicU64,
-    /// Held to eject, so that not too many are at once.
+    /// ConnectionGuard to eject, so that not too many are at once.
     ejecting: Mutex<()>,
     /// When an instance was picked last, within [`NOTED`].
     used: AtomicU64,
@@ -271,7 +271,7 @@ impl Balancer {
 
     /// Why there is no instance to pick, for the log.
     #[must_use]
-    pub fn absence(&self) -> String {
+    pub fn no_endpoint_reason(&self) -> String {
         match (self.instances.len(), self.endpoints.registered) {
             (0, 0) => {
                 "no instance is registered with a sidecar (or the token may not see it: node:read and service:read)"

@@ -461,7 +461,7 @@ fn a_target_without_instances_has_none_to_pick() {
     for policy in POLICIES {
         let balancer = balancer(policy, &[]);
         assert!(balancer.pick(0, Some(1), &[], |_| 0).is_none() && !balancer.is_up(0));
-        assert!(balancer.absence().starts_with("no instance is registered"));
+        assert!(balancer.no_endpoint_reason().starts_with("no instance is registered"));
     }
 }
 

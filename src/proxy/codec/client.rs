@@ -19,7 +19,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use super::flow::{CONNECTION, Counted, Meter, Pings, USUAL, Windows};
 use super::incoming::{Incoming, Sent};
 use super::outgoing::{Outgoing, Uploading};
-use super::upload::Upload;
+use super::replay_body::ReplayBody;
 use super::wire::Wire;
 use super::{HEAD_SIZE, SEND_BUFFER, SMALL_FRAMES};
 
@@ -70,7 +70,7 @@ pub(super) struct Sender {
 
 /// A request that could not be sent at all, or brought no response.
 pub(super) struct Unanswered {
-    pub request: Option<Request<Upload>>,
+    pub request: Option<Request<ReplayBody>>,
     pub error: h2::Error,
 }
 
@@ -81,7 +81,7 @@ impl Sender {
     /// Those of the codec, with the request where nothing of it was sent.
     pub(super) async fn send(
         mut self,
-        request: Request<Upload>,
+        request: Request<ReplayBody>,
         counted: Counted,
     ) -> Result<Response<Incoming>, Box<Unanswered>> {
         if let Err(error) = poll_fn(|cx| self.requests.poll_ready(cx)).await {
@@ -107,7 +107,7 @@ impl Sender {
     }
 
     /// Sends the head and what there is of the body, and has a task send the rest.
-    fn begin(&mut self, request: Request<Upload>) -> Result<(ResponseFuture, Option<Uploading>), h2::Error> {
+    fn begin(&mut self, request: Request<ReplayBody>) -> Result<(ResponseFuture, Option<Uploading>), h2::Error> {
         let (mut head, body) = request.into_parts();
         if let Some(length) = body.size_hint().exact()
             && (length > 0 || !matches!(head.method, Method::GET | Method::HEAD | Method::DELETE))
@@ -121,7 +121,7 @@ impl Sender {
     }
 }
 
-fn upload(body: Upload, stream: SendStream<Bytes>) -> Option<Uploading> {
+fn upload(body: ReplayBody, stream: SendStream<Bytes>) -> Option<Uploading> {
     let mut outgoing = Outgoing::new(body, stream, Reason::CANCEL);
     // What is there already needs no task.
     let mut now = Context::from_waker(std::task::Waker::noop());

@@ -5,17 +5,17 @@
 //! ([`strict`], [`blocks`]), and at what its codec refuses ([`resets`]). HTTP/1 is hyper's; of HTTP/2 the frames are h2's, and what follows from them is decided
 //! here ([`client`], [`server`], [`flow`]). What a codec has decoded says its length in one way ([`framing`]).
 
-pub(super) mod blocks;
 mod client;
 mod flow;
 pub(super) mod framing;
+pub(super) mod header_block;
+pub(super) mod http1_validator;
 pub(super) mod incoming;
 mod outgoing;
 pub(super) mod pool;
+pub(super) mod replay_body;
 pub(super) mod resets;
 pub(super) mod server;
-pub(super) mod strict;
-pub(super) mod upload;
 pub(super) mod wire;
 
 /// A head may have so many headers and bytes, as at Envoy; more is answered with 431.

@@ -21,7 +21,7 @@ use super::flow::Counted;
 use super::framing;
 use super::incoming::Incoming;
 use super::outgoing::AFTER_ANSWER;
-use super::upload::Upload;
+use super::replay_body::ReplayBody;
 use super::wire::{PathWatch, Turn, Wire};
 use super::{HEAD_SIZE, HEADERS, HTTP1_BUFFER};
 use crate::proxy::limits::{Overflow, Permit};
@@ -73,7 +73,7 @@ struct Slot {
 
 #[derive(Default)]
 struct Kept {
-    made_for: Option<MadeFor>,
+    pool_key: Option<PoolKey>,
     /// The one used last is at the end.
     idle: Vec<Idle>,
     shared: Vec<Shared>,
@@ -87,13 +87,13 @@ struct Kept {
 
 /// What connections were made for; for anything else they can't be used.
 #[derive(Clone)]
-pub enum MadeFor {
+pub enum PoolKey {
     /// A target as somebody: another identity, other roots or other names to expect are another client.
     Mesh(Arc<tls::Client>),
     App(LocalApp),
 }
 
-impl MadeFor {
+impl PoolKey {
     fn is(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Mesh(a), Self::Mesh(b)) => Arc::ptr_eq(a, b),
@@ -110,7 +110,7 @@ struct Idle {
 
 /// A connection of HTTP/1.
 struct Http1 {
-    sender: http1::SendRequest<Upload>,
+    sender: http1::SendRequest<ReplayBody>,
     wire: Wire,
 }
 
@@ -121,25 +121,25 @@ struct Shared {
 }
 
 /// A connection that takes one request.
-pub struct Lent {
+pub struct PooledConnection {
     connection: Connection,
     /// It has carried requests before, so that the far end may be closing it just now.
     pub reused: bool,
 }
 
 enum Connection {
-    Http1(Http1, Option<Home>),
+    Http1(Http1, Option<PoolReturn>),
     Http2(Sender, Counted),
 }
 
 /// Where an HTTP/1 connection goes back to.
-struct Home {
-    made_for: MadeFor,
+struct PoolReturn {
+    pool_key: PoolKey,
     slot: Weak<Slot>,
 }
 
 /// Kept until the response is over, to be dropped then.
-pub enum Held {
+pub enum ConnectionGuard {
     Http1(Lease),
     /// A stream of HTTP/2, which its body holds.
     Http2,
@@ -148,13 +148,13 @@ pub enum Held {
 /// An HTTP/1 connection, which goes home when dropped if its request was answered, or none was sent.
 pub struct Lease {
     connection: Option<Http1>,
-    home: Option<Home>,
+    home: Option<PoolReturn>,
     unanswered: bool,
 }
 
 /// What there is of connections that others made.
-pub enum Borrowed {
-    Lent(Box<Lent>),
+pub enum Checkout {
+    PooledConnection(Box<PooledConnection>),
     /// There is none at all.
     None,
 }
@@ -175,7 +175,7 @@ pub struct Dialled {
 /// A request that brought no response.
 pub struct Failed {
     /// The request itself, if nothing of it was sent.
-    pub request: Option<Box<Request<Upload>>>,
+    pub request: Option<Box<Request<ReplayBody>>>,
     pub failure: Failure,
     cause: Cause,
 }
@@ -216,8 +216,8 @@ enum Dial {
 impl Pool {
     /// A connection that is there and free.
     #[must_use]
-    pub fn reuse(&self, made_for: &MadeFor) -> Option<Lent> {
-        self.slot().reuse(made_for)
+    pub fn reuse(&self, pool_key: &PoolKey) -> Option<PooledConnection> {
+        self.slot().reuse(pool_key)
     }
 
     /// A free connection of those that are there, or one that `dial` makes. Where several could share one, one dials
@@ -225,16 +225,16 @@ impl Pool {
     ///
     /// # Errors
     /// Those of `dial`.
-    pub async fn connect<F>(&self, made_for: &MadeFor, dial: F) -> Result<Lent, NoConnection>
+    pub async fn connect<F>(&self, pool_key: &PoolKey, dial: F) -> Result<PooledConnection, NoConnection>
     where
         F: Future<Output = Result<Dialled, NoConnection>>,
     {
         let slot = self.slot();
         let tell = loop {
-            if let Some(lent) = slot.reuse(made_for) {
+            if let Some(lent) = slot.reuse(pool_key) {
                 return Ok(lent);
             }
-            match slot.dialling(made_for) {
+            match slot.dialling(pool_key) {
                 Some(Dial::Ours(tell)) => break Some(tell),
                 Some(Dial::Others(mut outcome)) => {
                     // Without a word there is a connection, or whoever dialled gave up.
@@ -247,7 +247,7 @@ impl Pool {
             }
         };
         match dial.await {
-            Ok(dialled) => slot.add(dialled, made_for, tell).await,
+            Ok(dialled) => slot.add(dialled, pool_key, tell).await,
             Err(why) => {
                 if let Some(tell) = tell {
                     let _ = tell.send(Some(why.clone()));
@@ -261,20 +261,20 @@ impl Pool {
     ///
     /// # Errors
     /// Those of `dial`.
-    pub async fn connect_anew<F>(&self, made_for: &MadeFor, dial: F) -> Result<Lent, NoConnection>
+    pub async fn connect_anew<F>(&self, pool_key: &PoolKey, dial: F) -> Result<PooledConnection, NoConnection>
     where
         F: Future<Output = Result<Dialled, NoConnection>>,
     {
-        self.slot().add(dial.await?, made_for, None).await
+        self.slot().add(dial.await?, pool_key, None).await
     }
 
     /// A new HTTP/1 connection on this wire, for a request that can't go over HTTP/2. It is not kept.
     ///
     /// # Errors
     /// None that depends on the far end.
-    pub async fn connect_once(wire: Wire, open: Open) -> Result<Lent, NoConnection> {
+    pub async fn connect_once(wire: Wire, open: Open) -> Result<PooledConnection, NoConnection> {
         let connection = http1(wire, open).await?;
-        Ok(Lent { connection: Connection::Http1(connection, None), reused: false })
+        Ok(PooledConnection { connection: Connection::Http1(connection, None), reused: false })
     }
 
     /// Counts a connection that is about to be made.
@@ -285,16 +285,16 @@ impl Pool {
 
     /// A connection for whom no more may be made: one of any worker, or the first of all. It is waited for if all
     /// are taken.
-    pub async fn borrow(&self, made_for: &MadeFor) -> Borrowed {
+    pub async fn borrow(&self, pool_key: &PoolKey) -> Checkout {
         loop {
             let mut freed = pin!(self.shared.freed.notified());
             freed.as_mut().enable();
             let slots = self.slots().clone();
-            if let Some(lent) = slots.iter().find_map(|slot| slot.reuse(made_for)) {
-                return Borrowed::Lent(Box::new(lent));
+            if let Some(lent) = slots.iter().find_map(|slot| slot.reuse(pool_key)) {
+                return Checkout::PooledConnection(Box::new(lent));
             }
             if self.shared.open.load(Ordering::Relaxed) == 0 {
-                return Borrowed::None;
+                return Checkout::None;
             }
             freed.await;
         }
@@ -325,24 +325,24 @@ impl Slot {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn reuse(self: &Arc<Self>, made_for: &MadeFor) -> Option<Lent> {
+    fn reuse(self: &Arc<Self>, pool_key: &PoolKey) -> Option<PooledConnection> {
         let mut kept = self.kept();
-        kept.renew(made_for);
+        kept.renew(pool_key);
         while let Some(Idle { connection, since }) = kept.idle.pop() {
             if connection.sender.is_ready() && since.elapsed() < IDLE_TIME {
-                let connection = Connection::Http1(connection, Some(self.home(made_for)));
-                return Some(Lent { connection, reused: true });
+                let connection = Connection::Http1(connection, Some(self.home(pool_key)));
+                return Some(PooledConnection { connection, reused: true });
             }
         }
         kept.shared.retain(|shared| !shared.sender.known.is_retired());
         let shared = kept.shared.iter().find(|shared| shared.sender.known.has_room())?;
-        Some(Lent { connection: shared.take(), reused: true })
+        Some(PooledConnection { connection: shared.take(), reused: true })
     }
 
     /// `None` where no connection can be shared.
-    fn dialling(&self, made_for: &MadeFor) -> Option<Dial> {
+    fn dialling(&self, pool_key: &PoolKey) -> Option<Dial> {
         let mut kept = self.kept();
-        kept.renew(made_for);
+        kept.renew(pool_key);
         if kept.speaks == Some(Version::Http1) {
             return None;
         }
@@ -357,34 +357,38 @@ impl Slot {
     async fn add(
         self: &Arc<Self>,
         dialled: Dialled,
-        made_for: &MadeFor,
+        pool_key: &PoolKey,
         tell: Option<watch::Sender<Option<NoConnection>>>,
-    ) -> Result<Lent, NoConnection> {
+    ) -> Result<PooledConnection, NoConnection> {
         match dialled.version {
-            Version::Http1 => self.add_http1(dialled, made_for).await,
-            Version::Http2 => self.add_http2(dialled, made_for, tell).await,
+            Version::Http1 => self.add_http1(dialled, pool_key).await,
+            Version::Http2 => self.add_http2(dialled, pool_key, tell).await,
         }
     }
 
-    async fn add_http1(self: &Arc<Self>, dialled: Dialled, made_for: &MadeFor) -> Result<Lent, NoConnection> {
+    async fn add_http1(
+        self: &Arc<Self>,
+        dialled: Dialled,
+        pool_key: &PoolKey,
+    ) -> Result<PooledConnection, NoConnection> {
         let connection = http1(dialled.wire, dialled.open).await?;
         let mut kept = self.kept();
-        kept.renew(made_for);
+        kept.renew(pool_key);
         kept.speaks = Some(Version::Http1);
-        Ok(Lent { connection: Connection::Http1(connection, Some(self.home(made_for))), reused: false })
+        Ok(PooledConnection { connection: Connection::Http1(connection, Some(self.home(pool_key))), reused: false })
     }
 
-    fn home(self: &Arc<Self>, made_for: &MadeFor) -> Home {
-        Home { made_for: made_for.clone(), slot: Arc::downgrade(self) }
+    fn home(self: &Arc<Self>, pool_key: &PoolKey) -> PoolReturn {
+        PoolReturn { pool_key: pool_key.clone(), slot: Arc::downgrade(self) }
     }
 
     /// Others that wait are told when it is known how many streams there may be.
     async fn add_http2(
         self: &Arc<Self>,
         dialled: Dialled,
-        made_for: &MadeFor,
+        pool_key: &PoolKey,
         mut tell: Option<watch::Sender<Option<NoConnection>>>,
-    ) -> Result<Lent, NoConnection> {
+    ) -> Result<PooledConnection, NoConnection> {
         let Dialled { wire, open, .. } = dialled;
         let freed = Arc::clone(&self.count.freed);
         let changed = {
@@ -394,23 +398,23 @@ impl Slot {
                 freed.notify_waiters();
             }
         };
-        let remote = matches!(made_for, MadeFor::Mesh(_));
+        let remote = matches!(pool_key, PoolKey::Mesh(_));
         let (sender, connection) = client::connect(wire.clone(), remote, freed, changed).await.map_err(no_codec)?;
         tokio::spawn(run(Turn::new(connection, wire), open));
         let shared = Shared { sender, made: Instant::now() };
         let connection = shared.take();
         let mut kept = self.kept();
-        kept.renew(made_for);
+        kept.renew(pool_key);
         kept.speaks = Some(Version::Http2);
         kept.shared.push(shared);
         self.sweep_later(&mut kept);
-        Ok(Lent { connection, reused: false })
+        Ok(PooledConnection { connection, reused: false })
     }
 
     /// Takes an HTTP/1 connection back, unless there are enough.
-    fn put(self: &Arc<Self>, connection: Http1, made_for: &MadeFor) {
+    fn put(self: &Arc<Self>, connection: Http1, pool_key: &PoolKey) {
         let mut kept = self.kept();
-        if connection.sender.is_closed() || !kept.is_for(made_for) {
+        if connection.sender.is_closed() || !kept.is_for(pool_key) {
             return;
         }
         if kept.idle.len() >= IDLE {
@@ -455,24 +459,24 @@ impl Shared {
 }
 
 impl Kept {
-    fn is_for(&self, made_for: &MadeFor) -> bool {
-        self.made_for.as_ref().is_some_and(|made| made.is(made_for))
+    fn is_for(&self, pool_key: &PoolKey) -> bool {
+        self.pool_key.as_ref().is_some_and(|made| made.is(pool_key))
     }
 
     /// Lets go of connections that were made for something else. Requests under way on them are not
     /// disturbed.
-    fn renew(&mut self, made_for: &MadeFor) {
-        if !self.is_for(made_for) {
+    fn renew(&mut self, pool_key: &PoolKey) {
+        if !self.is_for(pool_key) {
             self.idle.clear();
             self.shared.clear();
             self.speaks = None;
             self.dialling = None;
-            self.made_for = Some(made_for.clone());
+            self.pool_key = Some(pool_key.clone());
         }
     }
 }
 
-impl Lent {
+impl PooledConnection {
     #[must_use]
     pub fn version(&self) -> Version {
         match &self.connection {
@@ -492,7 +496,7 @@ impl Lent {
     ///
     /// # Errors
     /// See [`Failed`].
-    pub async fn send(self, request: Request<Upload>) -> Result<(Response<Incoming>, Held), Failed> {
+    pub async fn send(self, request: Request<ReplayBody>) -> Result<(Response<Incoming>, ConnectionGuard), Failed> {
         match self.connection {
             Connection::Http1(mut connection, home) => {
                 let answered = connection.send(request);
@@ -500,11 +504,11 @@ impl Lent {
                 let mut lease = Lease { connection: Some(connection), home, unanswered: true };
                 let response = answered.await.map_err(Failed::http1)?;
                 lease.unanswered = false;
-                Ok((checked(response.map(Incoming::from))?, Held::Http1(lease)))
+                Ok((checked(response.map(Incoming::from))?, ConnectionGuard::Http1(lease)))
             }
             Connection::Http2(sender, counted) => {
                 let response = sender.send(request, counted).await.map_err(|unanswered| Failed::http2(*unanswered))?;
-                Ok((checked(response)?, Held::Http2))
+                Ok((checked(response)?, ConnectionGuard::Http2))
             }
         }
     }
@@ -536,13 +540,13 @@ impl Drop for Lease {
         if let Some(home) = &self.home
             && let Some(slot) = home.slot.upgrade()
         {
-            slot.put(connection, &home.made_for);
+            slot.put(connection, &home.pool_key);
         }
     }
 }
 
 impl Http1 {
-    fn send(&mut self, request: Request<Upload>) -> impl Future<Output = Answered> + use<> {
+    fn send(&mut self, request: Request<ReplayBody>) -> impl Future<Output = Answered> + use<> {
         use http_body::Body as _;
         // A far end that takes no more of a body for now confirms nothing either.
         let whole = request.body().is_end_stream();
@@ -552,10 +556,10 @@ impl Http1 {
 }
 
 /// What comes of a request that hyper sends.
-type Answered = Result<Response<hyper::body::Incoming>, hyper::client::conn::TrySendError<Request<Upload>>>;
+type Answered = Result<Response<hyper::body::Incoming>, hyper::client::conn::TrySendError<Request<ReplayBody>>>;
 
 impl Failed {
-    fn http1(mut failed: hyper::client::conn::TrySendError<Request<Upload>>) -> Self {
+    fn http1(mut failed: hyper::client::conn::TrySendError<Request<ReplayBody>>) -> Self {
         let request = failed.take_message().map(Box::new);
         let failure = if request.is_some() { Failure::ResetBeforeRequest } else { Failure::Reset };
         Self { request, failure, cause: Cause::Http1(failed.into_error()) }
@@ -596,7 +600,7 @@ impl Failed {
 
     /// For the log.
     #[must_use]
-    pub fn told(&self) -> String {
+    pub fn describe(&self) -> String {
         match &self.cause {
             Cause::Http1(error) => match std::error::Error::source(error) {
                 Some(source) => format!("{error}: {source}"),

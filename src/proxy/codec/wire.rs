@@ -16,9 +16,9 @@ use rustls_pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::timeout;
 
-use super::blocks::Blocks;
+use super::header_block::HeaderBlockProgress;
+use super::http1_validator::Http1Validator;
 use super::resets::Resets;
-use super::strict::Strict;
 use crate::proxy::socket::Socket;
 use crate::snapshot::Upgrades;
 use crate::tls::{ReadSide, Stream, with_scratch};
@@ -54,11 +54,11 @@ struct State {
     /// Counts bytes that were written.
     written: u64,
     /// Judges what an HTTP/1 client sends.
-    strict: Option<Strict>,
+    strict: Option<Http1Validator>,
     /// Why it has refused one, until that is asked.
     refusal: Option<&'static str>,
     /// Follows what an HTTP/2 client sends.
-    blocks: Option<Blocks>,
+    blocks: Option<HeaderBlockProgress>,
     /// Follows what the codec sends to an HTTP/2 client.
     resets: Option<Resets>,
     /// Responses that the codec has been given, the last of them perhaps not whole.
@@ -193,13 +193,13 @@ impl Wire {
     /// Lets nothing but unambiguous HTTP/1 requests through from here on.
     pub fn be_strict(&self) {
         let mut state = self.state();
-        state.strict = Some(Strict::new(state.upgrades.clone()));
+        state.strict = Some(Http1Validator::new(state.upgrades.clone()));
     }
 
     /// Notes the HTTP/2 header blocks that come from here on, the preface included, and the streams that the codec resets.
     pub fn follow_frames(&self) {
         let mut state = self.state();
-        state.blocks = Some(Blocks::after(PREFACE.len()));
+        state.blocks = Some(HeaderBlockProgress::after(PREFACE.len()));
         state.resets = Some(Resets::default());
     }
 
@@ -224,7 +224,7 @@ impl Wire {
     pub fn is_at_rest(&self) -> bool {
         let state = self.state();
         let requests =
-            state.strict.as_ref().filter(|strict| strict.refused().is_none()).and_then(Strict::whole_requests);
+            state.strict.as_ref().filter(|strict| strict.refused().is_none()).and_then(Http1Validator::whole_requests);
         requests.is_some_and(|requests| requests > 0 && requests == state.answered)
             && state.outgoing.is_empty()
             && state.incoming.is_empty()
@@ -300,18 +300,18 @@ impl Wire {
     #[must_use]
     pub fn progress(&self) -> (u64, Option<u64>) {
         let state = self.state();
-        let begun_block = || state.blocks.as_ref().and_then(Blocks::begun_head);
-        (state.moved, state.strict.as_ref().and_then(Strict::begun_head).or_else(begun_block))
+        let begun_block = || state.blocks.as_ref().and_then(HeaderBlockProgress::begun_head);
+        (state.moved, state.strict.as_ref().and_then(Http1Validator::begun_head).or_else(begun_block))
     }
 
     /// What an HTTP/1 client waits for that has sent a request, or a part of it.
     #[must_use]
     pub fn awaits(&self) -> Awaits {
         let state = self.state();
-        if state.strict.as_ref().is_some_and(Strict::awaits_body) {
+        if state.strict.as_ref().is_some_and(Http1Validator::awaits_body) {
             return Awaits::Taking;
         }
-        let requests = state.strict.as_ref().and_then(Strict::whole_requests).filter(|_| !state.upgraded);
+        let requests = state.strict.as_ref().and_then(Http1Validator::whole_requests).filter(|_| !state.upgraded);
         match requests {
             Some(requests) if requests > state.begun => Awaits::Answer,
             Some(requests) if requests > state.answered => Awaits::Rest,
@@ -681,7 +681,7 @@ impl AsyncRead for Wire {
             blocks.follow(&buffer.filled()[before..]);
         }
         if let Some(strict) = &mut state.strict {
-            strict.judge(&mut buffer.filled_mut()[before..]);
+            strict.validate(&mut buffer.filled_mut()[before..]);
             let (refused, foreign) = (strict.refused(), strict.is_foreign());
             state.refusal = refused.or(foreign.then_some(FOREIGN));
             if foreign {

@@ -5,13 +5,13 @@ use std::time::Duration;
 use http::Response;
 use tokio::time::timeout;
 
-use super::body::Rest;
+use super::body::ResponseTail;
+use super::deadlines::Deadlines;
 use super::message::Head;
-use super::note::Note;
-use super::patience::Patience;
+use super::request_record::RequestRecord;
 use crate::proxy::codec::incoming::Incoming;
-use crate::proxy::codec::pool::{Dialled, Lent, MadeFor, NoConnection, Pool, Version};
-use crate::proxy::codec::upload::{Upload, UploadState};
+use crate::proxy::codec::pool::{Dialled, NoConnection, Pool, PoolKey, PooledConnection, Version};
+use crate::proxy::codec::replay_body::{BodyProgress, ReplayBody};
 use crate::proxy::codec::wire::Wire;
 use crate::proxy::outcome::{Fault, Outcome};
 use crate::proxy::socket::Socket;
@@ -36,39 +36,39 @@ impl App<'_> {
     pub(super) async fn exchange(
         &self,
         mut head: Head,
-        mut body: Upload,
-        upload: Option<&UploadState>,
-        note: Option<&mut Note>,
-    ) -> Result<(Response<Incoming>, Rest), Fault> {
+        mut body: ReplayBody,
+        upload: Option<&BodyProgress>,
+        note: Option<&mut RequestRecord>,
+    ) -> Result<(Response<Incoming>, ResponseTail), Fault> {
         if let Some(note) = note {
             note.sent_to("local_app", self.address);
             note.uploads(upload);
         }
-        let mut patience = Patience::new(self.request_timeout, self.idle_timeout, upload);
+        let mut deadlines = Deadlines::new(self.request_timeout, self.idle_timeout, upload);
         // Where a connection did not take the request, others that are there may not either.
         let mut anew = false;
         for _ in 0..TRIES {
-            let lent = patience.within(self.connection(head.upgrades(), anew)).await??;
+            let lent = deadlines.run_until(self.connection(head.upgrades(), anew)).await??;
             let authority = head.authority.clone();
             // A connection that was idle may be closing just now; then a request that changes nothing goes again.
             let repeatable = lent.reused && head.is_safe() && body.is_empty();
             // A stream of HTTP/2 can be refused, and then the app has not looked at the request.
             let again = (repeatable || lent.version() == Version::Http2).then(|| head.clone());
             let request = head.into_request(lent.version(), body)?;
-            match patience.within(lent.send(request)).await? {
+            match deadlines.run_until(lent.send(request)).await? {
                 Ok((response, held)) => {
-                    let mut rest = Rest::new(held, None);
-                    rest.patience = Some(patience);
+                    let mut rest = ResponseTail::new(held, None);
+                    rest.deadlines = Some(deadlines);
                     return Ok((response, rest));
                 }
-                Err(failed) if upload.is_some_and(UploadState::is_broken) => {
-                    let cause = format!("the request's body broke off: {}", failed.told());
+                Err(failed) if upload.is_some_and(BodyProgress::is_broken) => {
+                    let cause = format!("the request's body broke off: {}", failed.describe());
                     return Err(Fault::new(Outcome::BadRequest, cause));
                 }
                 Err(mut failed) => match (failed.request.take(), again) {
                     (Some(request), _) => (head, body) = Head::from_request(*request, authority),
                     (None, Some(again)) if failed.failure == Failure::Refused || (repeatable && failed.is_lost()) => {
-                        let body_again = upload.map_or_else(|| Some(Upload::none()), UploadState::again);
+                        let body_again = upload.map_or_else(|| Some(ReplayBody::none()), BodyProgress::again);
                         let Some(body_again) = body_again else { return Err(Fault::of("the local app", &failed)) };
                         (head, body) = (again, body_again);
                     }
@@ -80,13 +80,13 @@ impl App<'_> {
         Err(Fault::new(Outcome::Reset, "the local app closes connections before it takes a request"))
     }
 
-    async fn connection(&self, alone: bool, anew: bool) -> Result<Lent, Fault> {
-        let made_for = MadeFor::App(self.address.clone());
+    async fn connection(&self, alone: bool, anew: bool) -> Result<PooledConnection, Fault> {
+        let pool_key = PoolKey::App(self.address.clone());
         if alone {
             let open = self.pool.enter(None);
             return Ok(Pool::connect_once(self.dial().await?, open).await?);
         }
-        if !anew && let Some(lent) = self.pool.reuse(&made_for) {
+        if !anew && let Some(lent) = self.pool.reuse(&pool_key) {
             return Ok(lent);
         }
         let version = match self.protocol {
@@ -98,9 +98,9 @@ impl App<'_> {
             Ok(Dialled { wire: self.dial().await?, version, open })
         };
         let lent = if anew {
-            self.pool.connect_anew(&made_for, dial).await?
+            self.pool.connect_anew(&pool_key, dial).await?
         } else {
-            self.pool.connect(&made_for, dial).await?
+            self.pool.connect(&pool_key, dial).await?
         };
         Ok(lent)
     }

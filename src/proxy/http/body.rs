@@ -8,25 +8,25 @@ use std::task::{Context, Poll};
 use bytes::Bytes;
 use http_body::{Frame, SizeHint};
 
+use super::deadlines::{Deadlines, TimedOut};
 use super::grpc::grpc_denial;
-use super::note::Note;
 use super::ongoing::{Ongoing, Over};
-use super::patience::{Expired, Patience};
+use super::request_record::RequestRecord;
 use crate::proxy::balance::InFlight;
 use crate::proxy::codec::framing;
 use crate::proxy::codec::incoming::{BodyError, Incoming};
-use crate::proxy::codec::pool::Held;
+use crate::proxy::codec::pool::ConnectionGuard;
 use crate::proxy::codec::wire::Wire;
 use crate::proxy::limits::Permit;
 
 /// The body of a response that we send.
 pub(super) struct Body {
     source: Source,
-    rest: Option<Box<Rest>>,
+    rest: Option<Box<ResponseTail>>,
     ongoing: Option<Ongoing>,
     answer: Option<Answer>,
     /// For the access log.
-    note: Option<Box<Note>>,
+    note: Option<Box<RequestRecord>>,
 }
 
 impl Drop for Body {
@@ -53,16 +53,16 @@ enum Source {
 }
 
 /// What an exchange holds until its response is over, and the time it has.
-pub(super) struct Rest {
-    pub patience: Option<Patience>,
-    _held: Held,
+pub(super) struct ResponseTail {
+    pub deadlines: Option<Deadlines>,
+    _held: ConnectionGuard,
     _counted: Option<(InFlight, Option<Permit>)>,
 }
 
-impl Rest {
+impl ResponseTail {
     #[must_use]
-    pub(super) fn new(held: Held, counted: Option<(InFlight, Option<Permit>)>) -> Self {
-        Self { patience: None, _held: held, _counted: counted }
+    pub(super) fn new(held: ConnectionGuard, counted: Option<(InFlight, Option<Permit>)>) -> Self {
+        Self { deadlines: None, _held: held, _counted: counted }
     }
 }
 
@@ -85,7 +85,7 @@ impl Body {
     /// For the answer to `ongoing`, which watches over it from here on.
     #[must_use]
     pub(super) fn of(mut self, ongoing: Ongoing) -> Self {
-        ongoing.answered(self.rest.as_mut().and_then(|rest| rest.patience.take()));
+        ongoing.answered(self.rest.as_mut().and_then(|rest| rest.deadlines.take()));
         self.ongoing = Some(ongoing);
         self
     }
@@ -112,7 +112,7 @@ impl Body {
 
     /// Holds on to `rest` until the body has ended or is given up.
     #[must_use]
-    pub(super) fn with(mut self, rest: Rest) -> Self {
+    pub(super) fn with(mut self, rest: ResponseTail) -> Self {
         use http_body::Body as _;
         if !self.is_end_stream() {
             self.rest = Some(Box::new(rest));
@@ -122,7 +122,7 @@ impl Body {
 
     /// Tells `note` what becomes of it.
     #[must_use]
-    pub(super) fn noted(mut self, mut note: Box<Note>) -> Self {
+    pub(super) fn noted(mut self, mut note: Box<RequestRecord>) -> Self {
         if self.is_empty() {
             note.complete();
         } else {
@@ -137,7 +137,7 @@ impl Body {
         match polled {
             Poll::Ready(Some(Ok(frame))) => note.frame(frame),
             Poll::Ready(Some(Err(Broken::Source(_)))) => note.broken(None),
-            Poll::Ready(Some(Err(Broken::Over(Over::Expired(expired))))) => note.broken(Some(*expired)),
+            Poll::Ready(Some(Err(Broken::Over(Over::TimedOut(expired))))) => note.broken(Some(*expired)),
             Poll::Ready(Some(Err(Broken::Over(Over::Denied)))) => note.denied(),
             Poll::Ready(None) => note.complete(),
             Poll::Pending => return,
@@ -161,7 +161,7 @@ impl fmt::Display for Broken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Source(error) => error.fmt(f),
-            Self::Over(Over::Expired(expired)) => expired.fmt(f),
+            Self::Over(Over::TimedOut(expired)) => expired.fmt(f),
             Self::Over(Over::Denied) => f.write_str("its source is denied now"),
         }
     }
@@ -228,10 +228,10 @@ impl Body {
         if self.ongoing.is_none()
             && let Some(expired) = self.poll_unwatched(cx, polled.is_pending())
         {
-            return Poll::Ready(Some(self.break_off(Over::Expired(expired))));
+            return Poll::Ready(Some(self.break_off(Over::TimedOut(expired))));
         }
         match (&polled, &self.ongoing) {
-            (Poll::Ready(Some(Ok(_))), Some(ongoing)) => ongoing.moved(),
+            (Poll::Ready(Some(Ok(_))), Some(ongoing)) => ongoing.progress(),
             (Poll::Ready(None), _) => self.rest = None,
             _ => {}
         }
@@ -239,13 +239,13 @@ impl Body {
     }
 
     /// Why it is not waited for any longer, before it is the answer to anything.
-    fn poll_unwatched(&mut self, cx: &mut Context<'_>, is_pending: bool) -> Option<Expired> {
-        let patience = self.rest.as_mut()?.patience.as_mut()?;
+    fn poll_unwatched(&mut self, cx: &mut Context<'_>, is_pending: bool) -> Option<TimedOut> {
+        let deadlines = self.rest.as_mut()?.deadlines.as_mut()?;
         if !is_pending {
-            patience.moved();
+            deadlines.progress();
             return None;
         }
-        match patience.poll_expired(cx) {
+        match deadlines.poll_expired(cx) {
             Poll::Ready(expired) => Some(expired),
             Poll::Pending => None,
         }

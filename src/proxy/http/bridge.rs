@@ -59,7 +59,7 @@ pub(super) async fn gather(response: Response<Body>) -> Result<Response<Body>, F
 fn refused(broken: Broken) -> Fault {
     match broken {
         Broken::Source(error) => Fault::new(Outcome::Reset, format!("the response broke off: {error}")),
-        Broken::Over(Over::Expired(expired)) => expired.into(),
+        Broken::Over(Over::TimedOut(expired)) => expired.into(),
         Broken::Over(Over::Denied) => Fault::new(Outcome::Denied, "denied while it was under way"),
     }
 }

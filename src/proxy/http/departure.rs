@@ -101,9 +101,9 @@ impl Half {
         if std::mem::replace(&mut self.moved, moved) != moved {
             self.since = Instant::now();
         }
-        let patience = if awaits == Awaits::Answer { ANSWER_TIME } else { REST_TIME };
-        if self.since.elapsed() >= patience {
-            let cause = format!("the client has ended its direction, and nothing has come for it for {patience:?}");
+        let deadlines = if awaits == Awaits::Answer { ANSWER_TIME } else { REST_TIME };
+        if self.since.elapsed() >= deadlines {
+            let cause = format!("the client has ended its direction, and nothing has come for it for {deadlines:?}");
             return Err(Fault::new(Outcome::Idle, cause));
         }
         Ok(())

@@ -10,14 +10,14 @@ use tokio::sync::watch;
 use super::app::App;
 use super::body::Body;
 use super::message::{self, Head, Intake, X_FORWARDED_CLIENT_CERT};
-use super::note::{Caller, Note};
 use super::ongoing::Ongoing;
-use super::reply::Asked;
+use super::request_record::{ConnectionInfo, RequestRecord};
+use super::responder::Responder;
 use super::serve::{self, Part, Terms, Times};
 use crate::proxy::codec::pool::Pool;
-use crate::proxy::codec::upload::Upload;
+use crate::proxy::codec::replay_body::ReplayBody;
 use crate::proxy::codec::wire::Wire;
-use crate::proxy::listener::Live;
+use crate::proxy::listener::ListenerState;
 use crate::proxy::log_limit::LogLimit;
 use crate::proxy::outcome::{Fault, Outcome};
 use crate::proxy::record::{Host, Shown};
@@ -49,8 +49,8 @@ impl Plan {
 
 /// One connection of whoever checks or scrapes.
 pub(crate) struct Exposure {
-    pub live: watch::Receiver<Live<Plan>>,
-    pub caller: Caller,
+    pub live: watch::Receiver<ListenerState<Plan>>,
+    pub caller: ConnectionInfo,
     pub log_limit: LogLimit,
 }
 
@@ -66,9 +66,9 @@ impl Exposure {
         serve::serve(Wire::plain(socket), &terms, answer).await
     }
 
-    async fn answer(self: Arc<Self>, request: Request<Upload>, ongoing: Ongoing) -> Response<Body> {
-        let mut asked = Asked::new(&self.caller, &request);
-        let plan = Arc::clone(&self.live.borrow().part);
+    async fn answer(self: Arc<Self>, request: Request<ReplayBody>, ongoing: Ongoing) -> Response<Body> {
+        let mut asked = Responder::new(&self.caller, &request);
+        let plan = Arc::clone(&self.live.borrow().config);
         let result = try_answer(&plan, request, &ongoing, asked.note.as_deref_mut()).await;
         asked.answer(result.inspect_err(|fault| self.log(&plan, fault)), false)
     }
@@ -100,9 +100,9 @@ impl Part for Plan {
 
 async fn try_answer(
     plan: &Plan,
-    request: Request<Upload>,
+    request: Request<ReplayBody>,
     ongoing: &Ongoing,
-    note: Option<&mut Note>,
+    note: Option<&mut RequestRecord>,
 ) -> Result<Response<Body>, Fault> {
     let (parts, body) = request.into_parts();
     let intake =

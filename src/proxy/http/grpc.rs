@@ -7,7 +7,7 @@ use crate::proxy::outcome::{Outcome, Told};
 
 /// What ends the answer to a gRPC request whose source is denied now.
 pub(super) fn grpc_denial() -> HeaderMap {
-    let Told { status, body, .. } = Outcome::Denied.told();
+    let Told { status, body, .. } = Outcome::Denied.describe();
     let status = (HeaderName::from_static("grpc-status"), grpc_status(status));
     [status, (HeaderName::from_static("grpc-message"), HeaderValue::from_static(body))].into_iter().collect()
 }

@@ -13,9 +13,9 @@ use tokio::time::timeout;
 use super::app::App;
 use super::body::Body;
 use super::message::{self, Head, Intake, X_FORWARDED_CLIENT_CERT};
-use super::note::{Caller, Note};
 use super::ongoing::{Case, Ongoing, Open};
-use super::reply::Asked;
+use super::request_record::{ConnectionInfo, RequestRecord};
+use super::responder::Responder;
 use super::serve::{self, Leaving, Part, Terms};
 use super::{bridge, upgrade};
 use crate::access_log::Secrets;
@@ -23,9 +23,9 @@ use crate::drain;
 use crate::jwt::Verified;
 use crate::proxy::authorization::{Judged, Peer, request_denial};
 use crate::proxy::codec::pool::Pool;
-use crate::proxy::codec::upload::Upload;
+use crate::proxy::codec::replay_body::ReplayBody;
 use crate::proxy::codec::wire::Wire;
-use crate::proxy::listener::Live;
+use crate::proxy::listener::ListenerState;
 use crate::proxy::log_limit::LogLimit;
 use crate::proxy::outcome::{Fault, Outcome};
 use crate::proxy::places::Counted;
@@ -38,7 +38,7 @@ use crate::tls::{PeerError, Stream};
 pub(crate) struct Inbound {
     pub peer: Peer,
     pub remote: Option<SocketAddr>,
-    pub live: watch::Receiver<Live<PublicListener>>,
+    pub live: watch::Receiver<ListenerState<PublicListener>>,
     pub drain: drain::Watch,
     /// Connections to the local app.
     pub app: Arc<Pool>,
@@ -47,7 +47,7 @@ pub(crate) struct Inbound {
     /// What its requests may upgrade it to, as of when it began.
     pub upgrades: Upgrades,
     /// For the access log.
-    pub caller: Caller,
+    pub caller: ConnectionInfo,
     pub log_limit: LogLimit,
     /// Requests under way.
     pub open: Open,
@@ -79,7 +79,7 @@ impl Inbound {
     /// once the peer is no longer who it was.
     async fn watch(&self, wire: &Wire, leaving: &Leaving) {
         let mut live = self.live.clone();
-        let mut judged = Arc::clone(&live.borrow_and_update().part);
+        let mut judged = Arc::clone(&live.borrow_and_update().config);
         loop {
             let left = self.peer.until().duration_since(SystemTime::now()).unwrap_or_default();
             // Clocks are set: a long time is not slept through.
@@ -87,7 +87,7 @@ impl Inbound {
             if matches!(changed, Ok(Err(_))) {
                 return pending().await;
             }
-            let listener = Arc::clone(&live.borrow_and_update().part);
+            let listener = Arc::clone(&live.borrow_and_update().config);
             if !Arc::ptr_eq(&judged.intentions, &listener.intentions)
                 || !Arc::ptr_eq(&judged.token_providers, &listener.token_providers)
             {
@@ -99,7 +99,7 @@ impl Inbound {
                 self.log(&listener, &unproved(&problem));
                 // What is under way goes on, and is judged on.
                 while live.changed().await.is_ok() {
-                    let listener = Arc::clone(&live.borrow_and_update().part);
+                    let listener = Arc::clone(&live.borrow_and_update().config);
                     self.open.judge(|case| self.is_denied(&listener, case));
                 }
                 return pending().await;
@@ -115,9 +115,9 @@ impl Inbound {
         denied.is_some()
     }
 
-    async fn answer(self: Arc<Self>, mut request: Request<Upload>, ongoing: Ongoing, wire: Wire) -> Response<Body> {
-        let mut asked = Asked::new(&self.caller, &request);
-        let listener = Arc::clone(&self.live.borrow().part);
+    async fn answer(self: Arc<Self>, mut request: Request<ReplayBody>, ongoing: Ongoing, wire: Wire) -> Response<Body> {
+        let mut asked = Responder::new(&self.caller, &request);
+        let listener = Arc::clone(&self.live.borrow().config);
         if let Some(note) = &mut asked.note {
             note.hide_tokens_of(&listener.token_providers);
         }
@@ -130,15 +130,15 @@ impl Inbound {
         };
         let result = ongoing.unless_over(answer).await;
         let result = result.unwrap_or_else(|_| Err(Fault::new(Outcome::Denied, "denied while it was under way")));
-        asked.answer(result.inspect_err(|fault| self.log(&listener, fault)), listener.tells_cause)
+        asked.answer(result.inspect_err(|fault| self.log(&listener, fault)), listener.expose_cause)
     }
 
     async fn try_answer(
         self: Arc<Self>,
         listener: &PublicListener,
-        mut request: Request<Upload>,
+        mut request: Request<ReplayBody>,
         ongoing: &Ongoing,
-        note: Option<&mut Note>,
+        note: Option<&mut RequestRecord>,
     ) -> Result<Response<Body>, Fault> {
         let client = request.extensions_mut().remove::<OnUpgrade>();
         let (parts, body) = request.into_parts();

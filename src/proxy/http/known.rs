@@ -6,13 +6,13 @@ use std::time::{Instant, SystemTime};
 use http::{HeaderMap, StatusCode, Version};
 
 use super::message::Head;
-use super::note::Caller;
+use super::request_record::ConnectionInfo;
 use crate::operators::{Record, Request, Response, Upstream};
 use crate::snapshot::Routed;
 
 /// What does not change on the way.
 pub(super) struct Known<'a> {
-    caller: &'a Caller,
+    caller: &'a ConnectionInfo,
     pub routed: &'a Routed<'a>,
     version: Version,
     start: SystemTime,
@@ -22,7 +22,7 @@ pub(super) struct Known<'a> {
 impl<'a> Known<'a> {
     /// As of now, when the request has come.
     #[must_use]
-    pub(super) fn new(caller: &'a Caller, routed: &'a Routed<'a>, version: Version) -> Self {
+    pub(super) fn new(caller: &'a ConnectionInfo, routed: &'a Routed<'a>, version: Version) -> Self {
         Self { caller, routed, version, start: SystemTime::now(), began: Instant::now() }
     }
 

@@ -13,7 +13,7 @@ use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version};
 
 use crate::jwt::{Providers, Verified};
-use crate::proxy::codec::upload::Upload;
+use crate::proxy::codec::replay_body::ReplayBody;
 use crate::proxy::codec::{HEADERS, framing, pool};
 use crate::proxy::outcome::{Fault, Outcome};
 use crate::snapshot::{NormalPath, Normalization, RequestView, Upgrades};
@@ -173,7 +173,11 @@ impl Head {
     ///
     /// # Errors
     /// When HTTP/2 can't name the host.
-    pub(crate) fn into_request(mut self, version: pool::Version, body: Upload) -> Result<Request<Upload>, Fault> {
+    pub(crate) fn into_request(
+        mut self,
+        version: pool::Version,
+        body: ReplayBody,
+    ) -> Result<Request<ReplayBody>, Fault> {
         let chunked = is_of_unknown_length(&body) && !self.headers.contains_key(CONTENT_LENGTH);
         let mut request = Request::new(body);
         match version {
@@ -199,7 +203,7 @@ impl Head {
 
     /// Takes a request back that was not sent.
     #[must_use]
-    pub(crate) fn from_request(request: Request<Upload>, authority: HeaderValue) -> (Self, Upload) {
+    pub(crate) fn from_request(request: Request<ReplayBody>, authority: HeaderValue) -> (Self, ReplayBody) {
         let (Parts { method, uri, mut headers, .. }, body) = request.into_parts();
         let upgrades = headers.contains_key(UPGRADE);
         headers.remove(TRANSFER_ENCODING);
@@ -208,7 +212,7 @@ impl Head {
     }
 }
 
-fn is_of_unknown_length(body: &Upload) -> bool {
+fn is_of_unknown_length(body: &ReplayBody) -> bool {
     use http_body::Body as _;
     !body.is_empty() && body.size_hint().exact().is_none()
 }

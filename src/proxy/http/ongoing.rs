@@ -9,20 +9,20 @@ use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, Waker};
 
+use super::deadlines::{Deadlines, TimedOut};
 use super::message::Head;
-use super::patience::{Expired, Patience};
 use crate::proxy::authorization::Judged;
+use crate::proxy::codec::replay_body::BodyProgress;
 use crate::proxy::codec::server::Watch;
-use crate::proxy::codec::upload::UploadState;
 
 /// One request with its answer. Clones are the same.
 #[derive(Clone)]
 pub(crate) struct Ongoing(Arc<Mutex<State>>);
 
 struct State {
-    upload: Option<UploadState>,
+    upload: Option<BodyProgress>,
     /// Since there is an answer. Before, whoever waits for that has it.
-    patience: Option<Patience>,
+    deadlines: Option<Deadlines>,
     /// What it is judged by when the intentions change.
     case: Option<Case>,
     over: Option<Over>,
@@ -42,21 +42,21 @@ pub(crate) struct Case {
 /// Why a request is ended before it has come to its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Over {
-    Expired(Expired),
+    TimedOut(TimedOut),
     /// Its source may not have it any more.
     Denied,
 }
 
 impl Ongoing {
     #[must_use]
-    pub(crate) fn new(upload: Option<UploadState>, grpc: bool) -> Self {
-        let state = State { upload, patience: None, case: None, over: None, done: false, grpc, task: None };
+    pub(crate) fn new(upload: Option<BodyProgress>, grpc: bool) -> Self {
+        let state = State { upload, deadlines: None, case: None, over: None, done: false, grpc, task: None };
         Self(Arc::new(Mutex::new(state)))
     }
 
     /// The request's body, if there is anything in it.
     #[must_use]
-    pub(crate) fn upload(&self) -> Option<UploadState> {
+    pub(crate) fn upload(&self) -> Option<BodyProgress> {
         self.state().upload.clone()
     }
 
@@ -71,15 +71,15 @@ impl Ongoing {
         self.state().case.take()
     }
 
-    /// There is an answer, with patience for its body.
-    pub(crate) fn answered(&self, patience: Option<Patience>) {
-        self.state().patience = patience;
+    /// There is an answer, with deadlines for its body.
+    pub(crate) fn answered(&self, deadlines: Option<Deadlines>) {
+        self.state().deadlines = deadlines;
     }
 
     /// Something of the answer was taken.
-    pub(crate) fn moved(&self) {
-        if let Some(patience) = &mut self.state().patience {
-            patience.moved();
+    pub(crate) fn progress(&self) {
+        if let Some(deadlines) = &mut self.state().deadlines {
+            deadlines.progress();
         }
     }
 
@@ -87,7 +87,7 @@ impl Ongoing {
     pub(crate) fn done(&self) {
         let mut state = self.state();
         state.done = true;
-        let left = (state.patience.take(), state.case.take(), state.upload.take());
+        let left = (state.deadlines.take(), state.case.take(), state.upload.take());
         drop(state);
         drop(left);
     }
@@ -155,10 +155,10 @@ impl Ongoing {
                 Some(task) => task.clone_from(cx.waker()),
                 none => *none = Some(cx.waker().clone()),
             }
-            let Some(patience) = &mut state.patience else { return Poll::Pending };
-            patience.poll_expired(cx)
+            let Some(deadlines) = &mut state.deadlines else { return Poll::Pending };
+            deadlines.poll_expired(cx)
         };
-        expired.map(|expired| self.end(Over::Expired(expired)))
+        expired.map(|expired| self.end(Over::TimedOut(expired)))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -10,24 +10,24 @@ use hyper::upgrade::OnUpgrade;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 
-use super::body::{Body, Rest};
+use super::body::{Body, ResponseTail};
+use super::deadlines::{Deadlines, TimedOut};
 use super::known::Known;
 use super::message::{self, Head, Intake, X_FORWARDED_CLIENT_CERT};
-use super::note::{Caller, Note};
 use super::ongoing::Ongoing;
-use super::patience::{Expired, Patience};
-use super::reply::Asked;
+use super::request_record::{ConnectionInfo, RequestRecord};
+use super::responder::Responder;
 use super::serve::{self, Part, Terms};
 use super::{bridge, upgrade};
 use crate::drain;
-use crate::proxy::balance::{Balancer, Clock, Instance, Picked, Plan, Report, Retry};
+use crate::proxy::balance::{Balancer, Clock, Instance, Picked, Report, Retry, UpstreamRuntime};
 use crate::proxy::codec::incoming::Incoming;
-use crate::proxy::codec::pool::{Borrowed, Dialled, Failed, Lent, MadeFor, NoConnection, Pool, Version};
-use crate::proxy::codec::upload::{Upload, UploadState};
+use crate::proxy::codec::pool::{Checkout, Dialled, Failed, NoConnection, Pool, PoolKey, PooledConnection, Version};
+use crate::proxy::codec::replay_body::{BodyProgress, ReplayBody};
 use crate::proxy::codec::wire::Wire;
 use crate::proxy::dial::{Offer, Pace, attempt};
 use crate::proxy::limits::{Limit, Overflow, Permit};
-use crate::proxy::listener::Live;
+use crate::proxy::listener::ListenerState;
 use crate::proxy::log_limit::LogLimit;
 use crate::proxy::outcome::{Fault, Outcome};
 use crate::proxy::probe;
@@ -38,13 +38,13 @@ use crate::snapshot::{Failure, Normalization, Protocol, RequestHash, Routed, Tar
 /// One connection of the local app.
 pub(crate) struct Outbound {
     pub remote: Option<SocketAddr>,
-    pub live: watch::Receiver<Live<Plan>>,
+    pub live: watch::Receiver<ListenerState<UpstreamRuntime>>,
     pub drain: drain::Watch,
     pub clock: Clock,
     /// What its requests may upgrade it to, as of when it began.
     pub upgrades: Upgrades,
     /// For the access log.
-    pub caller: Caller,
+    pub caller: ConnectionInfo,
     pub log_limit: LogLimit,
 }
 
@@ -62,18 +62,18 @@ impl Outbound {
         serve::serve(wire, &terms, answer).await
     }
 
-    async fn answer(self: Arc<Self>, mut request: Request<Upload>, ongoing: Ongoing) -> Response<Body> {
-        let mut asked = Asked::new(&self.caller, &request);
-        let plan = Arc::clone(&self.live.borrow().part);
+    async fn answer(self: Arc<Self>, mut request: Request<ReplayBody>, ongoing: Ongoing) -> Response<Body> {
+        let mut asked = Responder::new(&self.caller, &request);
+        let plan = Arc::clone(&self.live.borrow().config);
         let bridged = bridge::spans(plan.upstream.chain.protocol, &mut request);
         let mut result = self.try_answer(&plan, request, &ongoing, asked.note.as_deref_mut()).await;
         if bridged && let Ok(response) = result {
             result = bridge::gather(response).await;
         }
-        asked.answer(result.inspect_err(|fault| self.log(&plan, fault)), plan.upstream.requests.tells_cause)
+        asked.answer(result.inspect_err(|fault| self.log(&plan, fault)), plan.upstream.requests.expose_cause)
     }
 
-    fn log(&self, plan: &Plan, fault: &Fault) {
+    fn log(&self, plan: &UpstreamRuntime, fault: &Fault) {
         if self.log_limit.is_first(&plan.upstream.name, &fault.cause) {
             tracing::warn!(
                 target: "proxy.upstream",
@@ -87,10 +87,10 @@ impl Outbound {
 
     async fn try_answer(
         &self,
-        plan: &Plan,
-        mut request: Request<Upload>,
+        plan: &UpstreamRuntime,
+        mut request: Request<ReplayBody>,
         ongoing: &Ongoing,
-        note: Option<&mut Note>,
+        note: Option<&mut RequestRecord>,
     ) -> Result<Response<Body>, Fault> {
         let client = request.extensions_mut().remove::<OnUpgrade>();
         let (parts, body) = request.into_parts();
@@ -149,7 +149,7 @@ impl Outbound {
     }
 }
 
-impl Part for Plan {
+impl Part for UpstreamRuntime {
     fn carries_requests(&self) -> bool {
         self.upstream.chain.protocol.is_http()
     }
@@ -161,9 +161,9 @@ impl Part for Plan {
 
 /// One request with all its tries.
 struct Exchange<'a> {
-    plan: &'a Plan,
+    plan: &'a UpstreamRuntime,
     routed: &'a Routed<'a>,
-    live: &'a watch::Receiver<Live<Plan>>,
+    live: &'a watch::Receiver<ListenerState<UpstreamRuntime>>,
     clock: Clock,
     hash: Option<u64>,
     /// Where an instance is being connected to.
@@ -187,21 +187,21 @@ struct Exchange<'a> {
 struct Again<'a> {
     head: Option<Head>,
     /// `None`: the request has no body.
-    upload: Option<&'a UploadState>,
+    upload: Option<&'a BodyProgress>,
 }
 
 /// What came of one try.
 enum Tried {
-    Response(Response<Incoming>, Rest),
+    Response(Response<Incoming>, ResponseTail),
     /// To be tried again, with this.
-    Again(Head, Upload),
+    Again(Head, ReplayBody),
 }
 
 impl<'a> Exchange<'a> {
     fn new(
-        plan: &'a Plan,
+        plan: &'a UpstreamRuntime,
         routed: &'a Routed<'a>,
-        live: &'a watch::Receiver<Live<Plan>>,
+        live: &'a watch::Receiver<ListenerState<UpstreamRuntime>>,
         clock: Clock,
         hash: Option<u64>,
     ) -> Self {
@@ -225,34 +225,34 @@ impl<'a> Exchange<'a> {
     async fn run(
         mut self,
         mut head: Head,
-        mut body: Upload,
-        upload: Option<&UploadState>,
-        mut note: Option<&mut Note>,
-    ) -> Result<(Response<Incoming>, Rest), Fault> {
+        mut body: ReplayBody,
+        upload: Option<&BodyProgress>,
+        mut note: Option<&mut RequestRecord>,
+    ) -> Result<(Response<Incoming>, ResponseTail), Fault> {
         self.plan.balancers.budget.request(self.clock.now());
         if let Some(note) = &mut note {
             note.uploads(upload);
         }
         let limits = (self.routed.request_timeout, self.routed.idle_timeout);
-        let mut patience = Patience::new(limits.0, limits.1, upload);
+        let mut deadlines = Deadlines::new(limits.0, limits.1, upload);
         loop {
-            patience.try_for(self.plan.upstream.requests.per_try_timeout);
+            deadlines.try_for(self.plan.upstream.requests.per_try_timeout);
             let mut race = Race::new();
             let connected = self.connect(&mut race, head.upgrades(), note.as_deref_mut());
-            let connected = patience.within(connected).await;
+            let connected = deadlines.run_until(connected).await;
             self.leave(race);
             let (picked, lent) = match connected {
                 Ok(connected) => connected?,
-                Err(expired @ Expired::Try) => {
+                Err(expired @ TimedOut::Try) => {
                     self.took_too_long(&Fault::from(expired));
                     continue;
                 }
                 Err(expired) => return Err(expired.into()),
             };
-            match self.send(picked, lent, head, body, upload, &mut patience).await? {
+            match self.send(picked, lent, head, body, upload, &mut deadlines).await? {
                 Tried::Response(response, mut rest) => {
-                    patience.try_for(None);
-                    rest.patience = Some(patience);
+                    deadlines.try_for(None);
+                    rest.deadlines = Some(deadlines);
                     return Ok((response, rest));
                 }
                 Tried::Again(again, rest) => (head, body) = (again, rest),
@@ -265,10 +265,10 @@ impl<'a> Exchange<'a> {
     /// was sent.
     async fn connect(
         &mut self,
-        race: &mut Race<(Picked, Lent), Unconnected>,
+        race: &mut Race<(Picked, PooledConnection), Unconnected>,
         alone: bool,
-        mut note: Option<&mut Note>,
-    ) -> Result<(Picked, Lent), Fault> {
+        mut note: Option<&mut RequestRecord>,
+    ) -> Result<(Picked, PooledConnection), Fault> {
         self.current = None;
         loop {
             let fault = match self.choose(false) {
@@ -302,9 +302,9 @@ impl<'a> Exchange<'a> {
         first: &mut Option<(Picked, Instant)>,
         failed: Option<Unconnected>,
         alone: bool,
-        note: &mut Option<&mut Note>,
+        note: &mut Option<&mut RequestRecord>,
         overflow: &mut Option<Fault>,
-    ) -> Next<(Picked, Lent), Unconnected> {
+    ) -> Next<(Picked, PooledConnection), Unconnected> {
         if let Some(Unconnected { instance, fault }) = failed {
             if fault.outcome == Outcome::Overflow {
                 *overflow = Some(fault);
@@ -342,7 +342,7 @@ impl<'a> Exchange<'a> {
     }
 
     /// Lets what is still being connected to come to its end: into the pool, or put aside.
-    fn leave(&self, race: Race<(Picked, Lent), Unconnected>) {
+    fn leave(&self, race: Race<(Picked, PooledConnection), Unconnected>) {
         let Some(current) = self.current.as_ref().filter(|_| race.is_on()) else { return };
         let (live, target, clock) = (self.live.clone(), Arc::clone(current.target), self.clock);
         race.finish(move |ended| match ended {
@@ -362,7 +362,7 @@ impl<'a> Exchange<'a> {
         }
     }
 
-    fn tell(&self, note: &mut Option<&mut Note>, picked: &Picked) {
+    fn tell(&self, note: &mut Option<&mut RequestRecord>, picked: &Picked) {
         if let (Some(note), Some(current)) = (note, &self.current) {
             note.sent_to(current.target.tls.name().to_str(), &picked.instance().address);
         }
@@ -413,7 +413,7 @@ impl<'a> Exchange<'a> {
             return Fault::new(Outcome::Unreachable, cause);
         }
         let targets = self.plan.balancers.in_order(&self.routed.resolver.targets, self.clock.now());
-        let told = targets.iter().map(|(target, balancer)| format!("{}: {}", target, balancer.absence()));
+        let told = targets.iter().map(|(target, balancer)| format!("{}: {}", target, balancer.no_endpoint_reason()));
         Fault::new(Outcome::NoInstance, told.collect::<Vec<_>>().join("; "))
     }
 
@@ -426,11 +426,11 @@ impl<'a> Exchange<'a> {
     async fn send(
         &mut self,
         picked: Picked,
-        lent: Lent,
+        lent: PooledConnection,
         head: Head,
-        body: Upload,
-        upload: Option<&UploadState>,
-        patience: &mut Patience,
+        body: ReplayBody,
+        upload: Option<&BodyProgress>,
+        deadlines: &mut Deadlines,
     ) -> Result<Tried, Fault> {
         let permit = self.current.take().map(|Current { target, permit, .. }| {
             self.sent_to = Some(target);
@@ -443,7 +443,7 @@ impl<'a> Exchange<'a> {
         let again = Again { head: may_go_again.then(|| head.clone()), upload };
         let request = head.into_request(lent.version(), body)?;
         let sent = Instant::now();
-        let answered = patience.within(lent.send(request)).await;
+        let answered = deadlines.run_until(lent.send(request)).await;
         let (latency, now) = (sent.elapsed(), self.clock.now());
         match answered {
             Ok(Ok((response, held))) => {
@@ -457,7 +457,7 @@ impl<'a> Exchange<'a> {
                 {
                     return Ok(Tried::Again(head, body));
                 }
-                Ok(Tried::Response(response, Rest::new(held, Some((in_flight, permit)))))
+                Ok(Tried::Response(response, ResponseTail::new(held, Some((in_flight, permit)))))
             }
             Ok(Err(failed)) => self.after_failure(picked, failed, again, authority, reused).await,
             Err(expired) => self.after_expiry(picked, expired, again, latency).await,
@@ -467,17 +467,17 @@ impl<'a> Exchange<'a> {
     async fn after_expiry(
         &mut self,
         picked: Picked,
-        expired: Expired,
+        expired: TimedOut,
         again: Again<'_>,
         latency: Duration,
     ) -> Result<Tried, Fault> {
         let instance = Arc::clone(picked.instance());
         // What the client broke off says nothing of the instance.
-        if expired != Expired::Upload {
+        if expired != TimedOut::Upload {
             picked.report(Report::Reset, latency, self.clock.now());
         }
         let fault = Fault::from(expired);
-        let policy = self.routed.retries.filter(|_| expired == Expired::Try && self.retries > 0);
+        let policy = self.routed.retries.filter(|_| expired == TimedOut::Try && self.retries > 0);
         if policy.is_some_and(|policy| policy.retries_response(StatusCode::GATEWAY_TIMEOUT, &HeaderMap::new()))
             && let Some((head, body)) = again.take()
             && self.retry(&instance, &fault.cause).await
@@ -496,8 +496,8 @@ impl<'a> Exchange<'a> {
         reused: bool,
     ) -> Result<Tried, Fault> {
         let (instance, now) = (Arc::clone(picked.instance()), self.clock.now());
-        let told = failed.told();
-        if again.upload.is_some_and(UploadState::is_broken) {
+        let told = failed.describe();
+        if again.upload.is_some_and(BodyProgress::is_broken) {
             return Err(Fault::new(Outcome::BadRequest, format!("the request's body broke off: {told}")));
         }
         // Nothing of it has been sent: this is no retry, and no fault of the instance if the connection was old.
@@ -568,7 +568,7 @@ struct Current<'a> {
     /// Instances that were chosen.
     begun: usize,
     permit: Permit,
-    /// Held while the request waits for a connection.
+    /// ConnectionGuard while the request waits for a connection.
     pending: Option<Permit>,
 }
 
@@ -578,8 +578,8 @@ impl<'a> Current<'a> {
     }
 
     /// A connection that is there.
-    fn reuse(&self, picked: &Picked) -> Option<Lent> {
-        picked.instance().pool().reuse(&MadeFor::Mesh(Arc::clone(&self.target.tls)))
+    fn reuse(&self, picked: &Picked) -> Option<PooledConnection> {
+        picked.instance().pool().reuse(&PoolKey::Mesh(Arc::clone(&self.target.tls)))
     }
 
     /// Counts the request among those that wait for a connection.
@@ -611,7 +611,7 @@ struct Unconnected {
 
 impl Dial {
     /// Reports a failure; how the request goes is yet to be reported.
-    async fn connect(self, picked: Picked, clock: Clock) -> Result<(Picked, Lent), Unconnected> {
+    async fn connect(self, picked: Picked, clock: Clock) -> Result<(Picked, PooledConnection), Unconnected> {
         match self.connection(picked.instance()).await {
             Ok(lent) => Ok((picked, lent)),
             Err(why) => {
@@ -624,19 +624,19 @@ impl Dial {
         }
     }
 
-    async fn connection(&self, instance: &Instance) -> Result<Lent, NoConnection> {
+    async fn connection(&self, instance: &Instance) -> Result<PooledConnection, NoConnection> {
         let permit = || self.balancer.admit(Limit::Connections);
         if self.alone {
             let open = instance.pool().enter(Some(permit()?));
             let (mesh, _) = attempt(&self.target, instance, self.until, Offer::Http1).await?;
             return Pool::connect_once(Wire::tls(mesh), open).await;
         }
-        let made_for = MadeFor::Mesh(Arc::clone(&self.target.tls));
-        match instance.pool().connect(&made_for, self.dial(instance, || permit().map(Some))).await {
+        let pool_key = PoolKey::Mesh(Arc::clone(&self.target.tls));
+        match instance.pool().connect(&pool_key, self.dial(instance, || permit().map(Some))).await {
             // As in Envoy, requests wait for one of the connections, and each instance may have one.
-            Err(NoConnection::Overflow(_)) if self.may_wait => match instance.pool().borrow(&made_for).await {
-                Borrowed::Lent(lent) => Ok(*lent),
-                Borrowed::None => instance.pool().connect(&made_for, self.dial(instance, || Ok(None))).await,
+            Err(NoConnection::Overflow(_)) if self.may_wait => match instance.pool().borrow(&pool_key).await {
+                Checkout::PooledConnection(lent) => Ok(*lent),
+                Checkout::None => instance.pool().connect(&pool_key, self.dial(instance, || Ok(None))).await,
             },
             dialled => dialled,
         }
@@ -657,9 +657,9 @@ impl Dial {
 
 impl Again<'_> {
     /// The request once more, if it can be had.
-    fn take(self) -> Option<(Head, Upload)> {
+    fn take(self) -> Option<(Head, ReplayBody)> {
         let body = match self.upload {
-            None => Upload::none(),
+            None => ReplayBody::none(),
             Some(upload) => upload.again()?,
         };
         Some((self.head?, body))

@@ -22,15 +22,15 @@ use super::body::Body;
 use super::departure::Departure;
 use super::grpc::is_grpc;
 use super::message;
-use super::note::Caller;
 use super::ongoing::Ongoing;
+use super::request_record::ConnectionInfo;
 use crate::drain::Stage;
 use crate::proxy::codec::incoming::Incoming;
+use crate::proxy::codec::replay_body::ReplayBody;
 use crate::proxy::codec::server::Server;
-use crate::proxy::codec::upload::Upload;
 use crate::proxy::codec::wire::{Turn, Wire};
 use crate::proxy::codec::{HEAD_SIZE, HEADERS, HTTP1_BUFFER};
-use crate::proxy::listener::Live;
+use crate::proxy::listener::ListenerState;
 use crate::proxy::log_limit::LogLimit;
 use crate::proxy::outcome::{Fault, Outcome};
 use crate::proxy::record::{Host, Shown};
@@ -69,7 +69,7 @@ pub(super) trait Part {
 
 /// What a connection goes by besides its requests.
 pub(super) struct Terms<P> {
-    live: watch::Receiver<Live<P>>,
+    live: watch::Receiver<ListenerState<P>>,
     times: Times,
     leaving: Arc<Leaving>,
     remote: Option<SocketAddr>,
@@ -80,10 +80,10 @@ pub(super) struct Terms<P> {
 impl<P: Part> Terms<P> {
     #[must_use]
     pub(super) fn new(
-        live: watch::Receiver<Live<P>>,
+        live: watch::Receiver<ListenerState<P>>,
         times: Times,
         leaving: Arc<Leaving>,
-        caller: &Caller,
+        caller: &ConnectionInfo,
         log_limit: LogLimit,
     ) -> Self {
         Self { live, times, leaving, remote: caller.remote, peer: caller.peer.clone(), log_limit }
@@ -98,7 +98,7 @@ impl<P: Part> Terms<P> {
         if is_first {
             tracing::info!(
                 target: "proxy",
-                listener = self.live.borrow().part.name(),
+                listener = self.live.borrow().config.name(),
                 source = self.peer.as_deref().map(tracing::field::display),
                 src = %Shown(self.remote),
                 reason,
@@ -111,7 +111,7 @@ impl<P: Part> Terms<P> {
     async fn leaves(&self) {
         let mut live = self.live.clone();
         tokio::select! {
-            _ = live.wait_for(|live| live.stage >= Stage::Draining || !live.part.carries_requests()) => {}
+            _ = live.wait_for(|live| live.stage >= Stage::Draining || !live.config.carries_requests()) => {}
             () = self.leaving.told() => {}
         }
     }
@@ -120,7 +120,7 @@ impl<P: Part> Terms<P> {
     async fn closes(&self) {
         let (mut live, mut kind) = (self.live.clone(), self.live.clone());
         let carries_bytes = async {
-            let _ = kind.wait_for(|live| !live.part.carries_requests()).await;
+            let _ = kind.wait_for(|live| !live.config.carries_requests()).await;
             sleep(OTHER_KIND).await;
         };
         tokio::select! {
@@ -156,7 +156,7 @@ impl Leaving {
 pub(super) async fn serve<P, H, F>(wire: Wire, terms: &Terms<P>, handle: H) -> Result<(), Fault>
 where
     P: Part,
-    H: Fn(Request<Upload>, Ongoing) -> F + Clone,
+    H: Fn(Request<ReplayBody>, Ongoing) -> F + Clone,
     F: Future<Output = Response<Body>> + Send + 'static,
 {
     let last_moment = async {
@@ -180,7 +180,7 @@ where
 async fn serve_http2<P, H, F>(wire: Wire, terms: &Terms<P>, handle: H) -> Result<(), Fault>
 where
     P: Part,
-    H: Fn(Request<Upload>, Ongoing) -> F,
+    H: Fn(Request<ReplayBody>, Ongoing) -> F,
     F: Future<Output = Response<Body>> + Send + 'static,
 {
     wire.follow_frames();
@@ -202,7 +202,7 @@ where
 async fn serve_http1<P, H, F>(wire: Wire, terms: &Terms<P>, handle: H) -> Result<(), Fault>
 where
     P: Part,
-    H: Fn(Request<Upload>, Ongoing) -> F + Clone,
+    H: Fn(Request<ReplayBody>, Ongoing) -> F + Clone,
     F: Future<Output = Response<Body>> + Send + 'static,
 {
     if wire.agreed_on_http2() {
@@ -267,10 +267,10 @@ async fn wakes<P: Part>(wire: &Wire, terms: &Terms<P>) -> bool {
 }
 
 /// A request as handlers take it, and what the connection sees of it.
-fn begin(request: Request<Incoming>, http2: bool) -> (Request<Upload>, Ongoing) {
+fn begin(request: Request<Incoming>, http2: bool) -> (Request<ReplayBody>, Ongoing) {
     let grpc = http2 && is_grpc(request.headers());
     let (parts, body) = request.into_parts();
-    let (body, upload) = Upload::new(body);
+    let (body, upload) = ReplayBody::new(body);
     (Request::from_parts(parts, body), Ongoing::new(upload, grpc))
 }
 
@@ -574,7 +574,7 @@ mod tests {
     /// How a connection ends within a minute on which these frames come first.
     async fn ended(frames: &[&[u8]]) -> Option<Result<(), Fault>> {
         let (mut client, server) = UnixStream::pair().unwrap();
-        let (_live, live) = watch::channel(Live { part: Arc::new(()), stage: Stage::Running });
+        let (_live, live) = watch::channel(ListenerState { config: Arc::new(()), stage: Stage::Running });
         client.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
         client.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.unwrap();
         client.write_all(&frames.concat()).await.unwrap();
@@ -583,7 +583,7 @@ mod tests {
             Duration::from_secs(60),
             serve(
                 Wire::plain(Socket::Unix(server)),
-                &Terms::new(live, TIMES, Arc::default(), &Caller::default(), LogLimit::default()),
+                &Terms::new(live, TIMES, Arc::default(), &ConnectionInfo::default(), LogLimit::default()),
                 answer,
             ),
         )

@@ -463,7 +463,7 @@ async fn a_sidecar_that_ends_between_requests_costs_none() {
         let app = app(http2, |_| async { ok(text("here")) }).await;
         let (first, second, at) = (free(), free(), free());
         let servers = [first, second].map(|mesh| Sidecar::start(with_public(public(protocol, mesh, app))));
-        let requests = RequestSettings { tells_cause: true, ..RequestSettings::default() };
+        let requests = RequestSettings { expose_cause: true, ..RequestSettings::default() };
         let upstream = Upstream { requests, ..upstream(protocol, at, &[first, second]) };
         let _client = Sidecar::start(with_upstream(upstream));
         for listener in [first, second, at] {
@@ -539,7 +539,7 @@ async fn a_try_has_a_time_of_its_own_and_the_next_goes_elsewhere() {
         .map(|(mesh, app)| Sidecar::start(with_public(public(Protocol::Http, mesh, app))));
     let requests = RequestSettings {
         per_try_timeout: Some(Duration::from_millis(100)),
-        tells_cause: true,
+        expose_cause: true,
         ..RequestSettings::default()
     };
     for asked in [false, true] {

@@ -12,25 +12,25 @@ use tokio::io::{AsyncWriteExt, copy_bidirectional_with_sizes};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
-use super::body::{Body, Rest};
-use super::patience::Patience;
+use super::body::{Body, ResponseTail};
+use super::deadlines::Deadlines;
 use crate::drain::{self, Stage};
 use crate::proxy::codec::incoming::Incoming;
 use crate::proxy::codec::wire::Wire;
-use crate::proxy::listener::Live;
+use crate::proxy::listener::ListenerState;
 
 /// Joins both connections after the response that says so, and gives that response. They are cut at the end of a
 /// drain, when `may_stay` says no of a newer configuration, or when nothing has moved for the idle time of the exchange.
 pub(super) fn join<P: Send + Sync + 'static>(
     client: OnUpgrade,
     mut response: Response<Incoming>,
-    rest: Rest,
-    mut live: watch::Receiver<Live<P>>,
+    rest: ResponseTail,
+    mut live: watch::Receiver<ListenerState<P>>,
     drain: drain::Watch,
     may_stay: impl Fn(&P) -> bool + Send + Sync + 'static,
 ) -> Response<Body> {
     let server = hyper::upgrade::on(&mut response);
-    let idle = rest.patience.as_ref().and_then(Patience::idle);
+    let idle = rest.deadlines.as_ref().and_then(Deadlines::idle);
     tokio::spawn(async move {
         let (_rest, _drain) = (rest, drain);
         let Ok(Ok(mut joined)) = timeout(TAKE_TIME, take_both(client, server)).await else { return };
@@ -38,7 +38,7 @@ pub(super) fn join<P: Send + Sync + 'static>(
         let copied = tokio::select! {
             biased;
             () = stands_still(wires, idle) => None,
-            _ = live.wait_for(|live| live.stage >= Stage::Closing || !may_stay(&live.part)) => None,
+            _ = live.wait_for(|live| live.stage >= Stage::Closing || !may_stay(&live.config)) => None,
             copied = joined.copy() => Some(copied),
         };
         match copied {

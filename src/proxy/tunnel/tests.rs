@@ -597,7 +597,7 @@ async fn asked(pair: &Pair) -> Result<(), Refusal> {
     let socket = Socket::tcp(TcpStream::connect(pair.mesh).await.unwrap());
     let expected = vec![SpiffeId::parse(&uri("db")).unwrap()];
     let client = CA.credentials("web").client("db.x.consul", expected, TUNNELS).unwrap();
-    let mut mesh = Carrier::new(Stream::connect(socket, &client).await.unwrap(), Role::Client);
+    let mut mesh = MeshStream::new(Stream::connect(socket, &client).await.unwrap(), Role::Client);
     assert!(mesh.is_free() && mesh.answers_for_app());
     timeout(PATIENCE, mesh.start()).await.unwrap().unwrap()
 }

@@ -9,16 +9,16 @@ use bytes::Bytes;
 use http::{HeaderMap, Method, Request, Response, Uri, Version};
 use http_body::Frame;
 
-use super::patience::Expired;
+use super::deadlines::TimedOut;
 use crate::access_log::{self, AccessLog, Active, Record, Secrets};
 use crate::jwt::Providers;
-use crate::proxy::codec::upload::UploadState;
+use crate::proxy::codec::replay_body::BodyProgress;
 use crate::proxy::outcome::{Fault, Outcome};
 use crate::tls::SpiffeId;
 
 /// Who asks, the same for all requests of a connection.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Caller {
+pub(crate) struct ConnectionInfo {
     pub access_log: AccessLog,
     pub remote: Option<SocketAddr>,
     pub local: Option<SocketAddr>,
@@ -26,9 +26,9 @@ pub(crate) struct Caller {
 }
 
 /// Writes its line when it is dropped.
-pub(crate) struct Note {
+pub(crate) struct RequestRecord {
     log: Arc<Active>,
-    caller: Caller,
+    caller: ConnectionInfo,
     start: SystemTime,
     began: Instant,
     answered: Option<Instant>,
@@ -45,7 +45,7 @@ pub(crate) struct Note {
     /// They say where tokens are that the log must not show.
     providers: Option<Arc<Providers>>,
     upstream: Option<Upstream>,
-    upload: Option<UploadState>,
+    upload: Option<BodyProgress>,
     sent: u64,
     complete: bool,
 }
@@ -56,12 +56,12 @@ struct Upstream {
     attempts: u32,
 }
 
-impl Caller {
+impl ConnectionInfo {
     /// `None` where nothing is logged.
     #[must_use]
-    pub(crate) fn note<B>(&self, request: &Request<B>) -> Option<Box<Note>> {
+    pub(crate) fn note<B>(&self, request: &Request<B>) -> Option<Box<RequestRecord>> {
         let log = self.access_log.active()?;
-        Some(Box::new(Note {
+        Some(Box::new(RequestRecord {
             log,
             caller: self.clone(),
             start: SystemTime::now(),
@@ -85,7 +85,7 @@ impl Caller {
     }
 }
 
-impl Note {
+impl RequestRecord {
     /// The log shows no tokens where these look for them.
     pub(crate) fn hide_tokens_of(&mut self, providers: &Arc<Providers>) {
         self.providers = Some(Arc::clone(providers));
@@ -97,7 +97,7 @@ impl Note {
         self.upstream = Some(Upstream { cluster: cluster.to_string(), host: host.to_string(), attempts });
     }
 
-    pub(crate) fn uploads(&mut self, upload: Option<&UploadState>) {
+    pub(crate) fn uploads(&mut self, upload: Option<&BodyProgress>) {
         self.upload = upload.cloned();
     }
 
@@ -130,17 +130,17 @@ impl Note {
     }
 
     /// The response broke off: it was not waited for any longer, or (`None`) whoever sent it failed to.
-    pub(crate) fn broken(&mut self, expired: Option<Expired>) {
+    pub(crate) fn broken(&mut self, expired: Option<TimedOut>) {
         self.complete = true;
         self.outcome = match expired {
             None => Outcome::Reset,
-            Some(Expired::Upload) => Outcome::ClientReset,
+            Some(TimedOut::Upload) => Outcome::ClientReset,
             Some(expired) => Fault::from(expired).outcome,
         };
     }
 }
 
-impl Drop for Note {
+impl Drop for RequestRecord {
     fn drop(&mut self) {
         let authority = self.uri.authority().map(|authority| authority.as_str());
         let host = || self.headers.get(http::header::HOST).and_then(|host| host.to_str().ok());
@@ -159,12 +159,12 @@ impl Drop for Note {
             }),
             response: (self.status > 0).then(|| access_log::Response {
                 code: self.status,
-                details: self.answer.map(|outcome| Cow::Borrowed(outcome.told().details)),
+                details: self.answer.map(|outcome| Cow::Borrowed(outcome.describe().details)),
                 headers: &self.response_headers,
                 trailers: self.trailers.as_ref(),
             }),
-            flags: Cow::Borrowed(outcome.told().flag),
-            bytes_received: self.upload.as_ref().map_or(0, UploadState::received),
+            flags: Cow::Borrowed(outcome.describe().flag),
+            bytes_received: self.upload.as_ref().map_or(0, BodyProgress::received),
             bytes_sent: self.sent,
             upstream: self.upstream.as_ref().map(|upstream| access_log::Upstream {
                 cluster: Cow::Borrowed(&upstream.cluster),

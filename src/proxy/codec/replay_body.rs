@@ -16,10 +16,10 @@ use super::framing;
 use super::incoming::{BodyError, Incoming};
 
 /// The body of a request that we send.
-pub struct Upload(Option<Sending>);
+pub struct ReplayBody(Option<Sending>);
 
 /// A body of which the beginning is kept so that the request can be sent again. A newer one from
-/// [`UploadState::again`] supersedes it.
+/// [`BodyProgress::again`] supersedes it.
 struct Sending {
     shared: Arc<Mutex<Shared>>,
     turn: u32,
@@ -56,9 +56,9 @@ struct Shared {
 
 /// A hold on an upload from the side that sends it.
 #[derive(Clone)]
-pub struct UploadState(Arc<Mutex<Shared>>);
+pub struct BodyProgress(Arc<Mutex<Shared>>);
 
-impl Upload {
+impl ReplayBody {
     #[must_use]
     pub fn none() -> Self {
         Self(None)
@@ -66,7 +66,7 @@ impl Upload {
 
     /// The body, and a hold on it if there is anything in it.
     #[must_use]
-    pub fn new(source: Incoming) -> (Self, Option<UploadState>) {
+    pub fn new(source: Incoming) -> (Self, Option<BodyProgress>) {
         use http_body::Body as _;
         if source.is_end_stream() {
             return (Self::none(), None);
@@ -87,7 +87,7 @@ impl Upload {
             received: 0,
             moved: None,
         }));
-        (Self(Some(Sending { shared: Arc::clone(&shared), turn: 0, given: 0 })), Some(UploadState(shared)))
+        (Self(Some(Sending { shared: Arc::clone(&shared), turn: 0, given: 0 })), Some(BodyProgress(shared)))
     }
 
     /// Whether there is nothing in it for sure.
@@ -97,7 +97,7 @@ impl Upload {
     }
 }
 
-impl http_body::Body for Upload {
+impl http_body::Body for ReplayBody {
     type Data = Bytes;
     type Error = Broken;
 
@@ -209,7 +209,7 @@ impl Shared {
     }
 }
 
-impl UploadState {
+impl BodyProgress {
     /// All of the body has come.
     #[must_use]
     pub fn is_whole(&self) -> bool {
@@ -266,13 +266,13 @@ impl UploadState {
 
     /// The whole body once more, if all that was sent of it is kept.
     #[must_use]
-    pub fn again(&self) -> Option<Upload> {
+    pub fn again(&self) -> Option<ReplayBody> {
         let mut shared = lock(&self.0);
         if !shared.whole || shared.broken {
             return None;
         }
         shared.turn += 1;
-        Some(Upload(Some(Sending { shared: Arc::clone(&self.0), turn: shared.turn, given: 0 })))
+        Some(ReplayBody(Some(Sending { shared: Arc::clone(&self.0), turn: shared.turn, given: 0 })))
     }
 
     /// Data bytes that came of it so far.
@@ -301,7 +301,7 @@ impl UploadState {
 
     /// When something of it last came.
     #[must_use]
-    pub fn moved(&self) -> Option<Instant> {
+    pub fn last_progress(&self) -> Option<Instant> {
         lock(&self.0).moved
     }
 }

@@ -5,7 +5,7 @@
 
 /// Where in its frames a connection is.
 #[derive(Debug)]
-pub(crate) struct Blocks {
+pub(crate) struct HeaderBlockProgress {
     /// Bytes before the next frame: first those of the preface.
     skip: u64,
     /// The beginning of a frame, whose header has not come whole.
@@ -15,11 +15,11 @@ pub(crate) struct Blocks {
     open: bool,
     /// The present frame ends a block.
     ending: bool,
-    /// Blocks that have begun.
+    /// HeaderBlockProgress that have begun.
     begun: u64,
 }
 
-impl Blocks {
+impl HeaderBlockProgress {
     /// For a connection that begins with a preface of so many bytes.
     #[must_use]
     pub(crate) fn after(preface: usize) -> Self {
@@ -88,7 +88,7 @@ mod tests {
     }
 
     fn after(frames: &[Vec<u8>]) -> Option<u64> {
-        let mut blocks = Blocks::after(3);
+        let mut blocks = HeaderBlockProgress::after(3);
         blocks.follow(b"PRI");
         blocks.follow(&frames.concat());
         blocks.begun_head()
@@ -119,9 +119,9 @@ mod tests {
         ) {
             let mut bytes: Vec<u8> = frames.iter().flat_map(|(kind, flags, size)| frame(*kind, *flags, *size)).collect();
             bytes.truncate(bytes.len().saturating_sub(last));
-            let mut whole = Blocks::after(0);
+            let mut whole = HeaderBlockProgress::after(0);
             whole.follow(&bytes);
-            let mut cut = Blocks::after(0);
+            let mut cut = HeaderBlockProgress::after(0);
             bytes.chunks(piece).for_each(|piece| cut.follow(piece));
             prop_assert_eq!(whole.begun_head(), cut.begun_head());
         }

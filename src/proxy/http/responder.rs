@@ -5,35 +5,35 @@ use http::{HeaderValue, Request, Response};
 
 use super::body::Body;
 use super::grpc::{grpc_status, is_grpc};
-use super::note::{Caller, Note};
+use super::request_record::{ConnectionInfo, RequestRecord};
 use crate::proxy::outcome::{Fault, Outcome, Told};
 
 /// What is remembered of a request in order to answer it.
-pub(super) struct Asked {
+pub(super) struct Responder {
     grpc: bool,
     /// For the access log.
-    pub note: Option<Box<Note>>,
+    pub note: Option<Box<RequestRecord>>,
 }
 
-impl Asked {
+impl Responder {
     #[must_use]
-    pub(super) fn new<B>(caller: &Caller, request: &Request<B>) -> Self {
+    pub(super) fn new<B>(caller: &ConnectionInfo, request: &Request<B>) -> Self {
         Self { grpc: is_grpc(request.headers()), note: caller.note(request) }
     }
 
-    /// The response to the request, or to what it was refused for. `tells_cause` has a header say why, ours or that of the
+    /// The response to the request, or to what it was refused for. `expose_cause` has a header say why, ours or that of the
     /// sidecar behind.
     #[must_use]
-    pub(super) fn answer(self, result: Result<Response<Body>, Fault>, tells_cause: bool) -> Response<Body> {
+    pub(super) fn answer(self, result: Result<Response<Body>, Fault>, expose_cause: bool) -> Response<Body> {
         let (response, fault) = match result {
             Ok(mut response) => {
                 // What another sidecar says names services and addresses too.
-                if !tells_cause {
+                if !expose_cause {
                     response.headers_mut().remove(X_LICTOR_CAUSE);
                 }
                 (response, None)
             }
-            Err(fault) => (reply(&fault, self.grpc, tells_cause), Some(fault)),
+            Err(fault) => (reply(&fault, self.grpc, expose_cause), Some(fault)),
         };
         let Some(mut note) = self.note else { return response };
         note.answered(&response, fault.as_ref());
@@ -41,15 +41,15 @@ impl Asked {
     }
 }
 
-/// An answer of our own, with the cause in a header if `tells_cause`. `grpc` says that the request was one of gRPC.
-fn reply(fault: &Fault, grpc: bool, tells_cause: bool) -> Response<Body> {
-    let Told { status, body, .. } = fault.outcome.told();
+/// An answer of our own, with the cause in a header if `expose_cause`. `grpc` says that the request was one of gRPC.
+fn reply(fault: &Fault, grpc: bool, expose_cause: bool) -> Response<Body> {
+    let Told { status, body, .. } = fault.outcome.describe();
     let mut response = Response::new(Body::empty());
     let headers = response.headers_mut();
     if fault.outcome == Outcome::Overflow {
         headers.insert(HeaderName::from_static("x-envoy-overloaded"), HeaderValue::from_static("true"));
     }
-    if tells_cause {
+    if expose_cause {
         let cause: String = fault.cause.chars().map(|c| if c.is_ascii_graphic() { c } else { ' ' }).collect();
         if let Ok(cause) = HeaderValue::try_from(cause) {
             headers.insert(X_LICTOR_CAUSE, cause);

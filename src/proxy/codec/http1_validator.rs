@@ -4,7 +4,7 @@
 //! transfer coding, a length said twice, spaces around chunk sizes. What it would make of them is sound, but
 //! whoever stands behind us may make something else of the same bytes. So a request that is not written the
 //! one way is refused: what follows the fault is replaced by bytes that the codec answers with 400, and in a
-//! head, [`Strict::rest`] follows, for the codec does not look at a head before it is complete.
+//! head, [`Http1Validator::rest`] follows, for the codec does not look at a head before it is complete.
 
 use std::mem;
 
@@ -12,7 +12,7 @@ use crate::snapshot::Upgrades;
 
 /// What is known of the requests on one connection as its bytes go by.
 #[derive(Debug, Default)]
-pub(crate) struct Strict {
+pub(crate) struct Http1Validator {
     place: Place,
     /// The beginning of a line whose end has not come yet.
     line: Vec<u8>,
@@ -21,7 +21,7 @@ pub(crate) struct Strict {
     heads: u64,
     refused: Option<&'static str>,
     /// What takes the place of everything behind the fault.
-    spoil: u8,
+    poison: u8,
     /// The rest has been read.
     ended: bool,
     foreign: bool,
@@ -61,7 +61,7 @@ struct Head {
 const LINE_LIMIT: usize = 64 * 1024;
 const CHUNK_SIZE_LIMIT: usize = 256;
 
-impl Strict {
+impl Http1Validator {
     /// For a client that may upgrade to these.
     #[must_use]
     pub(crate) fn new(upgrades: Upgrades) -> Self {
@@ -106,7 +106,7 @@ impl Strict {
     }
 
     /// Looks at the bytes that come next and spoils them from the first fault on.
-    pub(crate) fn judge(&mut self, bytes: &mut [u8]) {
+    pub(crate) fn validate(&mut self, bytes: &mut [u8]) {
         let mut at = 0;
         while at < bytes.len() && self.refused.is_none() {
             let waits_for_lf = self.line.last() == Some(&b'\r');
@@ -115,12 +115,12 @@ impl Strict {
                 Err(reason) => {
                     self.refused = Some(reason);
                     // A chunk extension may hold anything but an LF, and an LF ends it behind a CR.
-                    self.spoil = if self.place == Place::ChunkSize && !waits_for_lf { b'\n' } else { 0 };
+                    self.poison = if self.place == Place::ChunkSize && !waits_for_lf { b'\n' } else { 0 };
                 }
             }
         }
         if self.refused.is_some() {
-            bytes[at..].fill(self.spoil);
+            bytes[at..].fill(self.poison);
         }
     }
 
@@ -297,9 +297,9 @@ mod tests {
 
     /// The bytes as they come through in pieces of a size, and why they were refused.
     fn judged(bytes: &[u8], piece: usize) -> (Vec<u8>, Option<&'static str>) {
-        let mut strict = Strict::default();
+        let mut strict = Http1Validator::default();
         let mut through = bytes.to_vec();
-        through.chunks_mut(piece).for_each(|piece| strict.judge(piece));
+        through.chunks_mut(piece).for_each(|piece| strict.validate(piece));
         (through, strict.refused())
     }
 
@@ -342,8 +342,8 @@ mod tests {
             let request = format!("GET / HTTP/1.1\r\nUpgrade: {protocols}\r\n\r\nGET / HTTP/1.1\n");
             assert!(refusal(&request).is_some(), "{protocols}");
         }
-        let mut named = Strict::new(Upgrades::new(["chat".to_owned()]));
-        named.judge(&mut b"GET / HTTP/1.1\r\nUpgrade: chat/2\r\n\r\n\n".to_vec());
+        let mut named = Http1Validator::new(Upgrades::new(["chat".to_owned()]));
+        named.validate(&mut b"GET / HTTP/1.1\r\nUpgrade: chat/2\r\n\r\n\n".to_vec());
         assert_eq!(named.refused(), None);
     }
 
@@ -371,21 +371,21 @@ mod tests {
     fn nothing_after_a_fault_gets_through() {
         let (through, refused) = judged(b"GET / HTTP/1.1\r\nA: b\nHost: a\r\n\r\nGET /smuggled HTTP/1.1\r\n\r\n", 7);
         assert!(refused.is_some() && !String::from_utf8_lossy(&through).contains("smuggled"));
-        let mut strict = Strict::default();
-        strict.judge(&mut b"\n".to_vec());
+        let mut strict = Http1Validator::default();
+        strict.validate(&mut b"\n".to_vec());
         assert_eq!((strict.rest(), strict.rest()), (&b"\n\n"[..], &b""[..]));
     }
 
     #[test]
     fn a_head_is_begun_until_its_last_byte() {
-        let mut strict = Strict::default();
-        strict.judge(&mut b"GET / HTTP/1.1\r\n\r\n".to_vec());
+        let mut strict = Http1Validator::default();
+        strict.validate(&mut b"GET / HTTP/1.1\r\n\r\n".to_vec());
         assert_eq!(strict.begun_head(), None);
-        strict.judge(&mut b"GE".to_vec());
+        strict.validate(&mut b"GE".to_vec());
         assert_eq!(strict.begun_head(), Some(2));
-        strict.judge(&mut b"T / HTTP/1.1\r\nHost: a\r\n".to_vec());
+        strict.validate(&mut b"T / HTTP/1.1\r\nHost: a\r\n".to_vec());
         assert_eq!(strict.begun_head(), Some(2));
-        strict.judge(&mut b"\r\n".to_vec());
+        strict.validate(&mut b"\r\n".to_vec());
         assert_eq!(strict.begun_head(), None);
     }
 

@@ -1,4 +1,4 @@
-//! For how long an exchange is waited for.
+//! Deadlines of one request.
 
 use std::fmt;
 use std::future::poll_fn;
@@ -8,20 +8,20 @@ use std::time::Duration;
 
 use tokio::time::{Instant, Sleep, sleep_until};
 
-use crate::proxy::codec::upload::{Progress, UploadState};
+use crate::proxy::codec::replay_body::{BodyProgress, Progress};
 use crate::proxy::outcome::{Fault, Outcome};
 
-/// The patience with one exchange: one timer for all of its limits, and an eye on its upload.
+/// Deadlines of one request: the whole request, a single try, and idle. One timer serves all three, and the upload is looked at.
 ///
 /// As in Envoy, the time for the response begins when the request is complete: an upload may take as long as it
 /// goes on. What bounds one that does not is the idle time.
-pub(crate) struct Patience {
+pub(crate) struct Deadlines {
     sleep: Option<Pin<Box<Sleep>>>,
     whole: Option<Limit>,
     one_try: Option<Limit>,
     idle: Option<Duration>,
     moved: Instant,
-    upload: Option<UploadState>,
+    upload: Option<BodyProgress>,
     /// The upload was complete when the timer was set last.
     complete: bool,
 }
@@ -46,16 +46,16 @@ impl Limit {
     }
 }
 
-impl Patience {
+impl Deadlines {
     /// `None` is no limit.
     #[must_use]
-    pub(crate) fn new(whole: Option<Duration>, idle: Option<Duration>, upload: Option<&UploadState>) -> Self {
+    pub(crate) fn new(whole: Option<Duration>, idle: Option<Duration>, upload: Option<&BodyProgress>) -> Self {
         let now = Instant::now();
         let whole = whole.map(|time| Limit { start: now, time });
-        let mut patience =
+        let mut deadlines =
             Self { sleep: None, whole, one_try: None, idle, moved: now, upload: upload.cloned(), complete: false };
-        patience.wake_at(patience.next());
-        patience
+        deadlines.wake_at(deadlines.next());
+        deadlines
     }
 
     /// For how long nothing may move.
@@ -72,25 +72,26 @@ impl Patience {
     }
 
     /// Something of the response came, or was taken: the idle time begins anew.
-    pub(crate) fn moved(&mut self) {
+    pub(crate) fn progress(&mut self) {
         if self.idle.is_some() {
             self.moved = Instant::now();
         }
     }
 
-    /// When there may be no patience any more.
+    /// When there may be no deadlines any more.
     fn next(&self) -> Option<Instant> {
         let [whole, one_try] = self.ends();
         whole.into_iter().chain(one_try).chain(self.idle_end()).min()
     }
 
     fn ends(&self) -> [Option<Instant>; 2] {
-        let upload = self.upload.as_ref().map(UploadState::progress);
+        let upload = self.upload.as_ref().map(BodyProgress::progress);
         [self.whole, self.one_try].map(|limit| limit.and_then(|limit| limit.end(upload)))
     }
 
     fn idle_end(&self) -> Option<Instant> {
-        let moved = self.upload.as_ref().and_then(UploadState::moved).map_or(self.moved, |m| m.max(self.moved));
+        let moved =
+            self.upload.as_ref().and_then(BodyProgress::last_progress).map_or(self.moved, |m| m.max(self.moved));
         self.idle.and_then(|idle| moved.checked_add(idle))
     }
 
@@ -102,11 +103,11 @@ impl Patience {
         }
     }
 
-    /// Waits for `act` as long as there is patience.
+    /// Waits for `act` as long as there is deadlines.
     ///
     /// # Errors
     /// Why there is none any more.
-    pub(crate) async fn within<F: Future>(&mut self, act: F) -> Result<F::Output, Expired> {
+    pub(crate) async fn run_until<F: Future>(&mut self, act: F) -> Result<F::Output, TimedOut> {
         let mut act = pin!(act);
         poll_fn(|cx| match act.as_mut().poll(cx) {
             Poll::Ready(done) => Poll::Ready(Ok(done)),
@@ -116,10 +117,10 @@ impl Patience {
     }
 
     /// Ready once there is none any more.
-    pub(crate) fn poll_expired(&mut self, cx: &mut Context<'_>) -> Poll<Expired> {
+    pub(crate) fn poll_expired(&mut self, cx: &mut Context<'_>) -> Poll<TimedOut> {
         if let Some(upload) = &self.upload {
             if upload.poll_broken(cx).is_ready() {
-                return Poll::Ready(Expired::Upload);
+                return Poll::Ready(TimedOut::Upload);
             }
             if !self.complete && upload.is_whole() {
                 self.complete = true;
@@ -131,14 +132,14 @@ impl Patience {
             let (now, [whole, one_try]) = (Instant::now(), self.ends());
             let over = |end: Option<Instant>| end.is_some_and(|end| end <= now);
             if over(whole) {
-                return Poll::Ready(Expired::Whole);
+                return Poll::Ready(TimedOut::Whole);
             }
             if over(one_try) {
-                return Poll::Ready(Expired::Try);
+                return Poll::Ready(TimedOut::Try);
             }
             if over(self.idle_end()) {
-                let whole = self.upload.as_ref().is_none_or(UploadState::is_whole);
-                return Poll::Ready(if whole { Expired::Idle } else { Expired::IdleUpload });
+                let whole = self.upload.as_ref().is_none_or(BodyProgress::is_whole);
+                return Poll::Ready(if whole { TimedOut::Idle } else { TimedOut::IdleUpload });
             }
             self.wake_at(self.next());
         }
@@ -148,7 +149,7 @@ impl Patience {
 
 /// Why an exchange is not waited for any longer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Expired {
+pub(crate) enum TimedOut {
     /// The time for the whole exchange.
     Whole,
     /// The time for one try.
@@ -161,21 +162,21 @@ pub(crate) enum Expired {
     Upload,
 }
 
-impl From<Expired> for Fault {
-    fn from(expired: Expired) -> Self {
+impl From<TimedOut> for Fault {
+    fn from(expired: TimedOut) -> Self {
         match expired {
-            Expired::Whole => Self::new(Outcome::Timeout, "no whole answer within the request timeout"),
-            Expired::Try => Self::new(Outcome::TryTimeout, "no answer within lictor_per_try_timeout_ms"),
-            Expired::Idle => Self::new(Outcome::Idle, "nothing moved for the idle timeout"),
-            Expired::IdleUpload => {
+            TimedOut::Whole => Self::new(Outcome::Timeout, "no whole answer within the request timeout"),
+            TimedOut::Try => Self::new(Outcome::TryTimeout, "no answer within lictor_per_try_timeout_ms"),
+            TimedOut::Idle => Self::new(Outcome::Idle, "nothing moved for the idle timeout"),
+            TimedOut::IdleUpload => {
                 Self::new(Outcome::IdleUpload, "nothing more of the request came for the idle timeout")
             }
-            Expired::Upload => Self::new(Outcome::BadRequest, "the request's body broke off"),
+            TimedOut::Upload => Self::new(Outcome::BadRequest, "the request's body broke off"),
         }
     }
 }
 
-impl fmt::Display for Expired {
+impl fmt::Display for TimedOut {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Whole => "the time for the whole response is over",
