@@ -22,7 +22,7 @@ use super::framing;
 use super::incoming::Incoming;
 use super::outgoing::AFTER_ANSWER;
 use super::replay_body::ReplayBody;
-use super::wire::{PathWatch, Turn, Wire};
+use super::wire::{PathWatch, Turn, WeakWire, Wire};
 use super::{HEAD_SIZE, HEADERS, HTTP1_BUFFER};
 use crate::proxy::limits::{Overflow, Permit};
 use crate::proxy::workers;
@@ -111,7 +111,8 @@ struct Idle {
 /// A connection of HTTP/1.
 struct Http1 {
     sender: http1::SendRequest<ReplayBody>,
-    wire: Wire,
+    /// Where the codec ends, the socket is to be closed, whoever holds this.
+    wire: WeakWire,
 }
 
 #[derive(Clone)]
@@ -438,7 +439,7 @@ impl Slot {
                 let Some(slot) = slot.upgrade() else { return };
                 let mut kept = slot.kept();
                 kept.idle.retain(|idle| !idle.connection.sender.is_closed() && idle.since.elapsed() < IDLE_TIME);
-                kept.idle.iter().for_each(|idle| idle.connection.wire.watch_path(PathWatch::Idle));
+                kept.idle.iter().for_each(|idle| idle.connection.watch_path(PathWatch::Idle));
                 kept.shared.retain(|shared| {
                     let known = &shared.sender.known;
                     !known.is_retired() && (known.meter.open() > 0 || shared.made.elapsed() < IDLE_TIME)
@@ -525,15 +526,17 @@ fn checked(mut response: Response<Incoming>) -> Result<Response<Incoming>, Faile
 impl Drop for Lease {
     fn drop(&mut self) {
         let Some(connection) = self.connection.take() else { return };
+        let Some(wire) = connection.wire.upgrade() else { return };
         // What is left of the request would wait for a far end that may take no more of it.
         if self.unanswered {
-            return connection.wire.cut_unsent();
+            return wire.cut_unsent();
         }
-        if connection.wire.has_unsent() {
-            let wire = connection.wire;
+        if wire.has_unsent() {
             tokio::spawn(async move {
                 tokio::time::sleep(AFTER_ANSWER).await;
-                wire.cut_unsent();
+                if let Some(wire) = connection.wire.upgrade() {
+                    wire.cut_unsent();
+                }
             });
             return;
         }
@@ -546,11 +549,17 @@ impl Drop for Lease {
 }
 
 impl Http1 {
+    fn watch_path(&self, watch: PathWatch) {
+        if let Some(wire) = self.wire.upgrade() {
+            wire.watch_path(watch);
+        }
+    }
+
     fn send(&mut self, request: Request<ReplayBody>) -> impl Future<Output = Answered> + use<> {
         use http_body::Body as _;
         // A far end that takes no more of a body for now confirms nothing either.
         let whole = request.body().is_end_stream();
-        self.wire.watch_path(if whole { PathWatch::Request } else { PathWatch::Upload });
+        self.watch_path(if whole { PathWatch::Request } else { PathWatch::Upload });
         self.sender.try_send_request(request)
     }
 }
@@ -625,7 +634,7 @@ async fn http1(wire: Wire, open: Open) -> Result<Http1, NoConnection> {
         .await
         .map_err(no_codec)?;
     wire.hear_out();
-    let http1 = Http1 { sender, wire: wire.clone() };
+    let http1 = Http1 { sender, wire: wire.downgrade() };
     let turns = Turn::new(connection.with_upgrades(), wire.clone());
     tokio::spawn(async move {
         if turns.await.is_err() {

@@ -7,7 +7,7 @@
 use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -27,6 +27,18 @@ use crate::tls::{ReadSide, Stream, with_scratch};
 /// thread; it is there because both the codec and its [`Turn`] need the stream.
 #[derive(Clone)]
 pub struct Wire(Arc<Mutex<State>>);
+
+/// A wire that does not keep its socket open: that ends with its codec.
+#[derive(Clone)]
+pub struct WeakWire(Weak<Mutex<State>>);
+
+impl WeakWire {
+    /// The wire, while its codec lives.
+    #[must_use]
+    pub fn upgrade(&self) -> Option<Wire> {
+        self.0.upgrade().map(Wire)
+    }
+}
 
 struct State {
     io: Io,
@@ -369,6 +381,11 @@ impl Wire {
     /// Has the connection end with a reset, so that nobody takes it for a good end.
     pub fn abort(&self) {
         self.state().socket().end_with_reset();
+    }
+
+    #[must_use]
+    pub fn downgrade(&self) -> WeakWire {
+        WeakWire(Arc::downgrade(&self.0))
     }
 
     /// Whether the socket has not taken all that was written.
