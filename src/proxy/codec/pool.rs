@@ -504,8 +504,10 @@ impl PooledConnection {
                 // Whoever does not wait for the answer drops this.
                 let mut lease = Lease { connection: Some(connection), home, unanswered: true };
                 let response = answered.await.map_err(Failed::http1)?;
+                // After an answer that is not to be passed on, nobody knows what comes next.
+                let response = checked(response.map(Incoming::from))?;
                 lease.unanswered = false;
-                Ok((checked(response.map(Incoming::from))?, ConnectionGuard::Http1(lease)))
+                Ok((response, ConnectionGuard::Http1(lease)))
             }
             Connection::Http2(sender, counted) => {
                 let response = sender.send(request, counted).await.map_err(|unanswered| Failed::http2(*unanswered))?;
