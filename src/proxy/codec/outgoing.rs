@@ -104,7 +104,8 @@ fn reason(error: &(dyn Error + 'static)) -> Option<Reason> {
     let mut next = Some(error);
     while let Some(error) = next {
         if let Some(error) = error.downcast_ref::<h2::Error>() {
-            return error.reason();
+            // That one concerns the connection it came on (RFC 9113, 7): who reads it elsewhere would try again over HTTP/1.1.
+            return error.reason().filter(|reason| *reason != Reason::HTTP_1_1_REQUIRED);
         }
         next = error.source();
     }
