@@ -45,8 +45,8 @@ def test_the_default_denies_and_an_intention_allows(pair):
     with client.dial() as conn:
         assert conn.ask(b"open") == b"open"
         undo()
-        client.eventually_refused(within=5)
-        assert conn.end(within=5) == "fin"
+        client.eventually_refused(within=2)
+        assert conn.end(within=1) == "fin"
 
 
 @pytest.mark.parametrize("way", ["flag", "file flag", "environment", "file in the environment"])

@@ -38,7 +38,7 @@ def test_a_denial_cuts_open_connections_within_a_second(mesh, connections):
         with client.dial() as conn:
             assert conn.ask(b"open") == b"open"
             undo = mesh.deny(client, server)
-            assert conn.end(within=5) == "fin"
+            assert conn.end(within=1) == "fin"
         undo()
         client.eventually_reaches()
 
@@ -83,7 +83,7 @@ def test_more_sidecars_than_the_agent_has_connections_for_leave_some_to_others(o
     with client.dial() as conn:
         assert conn.ask(b"open") == b"open"
         patiently(lambda: mesh.deny(client, servers[0]))
-        assert conn.end(within=5) == "fin"
+        assert conn.end(within=1) == "fin"
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_with_https_all_queries_share_one_connection(tls_mesh):
     with client.dial() as conn:
         assert conn.ask(b"open") == b"open"
         mesh.deny(client, server)
-        assert conn.end(within=5) == "fin"
+        assert conn.end(within=1) == "fin"
     # It is made anew when it breaks.
     gate.mode = "refuse"
     time.sleep(1)

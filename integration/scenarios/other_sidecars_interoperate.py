@@ -24,7 +24,7 @@ def test_they_call_us(mesh, other):
     with client.dial() as conn:
         assert conn.ask(b"x" * 100_000) == b"x" * 100_000
         mesh.deny(client, server)
-        assert conn.end(within=5) in ("fin", "reset")
+        assert conn.end(within=1) in ("fin", "reset")
     assert client.refused()
 
 

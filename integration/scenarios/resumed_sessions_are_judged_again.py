@@ -43,7 +43,7 @@ def test_a_resumed_session_does_not_get_past_a_deny(known, version):
         except (ssl.SSLError, ConnectionError):
             return True
 
-    eventually(refused, within=5)
+    eventually(refused, within=2)
     served = server.app.served
     assert refused() and server.app.served == served
 

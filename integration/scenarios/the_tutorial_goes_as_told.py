@@ -82,11 +82,11 @@ def test_deny_and_delete_with_the_consul_command(start_agent, binaries, ports, t
     with urllib.request.urlopen(f"http://127.0.0.1:{tutorial.app['invoice']}/follow", timeout=10) as follow:
         assert follow.readline() == follow.readline() == b"0.25\n"
         agent.consul("intention", "create", "-deny", "invoice", "tax")
-        eventually(lambda: fails_because_of_tax(tutorial), within=5)
+        eventually(lambda: fails_because_of_tax(tutorial), within=2)
         # Some lines are on their way when the stream is cut; it goes on for ever when it is not.
         assert b"ended\n" in (follow.readline() for _ in range(30)), "the open stream is cut"
     agent.consul("intention", "delete", "invoice", "tax")
-    eventually(lambda: works(tutorial), within=5)
+    eventually(lambda: works(tutorial), within=2)
 
 
 def test_the_service_definitions_are_a_config_directory(binaries, tmp_path):

@@ -77,12 +77,12 @@ def test_a_deny_cuts_the_open_connection_and_refuses_the_next_on_a_session_that_
         assert conn.ask(b"open") == b"open"
         assert all(client.reaches() for _ in range(10))
         undo = mesh.deny(client, server)
-        assert conn.end(within=5) == "fin"
+        assert conn.end(within=1) == "fin"
     served = server.app.served
     assert client.refused() == "fin" and client.refused() == "fin"
     assert server.app.served == served
     undo()
-    client.eventually_reaches(within=5)
+    client.eventually_reaches(within=1)
 
 
 def test_the_end_of_one_direction_goes_through_and_the_session_goes_on(mesh):
@@ -135,7 +135,7 @@ def test_a_server_that_ends_with_free_sessions_ends_at_once_and_the_client_goes_
     first.process.signal(signal.SIGTERM)
     for _ in range(50):
         assert client.reaches()
-    assert first.process.wait(8) == 0 and time.monotonic() - started < 8
+    assert first.process.wait(5) == 0 and time.monotonic() - started < 4
     for _ in range(50):
         assert client.reaches()
     first.start()
@@ -160,7 +160,7 @@ def test_a_client_that_ends_leaves_nothing_at_the_server(mesh):
     assert all(client.reaches() for _ in range(10))
     started = time.monotonic()
     assert client.process.stop() == 0 and server.process.stop() == 0
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < 4
 
 
 def test_whoever_knows_no_tunnel_has_a_session_for_each_connection(mesh):

@@ -653,6 +653,16 @@ static void run_idle(int port, int conns) {
     printf("{\"errors\":%llu,\"why\":\"%s\",\"conns\":%d,\"open_s\":%.3f}\n", (unsigned long long)errors, first_err, conns, open_s);
 }
 
+/* connected, or the load is over */
+static int dial_now(int port) {
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    struct sockaddr_in a = {.sin_family = AF_INET, .sin_port = htons(port)};
+    a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    if (fd < 0 || connect(fd, (void *)&a, sizeof a) < 0) { fault("connect"); fail_open(); }
+    nodelay(fd); nb(fd);
+    return fd;
+}
+
 /* ================= bulk ================= */
 typedef struct { int fd, up; size_t inlen; char in[BLK]; uint64_t blk, got, acked; char *out; size_t off, len; unsigned char ack[8]; int ackn; } bc;
 static void run_bulk(int port, int streams, double secs, char dir) {
@@ -660,11 +670,7 @@ static void run_bulk(int port, int streams, double secs, char dir) {
     bc *cs = calloc((size_t)n, sizeof *cs);
     for (int i = 0; i < n; i++) {
         bc *c = cs + i;
-        c->fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-        struct sockaddr_in a = {.sin_family = AF_INET, .sin_port = htons(port)};
-        a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-        if (connect(c->fd, (void *)&a, sizeof a) < 0) { fault("connect"); fail_open(); }
-        nodelay(c->fd); nb(c->fd);
+        c->fd = dial_now(port);
         c->up = dir == 'U' || (dir == 'B' && i >= streams);
         if (c->up) { c->out = malloc(CHUNK); memcpy(c->out, srcbuf, CHUNK); }
     }
@@ -769,22 +775,22 @@ static int h2_status200(const unsigned char *p, size_t n) {
     while (i < n && (p[i] & 0xe0) == 0x20) { int more = (p[i] & 31) == 31; i++; while (more && i < n) more = p[i++] & 128; }
     return i < n && p[i] == 0x88;
 }
+/* a connection with its preface and settings begun, and room for the state of so many streams */
+static void h2_dial(h2c *c, int port, size_t ring) {
+    static const unsigned char set[] = {0,0,12,4,0,0,0,0,0, 0,2,0,0,0,0, 0,4,0,16,0,0, 0,0,4,8,0,0,0,0,0, 0,255,0,0};
+    c->fd = dial_now(port);
+    c->next = 1; c->incap = 1 << 17; c->in = malloc(c->incap); c->ring = calloc(ring, sizeof(h2s));
+    c_put(c, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 24); c_put(c, set, sizeof set);
+}
 static void run_h2(int port, int conns, int streams, double secs) {
     int e = epoll_create1(0);
     h2c *cs = calloc((size_t)conns, sizeof *cs);
-    static const unsigned char set[] = {0,0,12,4,0,0,0,0,0, 0,2,0,0,0,0, 0,4,0,16,0,0, 0,0,4,8,0,0,0,0,0, 0,255,0,0};
     mkh2();
     uint64_t total = 0, done = 0, m0 = 0, start = 0, warm = 0, stop = 0;
     int phase = 0, warming = 1; /* phase 0: one call per connection */
     for (int i = 0; i < conns; i++) {
         h2c *c = cs + i;
-        c->fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-        struct sockaddr_in a = {.sin_family = AF_INET, .sin_port = htons(port)};
-        a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-        if (connect(c->fd, (void *)&a, sizeof a) < 0) { fault("connect"); fail_open(); }
-        nodelay(c->fd); nb(c->fd);
-        c->next = 1; c->incap = 1 << 17; c->in = malloc(c->incap); c->ring = calloc(RING, sizeof(h2s));
-        c_put(c, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 24); c_put(c, set, sizeof set);
+        h2_dial(c, port, RING);
         h2_issue(c); c_flush(c);
         ep(e, EPOLL_CTL_ADD, c->fd, EPOLLIN, c);
     }
@@ -872,17 +878,10 @@ static void run_streams(int port, int conns, int streams, double secs, int rate,
     int e = epoll_create1(0);
     h2c *cs = calloc((size_t)conns, sizeof *cs);
     unsigned char (*parts)[MESSAGE] = calloc((size_t)conns * (size_t)streams, MESSAGE);
-    static const unsigned char set[] = {0,0,12,4,0,0,0,0,0, 0,2,0,0,0,0, 0,4,0,16,0,0, 0,0,4,8,0,0,0,0,0, 0,255,0,0};
     mkh2();
     for (int i = 0; i < conns; i++) {
         h2c *c = cs + i;
-        c->fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-        struct sockaddr_in a = {.sin_family = AF_INET, .sin_port = htons(port)};
-        a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-        if (connect(c->fd, (void *)&a, sizeof a) < 0) { fault("connect"); fail_open(); }
-        nodelay(c->fd); nb(c->fd);
-        c->incap = 1 << 17; c->in = malloc(c->incap); c->ring = calloc((size_t)streams, sizeof(h2s));
-        c_put(c, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 24); c_put(c, set, sizeof set);
+        h2_dial(c, port, (size_t)streams);
         for (int k = 0; k < streams; k++) {
             uint32_t sid = 1 + 2 * (uint32_t)k;
             h2req[5] = sid >> 24; h2req[6] = sid >> 16; h2req[7] = sid >> 8; h2req[8] = sid;

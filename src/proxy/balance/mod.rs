@@ -142,7 +142,7 @@ struct Shared {
     counts: Arc<Counts>,
     /// Of round robin.
     turn: AtomicU64,
-    /// ConnectionGuard to eject, so that not too many are at once.
+    /// Held to eject, so that not too many are at once.
     ejecting: Mutex<()>,
     /// When an instance was picked last, within [`NOTED`].
     used: AtomicU64,

@@ -100,12 +100,12 @@ impl Meter {
 
     /// Borrows so much more; false if there is not so much.
     fn borrow(&self, more: usize) -> bool {
-        let lent = |out: usize| out.checked_add(more).filter(|out| *out <= LENT);
-        let lent = self.lender.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, lent).is_ok();
-        if lent {
+        let pooled = |out: usize| out.checked_add(more).filter(|out| *out <= LENT);
+        let pooled = self.lender.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, pooled).is_ok();
+        if pooled {
             self.loan.fetch_add(more, Ordering::Relaxed);
         }
-        lent
+        pooled
     }
 
     fn give_back(&self) {

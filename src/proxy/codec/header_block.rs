@@ -15,7 +15,7 @@ pub(crate) struct HeaderBlockProgress {
     open: bool,
     /// The present frame ends a block.
     ending: bool,
-    /// HeaderBlockProgress that have begun.
+    /// Header blocks that have begun.
     begun: u64,
 }
 

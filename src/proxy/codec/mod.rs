@@ -1,9 +1,10 @@
 //! Connections that speak HTTP, whatever the requests on them mean.
 //!
-//! A [`pool`] keeps those that we made and sends requests over them, with an [`replay_body`] each. Under a codec on either
-//! side lies a [`wire`], which gathers what it writes; on the server side the wire looks over what is read as well
-//! ([`http1_validator`], [`header_block`]), and at what its codec refuses ([`resets`]). HTTP/1 is hyper's; of HTTP/2 the frames are h2's, and what follows from them is decided
-//! here ([`client`], [`server`], [`flow`]). What a codec has decoded says its length in one way ([`framing`]).
+//! A [`pool`] keeps those that we made and sends requests over them, with a [`replay_body`] each. Under a codec on either
+//! side lies a [`wire`], which gathers what it writes. On the server side the wire also looks at what is read
+//! ([`http1_validator`], [`header_block`]) and at what its codec refuses ([`resets`]). HTTP/1 is hyper's. Of HTTP/2 the
+//! frames are h2's, and what follows from them is decided here ([`client`], [`server`], [`flow`]). What a codec has
+//! decoded says its length in one way ([`framing`]).
 
 mod client;
 mod flow;

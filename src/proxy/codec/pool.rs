@@ -232,8 +232,8 @@ impl Pool {
     {
         let slot = self.slot();
         let tell = loop {
-            if let Some(lent) = slot.reuse(pool_key) {
-                return Ok(lent);
+            if let Some(pooled) = slot.reuse(pool_key) {
+                return Ok(pooled);
             }
             match slot.dialling(pool_key) {
                 Some(Dial::Ours(tell)) => break Some(tell),
@@ -291,8 +291,8 @@ impl Pool {
             let mut freed = pin!(self.shared.freed.notified());
             freed.as_mut().enable();
             let slots = self.slots().clone();
-            if let Some(lent) = slots.iter().find_map(|slot| slot.reuse(pool_key)) {
-                return Checkout::PooledConnection(Box::new(lent));
+            if let Some(pooled) = slots.iter().find_map(|slot| slot.reuse(pool_key)) {
+                return Checkout::PooledConnection(Box::new(pooled));
             }
             if self.shared.open.load(Ordering::Relaxed) == 0 {
                 return Checkout::None;

@@ -38,24 +38,24 @@ impl App<'_> {
         mut head: Head,
         mut body: ReplayBody,
         upload: Option<&BodyProgress>,
-        note: Option<&mut RequestRecord>,
+        record: Option<&mut RequestRecord>,
     ) -> Result<(Response<Incoming>, ResponseTail), Fault> {
-        if let Some(note) = note {
-            note.sent_to("local_app", self.address);
-            note.uploads(upload);
+        if let Some(record) = record {
+            record.sent_to("local_app", self.address);
+            record.uploads(upload);
         }
         let mut deadlines = Deadlines::new(self.request_timeout, self.idle_timeout, upload);
         // Where a connection did not take the request, others that are there may not either.
         let mut anew = false;
         for _ in 0..TRIES {
-            let lent = deadlines.run_until(self.connection(head.upgrades(), anew)).await??;
+            let pooled = deadlines.run_until(self.connection(head.upgrades(), anew)).await??;
             let authority = head.authority.clone();
             // A connection that was idle may be closing just now; then a request that changes nothing goes again.
-            let repeatable = lent.reused && head.is_safe() && body.is_empty();
+            let repeatable = pooled.reused && head.is_safe() && body.is_empty();
             // A stream of HTTP/2 can be refused, and then the app has not looked at the request.
-            let again = (repeatable || lent.version() == Version::Http2).then(|| head.clone());
-            let request = head.into_request(lent.version(), body)?;
-            match deadlines.run_until(lent.send(request)).await? {
+            let again = (repeatable || pooled.version() == Version::Http2).then(|| head.clone());
+            let request = head.into_request(pooled.version(), body)?;
+            match deadlines.run_until(pooled.send(request)).await? {
                 Ok((response, held)) => {
                     let mut rest = ResponseTail::new(held, None);
                     rest.deadlines = Some(deadlines);
@@ -86,8 +86,8 @@ impl App<'_> {
             let open = self.pool.enter(None);
             return Ok(Pool::connect_once(self.dial().await?, open).await?);
         }
-        if !anew && let Some(lent) = self.pool.reuse(&pool_key) {
-            return Ok(lent);
+        if !anew && let Some(pooled) = self.pool.reuse(&pool_key) {
+            return Ok(pooled);
         }
         let version = match self.protocol {
             Protocol::Http2 | Protocol::Grpc => Version::Http2,
@@ -97,12 +97,12 @@ impl App<'_> {
             let open = self.pool.enter(None);
             Ok(Dialled { wire: self.dial().await?, version, open })
         };
-        let lent = if anew {
+        let pooled = if anew {
             self.pool.connect_anew(&pool_key, dial).await?
         } else {
             self.pool.connect(&pool_key, dial).await?
         };
-        Ok(lent)
+        Ok(pooled)
     }
 
     async fn dial(&self) -> Result<Wire, NoConnection> {

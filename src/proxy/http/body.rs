@@ -26,7 +26,7 @@ pub(super) struct Body {
     ongoing: Option<Ongoing>,
     answer: Option<Answer>,
     /// For the access log.
-    note: Option<Box<RequestRecord>>,
+    record: Option<Box<RequestRecord>>,
 }
 
 impl Drop for Body {
@@ -69,7 +69,7 @@ impl ResponseTail {
 impl Body {
     #[must_use]
     pub(super) fn text(text: impl Into<Bytes>) -> Self {
-        Self { source: Source::Text(text.into()), rest: None, ongoing: None, answer: None, note: None }
+        Self { source: Source::Text(text.into()), rest: None, ongoing: None, answer: None, record: None }
     }
 
     #[must_use]
@@ -79,7 +79,7 @@ impl Body {
 
     #[must_use]
     pub(super) fn stream(incoming: Incoming) -> Self {
-        Self { source: Source::Stream(incoming), rest: None, ongoing: None, answer: None, note: None }
+        Self { source: Source::Stream(incoming), rest: None, ongoing: None, answer: None, record: None }
     }
 
     /// For the answer to `ongoing`, which watches over it from here on.
@@ -122,28 +122,28 @@ impl Body {
 
     /// Tells `note` what becomes of it.
     #[must_use]
-    pub(super) fn noted(mut self, mut note: Box<RequestRecord>) -> Self {
+    pub(super) fn recorded(mut self, mut record: Box<RequestRecord>) -> Self {
         if self.is_empty() {
-            note.complete();
+            record.complete();
         } else {
-            self.note = Some(note);
+            self.record = Some(record);
         }
         self
     }
 
     fn tell(&mut self, polled: &Poll<Option<Result<Frame<Bytes>, Broken>>>) {
         let over = self.is_empty();
-        let Some(note) = &mut self.note else { return };
+        let Some(record) = &mut self.record else { return };
         match polled {
-            Poll::Ready(Some(Ok(frame))) => note.frame(frame),
-            Poll::Ready(Some(Err(Broken::Source(_)))) => note.broken(None),
-            Poll::Ready(Some(Err(Broken::Over(Over::TimedOut(expired))))) => note.broken(Some(*expired)),
-            Poll::Ready(Some(Err(Broken::Over(Over::Denied)))) => note.denied(),
-            Poll::Ready(None) => note.complete(),
+            Poll::Ready(Some(Ok(frame))) => record.frame(frame),
+            Poll::Ready(Some(Err(Broken::Source(_)))) => record.broken(None),
+            Poll::Ready(Some(Err(Broken::Over(Over::TimedOut(expired))))) => record.broken(Some(*expired)),
+            Poll::Ready(Some(Err(Broken::Over(Over::Denied)))) => record.denied(),
+            Poll::Ready(None) => record.complete(),
             Poll::Pending => return,
         }
         if over {
-            note.complete();
+            record.complete();
         }
     }
 }
@@ -186,7 +186,7 @@ impl http_body::Body for Body {
         if let (Poll::Ready(Some(Err(_))), Some(answer)) = (&polled, &this.answer) {
             answer.0.breaks_off();
         }
-        if this.note.is_some() {
+        if this.record.is_some() {
             this.tell(&polled);
         }
         polled

@@ -11,7 +11,8 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use crate::proxy::codec::replay_body::{BodyProgress, Progress};
 use crate::proxy::outcome::{Fault, Outcome};
 
-/// Deadlines of one request: the whole request, a single try, and idle. One timer serves all three, and the upload is looked at.
+/// Deadlines of one request: the whole request, a single try, and idle. One timer serves all three. The upload decides
+/// from when on the first two count.
 ///
 /// As in Envoy, the time for the response begins when the request is complete: an upload may take as long as it
 /// goes on. What bounds one that does not is the idle time.
@@ -78,7 +79,7 @@ impl Deadlines {
         }
     }
 
-    /// When there may be no deadlines any more.
+    /// When the next deadline is, as far as is known now.
     fn next(&self) -> Option<Instant> {
         let [whole, one_try] = self.ends();
         whole.into_iter().chain(one_try).chain(self.idle_end()).min()
@@ -103,10 +104,10 @@ impl Deadlines {
         }
     }
 
-    /// Waits for `act` as long as there is deadlines.
+    /// Runs `act` until the first deadline.
     ///
     /// # Errors
-    /// Why there is none any more.
+    /// The deadline that passed, or that the upload broke off.
     pub(crate) async fn run_until<F: Future>(&mut self, act: F) -> Result<F::Output, TimedOut> {
         let mut act = pin!(act);
         poll_fn(|cx| match act.as_mut().poll(cx) {
@@ -116,7 +117,7 @@ impl Deadlines {
         .await
     }
 
-    /// Ready once there is none any more.
+    /// Ready once a deadline has passed.
     pub(crate) fn poll_expired(&mut self, cx: &mut Context<'_>) -> Poll<TimedOut> {
         if let Some(upload) = &self.upload {
             if upload.poll_broken(cx).is_ready() {

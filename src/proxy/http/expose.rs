@@ -67,10 +67,10 @@ impl Exposure {
     }
 
     async fn answer(self: Arc<Self>, request: Request<ReplayBody>, ongoing: Ongoing) -> Response<Body> {
-        let mut asked = Responder::new(&self.caller, &request);
+        let mut responder = Responder::new(&self.caller, &request);
         let plan = Arc::clone(&self.live.borrow().config);
-        let result = try_answer(&plan, request, &ongoing, asked.note.as_deref_mut()).await;
-        asked.answer(result.inspect_err(|fault| self.log(&plan, fault)), false)
+        let result = try_answer(&plan, request, &ongoing, responder.record.as_deref_mut()).await;
+        responder.answer(result.inspect_err(|fault| self.log(&plan, fault)), false)
     }
 
     fn log(&self, plan: &Plan, fault: &Fault) {
@@ -102,7 +102,7 @@ async fn try_answer(
     plan: &Plan,
     request: Request<ReplayBody>,
     ongoing: &Ongoing,
-    note: Option<&mut RequestRecord>,
+    record: Option<&mut RequestRecord>,
 ) -> Result<Response<Body>, Fault> {
     let (parts, body) = request.into_parts();
     let intake =
@@ -124,7 +124,7 @@ async fn try_answer(
         idle_timeout: plan.exposed.idle_timeout,
         pool,
     };
-    let (response, rest) = app.exchange(head, body, ongoing.upload().as_ref(), note).await?;
+    let (response, rest) = app.exchange(head, body, ongoing.upload().as_ref(), record).await?;
     message::refuse_unasked_switch(&response)?;
     let (mut parts, body) = response.into_parts();
     message::strip(&mut parts.headers);

@@ -116,21 +116,21 @@ impl Inbound {
     }
 
     async fn answer(self: Arc<Self>, mut request: Request<ReplayBody>, ongoing: Ongoing, wire: Wire) -> Response<Body> {
-        let mut asked = Responder::new(&self.caller, &request);
+        let mut responder = Responder::new(&self.caller, &request);
         let listener = Arc::clone(&self.live.borrow().config);
-        if let Some(note) = &mut asked.note {
-            note.hide_tokens_of(&listener.token_providers);
+        if let Some(record) = &mut responder.record {
+            record.hide_tokens_of(&listener.token_providers);
         }
         let bridged = bridge::spans(listener.protocol, &mut request);
         let answer = async {
             self.peer.check(&listener, |act| wire.peer_certificates(act)).map_err(|problem| unproved(&problem))?;
-            let note = asked.note.as_deref_mut();
-            let response = Arc::clone(&self).try_answer(&listener, request, &ongoing, note).await?;
+            let record = responder.record.as_deref_mut();
+            let response = Arc::clone(&self).try_answer(&listener, request, &ongoing, record).await?;
             if bridged { bridge::gather(response).await } else { Ok(response) }
         };
         let result = ongoing.unless_over(answer).await;
         let result = result.unwrap_or_else(|_| Err(Fault::new(Outcome::Denied, "denied while it was under way")));
-        asked.answer(result.inspect_err(|fault| self.log(&listener, fault)), listener.expose_cause)
+        responder.answer(result.inspect_err(|fault| self.log(&listener, fault)), listener.expose_cause)
     }
 
     async fn try_answer(
@@ -138,7 +138,7 @@ impl Inbound {
         listener: &PublicListener,
         mut request: Request<ReplayBody>,
         ongoing: &Ongoing,
-        note: Option<&mut RequestRecord>,
+        record: Option<&mut RequestRecord>,
     ) -> Result<Response<Body>, Fault> {
         let client = request.extensions_mut().remove::<OnUpgrade>();
         let (parts, body) = request.into_parts();
@@ -157,7 +157,7 @@ impl Inbound {
         head.pass_tokens_on(&listener.token_providers, &verified);
         ongoing.judge_by(Case { head: kept, judged: Judged { verified, began, headers } });
         self.open.add(ongoing);
-        let (response, rest) = self.app(listener).exchange(head, body, ongoing.upload().as_ref(), note).await?;
+        let (response, rest) = self.app(listener).exchange(head, body, ongoing.upload().as_ref(), record).await?;
         let switches = upgrades && response.status() == StatusCode::SWITCHING_PROTOCOLS;
         match (client, switches.then(|| ongoing.take_case()).flatten()) {
             (Some(client), Some(case)) => {

@@ -71,7 +71,7 @@ impl Ongoing {
         self.state().case.take()
     }
 
-    /// There is an answer, with deadlines for its body.
+    /// There is an answer, whose body has these deadlines.
     pub(crate) fn answered(&self, deadlines: Option<Deadlines>) {
         self.state().deadlines = deadlines;
     }

@@ -63,14 +63,14 @@ impl Outbound {
     }
 
     async fn answer(self: Arc<Self>, mut request: Request<ReplayBody>, ongoing: Ongoing) -> Response<Body> {
-        let mut asked = Responder::new(&self.caller, &request);
+        let mut responder = Responder::new(&self.caller, &request);
         let plan = Arc::clone(&self.live.borrow().config);
         let bridged = bridge::spans(plan.upstream.chain.protocol, &mut request);
-        let mut result = self.try_answer(&plan, request, &ongoing, asked.note.as_deref_mut()).await;
+        let mut result = self.try_answer(&plan, request, &ongoing, responder.record.as_deref_mut()).await;
         if bridged && let Ok(response) = result {
             result = bridge::gather(response).await;
         }
-        asked.answer(result.inspect_err(|fault| self.log(&plan, fault)), plan.upstream.requests.expose_cause)
+        responder.answer(result.inspect_err(|fault| self.log(&plan, fault)), plan.upstream.requests.expose_cause)
     }
 
     fn log(&self, plan: &UpstreamRuntime, fault: &Fault) {
@@ -90,7 +90,7 @@ impl Outbound {
         plan: &UpstreamRuntime,
         mut request: Request<ReplayBody>,
         ongoing: &Ongoing,
-        note: Option<&mut RequestRecord>,
+        record: Option<&mut RequestRecord>,
     ) -> Result<Response<Body>, Fault> {
         let client = request.extensions_mut().remove::<OnUpgrade>();
         let (parts, body) = request.into_parts();
@@ -116,7 +116,7 @@ impl Outbound {
         let upgrades = head.upgrades();
         let upload = ongoing.upload();
         let exchange = Exchange::new(plan, &routed, &self.live, self.clock, hash);
-        let (response, rest) = exchange.run(head, body, upload.as_ref(), note).await?;
+        let (response, rest) = exchange.run(head, body, upload.as_ref(), record).await?;
         match client {
             Some(client) if upgrades && response.status() == StatusCode::SWITCHING_PROTOCOLS => {
                 Ok(upgrade::join(client, response, rest, self.live.clone(), self.drain.clone(), |_| true))
@@ -227,21 +227,21 @@ impl<'a> Exchange<'a> {
         mut head: Head,
         mut body: ReplayBody,
         upload: Option<&BodyProgress>,
-        mut note: Option<&mut RequestRecord>,
+        mut record: Option<&mut RequestRecord>,
     ) -> Result<(Response<Incoming>, ResponseTail), Fault> {
         self.plan.balancers.budget.request(self.clock.now());
-        if let Some(note) = &mut note {
-            note.uploads(upload);
+        if let Some(record) = &mut record {
+            record.uploads(upload);
         }
         let limits = (self.routed.request_timeout, self.routed.idle_timeout);
         let mut deadlines = Deadlines::new(limits.0, limits.1, upload);
         loop {
             deadlines.try_for(self.plan.upstream.requests.per_try_timeout);
             let mut race = Race::new();
-            let connected = self.connect(&mut race, head.upgrades(), note.as_deref_mut());
+            let connected = self.connect(&mut race, head.upgrades(), record.as_deref_mut());
             let connected = deadlines.run_until(connected).await;
             self.leave(race);
-            let (picked, lent) = match connected {
+            let (picked, pooled) = match connected {
                 Ok(connected) => connected?,
                 Err(expired @ TimedOut::Try) => {
                     self.took_too_long(&Fault::from(expired));
@@ -249,7 +249,7 @@ impl<'a> Exchange<'a> {
                 }
                 Err(expired) => return Err(expired.into()),
             };
-            match self.send(picked, lent, head, body, upload, &mut deadlines).await? {
+            match self.send(picked, pooled, head, body, upload, &mut deadlines).await? {
                 Tried::Response(response, mut rest) => {
                     deadlines.try_for(None);
                     rest.deadlines = Some(deadlines);
@@ -267,18 +267,18 @@ impl<'a> Exchange<'a> {
         &mut self,
         race: &mut Race<(Picked, PooledConnection), Unconnected>,
         alone: bool,
-        mut note: Option<&mut RequestRecord>,
+        mut record: Option<&mut RequestRecord>,
     ) -> Result<(Picked, PooledConnection), Fault> {
         self.current = None;
         loop {
             let fault = match self.choose(false) {
                 Ok((first, until)) => {
-                    self.tell(&mut note, &first);
-                    if !alone && let Some(lent) = self.current.as_ref().and_then(|current| current.reuse(&first)) {
-                        return Ok((first, lent));
+                    self.tell(&mut record, &first);
+                    if !alone && let Some(pooled) = self.current.as_ref().and_then(|current| current.reuse(&first)) {
+                        return Ok((first, pooled));
                     }
                     let (mut first, mut fault) = (Some((first, until)), None);
-                    let won = race.run(|failed| self.next(&mut first, failed, alone, &mut note, &mut fault)).await;
+                    let won = race.run(|failed| self.next(&mut first, failed, alone, &mut record, &mut fault)).await;
                     self.connecting.clear();
                     match (won, fault) {
                         (Some(won), _) => return Ok(won),
@@ -302,7 +302,7 @@ impl<'a> Exchange<'a> {
         first: &mut Option<(Picked, Instant)>,
         failed: Option<Unconnected>,
         alone: bool,
-        note: &mut Option<&mut RequestRecord>,
+        record: &mut Option<&mut RequestRecord>,
         overflow: &mut Option<Fault>,
     ) -> Next<(Picked, PooledConnection), Unconnected> {
         if let Some(Unconnected { instance, fault }) = failed {
@@ -319,7 +319,7 @@ impl<'a> Exchange<'a> {
         }
         let chosen = match first.take() {
             Some(first) => Ok(first),
-            None => self.choose(!self.connecting.is_empty()).inspect(|(picked, _)| self.tell(note, picked)),
+            None => self.choose(!self.connecting.is_empty()).inspect(|(picked, _)| self.tell(record, picked)),
         };
         let (Ok((picked, until)), Some(current)) = (chosen, &mut self.current) else { return Next::Wait };
         if let Err(reached) = current.enter() {
@@ -346,9 +346,9 @@ impl<'a> Exchange<'a> {
         let Some(current) = self.current.as_ref().filter(|_| race.is_on()) else { return };
         let (live, target, clock) = (self.live.clone(), Arc::clone(current.target), self.clock);
         race.finish(move |ended| match ended {
-            Ok((picked, lent)) => {
+            Ok((picked, pooled)) => {
                 picked.instance().is_back();
-                lent.put_back();
+                pooled.put_back();
             }
             Err(Unconnected { instance, .. }) => probe::begin(&live, &target, &instance, clock),
         });
@@ -362,9 +362,9 @@ impl<'a> Exchange<'a> {
         }
     }
 
-    fn tell(&self, note: &mut Option<&mut RequestRecord>, picked: &Picked) {
-        if let (Some(note), Some(current)) = (note, &self.current) {
-            note.sent_to(current.target.tls.name().to_str(), &picked.instance().address);
+    fn tell(&self, record: &mut Option<&mut RequestRecord>, picked: &Picked) {
+        if let (Some(record), Some(current)) = (record, &self.current) {
+            record.sent_to(current.target.tls.name().to_str(), &picked.instance().address);
         }
     }
 
@@ -426,7 +426,7 @@ impl<'a> Exchange<'a> {
     async fn send(
         &mut self,
         picked: Picked,
-        lent: PooledConnection,
+        pooled: PooledConnection,
         head: Head,
         body: ReplayBody,
         upload: Option<&BodyProgress>,
@@ -437,13 +437,13 @@ impl<'a> Exchange<'a> {
             permit
         });
         let authority = head.authority.clone();
-        let reused = lent.reused;
+        let reused = pooled.reused;
         // What may be sent twice: streams can be refused, idle connections can be closing, retries be asked for.
-        let may_go_again = lent.version() == Version::Http2 || self.retries > 0 || (reused && head.is_safe());
+        let may_go_again = pooled.version() == Version::Http2 || self.retries > 0 || (reused && head.is_safe());
         let again = Again { head: may_go_again.then(|| head.clone()), upload };
-        let request = head.into_request(lent.version(), body)?;
+        let request = head.into_request(pooled.version(), body)?;
         let sent = Instant::now();
-        let answered = deadlines.run_until(lent.send(request)).await;
+        let answered = deadlines.run_until(pooled.send(request)).await;
         let (latency, now) = (sent.elapsed(), self.clock.now());
         match answered {
             Ok(Ok((response, held))) => {
@@ -568,7 +568,7 @@ struct Current<'a> {
     /// Instances that were chosen.
     begun: usize,
     permit: Permit,
-    /// ConnectionGuard while the request waits for a connection.
+    /// Held while the request waits for a connection.
     pending: Option<Permit>,
 }
 
@@ -613,7 +613,7 @@ impl Dial {
     /// Reports a failure; how the request goes is yet to be reported.
     async fn connect(self, picked: Picked, clock: Clock) -> Result<(Picked, PooledConnection), Unconnected> {
         match self.connection(picked.instance()).await {
-            Ok(lent) => Ok((picked, lent)),
+            Ok(pooled) => Ok((picked, pooled)),
             Err(why) => {
                 let (instance, fault) = (Arc::clone(picked.instance()), Fault::from(why));
                 if fault.outcome != Outcome::Overflow {
@@ -635,7 +635,7 @@ impl Dial {
         match instance.pool().connect(&pool_key, self.dial(instance, || permit().map(Some))).await {
             // As in Envoy, requests wait for one of the connections, and each instance may have one.
             Err(NoConnection::Overflow(_)) if self.may_wait => match instance.pool().borrow(&pool_key).await {
-                Checkout::PooledConnection(lent) => Ok(*lent),
+                Checkout::PooledConnection(pooled) => Ok(*pooled),
                 Checkout::None => instance.pool().connect(&pool_key, self.dial(instance, || Ok(None))).await,
             },
             dialled => dialled,

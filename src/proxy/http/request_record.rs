@@ -59,7 +59,7 @@ struct Upstream {
 impl ConnectionInfo {
     /// `None` where nothing is logged.
     #[must_use]
-    pub(crate) fn note<B>(&self, request: &Request<B>) -> Option<Box<RequestRecord>> {
+    pub(crate) fn record<B>(&self, request: &Request<B>) -> Option<Box<RequestRecord>> {
         let log = self.access_log.active()?;
         Some(Box::new(RequestRecord {
             log,

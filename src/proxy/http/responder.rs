@@ -12,17 +12,17 @@ use crate::proxy::outcome::{Fault, Outcome, Told};
 pub(super) struct Responder {
     grpc: bool,
     /// For the access log.
-    pub note: Option<Box<RequestRecord>>,
+    pub record: Option<Box<RequestRecord>>,
 }
 
 impl Responder {
     #[must_use]
     pub(super) fn new<B>(caller: &ConnectionInfo, request: &Request<B>) -> Self {
-        Self { grpc: is_grpc(request.headers()), note: caller.note(request) }
+        Self { grpc: is_grpc(request.headers()), record: caller.record(request) }
     }
 
-    /// The response to the request, or to what it was refused for. `expose_cause` has a header say why, ours or that of the
-    /// sidecar behind.
+    /// The response to the request, or an answer of our own. With `expose_cause` a header says why, that of the sidecar
+    /// behind included.
     #[must_use]
     pub(super) fn answer(self, result: Result<Response<Body>, Fault>, expose_cause: bool) -> Response<Body> {
         let (response, fault) = match result {
@@ -35,9 +35,9 @@ impl Responder {
             }
             Err(fault) => (reply(&fault, self.grpc, expose_cause), Some(fault)),
         };
-        let Some(mut note) = self.note else { return response };
-        note.answered(&response, fault.as_ref());
-        response.map(|body| body.noted(note))
+        let Some(mut record) = self.record else { return response };
+        record.answered(&response, fault.as_ref());
+        response.map(|body| body.recorded(record))
     }
 }
 
