@@ -24,6 +24,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use bytes::{Bytes, BytesMut};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, PercentEncode, utf8_percent_encode};
 use reqwest::header::{CONNECTION, CONTENT_TYPE, HOST, HeaderMap, HeaderName, HeaderValue};
 use reqwest::{Method, StatusCode, Url, Version};
 use tokio::sync::{Mutex, MutexGuard, Semaphore};
@@ -252,7 +253,7 @@ impl Client {
             Pool::Shared => &transport.shared,
             Pool::Fresh => transport.fresh.as_ref().unwrap_or(&transport.shared),
         };
-        let mut http = client.request(request.method.clone(), self.url(&transport, request, cursor, wait)?);
+        let mut http = client.request(request.method.clone(), self.url(&transport, request, cursor, wait));
         if let Some(token) = self.inner.token.current() {
             http = http.header(TOKEN_HEADER, token);
         }
@@ -293,18 +294,16 @@ impl Client {
         Ok(answer)
     }
 
-    fn url(&self, transport: &Transport, request: &Request, cursor: &Cursor, wait: Duration) -> Result<Url, ErrorKind> {
+    fn url(&self, transport: &Transport, request: &Request, cursor: &Cursor, wait: Duration) -> Url {
         let mut url = transport.base.clone();
-        let Ok(mut path) = url.path_segments_mut() else {
-            return Err(ErrorKind::Unreachable("the address has no place for a path".into()));
-        };
-        path.pop_if_empty().push("v1").extend(&request.path);
-        drop(path);
+        let path = url.path().trim_end_matches('/').to_owned() + "/v1";
+        let path = request.path.iter().fold(path, |path, segment| format!("{path}/{}", segment_of_path(segment)));
+        url.set_path(&path);
         let params = self.params(request, cursor, wait);
         if !params.is_empty() {
             url.query_pairs_mut().extend_pairs(params);
         }
-        Ok(url)
+        url
     }
 
     fn params(&self, request: &Request, cursor: &Cursor, wait: Duration) -> Vec<(&'static str, String)> {
@@ -367,6 +366,14 @@ async fn body(mut response: reqwest::Response) -> Result<Bytes, ErrorKind> {
 
 fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     headers.get(name).and_then(|value| value.to_str().ok())
+}
+
+/// One segment of a path, with nothing in it that a parser of URLs would read otherwise or leave out: Consul takes names with
+/// tabs and slashes.
+fn segment_of_path(text: &str) -> PercentEncode<'_> {
+    /// All but the unreserved characters (RFC 3986, 2.3).
+    const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
+    utf8_percent_encode(text, ENCODED)
 }
 
 #[cfg(test)]
@@ -443,6 +450,8 @@ mod tests {
         assert_eq!((seen.method, seen.body), (Method::PUT, Bytes::from_static(br#"{"Name":"web"}"#)));
         assert_eq!(agent.requests("/v1/agent/check/pass/web-ttl").len(), 1);
         assert_eq!(agent.requests("/v1/agent/service/deregister/web%2F1").len(), 1);
+        client.deregister_service("a\tb\nc?d#e%f").await.expect("deregistered");
+        assert_eq!(agent.requests("/v1/agent/service/deregister/a%09b%0Ac%3Fd%23e%25f").len(), 1);
     }
 
     #[tokio::test]
