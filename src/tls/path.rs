@@ -1,8 +1,8 @@
 //! The search for a path from a certificate to a root, and what makes a path valid (RFC 5280, 6.1).
 //!
-//! Pure: certificates, roots and the time come in, its validity or what is wrong goes out. Of what a peer shows, only the path counts. What
-//! Go (`crypto/x509`, for Consul's own proxy) and BoringSSL (for Envoy) decide differently is refused; the table is in
-//! docs/certificates.md.
+//! Pure: certificates, roots and the time come in, its validity or what is wrong goes out. Of what a peer shows, only the
+//! path counts. What Go (`crypto/x509`, for Consul's own proxy) and BoringSSL (for Envoy) decide differently is refused;
+//! the table is in docs/certificates.md.
 
 use std::time::SystemTime;
 
