@@ -59,8 +59,10 @@ const PERIOD_EACH: Duration = Duration::from_millis(50);
 /// All queries of a table are fetched again within this time after a burst, but for the bound on all together.
 const REFETCH_CYCLE: Duration = Duration::from_secs(10);
 
-/// Refetches are no more than so many a second for long.
+/// Refetches are no more than so many a second for long…
 pub(super) const MOST_REFETCHES: f64 = 20.0;
+/// …and so many where there are few queries: somebody who writes one config entry after another waits for none of them.
+const LEAST_REFETCHES: f64 = 2.0;
 
 /// So many refetches of all queries begin without a pause after a quiet time.
 const BURST: f64 = 4.0;
@@ -578,7 +580,7 @@ impl RefetchBudget {
     /// [`REFETCH_CYCLE`] for ever, but for the bound on all together.
     fn take(&mut self, queries: usize, members: usize, now: Instant) -> Instant {
         let (queries, members) = (queries as f64, members.max(1) as f64);
-        let rate = (members / REFETCH_CYCLE.as_secs_f64()).min(MOST_REFETCHES);
+        let rate = (members / REFETCH_CYCLE.as_secs_f64()).clamp(LEAST_REFETCHES, MOST_REFETCHES);
         let since = self.since.unwrap_or(now);
         self.debt = (self.debt - rate * now.saturating_duration_since(since).as_secs_f64()).max(0.0) + queries;
         let excess = self.debt - BURST * members;
@@ -823,6 +825,9 @@ mod tests {
         let mut budget = RefetchBudget::default();
         assert!((0..4).all(|_| budget.take(40, 40, start) == start));
         assert_eq!(budget.take(40, 40, start) - start, REFETCH_CYCLE);
+        // A lone one follows a change each second, however many there are.
+        let mut budget = RefetchBudget::default();
+        assert!((0..60).map(|second| start + Duration::from_secs(second)).all(|now| budget.take(1, 1, now) == now));
     }
 
     #[test]
