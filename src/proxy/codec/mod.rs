@@ -12,11 +12,14 @@ pub(super) mod framing;
 pub(super) mod header_block;
 pub(super) mod http1_validator;
 pub(super) mod incoming;
+pub(super) mod messages;
 mod outgoing;
 pub(super) mod pool;
 pub(super) mod replay_body;
 pub(super) mod resets;
 pub(super) mod server;
+mod transport;
+pub(super) mod turn;
 pub(super) mod wire;
 
 /// A head may have so many headers and bytes, as at Envoy; more is answered with 431.

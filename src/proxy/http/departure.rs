@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use tokio::time::{Instant, Sleep, sleep};
 
-use crate::proxy::codec::wire::{Awaits, Wire};
+use crate::proxy::codec::messages::Awaits;
+use crate::proxy::codec::wire::Wire;
 use crate::proxy::outcome::{Fault, Outcome};
 
 /// Looks after one connection.

@@ -1,48 +1,36 @@
-//! Client connections that are used again: those of one instance, or of the local app.
-//!
-//! A pool has a slot for each worker, as a connection stays on the thread that made it. HTTP/1 connections
-//! are lent one request at a time; an HTTP/2 connection is shared by as many as fit.
+//! The connections of one worker: those that are idle, those that requests share, and those that are lent to a request
+//! and come back.
 
-use std::fmt;
 use std::future::Future;
-use std::pin::pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use http::{Request, Response};
-use hyper::client::conn::http1;
-use hyper_util::rt::TokioIo;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
-use super::client::{self, Sender};
-use super::flow::Counted;
-use super::framing;
-use super::incoming::Incoming;
-use super::outgoing::AFTER_ANSWER;
-use super::replay_body::ReplayBody;
-use super::wire::{PathWatch, Turn, WeakWire, Wire};
-use super::{HEAD_SIZE, HEADERS, HTTP1_BUFFER};
-use crate::proxy::limits::{Overflow, Permit};
-use crate::proxy::workers;
-use crate::snapshot::{Failure, LocalApp};
+use super::failure::{Failed, NoConnection, no_codec};
+use super::http1::Http1;
+use crate::proxy::codec::client::{self, Sender};
+use crate::proxy::codec::flow::Counted;
+use crate::proxy::codec::framing;
+use crate::proxy::codec::incoming::Incoming;
+use crate::proxy::codec::outgoing::AFTER_ANSWER;
+use crate::proxy::codec::replay_body::ReplayBody;
+use crate::proxy::codec::turn::Turn;
+use crate::proxy::codec::wire::{PathWatch, Wire};
+use crate::proxy::limits::Permit;
+use crate::snapshot::LocalApp;
 use crate::tls;
-
-/// Connections to one place.
-#[derive(Default)]
-pub struct Pool {
-    slots: Mutex<Vec<Arc<Slot>>>,
-    shared: Arc<Count>,
-}
 
 /// What all workers know of a pool.
 #[derive(Default)]
-struct Count {
+pub(super) struct Count {
     /// Connections, whoever uses them.
-    open: AtomicUsize,
+    pub open: AtomicUsize,
     /// Tells whoever waits that a connection or a stream is free.
-    freed: Arc<Notify>,
+    pub freed: Arc<Notify>,
 }
 
 /// One connection, counted until it ends.
@@ -52,7 +40,7 @@ pub struct Open {
 }
 
 impl Open {
-    fn new(count: &Arc<Count>, permit: Option<Permit>) -> Self {
+    pub(super) fn new(count: &Arc<Count>, permit: Option<Permit>) -> Self {
         count.open.fetch_add(1, Ordering::Relaxed);
         Self { count: Arc::clone(count), _permit: permit }
     }
@@ -66,7 +54,7 @@ impl Drop for Open {
 }
 
 /// One worker's connections.
-struct Slot {
+pub(super) struct Slot {
     count: Arc<Count>,
     kept: Mutex<Kept>,
 }
@@ -108,13 +96,6 @@ struct Idle {
     since: Instant,
 }
 
-/// A connection of HTTP/1.
-struct Http1 {
-    sender: http1::SendRequest<ReplayBody>,
-    /// Where the codec ends, the socket is to be closed, whoever holds this.
-    wire: WeakWire,
-}
-
 #[derive(Clone)]
 struct Shared {
     sender: Sender,
@@ -153,13 +134,6 @@ pub struct Lease {
     unanswered: bool,
 }
 
-/// What there is of connections that others made.
-pub enum Checkout {
-    PooledConnection(Box<PooledConnection>),
-    /// There is none at all.
-    None,
-}
-
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Version {
     Http1,
@@ -173,160 +147,23 @@ pub struct Dialled {
     pub open: Open,
 }
 
-/// A request that brought no response.
-pub struct Failed {
-    /// The request itself, if nothing of it was sent.
-    pub request: Option<Box<Request<ReplayBody>>>,
-    pub failure: Failure,
-    cause: Cause,
-}
-
-enum Cause {
-    Http1(hyper::Error),
-    Http2(h2::Error),
-    /// There was a response, which is not to be passed on.
-    Framing(&'static str),
-}
-
-/// Why there is no connection. All that waited for the same one are told the same.
-#[derive(Debug, Clone)]
-pub enum NoConnection {
-    Overflow(Overflow),
-    /// One clause for the log.
-    Unreachable(String),
-}
-
-impl From<Overflow> for NoConnection {
-    fn from(overflow: Overflow) -> Self {
-        Self::Overflow(overflow)
-    }
-}
-
-impl From<String> for NoConnection {
-    fn from(cause: String) -> Self {
-        Self::Unreachable(cause)
-    }
-}
-
 /// Whoever finds no connection makes one, or waits for the one that is being made.
-enum Dial {
+pub(super) enum Dial {
     Ours(watch::Sender<Option<NoConnection>>),
     Others(watch::Receiver<Option<NoConnection>>),
 }
 
-impl Pool {
-    /// A connection that is there and free.
-    #[must_use]
-    pub fn reuse(&self, pool_key: &PoolKey) -> Option<PooledConnection> {
-        self.slot().reuse(pool_key)
-    }
-
-    /// A free connection of those that are there, or one that `dial` makes. Where several could share one, one dials
-    /// and the others share what comes of it.
-    ///
-    /// # Errors
-    /// Those of `dial`.
-    pub async fn connect<F>(&self, pool_key: &PoolKey, dial: F) -> Result<PooledConnection, NoConnection>
-    where
-        F: Future<Output = Result<Dialled, NoConnection>>,
-    {
-        let slot = self.slot();
-        let tell = loop {
-            if let Some(pooled) = slot.reuse(pool_key) {
-                return Ok(pooled);
-            }
-            match slot.dialling(pool_key) {
-                Some(Dial::Ours(tell)) => break Some(tell),
-                Some(Dial::Others(mut outcome)) => {
-                    // Without a word there is a connection, or whoever dialled gave up.
-                    let _ = outcome.changed().await;
-                    if let Some(why) = outcome.borrow().clone() {
-                        return Err(why);
-                    }
-                }
-                None => break None,
-            }
-        };
-        match dial.await {
-            Ok(dialled) => slot.add(dialled, pool_key, tell).await,
-            Err(why) => {
-                if let Some(tell) = tell {
-                    let _ = tell.send(Some(why.clone()));
-                }
-                Err(why)
-            }
-        }
-    }
-
-    /// A connection that `dial` makes, and on which nothing has been sent yet.
-    ///
-    /// # Errors
-    /// Those of `dial`.
-    pub async fn connect_anew<F>(&self, pool_key: &PoolKey, dial: F) -> Result<PooledConnection, NoConnection>
-    where
-        F: Future<Output = Result<Dialled, NoConnection>>,
-    {
-        self.slot().add(dial.await?, pool_key, None).await
-    }
-
-    /// A new HTTP/1 connection on this wire, for a request that can't go over HTTP/2. It is not kept.
-    ///
-    /// # Errors
-    /// None that depends on the far end.
-    pub async fn connect_once(wire: Wire, open: Open) -> Result<PooledConnection, NoConnection> {
-        let connection = http1(wire, open).await?;
-        Ok(PooledConnection { connection: Connection::Http1(connection, None), reused: false })
-    }
-
-    /// Counts a connection that is about to be made.
-    #[must_use]
-    pub fn enter(&self, permit: Option<Permit>) -> Open {
-        Open::new(&self.shared, permit)
-    }
-
-    /// A connection for whom no more may be made: one of any worker, or the first of all. It is waited for if all
-    /// are taken.
-    pub async fn borrow(&self, pool_key: &PoolKey) -> Checkout {
-        loop {
-            let mut freed = pin!(self.shared.freed.notified());
-            freed.as_mut().enable();
-            let slots = self.slots().clone();
-            if let Some(pooled) = slots.iter().find_map(|slot| slot.reuse(pool_key)) {
-                return Checkout::PooledConnection(Box::new(pooled));
-            }
-            if self.shared.open.load(Ordering::Relaxed) == 0 {
-                return Checkout::None;
-            }
-            freed.await;
-        }
-    }
-
-    fn slots(&self) -> MutexGuard<'_, Vec<Arc<Slot>>> {
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn slot(&self) -> Arc<Slot> {
-        let worker = workers::current();
-        let mut slots = self.slots();
-        while slots.len() <= worker {
-            slots.push(Arc::new(Slot { count: Arc::clone(&self.shared), kept: Mutex::default() }));
-        }
-        Arc::clone(&slots[worker])
-    }
-}
-
-impl fmt::Debug for Pool {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Pool").finish_non_exhaustive()
-    }
-}
-
 impl Slot {
+    #[must_use]
+    pub(super) fn new(count: &Arc<Count>) -> Self {
+        Self { count: Arc::clone(count), kept: Mutex::default() }
+    }
+
     fn kept(&self) -> MutexGuard<'_, Kept> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn reuse(self: &Arc<Self>, pool_key: &PoolKey) -> Option<PooledConnection> {
+    pub(super) fn reuse(self: &Arc<Self>, pool_key: &PoolKey) -> Option<PooledConnection> {
         let mut kept = self.kept();
         kept.renew(pool_key);
         while let Some(Idle { connection, since }) = kept.idle.pop() {
@@ -341,7 +178,7 @@ impl Slot {
     }
 
     /// `None` where no connection can be shared.
-    fn dialling(&self, pool_key: &PoolKey) -> Option<Dial> {
+    pub(super) fn dialling(&self, pool_key: &PoolKey) -> Option<Dial> {
         let mut kept = self.kept();
         kept.renew(pool_key);
         if kept.speaks == Some(Version::Http1) {
@@ -355,7 +192,7 @@ impl Slot {
         Some(Dial::Ours(tell))
     }
 
-    async fn add(
+    pub(super) async fn add(
         self: &Arc<Self>,
         dialled: Dialled,
         pool_key: &PoolKey,
@@ -372,7 +209,7 @@ impl Slot {
         dialled: Dialled,
         pool_key: &PoolKey,
     ) -> Result<PooledConnection, NoConnection> {
-        let connection = http1(dialled.wire, dialled.open).await?;
+        let connection = Http1::new(dialled.wire, dialled.open).await?;
         let mut kept = self.kept();
         kept.renew(pool_key);
         kept.speaks = Some(Version::Http1);
@@ -478,6 +315,12 @@ impl Kept {
 }
 
 impl PooledConnection {
+    /// A new connection that is not kept.
+    #[must_use]
+    pub(super) fn once(connection: Http1) -> Self {
+        Self { connection: Connection::Http1(connection, None), reused: false }
+    }
+
     #[must_use]
     pub fn version(&self) -> Version {
         match &self.connection {
@@ -521,7 +364,7 @@ impl PooledConnection {
 fn checked(mut response: Response<Incoming>) -> Result<Response<Incoming>, Failed> {
     match framing::check_response(&mut response) {
         Ok(()) => Ok(response),
-        Err(fault) => Err(Failed { request: None, failure: Failure::Reset, cause: Cause::Framing(fault) }),
+        Err(fault) => Err(Failed::framing(fault)),
     }
 }
 
@@ -548,104 +391,6 @@ impl Drop for Lease {
             slot.put(connection, &home.pool_key);
         }
     }
-}
-
-impl Http1 {
-    fn watch_path(&self, watch: PathWatch) {
-        if let Some(wire) = self.wire.upgrade() {
-            wire.watch_path(watch);
-        }
-    }
-
-    fn send(&mut self, request: Request<ReplayBody>) -> impl Future<Output = Answered> + use<> {
-        use http_body::Body as _;
-        // A far end that takes no more of a body for now confirms nothing either.
-        let whole = request.body().is_end_stream();
-        self.watch_path(if whole { PathWatch::Request } else { PathWatch::Upload });
-        self.sender.try_send_request(request)
-    }
-}
-
-/// What comes of a request that hyper sends.
-type Answered = Result<Response<hyper::body::Incoming>, hyper::client::conn::TrySendError<Request<ReplayBody>>>;
-
-impl Failed {
-    fn http1(mut failed: hyper::client::conn::TrySendError<Request<ReplayBody>>) -> Self {
-        let request = failed.take_message().map(Box::new);
-        let failure = if request.is_some() { Failure::ResetBeforeRequest } else { Failure::Reset };
-        Self { request, failure, cause: Cause::Http1(failed.into_error()) }
-    }
-
-    fn http2(failed: client::Unanswered) -> Self {
-        let client::Unanswered { request, error } = failed;
-        let failure = match &request {
-            Some(_) => Failure::ResetBeforeRequest,
-            None if client::is_refusal(&error) => Failure::Refused,
-            None => Failure::Reset,
-        };
-        Self { request: request.map(Box::new), failure, cause: Cause::Http2(error) }
-    }
-
-    /// The connection ended, or was ended, before there was an answer.
-    #[must_use]
-    pub fn is_lost(&self) -> bool {
-        match &self.cause {
-            Cause::Http1(error) => {
-                let io = std::error::Error::source(error).is_some_and(|source| source.is::<std::io::Error>());
-                error.is_incomplete_message() || error.is_closed() || error.is_canceled() || io
-            }
-            Cause::Http2(error) => error.is_io(),
-            Cause::Framing(_) => false,
-        }
-    }
-
-    /// What came as an answer is none in HTTP, or not to be passed on.
-    #[must_use]
-    pub fn is_malformed(&self) -> bool {
-        match &self.cause {
-            Cause::Http1(error) => error.is_parse(),
-            Cause::Http2(error) => error.is_library() && error.reason() == Some(h2::Reason::PROTOCOL_ERROR),
-            Cause::Framing(_) => true,
-        }
-    }
-
-    /// For the log.
-    #[must_use]
-    pub fn describe(&self) -> String {
-        match &self.cause {
-            Cause::Http1(error) => match std::error::Error::source(error) {
-                Some(source) => format!("{error}: {source}"),
-                None => error.to_string(),
-            },
-            Cause::Http2(error) => error.to_string(),
-            Cause::Framing(fault) => (*fault).to_owned(),
-        }
-    }
-}
-
-fn no_codec(error: impl fmt::Display) -> NoConnection {
-    NoConnection::Unreachable(format!("no HTTP connection could be made: {error}"))
-}
-
-async fn http1(wire: Wire, open: Open) -> Result<Http1, NoConnection> {
-    let (sender, connection) = http1::Builder::new()
-        .max_headers(HEADERS)
-        .max_header_size(HEAD_SIZE)
-        .max_buf_size(HTTP1_BUFFER)
-        .handshake(TokioIo::new(wire.clone()))
-        .await
-        .map_err(no_codec)?;
-    wire.hear_out();
-    let http1 = Http1 { sender, wire: wire.downgrade() };
-    let turns = Turn::new(connection.with_upgrades(), wire.clone());
-    tokio::spawn(async move {
-        if turns.await.is_err() {
-            // Who has half of a request would otherwise wait for the rest, or go on with its answer.
-            wire.abort();
-        }
-        drop(open);
-    });
-    Ok(http1)
 }
 
 /// Whoever sent a request learns how the connection ended.
