@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use crate::access_log::AccessLog;
+use crate::admin::{self, Command};
 use crate::config::{Config, Mode};
 use crate::consul::Client;
 use crate::consul::watches::Watches;
@@ -17,14 +18,16 @@ use crate::drain::{self, Stage};
 use crate::proxy::Workers;
 use crate::registration::Registration;
 use crate::snapshot::Snapshot;
+use crate::stats::Registry;
+use crate::telemetry::LevelHandle;
 use crate::{control, proxy};
 
 /// Runs the proxy until it is told to stop: the first SIGINT or SIGTERM drains it, the second ends it at once.
 ///
 /// # Errors
 /// When the proxy can't start: settings that can't be used, or a refusal of the agent that is final.
-pub async fn run(config: Config) -> anyhow::Result<()> {
-    let Config { mode, agent, drain_time, workers, aead, tunnel, .. } = config;
+pub async fn run(config: Config, level: LevelHandle) -> anyhow::Result<()> {
+    let Config { mode, agent, drain_time, workers, aead, tunnel, admin, .. } = config;
     tracing::info!(target: "proxy", aead = %aead, "TLS record encryption chosen for this processor");
     let mut signals = Signals::new().context("can't listen for signals")?;
     let client = Client::new(&agent)?;
@@ -39,7 +42,13 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let access_log = AccessLog::default();
     let logged = access_log.clone();
 
+    let stats = Arc::new(Registry::default());
+    let (commands, mut commanded) = mpsc::channel(COMMANDS);
+    let state = admin::State::new(snapshots.clone(), trigger.stage(), stats, level, commands, workers.count());
+    let state = Arc::new(state);
+
     let mut tasks = JoinSet::new();
+    tasks.spawn(async move { admin::run(&admin, state).await });
     tasks.spawn(tell_ready(snapshots.clone()));
     tasks.spawn(async move {
         proxy::run(snapshots, &workers, logged, drained).await;
@@ -54,7 +63,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     }
 
     let result = tokio::select! {
-        () = signals.next() => {
+        () = told_to_end(&mut signals, &mut commanded, &trigger) => {
             drain(trigger, drain_time, &mut signals).await;
             Ok(())
         }
@@ -67,6 +76,22 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     }
     result
 }
+
+/// Ends with the first signal, or when the admin server is told to quit.
+async fn told_to_end(signals: &mut Signals, commands: &mut mpsc::Receiver<Command>, trigger: &drain::Trigger) {
+    loop {
+        tokio::select! {
+            () = signals.next() => return,
+            Some(command) = commands.recv() => match command {
+                Command::Quit => return,
+                Command::Drain { .. } => trigger.advance(Stage::Draining),
+            },
+        }
+    }
+}
+
+/// Commands of the admin server that wait.
+const COMMANDS: usize = 8;
 
 /// Lets open connections finish, up to the drain time or a second signal. Control goes on meanwhile, so that a new deny
 /// closes connections during the drain too.

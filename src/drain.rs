@@ -56,6 +56,12 @@ impl Trigger {
         });
     }
 
+    /// How far the drain has come, now and later; it is not waited for.
+    #[must_use]
+    pub fn stage(&self) -> watch::Receiver<Stage> {
+        self.stage.subscribe()
+    }
+
     /// Ends when every watch is dropped.
     pub async fn drained(&self) {
         self.open.close();

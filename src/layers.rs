@@ -9,10 +9,11 @@ use std::{fmt, fs};
 
 /// Each module of the crate, lowest first, with the modules that it may import. A module imports none that stands below it in this table,
 /// so the table itself has no cycle.
-const LAYERS: [(&str, &[&str]); 18] = [
+const LAYERS: [(&str, &[&str]); 20] = [
     ("fetch", &[]),
     ("drain", &[]),
     ("race", &[]),
+    ("stats", &[]),
     ("telemetry", &[]),
     ("tls", &[]),
     ("jwt", &[]),
@@ -25,7 +26,23 @@ const LAYERS: [(&str, &[&str]); 18] = [
     ("snapshot", &["access_log", "fetch", "jwt", "operators", "tls"]),
     ("control", &["access_log", "config", "consul", "fetch", "jwt", "snapshot", "tls"]),
     ("proxy", &["access_log", "drain", "jwt", "operators", "race", "resolve", "snapshot", "tls"]),
-    ("app", &["access_log", "config", "consul", "control", "drain", "proxy", "registration", "snapshot"]),
+    ("admin", &["config", "drain", "proxy", "snapshot", "stats", "telemetry"]),
+    (
+        "app",
+        &[
+            "access_log",
+            "admin",
+            "config",
+            "consul",
+            "control",
+            "drain",
+            "proxy",
+            "registration",
+            "snapshot",
+            "stats",
+            "telemetry",
+        ],
+    ),
     // The root of the crate, and the program.
     ("lib", &[]),
     ("main", &["app", "config", "telemetry"]),

@@ -17,6 +17,7 @@
 //!   randomness. Routing and intention decisions are pure functions here.
 //! * [`control`] is the only writer of snapshots: it gathers the agent's answers and publishes whole ones.
 //! * [`proxy`] is the data plane. It reads snapshots and never calls the agent.
+//! * [`stats`] keeps the numbers of the data path; [`admin`] gives them out, with all else that people and probes ask.
 //! * [`app`] builds, wires, waits and drains. Only `main` and tests know it.
 //!
 //! # Invariants
@@ -28,6 +29,7 @@
 //! * Every wait has a limit or is raced against [`drain`]. Every task has an owner.
 
 pub mod access_log;
+pub mod admin;
 pub mod app;
 pub mod config;
 pub mod consul;
@@ -41,6 +43,7 @@ mod race;
 pub mod registration;
 mod resolve;
 pub mod snapshot;
+pub mod stats;
 pub mod telemetry;
 pub mod tls;
 

@@ -31,7 +31,7 @@ fn run() -> anyhow::Result<()> {
 }
 
 fn serve(config: Config) -> anyhow::Result<()> {
-    telemetry::init(config.log)?;
+    let level = telemetry::init(config.log)?;
     let json = config.log.json;
     announce(&config);
     for warning in &config.warnings {
@@ -39,7 +39,7 @@ fn serve(config: Config) -> anyhow::Result<()> {
     }
     raise_file_limit();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the runtime")?;
-    let result = runtime.block_on(app::run(config));
+    let result = runtime.block_on(app::run(config, level));
     // A name that is still being looked up in a thread of its own shall not keep the process.
     runtime.shutdown_background();
     if json {

@@ -11,16 +11,18 @@
 use std::borrow::Cow;
 use std::error::Error;
 use std::fmt::{self, Write as _};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tracing::field::{Field, Visit};
-use tracing::{Event, Level, Subscriber};
+use tracing::{Event, Level, Metadata, Subscriber};
 use tracing_subscriber::field::RecordFields;
-use tracing_subscriber::filter::filter_fn;
+use tracing_subscriber::filter::{FilterFn, filter_fn};
 use tracing_subscriber::fmt::format::{FormatEvent, FormatFields, Writer};
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 use tracing_subscriber::fmt::{FmtContext, FormattedFields, MakeWriter};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::reload;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Settings {
@@ -28,14 +30,35 @@ pub struct Settings {
     pub json: bool,
 }
 
-/// Makes standard output the log of this process.
+/// Makes standard output the log of this process. The handle changes its level.
 ///
 /// # Errors
 ///
 /// When the process has a log already.
-pub fn init(settings: Settings) -> anyhow::Result<()> {
-    tracing::subscriber::set_global_default(subscriber(settings, std::io::stdout))?;
-    Ok(())
+pub fn init(settings: Settings) -> anyhow::Result<LevelHandle> {
+    let (subscriber, handle) = subscriber(settings, std::io::stdout);
+    tracing::subscriber::set_global_default(subscriber)?;
+    Ok(handle)
+}
+
+/// Reads and changes the level of the log while the process runs.
+#[derive(Clone)]
+pub struct LevelHandle {
+    level: Arc<Mutex<Level>>,
+    change: Arc<dyn Fn(Level) + Send + Sync>,
+}
+
+impl LevelHandle {
+    #[must_use]
+    pub fn get(&self) -> Level {
+        *self.level.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn set(&self, level: Level) {
+        let mut now = self.level.lock().unwrap_or_else(PoisonError::into_inner);
+        (self.change)(level);
+        *now = level;
+    }
 }
 
 /// Returns `text` as one line: control characters, line separators and marks that change the direction of writing
@@ -51,7 +74,7 @@ pub fn escape(text: &str) -> Cow<'_, str> {
     }))
 }
 
-fn subscriber<W>(settings: Settings, writer: W) -> impl Subscriber + Send + Sync
+fn subscriber<W>(settings: Settings, writer: W) -> (impl Subscriber + Send + Sync, LevelHandle)
 where
     W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
 {
@@ -61,11 +84,19 @@ where
         .event_format(layout)
         .with_writer(writer)
         .log_internal_errors(false);
-    // The level is also the hint by which a disabled event costs one comparison.
-    let level = settings.level;
-    let wanted =
-        filter_fn(move |event| is_wanted(event.module_path(), *event.level(), level)).with_max_level_hint(level);
-    tracing_subscriber::registry().with(wanted).with(lines)
+    let (wanted, reload) = reload::Layer::new(filter(settings.level));
+    let change = move |level| {
+        // It fails only when there is no log any more.
+        let _ = reload.modify(|wanted| *wanted = filter(level));
+    };
+    let handle = LevelHandle { level: Arc::new(Mutex::new(settings.level)), change: Arc::new(change) };
+    (tracing_subscriber::registry().with(wanted).with(lines), handle)
+}
+
+/// The level is also the hint by which a disabled event costs one comparison.
+fn filter(level: Level) -> FilterFn<impl Fn(&Metadata<'_>) -> bool> {
+    filter_fn(move |event: &Metadata<'_>| is_wanted(event.module_path(), *event.level(), level))
+        .with_max_level_hint(level)
 }
 
 /// Libraries speak of their own insides, which only matters when something is wrong.
@@ -296,7 +327,7 @@ mod tests {
     fn logged(level: Level, json: bool, events: impl FnOnce()) -> Vec<String> {
         let writes = Writes::default();
         let target = writes.clone();
-        let subscriber = subscriber(Settings { level, json }, move || target.clone());
+        let (subscriber, _) = subscriber(Settings { level, json }, move || target.clone());
         tracing::subscriber::with_default(subscriber, events);
         writes.0.lock().unwrap().clone()
     }

@@ -8,7 +8,7 @@ from .apps import Echo, dial
 from .envoy import Envoy
 from .ports import is_listening
 from .process import Process
-from .web import Web
+from .web import Web, ask
 from .wait import eventually
 
 NUMBERS = itertools.count(1)
@@ -82,7 +82,9 @@ class Mesh:
 
     def proxy(self, *words, kind="lictor", env=None, label=None):
         """Runs `connect proxy` with these words against the scenario's agent."""
-        return self.run([self.binaries[kind], "connect", "proxy", *words], label or kind, {**self.agent.env, **(env or {})})
+        # Many run side by side; the default port is for one.
+        own = {"LICTOR_ADMIN_BIND": "127.0.0.1:0"} if kind == "lictor" else {}
+        return self.run([self.binaries[kind], "connect", "proxy", *words], label or kind, {**self.agent.env, **own, **(env or {})})
 
     def envoy(self, service, **how):
         envoy = Envoy(service, self.directory, **how)
@@ -105,6 +107,11 @@ class Mesh:
 
     def _end(self, process):
         assert not process.end(), f"{process.label} panicked: {process.text()[-2000:]}"
+
+
+def admin_port(process):
+    """Where the admin server of a lictor listens."""
+    return int(process.logged(r"Admin server started: address=\S+:(\d+)")[1])
 
 
 def quietly(undo):
@@ -174,6 +181,10 @@ class Service:
             eventually(lambda: is_listening(port) or not self.process.running(), what=f"the sidecar of {self.id} listens on {port}")
         assert self.process.running(), f"the sidecar of {self.id} ended: {self.process.text()}"
         return self
+
+    def admin(self, path, method="GET", headers=None):
+        """What the admin server of its sidecar answers."""
+        return ask(admin_port(self.process), path, method, headers=headers)
 
     def passing(self, status="pass"):
         self.mesh.agent.health(self.check_id, status)

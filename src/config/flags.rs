@@ -24,6 +24,8 @@ pub(super) struct Flags {
     pub(super) agent: AgentFlags,
     #[command(flatten)]
     pub(super) process: ProcessFlags,
+    #[command(flatten)]
+    pub(super) admin: AdminFlags,
 }
 
 #[derive(Debug, Args)]
@@ -140,6 +142,40 @@ pub(super) struct ProcessFlags {
     pub(super) tunnel: Option<String>,
 }
 
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Admin server and metrics")]
+pub(super) struct AdminFlags {
+    /// Where the admin server listens: host:port (port 0 for any free one), unix:///path, or off. Those who reach it can
+    /// read what this sidecar does and end it. The default is 127.0.0.1:19000, or the next free port.
+    #[arg(long, value_name = "address")]
+    pub(super) admin_bind: Option<String>,
+    /// Address of a listener for /ready alone, for probes. Needs -envoy-ready-bind-port.
+    #[arg(long, value_name = "address")]
+    pub(super) envoy_ready_bind_address: Option<String>,
+    /// Port of that listener.
+    #[arg(long, value_name = "port")]
+    pub(super) envoy_ready_bind_port: Option<String>,
+    /// Port on this host to which a scrape of envoy_prometheus_bind_addr is passed on, instead of being answered from
+    /// here.
+    #[arg(long, value_name = "port")]
+    pub(super) prometheus_backend_port: Option<String>,
+    /// Path under which envoy_prometheus_bind_addr gives the metrics. The default is /metrics.
+    #[arg(long, value_name = "path")]
+    pub(super) prometheus_scrape_path: Option<String>,
+    /// PEM file with the certificates of those who may scrape envoy_prometheus_bind_addr over TLS.
+    #[arg(long, value_name = "path")]
+    pub(super) prometheus_ca_file: Option<String>,
+    /// Directory of such PEM files.
+    #[arg(long, value_name = "path")]
+    pub(super) prometheus_ca_path: Option<String>,
+    /// PEM file with the certificate that envoy_prometheus_bind_addr shows.
+    #[arg(long, value_name = "path")]
+    pub(super) prometheus_cert_file: Option<String>,
+    /// PEM file with the private key of -prometheus-cert-file.
+    #[arg(long, value_name = "path")]
+    pub(super) prometheus_key_file: Option<String>,
+}
+
 /// The environment variable that stands in for a flag.
 pub(super) fn variable_of(flag: &str) -> Option<&'static str> {
     Some(match flag {
@@ -160,6 +196,7 @@ pub(super) fn variable_of(flag: &str) -> Option<&'static str> {
         "workers" => "LICTOR_WORKERS",
         "aead" => "LICTOR_AEAD",
         "tunnel" => "LICTOR_TUNNEL",
+        "admin-bind" => "LICTOR_ADMIN_BIND",
         _ => return None,
     })
 }
@@ -169,13 +206,10 @@ pub(super) fn variable_of(flag: &str) -> Option<&'static str> {
 const WITHOUT_MEANING: &[(&str, bool)] = &[
     ("address", true),
     ("admin-access-log-path", true),
-    ("admin-bind", true),
     ("bind-address", true),
     ("deregister-after-critical", true),
     ("enable-config-gen-logging", false),
     ("envoy-binary", true),
-    ("envoy-ready-bind-address", true),
-    ("envoy-ready-bind-port", true),
     ("envoy-version", true),
     ("expose-servers", false),
     ("grpc-addr", true),
@@ -186,12 +220,6 @@ const WITHOUT_MEANING: &[(&str, bool)] = &[
     ("node-name", true),
     ("omit-deprecated-tags", false),
     ("pprof-addr", true),
-    ("prometheus-backend-port", true),
-    ("prometheus-ca-file", true),
-    ("prometheus-ca-path", true),
-    ("prometheus-cert-file", true),
-    ("prometheus-key-file", true),
-    ("prometheus-scrape-path", true),
     ("wan-address", true),
 ];
 

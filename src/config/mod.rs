@@ -4,20 +4,22 @@
 //! word. Where Consul goes on with input that it did not understand, and would send a token in plaintext or trust
 //! any certificate, we stop with a sentence that says what to write instead.
 
+mod admin;
 mod flags;
+mod reader;
 mod values;
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs;
-use std::io::{self, Read as _};
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 use tracing::Level;
 
+pub use self::admin::{AdminBind, AdminSettings, Prometheus, PrometheusTls};
+use self::reader::{Given, Reader, readable, readable_directory, unreadable};
 pub use self::values::AdHocUpstream;
 use crate::tls::{Aead, Implementation};
 use crate::{consul, telemetry};
@@ -37,6 +39,7 @@ pub struct Config {
     pub aead: Aead,
     /// Whether TLS sessions with other sidecars of ours carry one TCP connection after another; default true.
     pub tunnel: bool,
+    pub admin: AdminSettings,
     /// What was given in vain, each a sentence for the log.
     pub warnings: Vec<String>,
 }
@@ -163,13 +166,6 @@ fn version() -> String {
     format!("lictor {}\nTLS records on this processor: {}\n", env!("CARGO_PKG_VERSION"), Aead::detect())
 }
 
-/// A value with the flag or variable that it came from.
-#[derive(Debug)]
-struct Given {
-    value: String,
-    from: String,
-}
-
 /// What [`ProcessFlags`] say.
 struct Process {
     log: telemetry::Settings,
@@ -179,20 +175,10 @@ struct Process {
     tunnel: bool,
 }
 
-/// Brings flags and environment together.
-struct Reader<'a> {
-    environment: &'a dyn Fn(&str) -> Option<OsString>,
-    warnings: Vec<String>,
-}
-
-impl<'a> Reader<'a> {
-    fn new(environment: &'a dyn Fn(&str) -> Option<OsString>, ignored: BTreeSet<&'static str>) -> Self {
-        let warn = |name| format!("the flag -{name} has no meaning for lictor and is ignored");
-        Self { environment, warnings: ignored.into_iter().map(warn).collect() }
-    }
-
+impl Reader<'_> {
     fn config(mut self, flags: flags::Flags) -> anyhow::Result<Config> {
         let process = self.process(flags.process)?;
+        let admin = self.admin(flags.admin)?;
         let max_connections = flags.agent.agent_connections.clone();
         let too_few = self.number("agent-connections", max_connections.clone(), 0..=1).is_ok_and(|few| few.is_some());
         ensure!(
@@ -207,7 +193,7 @@ impl<'a> Reader<'a> {
         let agent = self.agent(flags.agent, max_connections).context("Error connecting to Consul agent")?;
         let mode = self.mode(flags.mode, flags.ad_hoc).context("Error preparing configuration")?;
         let Process { log, drain_time, workers, aead, tunnel } = process;
-        Ok(Config { mode, agent, log, drain_time, workers, aead, tunnel, warnings: self.warnings })
+        Ok(Config { mode, agent, log, drain_time, workers, aead, tunnel, admin, warnings: self.warnings })
     }
 
     fn process(&mut self, flags: ProcessFlags) -> anyhow::Result<Process> {
@@ -361,39 +347,6 @@ impl<'a> Reader<'a> {
         // A pipe, as of a shell's `<(…)`, can be read only once; a file is read again when it changes.
         Ok(if is_file { consul::Token::File(file.value.into()) } else { token })
     }
-
-    fn number(
-        &self,
-        flag: &str,
-        value: Option<String>,
-        allowed: std::ops::RangeInclusive<usize>,
-    ) -> anyhow::Result<Option<usize>> {
-        let Some(Given { value, from }) = self.given(flag, value)? else { return Ok(None) };
-        let number = value.parse().ok().filter(|number| allowed.contains(number));
-        let (least, most) = (allowed.start(), allowed.end());
-        Ok(Some(number.with_context(|| format!("{from}: {value:?} is not a number from {least} to {most}"))?))
-    }
-
-    /// The flag's value, else its variable's. An empty one counts as not given, as it does in Consul.
-    fn given(&self, flag: &str, value: Option<String>) -> anyhow::Result<Option<Given>> {
-        if let Some(value) = value.filter(|value| !value.is_empty()) {
-            return Ok(Some(Given { value, from: format!("-{flag}") }));
-        }
-        let Some(name) = flags::variable_of(flag) else { return Ok(None) };
-        Ok(self.variable(name)?.map(|value| Given { value, from: name.to_owned() }))
-    }
-
-    fn variable(&self, name: &str) -> anyhow::Result<Option<String>> {
-        let Some(value) = (self.environment)(name).filter(|value| !value.is_empty()) else { return Ok(None) };
-        value.into_string().map(Some).map_err(|_| anyhow::anyhow!("the variable {name} is not UTF-8"))
-    }
-
-    /// Consul takes what it cannot read as false: without TLS, or without verification. We do not go on like that.
-    fn boolean(&self, name: &str) -> anyhow::Result<Option<bool>> {
-        let Some(value) = self.variable(name)? else { return Ok(None) };
-        let read = values::boolean(&value);
-        Ok(Some(read.with_context(|| format!("could not parse {name}: {value:?} is neither true nor false"))?))
-    }
 }
 
 const MAX_DRAIN_TIME: Duration = Duration::from_secs(24 * 60 * 60);
@@ -465,26 +418,6 @@ fn fixed_token(text: &str, from: &str) -> anyhow::Result<consul::Token> {
     let sound = token.bytes().all(|byte| byte.is_ascii_graphic());
     ensure!(sound, "{from} gives no token: there are spaces in it, or characters that no header may hold");
     Ok(if token.is_empty() { consul::Token::None } else { consul::Token::Fixed(token.to_owned()) })
-}
-
-/// Reads one byte, since a directory can be opened, but not read.
-fn readable(what: &str, given: &Given, remedy: &str) -> anyhow::Result<PathBuf> {
-    let path = Path::new(&given.value);
-    let read = fs::File::open(path).and_then(|mut file| file.read(&mut [0]));
-    read.map_err(|error| unreadable(what, given, &error, remedy))?;
-    Ok(path.to_owned())
-}
-
-fn readable_directory(given: &Given) -> anyhow::Result<PathBuf> {
-    let path = Path::new(&given.value);
-    let remedy = "name a directory of PEM files that this user may read, or leave it out";
-    fs::read_dir(path).map_err(|error| unreadable("CA directory", given, &error, remedy))?;
-    Ok(path.to_owned())
-}
-
-fn unreadable(what: &str, given: &Given, error: &io::Error, remedy: &str) -> anyhow::Error {
-    let Given { value, from } = given;
-    anyhow::anyhow!("cannot read the {what} {value} of {from} ({error}); {remedy}")
 }
 
 #[cfg(test)]

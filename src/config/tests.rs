@@ -1,5 +1,7 @@
 use std::collections::BTreeMap;
 
+use std::path::Path;
+
 use super::*;
 use crate::consul::{Address, Token};
 

@@ -1,0 +1,103 @@
+//! Whom the admin server answers.
+//!
+//! The server listens on the loopback address, which every page in a browser of this host can send requests to. A page
+//! may not change anything (a foreign `Origin`, `Sec-Fetch-Site`), and a page whose own name was made to lead here
+//! (DNS rebinding) may not read anything: its name is in `Host`. Envoy checks neither.
+
+use std::net::IpAddr;
+
+use http::header::{HOST, ORIGIN};
+use http::{HeaderMap, HeaderName, Method, Request};
+
+const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
+
+/// Why a request is refused; a sentence for whoever sent it.
+pub(super) type Refusal = &'static str;
+
+/// Whether the request may be answered; `own_host` is the name that the server was told to listen on, if any.
+///
+/// # Errors
+/// When it may not be, with the reason.
+pub(super) fn check<B>(request: &Request<B>, own_host: Option<&str>) -> Result<(), Refusal> {
+    let headers = request.headers();
+    let host = request.uri().authority().map(http::uri::Authority::as_str).or_else(|| text(headers, &HOST));
+    // A Unix socket is reached by no page, and its clients send any host.
+    if own_host != Some(ANY_HOST) && !host.is_none_or(|host| is_own(host, own_host)) {
+        return Err("the Host header names neither an address nor localhost: ask for the server by its address\n");
+    }
+    if matches!(*request.method(), Method::GET | Method::HEAD) {
+        return Ok(());
+    }
+    let same_site = text(headers, &SEC_FETCH_SITE).is_none_or(|site| matches!(site, "same-origin" | "none"));
+    let same_origin = match (headers.get(ORIGIN), host) {
+        (None, _) => true,
+        (Some(origin), Some(host)) => origin.to_str().is_ok_and(|origin| {
+            origin.strip_prefix("http://").or_else(|| origin.strip_prefix("https://")) == Some(host)
+        }),
+        (Some(_), None) => false,
+    };
+    if same_site && same_origin { Ok(()) } else { Err("a page of another site may not change anything here\n") }
+}
+
+/// Stands for a server that is not reached by a name.
+pub(super) const ANY_HOST: &str = "*";
+
+fn text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a str> {
+    headers.get(name).map(|value| value.to_str().unwrap_or("\u{fffd}"))
+}
+
+fn is_own(host: &str, own_host: Option<&str>) -> bool {
+    let name = match host.strip_prefix('[') {
+        Some(rest) => rest.split(']').next().unwrap_or_default(),
+        None => host.rsplit_once(':').map_or(host, |(name, _)| name),
+    };
+    let is_local = name.eq_ignore_ascii_case("localhost") || name.to_ascii_lowercase().ends_with(".localhost");
+    name.parse::<IpAddr>().is_ok() || is_local || own_host.is_some_and(|own| name.eq_ignore_ascii_case(own))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(method: Method, headers: &[(&str, &str)]) -> Request<()> {
+        let mut request = Request::builder().method(method).uri("/stats");
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        request.body(()).unwrap()
+    }
+
+    #[test]
+    fn a_name_that_was_made_to_lead_here_reads_nothing() {
+        for host in
+            ["127.0.0.1:19000", "127.0.0.1", "[::1]:19000", "localhost:19000", "web.localhost", "10.0.0.7:20200"]
+        {
+            assert_eq!(check(&request(Method::GET, &[("host", host)]), None), Ok(()), "{host}");
+        }
+        for host in ["evil.example", "evil.example:19000", "127.0.0.1.evil.example", "localhost.evil.example", "é"] {
+            assert!(check(&request(Method::GET, &[("host", host)]), None).is_err(), "{host}");
+        }
+        assert_eq!(check(&request(Method::GET, &[("host", "node7:19000")]), Some("node7")), Ok(()));
+        assert_eq!(check(&request(Method::GET, &[("host", "evil.example")]), Some(ANY_HOST)), Ok(()));
+        assert_eq!(check(&request(Method::GET, &[]), None), Ok(()));
+    }
+
+    #[test]
+    fn a_page_of_another_site_changes_nothing() {
+        let host = ("host", "127.0.0.1:19000");
+        let own = ("origin", "http://127.0.0.1:19000");
+        for headers in [vec![host], vec![host, own], vec![host, own, ("sec-fetch-site", "same-origin")]] {
+            assert_eq!(check(&request(Method::POST, &headers), None), Ok(()), "{headers:?}");
+        }
+        for headers in [
+            vec![host, ("origin", "http://evil.example")],
+            vec![host, ("origin", "null")],
+            vec![host, ("origin", "http://127.0.0.1:8080")],
+            vec![host, ("sec-fetch-site", "cross-site")],
+            vec![host, ("sec-fetch-site", "same-site")],
+            vec![own],
+        ] {
+            assert!(check(&request(Method::POST, &headers), None).is_err(), "{headers:?}");
+        }
+    }
+}

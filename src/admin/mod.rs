@@ -1,0 +1,110 @@
+//! The admin server: what the process is doing, for people, probes and dashboards.
+//!
+//! It looks on, and is above the data plane: `app` hands it what it reads ([`State`]). What only reads is GET; what
+//! changes something is POST. Envoy's paths answer in Envoy's shapes, as probes, `consul troubleshoot` and
+//! dashboards read them; ours are `/livez`, `/readyz`, `/metrics`, `/status` and `/debug/watches`.
+
+mod guard;
+mod listen;
+mod query;
+mod reply;
+mod routes;
+mod state;
+mod stats;
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::sync::Semaphore;
+
+use self::listen::{Connection, Listener};
+pub use self::state::{Command, State};
+use crate::config::AdminSettings;
+
+/// Connections that are served at one time by one listener: a stranger may hold no more.
+const CONNECTIONS: usize = 64;
+/// Time for a client to send the head of a request.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What a listener gives out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(not(test), expect(dead_code))]
+enum Scope {
+    /// Everything, to those who reach the admin address.
+    Admin,
+    /// `/ready` alone.
+    Ready,
+    /// Metrics alone, under one path.
+    Prometheus,
+    /// What begins with `/stats`.
+    Stats,
+}
+
+/// Binds the admin server and what else the settings ask for, and serves until the process ends.
+///
+/// # Errors
+/// When an address that was asked for can't be bound. The default one gives way to the next that is free.
+pub async fn run(settings: &AdminSettings, state: Arc<State>) -> anyhow::Result<()> {
+    let admin = listen::admin(&settings.bind)?;
+    if let Some(admin) = &admin {
+        tracing::info!(target: "admin", address = %admin.address(), "Admin server started");
+        state.set_admin_address(admin.address());
+    }
+    let ready = settings.ready.map(listen::tcp).transpose()?;
+    let admin = async {
+        match admin {
+            Some(listener) => serve(listener, Scope::Admin, Arc::clone(&state)).await,
+            None => std::future::pending().await,
+        }
+    };
+    let ready = async {
+        match ready {
+            Some(listener) => serve(listener, Scope::Ready, Arc::clone(&state)).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::join!(admin, ready, sinks(&state));
+    Ok(())
+}
+
+/// The listeners and senders that the registration asks for, which follow it.
+async fn sinks(_state: &Arc<State>) {
+    std::future::pending().await
+}
+
+async fn serve(mut listener: Listener, scope: Scope, state: Arc<State>) {
+    let permits = Arc::new(Semaphore::new(CONNECTIONS));
+    loop {
+        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
+        let connection = match listener.accept().await {
+            Ok(connection) => connection,
+            Err(error) => {
+                tracing::debug!(target: "admin", %error, "A connection could not be accepted");
+                // Out of descriptors, most likely: some are free again in a moment.
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let state = Arc::clone(&state);
+        tokio::spawn(async move {
+            serve_connection(connection, scope, state).await;
+            drop(permit);
+        });
+    }
+}
+
+async fn serve_connection(connection: Connection, scope: Scope, state: Arc<State>) {
+    let own_host = connection.own_host();
+    let service = service_fn(|request| {
+        let (state, own_host) = (Arc::clone(&state), own_host.clone());
+        async move { Ok::<_, Infallible>(routes::answer(request, scope, own_host.as_deref(), &state).await) }
+    });
+    let mut http = hyper::server::conn::http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(64 * 1024);
+    if let Err(error) = http.serve_connection(TokioIo::new(connection), service).await {
+        tracing::debug!(target: "admin", %error, "A connection to the admin server ended early");
+    }
+}

@@ -1,0 +1,100 @@
+//! What the admin server reads and sets, handed to it by `app`.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Instant, SystemTime};
+
+use tokio::sync::{mpsc, watch};
+
+use crate::drain::Stage;
+use crate::snapshot::Snapshot;
+use crate::stats::Registry;
+use crate::telemetry::LevelHandle;
+
+/// What an operator asks of the process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Command {
+    /// Stop accepting and let open connections go on; the process does not end by it.
+    Drain { inbound_only: bool },
+    /// As the first SIGTERM does.
+    Quit,
+}
+
+/// What the admin server reads and sets.
+pub struct State {
+    pub snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
+    pub stage: watch::Receiver<Stage>,
+    pub stats: Arc<Registry>,
+    pub level: LevelHandle,
+    pub commands: mpsc::Sender<Command>,
+    /// Threads of the data plane.
+    pub workers: usize,
+    pub started: Instant,
+    pub started_at: SystemTime,
+    /// Cleared by `POST /healthcheck/fail`.
+    healthy: AtomicBool,
+    address: OnceLock<String>,
+}
+
+/// Whether the sidecar serves, in Envoy's words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Serving {
+    Live,
+    /// Also after `POST /healthcheck/fail`.
+    Draining,
+    /// The agent has not told all that is needed yet.
+    Initializing,
+}
+
+impl Serving {
+    pub(super) const fn word(self) -> &'static str {
+        match self {
+            Self::Live => "LIVE",
+            Self::Draining => "DRAINING",
+            Self::Initializing => "INITIALIZING",
+        }
+    }
+}
+
+impl State {
+    #[must_use]
+    pub fn new(
+        snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
+        stage: watch::Receiver<Stage>,
+        stats: Arc<Registry>,
+        level: LevelHandle,
+        commands: mpsc::Sender<Command>,
+        workers: usize,
+    ) -> Self {
+        Self {
+            snapshots,
+            stage,
+            stats,
+            level,
+            commands,
+            workers,
+            started: Instant::now(),
+            started_at: SystemTime::now(),
+            healthy: AtomicBool::new(true),
+            address: OnceLock::new(),
+        }
+    }
+
+    pub(super) fn serving(&self) -> Serving {
+        if self.snapshots.borrow().is_none() {
+            Serving::Initializing
+        } else if *self.stage.borrow() > Stage::Running || !self.healthy.load(Ordering::Relaxed) {
+            Serving::Draining
+        } else {
+            Serving::Live
+        }
+    }
+
+    pub(super) fn set_healthy(&self, healthy: bool) {
+        self.healthy.store(healthy, Ordering::Relaxed);
+    }
+
+    pub(super) fn set_admin_address(&self, address: String) {
+        let _ = self.address.set(address);
+    }
+}

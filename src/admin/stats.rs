@@ -1,0 +1,91 @@
+//! `/stats` in its forms, and the process's own numbers.
+
+use http::StatusCode;
+
+use super::query::Query;
+use super::reply::{self, Reply};
+use super::state::{Serving, State};
+use crate::stats::scope::Scope;
+use crate::stats::text::{Selection, Type};
+use crate::stats::{Sample, Samples, prometheus as exposition, text};
+
+const USAGE: &str = "usage: /stats?format=text|json|prometheus\n";
+
+pub(super) fn stats(state: &State, query: &Query) -> Reply {
+    let selection = match selection(query) {
+        Ok(selection) => selection,
+        Err(fault) => return reply::status(StatusCode::BAD_REQUEST, fault),
+    };
+    match query.get("format").map_or("text", String::as_str) {
+        "text" | "" => reply::text(text::lines(&selection.choose(samples(state)))),
+        "json" => reply::json(&text::json(&selection.choose(samples(state)))),
+        "prometheus" => encode(state, &selection),
+        _ => reply::status(StatusCode::BAD_REQUEST, USAGE),
+    }
+}
+
+pub(super) fn prometheus(state: &State, query: &Query) -> Reply {
+    match selection(query) {
+        Ok(selection) => encode(state, &selection),
+        Err(fault) => reply::status(StatusCode::BAD_REQUEST, fault),
+    }
+}
+
+fn encode(state: &State, selection: &Selection) -> Reply {
+    let samples: Vec<Sample> = selection.choose(samples(state)).into_iter().map(|(_, sample)| sample).collect();
+    reply::of(exposition::CONTENT_TYPE, exposition::encode(&samples, &common_labels(state)))
+}
+
+/// # Errors
+/// When a part of the query can't be read; a sentence.
+fn selection(query: &Query) -> Result<Selection, String> {
+    let filter = query.get("filter").map(|filter| regex::Regex::new(filter)).transpose();
+    let only = match query.get("type").map(String::as_str) {
+        None | Some("" | "All") => None,
+        Some("Counters") => Some(Type::Counters),
+        Some("Gauges") => Some(Type::Gauges),
+        Some("Histograms") => Some(Type::Histograms),
+        Some("TextReadouts") => Some(Type::TextReadouts),
+        Some(other) => return Err(format!("type={other}: write Counters, Gauges, Histograms, TextReadouts or All\n")),
+    };
+    Ok(Selection {
+        filter: filter.map_err(|error| format!("filter: {error}\n"))?,
+        only,
+        used_only: query.contains_key("usedonly"),
+    })
+}
+
+/// All numbers under Envoy's names.
+pub(super) fn samples(state: &State) -> Vec<Sample> {
+    let mut samples = state.stats.samples();
+    let mut server = Samples::of(Scope::Server, &mut samples);
+    server.gauge("live", 1);
+    server.gauge(
+        "state",
+        match state.serving() {
+            Serving::Live => 0,
+            Serving::Draining => 1,
+            Serving::Initializing => 3,
+        },
+    );
+    server.gauge("uptime", state.started.elapsed().as_secs());
+    server.gauge("concurrency", state.workers as u64);
+    let resident = resident_bytes();
+    server.gauge("memory_allocated", resident);
+    server.gauge("memory_heap_size", resident);
+    server.gauge("memory_physical_size", resident);
+    samples
+}
+
+/// The labels that every series has under Consul: whose sidecar this is, and `envoy_stats_tags`.
+fn common_labels(_state: &State) -> Vec<(String, String)> {
+    Vec::new()
+}
+
+/// Resident memory in bytes; 0 where the system does not tell.
+pub(super) fn resident_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+    kib.unwrap_or_default() * 1024
+}

@@ -1,0 +1,98 @@
+//! The numbers that the process keeps about its traffic, and the forms in which they are given out.
+//!
+//! [`Registry`] hands out groups of counters ([`ListenerStats`], [`ClusterStats`]). The data path adds to them without a
+//! lock; who asks reads them as [`Sample`]s. A group lives as long as somebody holds it: the series of an upstream that was
+//! removed go with its last connection. The number of series follows from the configuration alone, as nothing that a
+//! peer sends becomes a name: statuses are the only exception, and there are 500 of them.
+
+pub mod group;
+pub mod prometheus;
+pub mod scope;
+pub mod statsd;
+pub mod text;
+pub mod value;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+pub use self::group::{ClusterStats, ListenerStats, Sample, Samples, Value};
+use self::scope::{Cluster, Listener};
+
+/// All groups of a process. The lock is taken when the configuration changes and when somebody reads.
+#[derive(Debug, Default)]
+pub struct Registry {
+    groups: Mutex<Groups>,
+}
+
+#[derive(Debug, Default)]
+struct Groups {
+    listeners: BTreeMap<(Listener, String, bool), Weak<ListenerStats>>,
+    clusters: BTreeMap<Cluster, Weak<ClusterStats>>,
+}
+
+impl Registry {
+    /// The numbers of a listener; the same ones as long as anybody holds them.
+    #[must_use]
+    pub fn listener(&self, listener: Listener, address: String, http: bool) -> Arc<ListenerStats> {
+        let key = (listener, address, http);
+        let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(stats) = groups.listeners.get(&key).and_then(Weak::upgrade) {
+            return stats;
+        }
+        let stats = Arc::new(ListenerStats::new(key.0.clone(), key.1.clone(), http));
+        groups.listeners.insert(key, Arc::downgrade(&stats));
+        stats
+    }
+
+    /// The numbers of a cluster; the same ones as long as anybody holds them.
+    #[must_use]
+    pub fn cluster(&self, cluster: &Cluster) -> Arc<ClusterStats> {
+        let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(stats) = groups.clusters.get(cluster).and_then(Weak::upgrade) {
+            return stats;
+        }
+        let stats = Arc::new(ClusterStats::new(cluster.clone()));
+        groups.clusters.insert(cluster.clone(), Arc::downgrade(&stats));
+        stats
+    }
+
+    /// Those that are held, in order. What is held no longer is forgotten.
+    #[must_use]
+    pub fn groups(&self) -> (Vec<Arc<ListenerStats>>, Vec<Arc<ClusterStats>>) {
+        let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+        groups.listeners.retain(|_, stats| stats.strong_count() > 0);
+        groups.clusters.retain(|_, stats| stats.strong_count() > 0);
+        (
+            groups.listeners.values().filter_map(Weak::upgrade).collect(),
+            groups.clusters.values().filter_map(Weak::upgrade).collect(),
+        )
+    }
+
+    /// All numbers under Envoy's names.
+    #[must_use]
+    pub fn samples(&self) -> Vec<Sample> {
+        let mut samples = Vec::new();
+        let (listeners, clusters) = self.groups();
+        listeners.iter().for_each(|stats| stats.collect(&mut samples));
+        clusters.iter().for_each(|stats| stats.collect(&mut samples));
+        samples
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_last_as_long_as_somebody_holds_them() {
+        let registry = Registry::default();
+        let held = registry.cluster(&Cluster::LocalApp);
+        held.tries.increment();
+        assert_eq!(registry.cluster(&Cluster::LocalApp).tries.get(), 1);
+        let listener = registry.listener(Listener::Public, "a".into(), true);
+        assert_eq!((registry.groups().0.len(), registry.groups().1.len()), (1, 1));
+        drop((held, listener));
+        assert!(registry.samples().is_empty());
+        assert_eq!(registry.cluster(&Cluster::LocalApp).tries.get(), 0);
+    }
+}
