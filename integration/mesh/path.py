@@ -18,6 +18,8 @@ class Path(App):
 
     def __init__(self, port, to, delay=0):
         self.to, self.delay, self.made, self.whole = to, delay, 0, threading.Event()
+        # The most bytes of one direction of a connection that were on the path at one time.
+        self.most_under_way = 0
         self.whole.set()
         super().__init__(port)
 
@@ -36,8 +38,9 @@ class Path(App):
             back.join()
 
     def _pass(self, source, sink):
-        under_way, more = collections.deque(), threading.Semaphore(0)
-        arrive = threading.Thread(target=self._arrive, args=(under_way, more, sink), daemon=True)
+        under_way, more, arrived = collections.deque(), threading.Semaphore(0), [0]
+        came = 0
+        arrive = threading.Thread(target=self._arrive, args=(under_way, more, sink, arrived), daemon=True)
         arrive.start()
         data = None
         while data != b"":
@@ -46,10 +49,12 @@ class Path(App):
             except OSError:
                 data = b""
             under_way.append((time.monotonic() + self.delay, data))
+            came += len(data)
+            self.most_under_way = max(self.most_under_way, came - arrived[0])
             more.release()
         arrive.join()
 
-    def _arrive(self, under_way, more, sink):
+    def _arrive(self, under_way, more, sink, arrived):
         with contextlib.suppress(OSError):
             while True:
                 more.acquire()
@@ -59,16 +64,17 @@ class Path(App):
                 if not data:
                     return sink.shutdown(socket.SHUT_WR)
                 sink.sendall(data)
+                arrived[0] += len(data)
 
     def close(self):
         self.whole.set()
         super().close()
 
 
-def instance(mesh, what, of=None, delay=0, words=(), **how):
+def instance(mesh, what, of=None, delay=0, words=(), config=None, **how):
     """An instance of a service that others reach by a path: (service, path)."""
     bound = mesh.ports.take()
-    service = mesh.service(what, of=of, sidecar=None, proxy={"Config": {"bind_port": bound}}, **how)
+    service = mesh.service(what, of=of, sidecar=None, proxy={"Config": {"bind_port": bound, **(config or {})}}, **how)
     path = mesh.keep(Path(service.public, bound, delay))
     service.start("lictor", *words, ready=False)
     eventually(lambda: is_listening(bound), what=f"{what} listens")
