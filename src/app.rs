@@ -44,7 +44,15 @@ pub async fn run(config: Config, level: LevelHandle) -> anyhow::Result<()> {
 
     let stats = Arc::new(Registry::default());
     let (commands, mut commanded) = mpsc::channel(COMMANDS);
-    let state = admin::State::new(snapshots.clone(), trigger.stage(), stats, level, commands, workers.count());
+    let state = admin::State::new(
+        snapshots.clone(),
+        trigger.stage(),
+        stats,
+        level,
+        commands,
+        admin.prometheus.clone(),
+        workers.count(),
+    );
     let state = Arc::new(state);
 
     let mut tasks = JoinSet::new();

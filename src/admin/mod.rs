@@ -9,8 +9,11 @@ mod listen;
 mod query;
 mod reply;
 mod routes;
+mod scrape;
+mod sinks;
 mod state;
 mod stats;
+mod statsd;
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -18,9 +21,12 @@ use std::time::Duration;
 
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Semaphore;
+use tokio::time::timeout;
 
-use self::listen::{Connection, Listener};
+use self::listen::Listener;
+use self::scrape::Tls;
 pub use self::state::{Command, State};
 use crate::config::AdminSettings;
 
@@ -31,7 +37,6 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What a listener gives out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[cfg_attr(not(test), expect(dead_code))]
 enum Scope {
     /// Everything, to those who reach the admin address.
     Admin,
@@ -56,26 +61,22 @@ pub async fn run(settings: &AdminSettings, state: Arc<State>) -> anyhow::Result<
     let ready = settings.ready.map(listen::tcp).transpose()?;
     let admin = async {
         match admin {
-            Some(listener) => serve(listener, Scope::Admin, Arc::clone(&state)).await,
+            Some(listener) => serve(listener, Scope::Admin, None, Arc::clone(&state)).await,
             None => std::future::pending().await,
         }
     };
     let ready = async {
         match ready {
-            Some(listener) => serve(listener, Scope::Ready, Arc::clone(&state)).await,
+            Some(listener) => serve(listener, Scope::Ready, None, Arc::clone(&state)).await,
             None => std::future::pending().await,
         }
     };
-    tokio::join!(admin, ready, sinks(&state));
+    tokio::join!(admin, ready, sinks::follow(&state));
     Ok(())
 }
 
-/// The listeners and senders that the registration asks for, which follow it.
-async fn sinks(_state: &Arc<State>) {
-    std::future::pending().await
-}
-
-async fn serve(mut listener: Listener, scope: Scope, state: Arc<State>) {
+/// Accepts without end. `tls` is for scrapes.
+async fn serve(mut listener: Listener, scope: Scope, mut tls: Option<Tls>, state: Arc<State>) {
     let permits = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
         let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
@@ -89,15 +90,26 @@ async fn serve(mut listener: Listener, scope: Scope, state: Arc<State>) {
             }
         };
         let state = Arc::clone(&state);
+        let own_host = connection.own_host();
+        let acceptor = tls.as_mut().and_then(Tls::acceptor);
         tokio::spawn(async move {
-            serve_connection(connection, scope, state).await;
+            match acceptor {
+                None => serve_connection(connection, own_host, scope, state).await,
+                Some(acceptor) => match timeout(HEAD_TIMEOUT, acceptor.accept(connection)).await {
+                    Ok(Ok(stream)) => serve_connection(stream, own_host, scope, state).await,
+                    Ok(Err(error)) => tracing::debug!(target: "admin", %error, "A scraper's TLS handshake failed"),
+                    Err(_) => tracing::debug!(target: "admin", "A scraper's TLS handshake took too long"),
+                },
+            }
             drop(permit);
         });
     }
 }
 
-async fn serve_connection(connection: Connection, scope: Scope, state: Arc<State>) {
-    let own_host = connection.own_host();
+async fn serve_connection<S>(connection: S, own_host: Option<String>, scope: Scope, state: Arc<State>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send,
+{
     let service = service_fn(|request| {
         let (state, own_host) = (Arc::clone(&state), own_host.clone());
         async move { Ok::<_, Infallible>(routes::answer(request, scope, own_host.as_deref(), &state).await) }

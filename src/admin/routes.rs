@@ -10,7 +10,7 @@ use tracing::Level;
 use super::query::{self, Query};
 use super::reply::{self, Reply};
 use super::state::{Command, Serving, State};
-use super::{Scope, guard, stats};
+use super::{Scope, guard, scrape, stats};
 
 /// Answers one request.
 pub(super) async fn answer(
@@ -25,10 +25,17 @@ pub(super) async fn answer(
         return reply::status(StatusCode::FORBIDDEN, refusal);
     }
     let path = request.uri().path();
-    if !is_in(scope, path) {
+    if !is_in(scope, path, &state.prometheus.path) {
         return reply::status(StatusCode::NOT_FOUND, "");
     }
     let query = query::parse(request.uri().query().unwrap_or_default());
+    if scope == Scope::Prometheus {
+        // Envoy answers any method here, and so do those who stand in for it.
+        return match state.prometheus.backend_port {
+            Some(port) => scrape::backend(port, request.uri().path_and_query().map_or("/", |path| path.as_str())).await,
+            None => stats::prometheus(state, &query),
+        };
+    }
     let Some(page) = PAGES.iter().find(|page| page.path == path) else {
         let paths = PAGES.iter().map(|page| format!("  {}: {}\n", page.path, page.about)).collect::<String>();
         return reply::status(StatusCode::NOT_FOUND, format!("There is no such path. There are:\n{paths}"));
@@ -43,11 +50,11 @@ pub(super) async fn answer(
     }
 }
 
-fn is_in(scope: Scope, path: &str) -> bool {
+fn is_in(scope: Scope, path: &str, scrape_path: &str) -> bool {
     match scope {
         Scope::Admin => true,
         Scope::Ready => path == "/ready",
-        Scope::Prometheus => path == "/metrics",
+        Scope::Prometheus => path == scrape_path,
         Scope::Stats => path.starts_with("/stats"),
     }
 }
@@ -208,7 +215,7 @@ mod tests {
             (Scope::Stats, "/ready", false),
             (Scope::Admin, "/quitquitquit", true),
         ] {
-            assert_eq!(is_in(scope, path), expected, "{scope:?} {path}");
+            assert_eq!(is_in(scope, path, "/metrics"), expected, "{scope:?} {path}");
         }
     }
 }

@@ -6,6 +6,7 @@ use std::time::{Instant, SystemTime};
 
 use tokio::sync::{mpsc, watch};
 
+use crate::config::Prometheus;
 use crate::drain::Stage;
 use crate::snapshot::Snapshot;
 use crate::stats::Registry;
@@ -27,6 +28,7 @@ pub struct State {
     pub stats: Arc<Registry>,
     pub level: LevelHandle,
     pub commands: mpsc::Sender<Command>,
+    pub prometheus: Prometheus,
     /// Threads of the data plane.
     pub workers: usize,
     pub started: Instant,
@@ -64,6 +66,7 @@ impl State {
         stats: Arc<Registry>,
         level: LevelHandle,
         commands: mpsc::Sender<Command>,
+        prometheus: Prometheus,
         workers: usize,
     ) -> Self {
         Self {
@@ -72,6 +75,7 @@ impl State {
             stats,
             level,
             commands,
+            prometheus,
             workers,
             started: Instant::now(),
             started_at: SystemTime::now(),

@@ -78,8 +78,29 @@ pub(super) fn samples(state: &State) -> Vec<Sample> {
 }
 
 /// The labels that every series has under Consul: whose sidecar this is, and `envoy_stats_tags`.
-fn common_labels(_state: &State) -> Vec<(String, String)> {
-    Vec::new()
+pub(super) fn common_labels(state: &State) -> Vec<(String, String)> {
+    let snapshot = state.snapshots.borrow();
+    let Some(snapshot) = snapshot.as_deref() else { return Vec::new() };
+    let mut labels: Vec<(String, String)> = Vec::new();
+    if let Some(credentials) = &snapshot.credentials {
+        let id = credentials.id();
+        let own = [
+            ("local_cluster", &id.service),
+            ("consul_source_service", &id.service),
+            ("consul_source_namespace", &id.namespace),
+            ("consul_source_partition", &id.partition),
+            ("consul_source_datacenter", &id.datacenter),
+        ];
+        labels.extend(own.map(|(name, value)| (name.to_owned(), value.clone())));
+    }
+    for (name, value) in &snapshot.metrics.tags {
+        // A tag of one of these names replaces it, as with Envoy.
+        match labels.iter_mut().find(|(known, _)| known == name) {
+            Some((_, known)) => known.clone_from(value),
+            None => labels.push((name.clone(), value.clone())),
+        }
+    }
+    labels
 }
 
 /// Resident memory in bytes; 0 where the system does not tell.

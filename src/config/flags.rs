@@ -162,7 +162,7 @@ pub(super) struct AdminFlags {
     /// Path under which envoy_prometheus_bind_addr gives the metrics. The default is /metrics.
     #[arg(long, value_name = "path")]
     pub(super) prometheus_scrape_path: Option<String>,
-    /// PEM file with the certificates of those who may scrape envoy_prometheus_bind_addr over TLS.
+    /// PEM file with the CA certificates that a scraper's certificate is checked against, where it shows one.
     #[arg(long, value_name = "path")]
     pub(super) prometheus_ca_file: Option<String>,
     /// Directory of such PEM files.

@@ -11,6 +11,7 @@ mod exposed;
 pub(crate) mod fuzzing;
 mod hash;
 mod intention;
+mod metrics;
 mod path;
 mod pattern;
 mod permission;
@@ -32,6 +33,7 @@ pub use hash::{
     Policy, RequestHash, hash_request,
 };
 pub use intention::{Decider, Decision, DefaultPolicy, Intention, Intentions};
+pub use metrics::MetricsSettings;
 pub use path::{BadRequest, EscapedSlashes, NormalPath, Normalization, Underscores};
 pub use pattern::{BadPattern, Pattern};
 pub use permission::{
@@ -65,6 +67,9 @@ pub struct Snapshot {
     pub exposed: BTreeMap<Bind, Arc<Exposed>>,
     /// `None`: requests and connections have no log of their own.
     pub access_log: Option<Arc<access_log::Settings>>,
+    pub metrics: Arc<MetricsSettings>,
+    /// Who we are; always there once published.
+    pub credentials: Option<Arc<tls::Credentials>>,
 }
 
 /// The mTLS listener where the mesh reaches us.

@@ -26,7 +26,7 @@ use super::translate::{Bad, definition, mesh};
 use crate::access_log;
 use crate::consul::api;
 use crate::fetch::FetchRequests;
-use crate::snapshot::{Bind, Exposed, Snapshot, Upstream};
+use crate::snapshot::{Bind, Exposed, MetricsSettings, Snapshot, Upstream};
 use crate::tls::Aead;
 
 #[derive(Debug)]
@@ -42,6 +42,7 @@ pub(super) struct Draft {
     upstreams: Upstreams,
     exposed: BTreeMap<Bind, Arc<Exposed>>,
     access_log: Option<Arc<access_log::Settings>>,
+    metrics: Arc<MetricsSettings>,
     effects: Effects,
     last: Option<Arc<Snapshot>>,
     /// Notes that were given out, so that each is once.
@@ -92,6 +93,7 @@ impl Draft {
             upstreams: Upstreams::default(),
             exposed: BTreeMap::new(),
             access_log: None,
+            metrics: Arc::default(),
             effects,
             last: None,
             said: HashSet::new(),
@@ -174,7 +176,8 @@ impl Draft {
             self.effects.notes.push(format!("public listener: {bad}"));
             return None;
         }
-        self.upstreams.build(self.service.credentials()?, &mut self.effects.notes);
+        let credentials = Arc::clone(self.service.credentials()?);
+        self.upstreams.build(&credentials, &mut self.effects.notes);
         let (public, former_public) = self.service.published();
         let next = Snapshot {
             version: self.last.as_ref().map_or(1, |last| last.version + 1),
@@ -183,6 +186,8 @@ impl Draft {
             upstreams: self.upstreams.published(),
             exposed: self.exposed.clone(),
             access_log: self.access_log.clone(),
+            metrics: Arc::clone(&self.metrics),
+            credentials: Some(credentials),
         };
         if self.last.as_ref().is_some_and(|last| same(last, &next)) {
             return None;
@@ -216,6 +221,9 @@ impl Draft {
         let is_same = |access_log: &Arc<access_log::Settings>| Some(&**access_log) == new.access_log.as_ref();
         if !self.access_log.as_ref().is_some_and(is_same) {
             self.access_log = new.access_log.clone().map(Arc::new);
+        }
+        if *self.metrics != new.metrics {
+            self.metrics = Arc::new(new.metrics.clone());
         }
         let kept = |exposed: &Exposed| {
             let before = self.exposed.get(&exposed.bind).filter(|before| ***before == *exposed);
@@ -259,6 +267,8 @@ fn same(a: &Snapshot, b: &Snapshot) -> bool {
     a.public.as_ref().map(Arc::as_ptr) == b.public.as_ref().map(Arc::as_ptr)
         && a.former_public.as_ref().map(Arc::as_ptr) == b.former_public.as_ref().map(Arc::as_ptr)
         && a.access_log.as_ref().map(Arc::as_ptr) == b.access_log.as_ref().map(Arc::as_ptr)
+        && Arc::ptr_eq(&a.metrics, &b.metrics)
+        && a.credentials.as_ref().map(Arc::as_ptr) == b.credentials.as_ref().map(Arc::as_ptr)
         && a.exposed.len() == b.exposed.len()
         && a.exposed.iter().zip(&b.exposed).all(same_exposed)
         && a.upstreams.len() == b.upstreams.len()

@@ -6,14 +6,14 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::opaque::Opaque;
-use super::{Bad, Notes, access_log, host, ip, tenancy};
+use super::{Bad, Notes, access_log, host, ip, metrics, tenancy};
 use crate::access_log::Settings as AccessLog;
 use crate::config::AdHoc;
 use crate::consul::api;
 use crate::control::query::{ChainQuery, PreparedQuery};
 use crate::snapshot::{
-    Address, Bind, Exposed, ExposedPath, Limits, LocalApp, PassiveHealthCheck, Protocol, RequestSettings, Upgrades,
-    UpstreamKey,
+    Address, Bind, Exposed, ExposedPath, Limits, LocalApp, MetricsSettings, PassiveHealthCheck, Protocol,
+    RequestSettings, Upgrades, UpstreamKey,
 };
 
 /// Consul's default for connecting to the local app.
@@ -36,6 +36,7 @@ pub(in crate::control) struct Definition {
     pub(in crate::control) upstreams: BTreeMap<UpstreamKey, UpstreamPlan>,
     pub(in crate::control) exposed: BTreeMap<Bind, Exposed>,
     pub(in crate::control) access_log: Option<AccessLog>,
+    pub(in crate::control) metrics: MetricsSettings,
 }
 
 impl Definition {
@@ -111,6 +112,7 @@ pub(in crate::control) fn registered(
         public,
         upstreams: upstreams(proxy, enterprise, notes),
         access_log: access_log::settings(proxy.access_logs.as_ref(), notes),
+        metrics: metrics::settings(Opaque::new(Some(&proxy.config), "proxy config"), notes),
     })
 }
 
@@ -162,6 +164,7 @@ pub(in crate::control) fn ad_hoc(flags: &AdHoc) -> Result<Definition, Bad> {
         upstreams: upstreams.collect(),
         exposed: BTreeMap::new(),
         access_log: None,
+        metrics: MetricsSettings::default(),
     })
 }
 

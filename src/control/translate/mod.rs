@@ -9,6 +9,7 @@ pub(super) mod endpoints;
 pub(super) mod intention;
 pub(super) mod jwt;
 pub(super) mod mesh;
+mod metrics;
 mod opaque;
 mod permission;
 mod route;
