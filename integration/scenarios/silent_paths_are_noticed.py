@@ -85,8 +85,7 @@ def test_who_waits_long_on_a_path_that_is_well_is_not_disturbed(mesh):
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_a_path_to_an_envoy_that_is_cut_is_noticed_by_the_kernel(mesh, workers, method):
     """It speaks HTTP/1.1, which has no PING; and packets must be lost for the kernel to see it."""
-    if os.getuid() != 0 or not shutil.which("iptables"):
-        pytest.skip("packets can't be dropped: that takes root and iptables")
+    needs_iptables()
     first = mesh.web("first")
     second = mesh.web("second", of=first, sidecar=None)
     second.process = mesh.envoy(second)
@@ -104,6 +103,61 @@ def test_a_path_to_an_envoy_that_is_cut_is_noticed_by_the_kernel(mesh, workers, 
     # What is safe goes on elsewhere where its connection had been used before.
     assert {each.result(50).status for each in held} <= {200, 503}
     assert time.monotonic() - began < 30
+
+
+class Reader(Web):
+    """Reads the beginning of a body, and the rest of it `after` so many seconds."""
+
+    def __init__(self, port):
+        self.began, self.after = threading.Event(), 0
+        super().__init__(port)
+
+    def take(self, request):
+        first = request.rfile.read1(1)
+        self.began.set()
+        time.sleep(self.after)
+        return first + request.rfile.read(int(request.headers["content-length"]) - 1)
+
+
+def upload(mesh, size, after=0):
+    """A client that has begun an upload of `size` bytes to an app behind an Envoy, which reads on `after` some seconds."""
+    server = mesh.service("server", app=Reader, protocol="http", sidecar=None)
+    server.process = mesh.envoy(server)
+    client = mesh.service("client", [server], app=None)
+    port = client.upstreams[0].port
+    eventually(lambda: ask(port, "/", "POST", b"x").status == 200)
+    server.app.began.clear()
+    server.app.after = after
+    conn = mesh.dial(port).send(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (size, bytes(1000)))
+    conn.sock.settimeout(50)
+    assert server.app.began.wait(20)
+    return conn, server
+
+
+def test_an_upload_on_a_path_to_an_envoy_that_is_cut_ends(mesh):
+    """Without a sign of life it would wait for as long as the kernel sends again: 15 minutes."""
+    needs_iptables()
+    conn, server = upload(mesh, 1 << 20)
+    drop(mesh, server.public)
+    began = time.monotonic()
+    for _ in range(10):
+        conn.send(bytes(1000))
+    assert conn.line().split()[1] == b"503"
+    assert time.monotonic() - began < 30
+
+
+def test_an_app_behind_an_envoy_that_reads_nothing_for_long_still_gets_the_whole_body(mesh):
+    """What nobody reads is not acknowledged, but the far end answers that it has no room."""
+    size = 64 << 20
+    conn, server = upload(mesh, size, after=8)
+    conn.send(bytes(size - 1000))
+    assert conn.line().split()[1] == b"200"
+    assert len(server.app.requests[-1]["body"]) == size
+
+
+def needs_iptables():
+    if os.getuid() != 0 or not shutil.which("iptables"):
+        pytest.skip("packets can't be dropped: that takes root and iptables")
 
 
 def drop(mesh, port):

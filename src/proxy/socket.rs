@@ -3,6 +3,7 @@
 use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -78,6 +79,20 @@ impl Socket {
         }
     }
 
+    /// Whether what was sent was sent again, and nothing has been acknowledged for so long, in any of this. A far end that
+    /// takes nothing for now acknowledges that it is asked.
+    #[must_use]
+    pub fn is_unacknowledged(&self, time: Duration) -> bool {
+        match self {
+            Self::Tcp(stream) => tcp_info(stream).is_ok_and(|info| {
+                info.tcpi_unacked > 0
+                    && info.tcpi_retransmits > 0
+                    && u128::from(info.tcpi_last_ack_recv) >= time.as_millis()
+            }),
+            Self::Unix(_) => false,
+        }
+    }
+
     /// Has a peer that vanished be noticed within seconds, or in the usual time. A socket that refuses still works.
     pub fn keep_alive(&self, closely: bool) {
         if let Self::Tcp(stream) = self {
@@ -123,6 +138,29 @@ impl Socket {
         })
         .await;
     }
+}
+
+/// What the kernel knows of a connection (tcp(7)). No crate that is well kept asks for it.
+#[allow(unsafe_code)]
+fn tcp_info(stream: &TcpStream) -> io::Result<libc::tcp_info> {
+    let mut info = std::mem::MaybeUninit::<libc::tcp_info>::zeroed();
+    let mut size = libc::socklen_t::try_from(size_of::<libc::tcp_info>()).map_err(io::Error::other)?;
+    // SAFETY: the descriptor is open as long as `stream` is borrowed. The kernel writes `size` bytes at most, which is the size
+    // of what it writes to. All fields are numbers, for which zero, where it writes less, is a value.
+    let info = unsafe {
+        let result = libc::getsockopt(
+            stream.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &raw mut size,
+        );
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        info.assume_init()
+    };
+    Ok(info)
 }
 
 /// First probe after 30 s of silence, then every 10 s; gone after four unanswered.

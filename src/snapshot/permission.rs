@@ -496,6 +496,10 @@ mod tests {
         check(&role(ValueTest::Present, true), &with(&[("x_role", b"1")]), true, false);
         check_both(&role(ValueTest::Present, true), &with(&[("x.role", b"1")]), true);
         check(&header("x_role", exact("admin"), false), &with(&[("x-role", b"admin")]), true, false);
+        // Unless everything is to be taken as it is written.
+        let as_written = Request { as_written: true, ..with(&[("x-role", b"user"), ("x_role", b"admin")]) };
+        check_both(&role(exact("admin"), false), &as_written, false);
+        check_both(&role(exact("user"), false), &as_written, true);
     }
 
     #[test]

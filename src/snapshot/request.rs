@@ -15,7 +15,7 @@ pub struct RequestView<'a> {
     pub method: &'a str,
     /// Normalised where the listener normalises; without the query.
     pub path: &'a str,
-    /// Rules compare the path as it is written, as Envoy does where normalisation was turned off.
+    /// Rules compare the path and the names of headers as they are written, as Envoy does where normalisation was turned off.
     pub path_as_written: bool,
     /// Raw, without the `?`.
     pub query: Option<&'a str>,
@@ -110,12 +110,17 @@ impl HeaderMatch {
     /// path, authority) is taken in every way where a match is what refuses: plainly in a deny, inverted in an allow.
     ///
     /// Some servers take `_` for `-` in names of headers, others leave such a header out: where there is one, what refuses
-    /// needs one of these readings, and what allows needs both (RFC 3875, 4.1.18).
+    /// needs one of these readings, and what allows needs both (RFC 3875, 4.1.18). Where normalisation was turned off, a name is
+    /// the one that is written, as in Envoy.
     pub(super) fn permits(&self, request: &RequestView<'_>, lines: Lines) -> bool {
         let refuses = lines == Lines::Any;
         let holds = self.compare(request, lines, refuses != self.invert);
         match &self.name {
-            Name::Header(name) if holds != refuses && request.headers.keys().any(|other| is_taken_for(other, name)) => {
+            Name::Header(name)
+                if holds != refuses
+                    && !request.path_as_written
+                    && request.headers.keys().any(|other| is_taken_for(other, name)) =>
+            {
                 let taken = request.headers.iter().filter(|(other, _)| *other == name || is_taken_for(other, name));
                 self.judge(taken.map(|(_, value)| value.as_bytes()), lines)
             }

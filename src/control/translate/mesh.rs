@@ -76,7 +76,7 @@ fn normalization(wire: &api::RequestNormalization, notes: &mut Notes) -> Normali
     if wire.insecure_disable_path_normalization {
         notes.push(
             "mesh config entry: InsecureDisablePathNormalization is set, so rules match paths as they are written: \
-             another spelling of a path (/%61dmin) bypasses a rule (a deny of /admin)"
+             another spelling of a path (/%61dmin) or of a header's name (x_role) bypasses a rule (a deny of /admin or of x-role)"
                 .to_owned(),
         );
     }

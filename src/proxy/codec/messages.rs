@@ -97,6 +97,13 @@ impl Messages {
         }
     }
 
+    /// The response on this HTTP/2 stream breaks off.
+    pub(super) fn breaks_off(&mut self, stream: u32) {
+        if let Some(resets) = &mut self.resets {
+            resets.breaks_off(stream);
+        }
+    }
+
     /// Why a request was refused, here or by an HTTP/2 codec, since this was asked last.
     pub(super) fn take_refusal(&mut self) -> Option<&'static str> {
         let resets = self.resets.as_mut().and_then(Resets::take);

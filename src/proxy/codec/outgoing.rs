@@ -11,6 +11,7 @@ use h2::{Reason, SendStream};
 use tokio::task::AbortHandle;
 
 use super::flow::Counted;
+use super::wire::WeakWire;
 
 /// Sends a body as fast as the far end takes it. Ready when all of it was given to the codec, or nothing more of it
 /// can be sent.
@@ -25,11 +26,18 @@ pub(super) struct Outgoing<B> {
     waits: Option<(Bytes, bool)>,
     /// What the far end is told where the body breaks off.
     broken: Reason,
+    /// Learns that it does.
+    wire: Option<WeakWire>,
 }
 
 impl<B> Outgoing<B> {
     pub(super) fn new(body: B, to: SendStream<Bytes>, broken: Reason) -> Self {
-        Self { body, to, waits: None, broken }
+        Self { body, to, waits: None, broken, wire: None }
+    }
+
+    /// Has the wire know when the body breaks off.
+    pub(super) fn over(self, wire: WeakWire) -> Self {
+        Self { wire: Some(wire), ..self }
     }
 }
 
@@ -63,6 +71,9 @@ where
         let frame = match frame {
             Ok(frame) => frame,
             Err(error) => {
+                if let Some(wire) = self.wire.as_ref().and_then(WeakWire::upgrade) {
+                    wire.breaks_off_stream(self.to.stream_id().into());
+                }
                 self.to.send_reset(reason(&error).unwrap_or(self.broken));
                 return Poll::Ready(Ok(true));
             }

@@ -1,5 +1,7 @@
 //! Follows the frames that an HTTP/2 codec sends to a client, to know of requests that the codec refuses by itself: it
-//! resets their streams, and tells nobody.
+//! resets their streams, and tells nobody. A reset that is passed on from elsewhere refuses nothing.
+
+use std::collections::VecDeque;
 
 use h2::Reason;
 
@@ -12,12 +14,22 @@ pub(crate) struct Resets {
     begun: [u8; RESET],
     seen: usize,
     refused: Option<&'static str>,
+    /// Streams that end because a response broke off, until their reset is sent.
+    broken_off: VecDeque<u32>,
 }
 
 impl Resets {
     /// Why a request was refused since this was asked last, if one was.
     pub(crate) fn take(&mut self) -> Option<&'static str> {
         self.refused.take()
+    }
+
+    /// A response broke off, so that the reset of its stream, if one is sent, is no refusal.
+    pub(crate) fn breaks_off(&mut self, stream: u32) {
+        if self.broken_off.len() == BROKEN_OFF {
+            self.broken_off.pop_front();
+        }
+        self.broken_off.push_back(stream);
     }
 
     /// Looks at the bytes that go out next.
@@ -40,12 +52,16 @@ impl Resets {
 
     /// Reads a header, or a reset.
     fn read(&mut self) {
-        let [a, b, c, kind, _, _, _, _, _, code @ ..] = self.begun;
+        let [a, b, c, kind, _, w, x, y, z, code @ ..] = self.begun;
         if kind == RST_STREAM && self.seen == HEADER {
             return;
         }
         if kind == RST_STREAM {
-            self.refused = refusal(Reason::from(u32::from_be_bytes(code))).or(self.refused);
+            let stream = u32::from_be_bytes([w, x, y, z]);
+            match self.broken_off.iter().position(|broken| *broken == stream) {
+                Some(at) => drop(self.broken_off.remove(at)),
+                None => self.refused = refusal(Reason::from(u32::from_be_bytes(code))).or(self.refused),
+            }
         } else {
             self.skip = u64::from(u32::from_be_bytes([0, a, b, c]));
         }
@@ -67,6 +83,9 @@ fn refusal(reason: Reason) -> Option<&'static str> {
     })
 }
 
+/// Streams that are remembered at most: as many as a client may have open. Of some, no reset is sent any more.
+const BROKEN_OFF: usize = 256;
+
 /// Of a frame (RFC 9113, 4.1), and with the error code behind it that a reset has (6.4).
 const HEADER: usize = 9;
 const RESET: usize = HEADER + 4;
@@ -78,6 +97,22 @@ mod tests {
 
     fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
         [&[0, 0, payload.len() as u8, kind, 0, 0, 0, 0, 1], payload].concat()
+    }
+
+    #[test]
+    fn a_reset_that_is_passed_on_refuses_nothing() {
+        let mut resets = Resets::default();
+        resets.breaks_off(3);
+        resets.breaks_off(1);
+        resets.follow(&reset(Reason::PROTOCOL_ERROR));
+        assert_eq!(resets.take(), None);
+        // The stream of that number was told of once.
+        resets.follow(&reset(Reason::PROTOCOL_ERROR));
+        assert!(resets.take().is_some());
+        for stream in 2..10_000 {
+            resets.breaks_off(stream);
+        }
+        assert_eq!(resets.broken_off.len(), BROKEN_OFF);
     }
 
     fn reset(reason: Reason) -> Vec<u8> {

@@ -16,7 +16,7 @@ use pin_project_lite::pin_project;
 use super::flow::{CONNECTION, Counted, Meter, Pings, USUAL, Windows};
 use super::incoming::Incoming;
 use super::outgoing::Outgoing;
-use super::wire::Wire;
+use super::wire::{WeakWire, Wire};
 use super::{HEAD_SIZE, SMALL_FRAMES};
 
 /// One connection, which ends when the client or a shutdown ends it.
@@ -24,6 +24,7 @@ pub(crate) struct Server<H> {
     state: State,
     handle: Box<H>,
     meter: Arc<Meter>,
+    wire: WeakWire,
     remote: bool,
     /// Begun before there was a connection to shut down.
     shuts_down: bool,
@@ -54,8 +55,9 @@ impl<H> Server<H> {
             .initial_connection_window_size(CONNECTION)
             .max_send_buffer_size(SEND_BUFFER)
             .data_frame_budget(SMALL_FRAMES);
+        let known = wire.downgrade();
         let state = State::Begins(Box::new(builder.handshake(wire)));
-        Self { state, handle: Box::new(handle), meter: Arc::default(), remote, shuts_down: false }
+        Self { state, handle: Box::new(handle), meter: Arc::default(), wire: known, remote, shuts_down: false }
     }
 
     /// Takes no further requests, and ends after those under way.
@@ -98,7 +100,7 @@ where
                     let (head, source) = request.into_parts();
                     let body = Incoming::http2(source, &head.headers, counted.reader(), None);
                     let (response, watch) = (this.handle)(Request::from_parts(head, body));
-                    tokio::spawn(Watched { stream: answer(response, respond, counted), watch });
+                    tokio::spawn(Watched { stream: answer(response, respond, counted, this.wire.clone()), watch });
                 }
             }
         }
@@ -164,8 +166,12 @@ impl<F: Future<Output = ()>, W: Watch> Future for Watched<F, W> {
 }
 
 /// Sends the response that comes of a request, unless the client resets the stream before.
-async fn answer<B>(response: impl Future<Output = Response<B>>, mut respond: SendResponse<Bytes>, counted: Counted)
-where
+async fn answer<B>(
+    response: impl Future<Output = Response<B>>,
+    mut respond: SendResponse<Bytes>,
+    counted: Counted,
+    wire: WeakWire,
+) where
     B: http_body::Body<Data = Bytes> + Unpin,
     B::Error: Error + 'static,
 {
@@ -185,7 +191,7 @@ where
     match respond.send_response(Response::from_parts(head, ()), ends) {
         Ok(_) if ends => {}
         // The connection tells who is to know.
-        Ok(stream) => drop(Outgoing::new(body, stream, Reason::INTERNAL_ERROR).await),
+        Ok(stream) => drop(Outgoing::new(body, stream, Reason::INTERNAL_ERROR).over(wire).await),
         Err(error) => {
             tracing::debug!(target: "proxy", %error, "A response could not be sent");
             respond.send_reset(Reason::INTERNAL_ERROR);

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use rustls_pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::messages::{Awaits, Messages};
 use super::transport::{Io, Transport};
@@ -42,6 +42,8 @@ struct State {
     transport: Transport,
     messages: Messages,
     path_watch: PathWatch,
+    /// Somebody looks at the path of bodies.
+    looked_at: bool,
     /// Counts reads and writes.
     moved: u64,
     /// Counts reads that brought something.
@@ -69,6 +71,9 @@ pub enum PathWatch {
 /// What has not been acknowledged for so long will not be. A far end that takes nothing counts as well.
 const UNACKNOWLEDGED: Duration = Duration::from_secs(3);
 
+/// How often the path of a body is looked at, and how long nothing may come back before that is a sign.
+const LOOK: Duration = Duration::from_secs(1);
+
 impl Wire {
     #[must_use]
     pub fn plain(socket: Socket) -> Self {
@@ -82,7 +87,7 @@ impl Wire {
 
     fn new(io: Io) -> Self {
         let (transport, messages) = (Transport::new(io), Messages::default());
-        let state = State { transport, messages, path_watch: PathWatch::Idle, moved: 0, received: 0 };
+        let state = State { transport, messages, path_watch: PathWatch::Idle, looked_at: false, moved: 0, received: 0 };
         Self(Arc::new(Mutex::new(state)))
     }
 
@@ -150,6 +155,11 @@ impl Wire {
     /// The response that goes over it breaks off.
     pub fn breaks_off(&self) {
         self.state().messages.broke_off = true;
+    }
+
+    /// The response on this HTTP/2 stream breaks off: that the codec resets it refuses nothing.
+    pub(super) fn breaks_off_stream(&self, stream: u32) {
+        self.state().messages.breaks_off(stream);
     }
 
     /// Ends the connection that a codec has given up: with a reset where a response broke off that the client would
@@ -291,6 +301,20 @@ impl Wire {
         }
         stream.io.end_when_unacknowledged((watch == PathWatch::Request).then_some(UNACKNOWLEDGED));
         state.path_watch = watch;
+        if watch == PathWatch::Upload && !std::mem::replace(&mut state.looked_at, true) {
+            tokio::spawn(look_at_uploads(self.downgrade()));
+        }
+    }
+
+    /// Has the kernel end the connection where nothing comes back for what was sent of a body; false when none is under way.
+    fn look_at_upload(&self) -> bool {
+        let mut state = self.state();
+        state.looked_at = state.path_watch == PathWatch::Upload;
+        if let Some(stream) = state.transport.tls().filter(|_| state.looked_at) {
+            let silent = stream.io.is_unacknowledged(LOOK);
+            stream.io.end_when_unacknowledged(silent.then_some(UNACKNOWLEDGED));
+        }
+        state.looked_at
     }
 
     /// Ends the connection when what was sent is not acknowledged any more.
@@ -345,6 +369,17 @@ impl State {
             *moved += 1;
             messages.written(bytes);
         })
+    }
+}
+
+/// The kernel can't be told to leave alone a far end that takes nothing for now. So it is told to end the connection only
+/// while nothing at all comes back.
+async fn look_at_uploads(wire: WeakWire) {
+    loop {
+        sleep(LOOK).await;
+        if !wire.upgrade().is_some_and(|wire| wire.look_at_upload()) {
+            return;
+        }
     }
 }
 
