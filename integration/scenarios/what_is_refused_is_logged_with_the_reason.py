@@ -8,6 +8,7 @@ from mesh import Mesh, Web, dial, eventually, mtls_connect
 from mesh.http2 import END_HEADERS, END_STREAM, HEADERS, PSEUDO, Http2, block, frame
 from mesh.identity import client_context
 from mesh.ports import is_listening
+from mesh.raw import Raw, Script, data, fields
 
 WAYS = pytest.mark.parametrize("way", ["upstream", "public", "exposed"])
 HOST = b"\r\nHost: shop\r\n"
@@ -91,6 +92,27 @@ def test_a_flood_is_counted(ways, way):
     for reason in ("the request line has no version", "the HTTP/2 request is malformed"):
         process.logged(rf"(?:Refused|Failed) again[^\n]*{reason}")
         assert process.count(rf"Refused what[^\n]*{way}[^\n]*{reason}") <= 10
+
+
+@pytest.mark.parametrize("code", [1, 7], ids=["PROTOCOL_ERROR", "REFUSED_STREAM"])
+def test_a_reset_of_the_app_is_not_taken_for_a_refusal(mesh, code):
+    """It is passed on as it came, by both sidecars, and says nothing of what the client sent."""
+    broken = Script((fields(200), data(b"begun")), stream_end=code)
+    server = mesh.service("server", app=lambda port: Raw(port, {"/broken": broken}), protocol="http2")
+    client = mesh.service("client", [server], app=None)
+    connect = lambda: Http2(dial(client.upstreams[0].port))
+    eventually(lambda: asked(connect(), "/known") == ("answer", 200, b"known"))
+    with connect() as connection:
+        # Where the reset overtakes the head, the client is answered.
+        assert connection.send(get(path="/broken")).outcome()[0] in ("answer", "reset")
+    assert asked(connect(), "/known") == ("answer", 200, b"known")
+    for service in (server, client):
+        assert not service.process.count("Refused what is no request"), service.process.text()
+
+
+def asked(connection, path):
+    with connection:
+        return connection.send(get(path=path)).outcome()
 
 
 def logged(process, way, reason):
