@@ -6,6 +6,7 @@
 
 mod guard;
 mod listen;
+mod process;
 mod query;
 mod reply;
 mod routes;

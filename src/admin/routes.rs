@@ -10,7 +10,7 @@ use tracing::Level;
 use super::query::{self, Query};
 use super::reply::{self, Reply};
 use super::state::{Command, Serving, State};
-use super::{Scope, guard, scrape, stats};
+use super::{Scope, guard, process, scrape, stats};
 
 /// Answers one request.
 pub(super) async fn answer(
@@ -80,6 +80,11 @@ const PAGES: &[Page] = &[
     Page { path: "/ready", about: "the same in Envoy's words", give: Give::Read(ready) },
     Page { path: "/stats", about: "all numbers; filter=, usedonly, type=, format=", give: Give::Read(stats::stats) },
     Page {
+        path: "/metrics",
+        about: "all numbers for Prometheus, by our own names (OpenMetrics)",
+        give: Give::Read(stats::openmetrics),
+    },
+    Page {
         path: "/stats/prometheus",
         about: "all numbers for Prometheus, by Envoy's names",
         give: Give::Read(stats::prometheus),
@@ -143,7 +148,7 @@ fn server_info(state: &State, _: &Query) -> Reply {
 }
 
 fn memory(_: &State, _: &Query) -> Reply {
-    let resident = stats::resident_bytes().to_string();
+    let resident = process::resident_bytes().to_string();
     reply::json(&json!({ "allocated": resident, "heap_size": resident, "total_physical_bytes": resident }))
 }
 

@@ -2,12 +2,13 @@
 
 use http::StatusCode;
 
+use super::process;
 use super::query::Query;
 use super::reply::{self, Reply};
 use super::state::{Serving, State};
 use crate::stats::scope::Scope;
 use crate::stats::text::{Selection, Type};
-use crate::stats::{Sample, Samples, prometheus as exposition, text};
+use crate::stats::{Sample, Samples, openmetrics, prometheus as exposition, text};
 
 const USAGE: &str = "usage: /stats?format=text|json|prometheus\n";
 
@@ -34,6 +35,26 @@ pub(super) fn prometheus(state: &State, query: &Query) -> Reply {
 fn encode(state: &State, selection: &Selection) -> Reply {
     let samples: Vec<Sample> = selection.choose(samples(state)).into_iter().map(|(_, sample)| sample).collect();
     reply::of(exposition::CONTENT_TYPE, exposition::encode(&samples, &common_labels(state)))
+}
+
+pub(super) fn openmetrics(state: &State, _: &Query) -> Reply {
+    let (listeners, clusters) = state.stats.groups();
+    let (configuration, certificate_expiry) = state.snapshots.borrow().as_ref().map_or((0, None), |snapshot| {
+        let expiry = snapshot.credentials.as_ref().map(|credentials| process::unix_seconds(credentials.not_after()));
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+        (snapshot.version, expiry.map(|expiry| expiry as u64))
+    });
+    let process = openmetrics::Process {
+        started: process::unix_seconds(state.started_at),
+        cpu_seconds: process::cpu_seconds(),
+        resident_bytes: process::resident_bytes(),
+        descriptors: process::descriptors(),
+        is_ready: state.serving() == Serving::Live,
+        configuration,
+        certificate_expiry,
+    };
+    let text = openmetrics::encode(&process, &listeners, &clusters, &own_labels(state));
+    reply::of(openmetrics::CONTENT_TYPE, text)
 }
 
 /// # Errors
@@ -70,11 +91,20 @@ pub(super) fn samples(state: &State) -> Vec<Sample> {
     );
     server.gauge("uptime", state.started.elapsed().as_secs());
     server.gauge("concurrency", state.workers as u64);
-    let resident = resident_bytes();
+    let resident = process::resident_bytes();
     server.gauge("memory_allocated", resident);
     server.gauge("memory_heap_size", resident);
     server.gauge("memory_physical_size", resident);
     samples
+}
+
+/// The labels that every series of ours has.
+fn own_labels(state: &State) -> Vec<(String, String)> {
+    let snapshot = state.snapshots.borrow();
+    let Some(snapshot) = snapshot.as_deref() else { return Vec::new() };
+    let id = snapshot.credentials.as_ref().map(|credentials| credentials.id());
+    let own = id.into_iter().flat_map(|id| [("source", &id.service), ("datacenter", &id.datacenter)]);
+    own.map(|(name, value)| (name.to_owned(), value.clone())).chain(snapshot.metrics.tags.iter().cloned()).collect()
 }
 
 /// The labels that every series has under Consul: whose sidecar this is, and `envoy_stats_tags`.
@@ -101,12 +131,4 @@ pub(super) fn common_labels(state: &State) -> Vec<(String, String)> {
         }
     }
     labels
-}
-
-/// Resident memory in bytes; 0 where the system does not tell.
-pub(super) fn resident_bytes() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let kib = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
-    kib.unwrap_or_default() * 1024
 }

@@ -6,6 +6,7 @@
 //! peer sends becomes a name: statuses are the only exception, and there are 500 of them.
 
 pub mod group;
+pub mod openmetrics;
 pub mod prometheus;
 pub mod scope;
 pub mod statsd;

@@ -38,7 +38,7 @@ pub enum Listener {
 }
 
 /// An upstream as the registration names it. What it leads to may be something else.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct UpstreamName {
     pub service: String,
     pub namespace: String,
@@ -53,7 +53,7 @@ pub enum Cluster {
 }
 
 /// A target of a discovery chain.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TargetName {
     pub service: String,
     /// Empty for the whole service.
@@ -73,7 +73,9 @@ impl TargetName {
         format!("{}.internal.{}.consul", self.target(), self.trust_domain)
     }
 
-    fn target(&self) -> String {
+    /// As in `v1.db.default.dc1`.
+    #[must_use]
+    pub fn target(&self) -> String {
         let subset = if self.subset.is_empty() { String::new() } else { format!("{}.", self.subset) };
         let partition = if self.partition.is_empty() { String::new() } else { format!("{}.", self.partition) };
         format!("{subset}{}.{}.{partition}{}", self.service, self.namespace, self.datacenter)
@@ -208,6 +210,19 @@ impl Listener {
                 ("consul_upstream_datacenter", name.datacenter.clone()),
             ],
         }
+    }
+}
+
+/// What the registration says, with what differs from the default.
+impl fmt::Display for UpstreamName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.service)?;
+        for (key, part) in [("ns", &self.namespace), ("ap", &self.partition)] {
+            if !part.is_empty() && part != "default" {
+                write!(f, "?{key}={part}")?;
+            }
+        }
+        Ok(())
     }
 }
 

@@ -1,0 +1,329 @@
+//! Our own names, in OpenMetrics 1.0: base units, and labels that say what they mean.
+//!
+//! Written out here, as `prometheus-client` keeps values of its own behind locks, while these are read from the groups that
+//! the data path adds to. [`FAMILIES`] is also what the list in docs/observability.md is made of.
+
+use std::fmt::Write as _;
+
+use super::group::{ClusterStats, Handshakes, ListenerStats};
+use super::prometheus::labels_text;
+use super::scope::{Cluster, Listener};
+use super::value::Times;
+
+/// Media type of [`encode`].
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+}
+
+impl Kind {
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Counter => "counter",
+            Self::Gauge => "gauge",
+            Self::Histogram => "histogram",
+            Self::Info => "info",
+        }
+    }
+}
+
+/// A family of series.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Family {
+    /// Without the endings that its kind has.
+    pub name: &'static str,
+    pub kind: Kind,
+    pub help: &'static str,
+    /// The labels of its own, beside those of all.
+    pub labels: &'static str,
+}
+
+macro_rules! families {
+    ($($constant:ident $name:literal $kind:ident [$labels:literal] $help:literal;)*) => {
+        $(const $constant: Family = Family { name: $name, kind: Kind::$kind, help: $help, labels: $labels };)*
+
+        /// Every family, in the order in which they are given out.
+        pub const FAMILIES: &[Family] = &[$($constant,)*];
+    };
+}
+
+families! {
+    BUILD "lictor_build" Info ["version"] "The version of this program.";
+    START_TIME "process_start_time_seconds" Gauge [""] "When the process started, in seconds since 1970.";
+    CPU "process_cpu_seconds" Counter [""] "Time on a processor, of user and kernel together.";
+    MEMORY "process_resident_memory_bytes" Gauge [""] "Resident memory.";
+    DESCRIPTORS "process_open_fds" Gauge [""] "Open file descriptors.";
+    READY "lictor_ready" Gauge [""] "1 while the sidecar serves, 0 before its configuration is complete and while it drains.";
+    SNAPSHOT "lictor_configuration_version" Gauge [""] "Number of the configuration that is in use; each change adds one.";
+    CERTIFICATE "lictor_certificate_expiry_timestamp_seconds" Gauge [""] "When the sidecar's certificate, or one between it and its root, expires.";
+    CONNECTIONS "lictor_connections" Counter ["direction, upstream"] "Connections that a listener accepted.";
+    CONNECTIONS_ACTIVE "lictor_connections_active" Gauge ["direction, upstream"] "Of these, those that are open.";
+    CONNECTIONS_LIMITED "lictor_connections_limited" Counter ["direction, upstream"] "Connections that max_inbound_connections, or the limit of handshakes, turned away.";
+    CONNECTIONS_REVOKED "lictor_connections_revoked" Counter ["direction, upstream"] "Open connections that a newer intention ended.";
+    CONNECTION_DURATION "lictor_connection_duration_seconds" Histogram ["direction, upstream"] "How long connections lasted, at their end.";
+    RECEIVED "lictor_received_bytes" Counter ["direction, upstream"] "Plain text from those who connected.";
+    SENT "lictor_sent_bytes" Counter ["direction, upstream"] "Plain text to those who connected.";
+    REQUESTS "lictor_requests" Counter ["direction, upstream"] "Requests whose head was read.";
+    REQUESTS_ACTIVE "lictor_requests_active" Gauge ["direction, upstream"] "Of these, those that are not over.";
+    RESPONSES "lictor_responses" Counter ["direction, upstream, code_class"] "Responses whose head was sent, whoever made them.";
+    REQUEST_DURATION "lictor_request_duration_seconds" Histogram ["direction, upstream"] "Whole requests that were answered.";
+    REQUESTS_ABANDONED "lictor_requests_abandoned" Counter ["direction, upstream"] "Requests whose client left before the end.";
+    DECISIONS "lictor_intention_decisions" Counter ["decision"] "What intentions said of connections (tcp) and of requests (http).";
+    HANDSHAKES "lictor_tls_handshakes" Counter ["side, result"] "TLS handshakes with other sidecars: side is server for ours, client for those that we began.";
+    HANDSHAKE_DURATION "lictor_tls_handshake_duration_seconds" Histogram ["side"] "TLS handshakes that succeeded.";
+    ATTEMPTS "lictor_upstream_attempts" Counter ["destination"] "Tries that were sent on a connection, and TCP connections that got through.";
+    UPSTREAM_RESPONSES "lictor_upstream_responses" Counter ["destination, code_class"] "Final answers for requests to the destination, those of this sidecar included.";
+    UPSTREAM_DURATION "lictor_upstream_response_duration_seconds" Histogram ["destination"] "From the end of a request to the end of the destination's answer.";
+    RETRIES "lictor_upstream_retries" Counter ["destination"] "Requests that were sent again.";
+    TIMEOUTS "lictor_upstream_timeouts" Counter ["destination, scope"] "Times that a request (request) or one try (try) took longer than it may.";
+    OVERFLOWS "lictor_upstream_overflows" Counter ["destination, limit"] "Requests (request) and connections (connection) that a limit turned away, and retries that the budget did not allow (retry).";
+    NO_INSTANCE "lictor_upstream_no_instance" Counter ["destination"] "Requests and connections for which there was no instance to use.";
+    CONNECTS "lictor_upstream_connects" Counter ["destination, result"] "Attempts to connect: success, failure, timeout.";
+    CONNECT_DURATION "lictor_upstream_connect_duration_seconds" Histogram ["destination"] "Attempts to connect that succeeded, TLS included.";
+    EJECTIONS "lictor_upstream_ejections" Counter ["destination"] "Instances that were ejected for their errors.";
+}
+
+/// Facts about the process that are no group's.
+#[derive(Debug, Clone, Default)]
+pub struct Process {
+    /// Seconds since 1970.
+    pub started: f64,
+    pub cpu_seconds: f64,
+    pub resident_bytes: u64,
+    pub descriptors: u64,
+    pub is_ready: bool,
+    pub configuration: u64,
+    /// Seconds since 1970.
+    pub certificate_expiry: Option<u64>,
+}
+
+/// All numbers; `common` labels stand on each.
+#[must_use]
+pub fn encode(
+    process: &Process,
+    listeners: &[impl AsRef<ListenerStats>],
+    clusters: &[impl AsRef<ClusterStats>],
+    common: &[(String, String)],
+) -> String {
+    let mut writer = Writer { text: String::new(), common };
+    for family in FAMILIES {
+        let before = writer.text.len();
+        write_process(&mut writer, family, process);
+        listeners.iter().for_each(|stats| write_listener(&mut writer, family, stats.as_ref()));
+        clusters.iter().for_each(|stats| write_cluster(&mut writer, family, stats.as_ref()));
+        if writer.text.len() > before {
+            let Family { name, kind, help, .. } = family;
+            let head = format!("# TYPE {name} {}\n# HELP {name} {help}\n", kind.word());
+            writer.text.insert_str(before, &head);
+        }
+    }
+    writer.text.push_str("# EOF\n");
+    writer.text
+}
+
+struct Writer<'a> {
+    text: String,
+    common: &'a [(String, String)],
+}
+
+impl Writer<'_> {
+    fn line(&mut self, name: &str, ending: &str, labels: &[(&str, &str)], value: impl std::fmt::Display) {
+        let common = self.common.iter().map(|(name, value)| (&**name, &**value));
+        let labels = labels_text(labels.iter().copied().chain(common));
+        let braces = if labels.is_empty() { String::new() } else { format!("{{{labels}}}") };
+        // A string takes whatever is written to it.
+        let _ = writeln!(self.text, "{name}{ending}{braces} {value}");
+    }
+
+    fn value(&mut self, family: &Family, labels: &[(&str, &str)], value: impl std::fmt::Display) {
+        let ending = match family.kind {
+            Kind::Counter => "_total",
+            Kind::Info => "_info",
+            Kind::Gauge | Kind::Histogram => "",
+        };
+        self.line(family.name, ending, labels, value);
+    }
+
+    fn times(&mut self, family: &Family, labels: &[(&str, &str)], times: &Times) {
+        for (bound, count) in times.cumulative() {
+            let bound = bound.map_or_else(|| "+Inf".to_owned(), seconds);
+            let with_bound: Vec<_> = labels.iter().copied().chain([("le", &*bound)]).collect();
+            self.line(family.name, "_bucket", &with_bound, count);
+        }
+        self.line(family.name, "_count", labels, times.count());
+        self.line(family.name, "_sum", labels, seconds(times.sum));
+    }
+}
+
+/// Microseconds as seconds; a whole number has a point, as OpenMetrics wants bounds to have.
+fn seconds(micros: u64) -> String {
+    let text = format!("{}.{:06}", micros / 1_000_000, micros % 1_000_000);
+    let short = text.trim_end_matches('0');
+    if short.ends_with('.') { format!("{short}0") } else { short.to_owned() }
+}
+
+fn write_process(writer: &mut Writer<'_>, family: &Family, process: &Process) {
+    match *family {
+        BUILD => writer.value(family, &[("version", env!("CARGO_PKG_VERSION"))], 1),
+        START_TIME => writer.value(family, &[], process.started),
+        CPU => writer.value(family, &[], process.cpu_seconds),
+        MEMORY => writer.value(family, &[], process.resident_bytes),
+        DESCRIPTORS => writer.value(family, &[], process.descriptors),
+        READY => writer.value(family, &[], u8::from(process.is_ready)),
+        SNAPSHOT => writer.value(family, &[], process.configuration),
+        CERTIFICATE => {
+            if let Some(expiry) = process.certificate_expiry {
+                writer.value(family, &[], expiry);
+            }
+        }
+        _ => {}
+    }
+}
+
+const CLASSES: [&str; 5] = ["1xx", "2xx", "3xx", "4xx", "5xx"];
+
+fn write_listener(writer: &mut Writer<'_>, family: &Family, stats: &ListenerStats) {
+    let (direction, upstream) = match &stats.listener {
+        Listener::Public => ("inbound", String::new()),
+        Listener::Upstream(name) => ("outbound", name.to_string()),
+    };
+    let labels = [("direction", direction), ("upstream", &*upstream)];
+    let is_public = stats.listener == Listener::Public;
+    match *family {
+        CONNECTIONS => writer.value(family, &labels, stats.connections.get()),
+        CONNECTIONS_ACTIVE => writer.value(family, &labels, stats.connections_active.get()),
+        CONNECTIONS_LIMITED if is_public => writer.value(family, &labels, stats.connections_limited.get()),
+        CONNECTIONS_REVOKED if is_public => writer.value(family, &labels, stats.revoked.get()),
+        CONNECTION_DURATION => writer.times(family, &labels, &stats.connection_time.get()),
+        RECEIVED => writer.value(family, &labels, stats.received.get()),
+        SENT => writer.value(family, &labels, stats.sent.get()),
+        REQUESTS if stats.http => writer.value(family, &labels, stats.requests.get()),
+        REQUESTS_ACTIVE if stats.http => writer.value(family, &labels, stats.requests_active.get()),
+        REQUESTS_ABANDONED if stats.http => writer.value(family, &labels, stats.reset_by_asker.get()),
+        REQUEST_DURATION if stats.http => writer.times(family, &labels, &stats.request_time.get()),
+        RESPONSES if stats.http => {
+            for (class, count) in CLASSES.into_iter().zip(stats.answers.get()) {
+                writer.value(family, &[labels[0], labels[1], ("code_class", class)], count);
+            }
+        }
+        DECISIONS if is_public => {
+            writer.value(family, &[("decision", "allowed")], stats.allowed.get());
+            writer.value(family, &[("decision", "denied")], stats.denied.get());
+        }
+        HANDSHAKES if is_public => write_handshakes(writer, family, "server", &[], &stats.tls),
+        HANDSHAKE_DURATION if is_public => writer.times(family, &[("side", "server")], &stats.tls.time.get()),
+        _ => {}
+    }
+}
+
+fn write_handshakes(writer: &mut Writer<'_>, family: &Family, side: &str, more: &[(&str, &str)], tls: &Handshakes) {
+    for (result, count) in [
+        ("complete", &tls.complete),
+        ("connection_error", &tls.connection_error),
+        ("no_certificate", &tls.no_certificate),
+        ("bad_certificate", &tls.bad_certificate),
+        ("other_identity", &tls.other_identity),
+    ] {
+        let labels: Vec<_> = [("side", side), ("result", result)].into_iter().chain(more.iter().copied()).collect();
+        writer.value(family, &labels, count.get());
+    }
+}
+
+fn write_cluster(writer: &mut Writer<'_>, family: &Family, stats: &ClusterStats) {
+    let destination = match &stats.cluster {
+        Cluster::LocalApp => "local_app".to_owned(),
+        Cluster::Target(name) => name.target(),
+    };
+    let own = ("destination", &*destination);
+    let is_target = stats.cluster != Cluster::LocalApp;
+    match *family {
+        ATTEMPTS => writer.value(family, &[own], stats.tries.get()),
+        UPSTREAM_RESPONSES => {
+            for (class, count) in CLASSES.into_iter().zip(stats.answers.get()) {
+                writer.value(family, &[own, ("code_class", class)], count);
+            }
+        }
+        UPSTREAM_DURATION => writer.times(family, &[own], &stats.answer_time.get()),
+        RETRIES if is_target => writer.value(family, &[own], stats.retries.get()),
+        TIMEOUTS => {
+            writer.value(family, &[own, ("scope", "request")], stats.timeouts.get());
+            writer.value(family, &[own, ("scope", "try")], stats.try_timeouts.get());
+        }
+        OVERFLOWS if is_target => {
+            writer.value(family, &[own, ("limit", "request")], stats.overflows.get());
+            writer.value(family, &[own, ("limit", "connection")], stats.connection_overflows.get());
+            writer.value(family, &[own, ("limit", "retry")], stats.retries_refused.get());
+        }
+        NO_INSTANCE if is_target => writer.value(family, &[own], stats.no_instance.get()),
+        CONNECTS => {
+            let (all, failed, late) =
+                (stats.connections.get(), stats.connect_failures.get(), stats.connect_timeouts.get());
+            // A connect that took too long is a failure, too, as with Envoy.
+            writer.value(family, &[own, ("result", "success")], all.saturating_sub(failed));
+            writer.value(family, &[own, ("result", "failure")], failed.saturating_sub(late));
+            writer.value(family, &[own, ("result", "timeout")], late);
+        }
+        CONNECT_DURATION => writer.times(family, &[own], &stats.connect_time.get()),
+        EJECTIONS if is_target => writer.value(family, &[own], stats.ejections.get()),
+        HANDSHAKES if is_target => write_handshakes(writer, family, "client", &[own], &stats.tls),
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::stats::scope::UpstreamName;
+
+    fn listener(http: bool) -> Arc<ListenerStats> {
+        Arc::new(ListenerStats::new(
+            Listener::Upstream(Arc::new(UpstreamName { service: "db".into(), ..UpstreamName::default() })),
+            "127.0.0.1_5000".into(),
+            http,
+        ))
+    }
+
+    #[test]
+    fn each_family_has_a_sound_name_and_is_given_out_by_some_group() {
+        let public = Arc::new(ListenerStats::new(Listener::Public, "a".into(), true));
+        let target = ClusterStats::new(Cluster::Target(Arc::default()));
+        let process = Process { certificate_expiry: Some(1), ..Process::default() };
+        let text = encode(&process, &[public, listener(true)], &[Arc::new(target)], &[]);
+        for family in FAMILIES {
+            assert!(!family.name.ends_with("_total") && family.help.ends_with('.'), "{}", family.name);
+            assert!(text.contains(&format!("# TYPE {} {}\n", family.name, family.kind.word())), "{}", family.name);
+        }
+        assert!(text.ends_with("# EOF\n"));
+    }
+
+    #[test]
+    fn times_are_in_seconds() {
+        let stats = listener(true);
+        stats.request_time.observe(Duration::from_millis(3));
+        let text = encode(&Process::default(), &[stats], &[] as &[Arc<ClusterStats>], &[("env".into(), "lab".into())]);
+        for line in [
+            "lictor_request_duration_seconds_bucket{direction=\"outbound\",upstream=\"db\",le=\"0.001\",env=\"lab\"} 0",
+            "lictor_request_duration_seconds_bucket{direction=\"outbound\",upstream=\"db\",le=\"0.005\",env=\"lab\"} 1",
+            "lictor_request_duration_seconds_bucket{direction=\"outbound\",upstream=\"db\",le=\"3600.0\",env=\"lab\"} 1",
+            "lictor_request_duration_seconds_sum{direction=\"outbound\",upstream=\"db\",env=\"lab\"} 0.003",
+            "lictor_requests_total{direction=\"outbound\",upstream=\"db\",env=\"lab\"} 0",
+        ] {
+            assert!(text.contains(&format!("{line}\n")), "{line}\n{text}");
+        }
+    }
+
+    #[test]
+    fn bytes_have_no_requests() {
+        let text = encode(&Process::default(), &[listener(false)], &[] as &[Arc<ClusterStats>], &[]);
+        assert!(text.contains("lictor_connections_total") && !text.contains("lictor_requests"));
+    }
+}
