@@ -168,7 +168,7 @@ fn route_by_the_last_route(bencher: Bencher<'_, '_>, count: usize) {
     let route = |number| {
         let path = PathMatch::Prefix(Text::new(&format!("/api/{number}/"), false));
         Route {
-            name: String::new(),
+            name: "".into(),
             matches: RouteMatch { path, ..RouteMatch::default() },
             prefix_rewrite: None,
             request_timeout: Some(REQUEST_TIMEOUT),

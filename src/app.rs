@@ -9,12 +9,12 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use crate::access_log::AccessLog;
 use crate::admin::{self, Command};
 use crate::config::{Config, Mode};
 use crate::consul::Client;
 use crate::consul::watches::Watches;
 use crate::drain::{self, Stage};
+use crate::observe::Observer;
 use crate::proxy::Workers;
 use crate::registration::Registration;
 use crate::snapshot::Snapshot;
@@ -39,8 +39,8 @@ pub async fn run(config: Config, level: LevelHandle) -> anyhow::Result<()> {
     let (publish, snapshots) = watch::channel(None);
     let (trigger, drained) = drain::channel();
 
-    let access_log = AccessLog::default();
-    let logged = access_log.clone();
+    let observer = Observer::default();
+    let observed = observer.clone();
 
     let stats = Arc::new(Registry::default());
     let (commands, mut commanded) = mpsc::channel(COMMANDS);
@@ -59,7 +59,7 @@ pub async fn run(config: Config, level: LevelHandle) -> anyhow::Result<()> {
     tasks.spawn(async move { admin::run(&admin, state).await });
     tasks.spawn(tell_ready(snapshots.clone()));
     tasks.spawn(async move {
-        proxy::run(snapshots, &workers, logged, drained).await;
+        proxy::run(snapshots, &workers, observed, drained).await;
         Ok(())
     });
     tasks.spawn(async move { control::run(Watches::new(client), &agent, &mode, aead, tunnel, publish).await });
@@ -78,7 +78,7 @@ pub async fn run(config: Config, level: LevelHandle) -> anyhow::Result<()> {
         error = first_error(&mut tasks) => Err(error),
     };
     drop(tasks);
-    access_log.close(CLOSE_TIME).await;
+    observer.access_log().close(CLOSE_TIME).await;
     if let Some(registration) = registration {
         registration.end().await;
     }

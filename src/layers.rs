@@ -9,7 +9,7 @@ use std::{fmt, fs};
 
 /// Each module of the crate, lowest first, with the modules that it may import. A module imports none that stands below it in this table,
 /// so the table itself has no cycle.
-const LAYERS: [(&str, &[&str]); 20] = [
+const LAYERS: [(&str, &[&str]); 21] = [
     ("fetch", &[]),
     ("drain", &[]),
     ("race", &[]),
@@ -24,18 +24,19 @@ const LAYERS: [(&str, &[&str]); 20] = [
     ("config", &["consul", "telemetry", "tls"]),
     ("registration", &["config", "consul"]),
     ("snapshot", &["access_log", "fetch", "jwt", "operators", "tls"]),
+    ("observe", &["access_log", "jwt", "operators", "snapshot", "tls"]),
     ("control", &["access_log", "config", "consul", "fetch", "jwt", "snapshot", "tls"]),
-    ("proxy", &["access_log", "drain", "jwt", "operators", "race", "resolve", "snapshot", "tls"]),
+    ("proxy", &["access_log", "drain", "jwt", "observe", "operators", "race", "resolve", "snapshot", "tls"]),
     ("admin", &["config", "drain", "proxy", "snapshot", "stats", "telemetry"]),
     (
         "app",
         &[
-            "access_log",
             "admin",
             "config",
             "consul",
             "control",
             "drain",
+            "observe",
             "proxy",
             "registration",
             "snapshot",

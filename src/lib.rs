@@ -15,6 +15,7 @@
 //! * `race` runs attempts of which one is to succeed; `resolve` finds and connects to what host names stand for.
 //! * [`snapshot`] holds what the data plane knows at one instant. Values only: no IO, no clock, no
 //!   randomness. Routing and intention decisions are pure functions here.
+//! * [`observe`] is what is known of each connection and request, and the one place where the data plane tells it.
 //! * [`control`] is the only writer of snapshots: it gathers the agent's answers and publishes whole ones.
 //! * [`proxy`] is the data plane. It reads snapshots and never calls the agent.
 //! * [`stats`] keeps the numbers of the data path; [`admin`] gives them out, with all else that people and probes ask.
@@ -37,6 +38,7 @@ pub mod control;
 pub mod drain;
 pub mod fetch;
 pub mod jwt;
+pub mod observe;
 pub mod operators;
 pub mod proxy;
 mod race;

@@ -14,9 +14,9 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context, Result, bail, ensure};
 use tokio::sync::watch;
 
-use lictor::access_log::AccessLog;
 use lictor::drain;
 use lictor::jwt::Providers;
+use lictor::observe::Observer;
 use lictor::proxy::{self, Workers};
 use lictor::snapshot::{
     Action, DefaultPolicy, Intention, Intentions, LocalApp, Normalization, Protocol, PublicListener, Snapshot, Upgrades,
@@ -214,8 +214,8 @@ fn run(snapshots: [Snapshot; 2]) -> Result<()> {
         snapshots.map(|snapshot| watch::channel(Some(Arc::new(snapshot))));
     runtime.block_on(async {
         tokio::join!(
-            proxy::run(server, &workers, AccessLog::default(), drain.clone()),
-            proxy::run(client, &workers, AccessLog::default(), drain.clone())
+            proxy::run(server, &workers, Observer::default(), drain.clone()),
+            proxy::run(client, &workers, Observer::default(), drain.clone())
         )
     });
     Ok(())

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use serde_json::{Map, Value as Json};
 
 use super::secrets::Secrets;
-use crate::operators::{BadTemplate, Piece, Record, Template, Value};
+use crate::operators::{BadTemplate, HeaderNames, Piece, Record, Template, Value};
 use crate::telemetry;
 
 /// How a record becomes a line.
@@ -13,6 +13,7 @@ use crate::telemetry;
 pub struct Format {
     shape: Shape,
     unknown: Vec<String>,
+    names: HeaderNames,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,11 +71,26 @@ const DEFAULT: [(&str, &str); 24] = [
 impl Default for Format {
     fn default() -> Self {
         let node = |(key, text): (&str, &str)| (key.to_owned(), Node::Text(Template::read(text).unwrap_or_default()));
-        Self { shape: Shape::Json(Node::Object(DEFAULT.map(node).into())), unknown: Vec::new() }
+        Self::new(Shape::Json(Node::Object(DEFAULT.map(node).into())), Vec::new())
     }
 }
 
 impl Format {
+    fn new(shape: Shape, unknown: Vec<String>) -> Self {
+        let mut names = HeaderNames::default();
+        match &shape {
+            Shape::Text(template) => name_headers(template, &mut names),
+            Shape::Json(node) => node.name_headers(&mut names),
+        }
+        Self { shape, unknown, names }
+    }
+
+    /// The headers and trailers that lines may show; no others are looked at.
+    #[must_use]
+    pub fn header_names(&self) -> &HeaderNames {
+        &self.names
+    }
+
     /// Reads a text format. A line's end is added where there is none.
     ///
     /// # Errors
@@ -82,7 +98,7 @@ impl Format {
     pub fn text(text: &str) -> Result<Self, BadFormat> {
         let template = Template::read(text.strip_suffix('\n').unwrap_or(text))?;
         let unknown = template.unknown().map(str::to_owned).collect();
-        Ok(Self { shape: Shape::Text(template), unknown })
+        Ok(Self::new(Shape::Text(template), unknown))
     }
 
     /// Reads a JSON format: an object whose texts have operators in them.
@@ -93,7 +109,7 @@ impl Format {
         let object: Map<String, Json> = serde_json::from_str(json).map_err(|_| BadFormat("it is not a JSON object"))?;
         let mut unknown = Vec::new();
         let node = Node::read(Json::Object(object), &mut unknown)?;
-        Ok(Self { shape: Shape::Json(node), unknown })
+        Ok(Self::new(Shape::Json(node), unknown))
     }
 
     /// Operators that can't be told here, and so count as not known.
@@ -133,6 +149,15 @@ impl Node {
         })
     }
 
+    fn name_headers(&self, names: &mut HeaderNames) {
+        match self {
+            Self::Object(members) => members.iter().for_each(|(_, node)| node.name_headers(names)),
+            Self::List(items) => items.iter().for_each(|node| node.name_headers(names)),
+            Self::Text(template) => name_headers(template, names),
+            Self::Fixed(_) => {}
+        }
+    }
+
     fn value(&self, record: &Record<'_>, secrets: Secrets<'_>) -> Json {
         match self {
             Self::Object(members) => {
@@ -142,6 +167,14 @@ impl Node {
             Self::List(items) => items.iter().map(|node| node.value(record, secrets)).collect(),
             Self::Text(template) => json(template, record, secrets),
             Self::Fixed(json) => json.clone(),
+        }
+    }
+}
+
+fn name_headers(template: &Template, names: &mut HeaderNames) {
+    for piece in template.pieces() {
+        if let Piece::Operator(operator) = piece {
+            operator.name_headers(names);
         }
     }
 }
@@ -305,6 +338,26 @@ mod tests {
                 }
             }
         });
+    }
+
+    /// With no other headers than those that a format names, its line is the same.
+    #[test]
+    fn formats_name_the_headers_that_they_show() {
+        let format =
+            Format::text("%REQ(X-NONE?USER-AGENT)% %REQ(:PATH)% %RESP(SERVER)% %TRAILER(X-END)% %GRPC_STATUS%")
+                .unwrap();
+        let names = format.header_names();
+        assert_eq!(names.request, ["x-none", "user-agent"]);
+        assert_eq!(
+            (&names.response[..], &names.trailers[..]),
+            (
+                &["server", "grpc-status"].map(|name| name.parse().unwrap())[..],
+                &["x-end", "grpc-status"].map(|name| name.parse().unwrap())[..]
+            )
+        );
+        let mut json = Format::json(r#"{"a": {"b": ["%REQ(X-LONG)%"]}}"#).unwrap().header_names().clone();
+        assert_eq!(json.request.pop().unwrap(), "x-long");
+        assert_eq!(json, HeaderNames::default());
     }
 
     #[test]

@@ -7,6 +7,6 @@ mod record;
 mod template;
 mod time;
 
-pub use operator::{Operator, Value, is_known_to_envoy};
+pub use operator::{HeaderNames, Operator, Value, is_known_to_envoy};
 pub use record::{Record, Request, Response, Upstream};
 pub use template::{BadTemplate, Piece, Template};

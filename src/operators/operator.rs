@@ -9,6 +9,14 @@ use http::{HeaderMap, HeaderName};
 use super::record::Record;
 use super::time;
 
+/// Names of headers and trailers that operators look at.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct HeaderNames {
+    pub request: Vec<HeaderName>,
+    pub response: Vec<HeaderName>,
+    pub trailers: Vec<HeaderName>,
+}
+
 /// One `%…%` of a format.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Operator {
@@ -206,6 +214,29 @@ impl Operator {
         }
     }
 
+    /// Adds the names of all headers and trailers that its value may be of.
+    pub fn name_headers(&self, names: &mut HeaderNames) {
+        let mut add = |list: fn(&mut HeaderNames) -> &mut Vec<HeaderName>, main: &Name, other: &Option<Name>| {
+            for name in [Some(main), other.as_ref()].into_iter().flatten() {
+                if let Name::Header(name) = name {
+                    list(names).push(name.clone());
+                }
+            }
+        };
+        match &self.kind {
+            Kind::Request(main, other) | Kind::RequestWithoutQuery(main, other) => {
+                add(|names| &mut names.request, main, other);
+            }
+            Kind::Response(main, other) => add(|names| &mut names.response, main, other),
+            Kind::Trailer(name) => names.trailers.push(name.clone()),
+            Kind::GrpcStatus | Kind::GrpcStatusNumber => {
+                names.response.push(GRPC_STATUS);
+                names.trailers.push(GRPC_STATUS);
+            }
+            Kind::StartTime(_) | Kind::Peer(_) | Kind::Simple(_) => {}
+        }
+    }
+
     /// What it stands for; `None` where that is not known.
     #[must_use]
     pub fn value<'a>(&self, record: &Record<'a>) -> Option<Value<'a>> {
@@ -383,12 +414,13 @@ fn milliseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
+const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
+
 /// From the trailers, or the headers of an answer that has no body.
 fn grpc_status(record: &Record<'_>) -> Option<u64> {
-    const STATUS: HeaderName = HeaderName::from_static("grpc-status");
     let response = record.response.as_ref()?;
-    let value = response.trailers.and_then(|trailers| header(trailers, &STATUS));
-    value.or_else(|| header(response.headers, &STATUS))?.parse().ok()
+    let value = response.trailers.and_then(|trailers| header(trailers, &GRPC_STATUS));
+    value.or_else(|| header(response.headers, &GRPC_STATUS))?.parse().ok()
 }
 
 fn grpc_name(status: u64) -> String {

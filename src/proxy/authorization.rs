@@ -14,6 +14,7 @@ use super::listener::ListenerState;
 use super::outcome::{Fault, Outcome};
 use crate::drain::Stage;
 use crate::jwt::Verified;
+use crate::observe::{Event, Observer};
 use crate::snapshot::{Decider, Decision, PublicListener, RequestView};
 use crate::tls::{self, PeerError, SpiffeId};
 
@@ -93,16 +94,6 @@ pub(super) enum Revoked {
     CarriesRequests,
 }
 
-impl Revoked {
-    pub(super) fn fault(&self) -> Fault {
-        match self {
-            Self::Denied(..) => Fault::new(Outcome::Denied, "denied while open"),
-            Self::Drained => drained(),
-            Self::CarriesRequests => carries_requests(),
-        }
-    }
-}
-
 /// Of a connection of bytes that may carry requests, each of which is to be judged now.
 pub(super) fn carries_requests() -> Fault {
     Fault::new(Outcome::OtherProtocol, "closed, as the protocol is one of HTTP now")
@@ -134,9 +125,20 @@ pub(super) async fn revoked(live: &mut watch::Receiver<ListenerState<PublicListe
     }
 }
 
-/// Why the peer may not have a connection of bytes, if it may not.
+/// Decides about a connection of bytes that the peer asks for. Why it may not have it, if it may not.
+pub(super) fn decide(listener: &PublicListener, peer: &SpiffeId, observer: &Observer) -> Option<String> {
+    let decision = listener.intentions.decide(peer);
+    observer.observe(Event::Decided { service: &listener.service, source: peer, decision: &decision });
+    reason(&decision)
+}
+
+/// Why the peer may not have a connection of bytes any more, if it may not.
 pub(super) fn denial(listener: &PublicListener, peer: &SpiffeId) -> Option<String> {
-    match listener.intentions.decide(peer) {
+    reason(&listener.intentions.decide(peer))
+}
+
+fn reason(decision: &Decision<'_>) -> Option<String> {
+    match decision {
         Decision::Allow(_) => None,
         Decision::Deny(decider) => Some(decider.to_string()),
         // Only requests can be judged by permissions; a TCP listener sees none.

@@ -1,7 +1,6 @@
 //! How an instance is connected to: TCP, a handshake as us, and the proof that it is what was meant; and how long that
 //! may take while there are other instances, for connections and for requests alike.
 
-use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -10,6 +9,7 @@ use tokio::time::{Instant, timeout_at};
 use super::balance::{Balancer, Instance};
 use super::socket::Socket;
 use super::tunnel::{MeshStream, Refusal, Role};
+use crate::observe::{ConnectError, Event, Observer, Outcome};
 use crate::snapshot::Target;
 use crate::tls::{HandshakeError, SpiffeId, Stream};
 
@@ -65,17 +65,32 @@ const STAGGER: Duration = Duration::from_millis(250);
 /// One connect and handshake with one instance.
 ///
 /// # Errors
-/// Why there is no connection, for the log.
+/// Why there is no connection.
 pub(super) async fn attempt(
+    target: &Arc<Target>,
+    instance: &Instance,
+    until: Instant,
+    offer: Offer,
+    observer: &Observer,
+) -> Result<(Stream<Socket>, Arc<SpiffeId>), ConnectError> {
+    let destination = instance.destination(target);
+    observer.observe(Event::ConnectStarted(&destination));
+    let started = Instant::now();
+    let result = shake_hands(target, instance, until, offer).await;
+    let (took, connected) = (started.elapsed(), result.as_ref().map(drop));
+    observer.observe(Event::ConnectEnded { destination: &destination, took, result: connected });
+    result
+}
+
+async fn shake_hands(
     target: &Target,
     instance: &Instance,
     until: Instant,
     offer: Offer,
-) -> Result<(Stream<Socket>, Arc<SpiffeId>), String> {
+) -> Result<(Stream<Socket>, Arc<SpiffeId>), ConnectError> {
     let socket = match timeout_at(until, Socket::connect(&instance.address)).await {
-        Ok(Ok(socket)) => socket,
-        Ok(Err(e)) => return Err(e.to_string()),
-        Err(_) => return Err("did not answer in time".into()),
+        Ok(connected) => connected.map_err(|error| ConnectError::Io(Arc::new(error)))?,
+        Err(_) => return Err(ConnectError::TimedOut),
     };
     let bare = offer == Offer::Tunnel && instance.sessions().are_refused();
     let handshake = async {
@@ -85,24 +100,25 @@ pub(super) async fn attempt(
             Offer::Http1 => Stream::connect(socket, &target.tls.offering(&[b"http/1.1"])).await,
         }
     };
-    let problem = match timeout_at(until, handshake).await {
+    let error = match timeout_at(until, handshake).await {
         Ok(Ok(mesh)) => match target.tls.authenticate(mesh.peer_certificates(), SystemTime::now()) {
             Ok(peer) => return Ok((mesh, peer.id)),
-            Err(e) => e.to_string(),
+            Err(error) => ConnectError::Peer(Arc::new(error)),
         },
-        Ok(Err(e)) if e.is_lack_of_protocol() && offer == Offer::Tunnel && !bare => {
+        Ok(Err(error)) if error.is_lack_of_protocol() && offer == Offer::Tunnel && !bare => {
             instance.sessions().refuse();
-            return Box::pin(attempt(target, instance, until, offer)).await;
+            return Box::pin(shake_hands(target, instance, until, offer)).await;
         }
-        Ok(Err(HandshakeError::Io(e))) => return Err(format!("broke off the TLS handshake: {e}")),
-        Ok(Err(e)) => e.to_string(),
-        Err(_) => return Err("did not finish the TLS handshake in time".into()),
+        Ok(Err(HandshakeError::Io(error))) => return Err(ConnectError::HandshakeBroken(Arc::new(error))),
+        Ok(Err(error)) => ConnectError::Handshake(Arc::new(error)),
+        Err(_) => return Err(ConnectError::HandshakeTimedOut),
     };
     // Not a matter of reaching it: something there is not what the catalog says.
     if let Some(before) = instance.refusals().due() {
+        let problem = error.problem();
         tracing::warn!(target: "proxy.upstream", service = target.service, instance = %instance.address, problem, before, "An instance was refused");
     }
-    Err(format!("was refused: {problem}"))
+    Err(error)
 }
 
 /// A connection to an instance's app for bytes: on a free session with the instance, or on a new one.
@@ -110,39 +126,42 @@ pub(super) async fn attempt(
 /// # Errors
 /// Why there is none.
 pub(super) async fn connect(
-    target: &Target,
+    target: &Arc<Target>,
     instance: &Instance,
     until: Instant,
+    observer: &Observer,
 ) -> Result<(MeshStream<Socket>, Arc<SpiffeId>), Unconnected> {
     if let Some(begun) = instance.sessions().start(&target.tls, until).await {
         return begun.map_err(Unconnected::Refused);
     }
-    let (tls, peer) = attempt(target, instance, until, Offer::Tunnel).await.map_err(Unconnected::Unreachable)?;
+    let (tls, peer) = attempt(target, instance, until, Offer::Tunnel, observer).await?;
     let mut mesh = MeshStream::new(tls, Role::Client);
     if mesh.is_free() {
         match timeout_at(until, mesh.start()).await {
             Ok(Ok(answer)) => answer.map_err(Unconnected::Refused)?,
-            Ok(Err(e)) => return Err(Unconnected::Unreachable(format!("broke off before it had connected: {e}"))),
-            Err(_) => return Err(Unconnected::Unreachable("did not connect to its local app in time".into())),
+            Ok(Err(error)) => return Err(ConnectError::TunnelBroken(Arc::new(error)).into()),
+            Err(_) => return Err(ConnectError::TunnelTimedOut.into()),
         }
     }
     Ok((mesh, peer))
 }
 
-/// Why an instance gave no connection.
-#[derive(Debug)]
+/// Why an instance gave no connection. For the log, it stands after the address of the instance.
+#[derive(Debug, thiserror::Error)]
 pub(super) enum Unconnected {
-    /// In words.
-    Unreachable(String),
+    #[error("{0}")]
+    Unreachable(#[from] ConnectError),
+    /// Its sidecar said why.
+    #[error("{0}")]
     Refused(Refusal),
 }
 
-/// For the log, after the address of the instance.
-impl fmt::Display for Unconnected {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl Unconnected {
+    pub(super) fn outcome(&self) -> Outcome {
         match self {
-            Self::Unreachable(reason) => f.write_str(reason),
-            Self::Refused(refusal) => refusal.fmt(f),
+            Self::Refused(Refusal::Denied) => Outcome::Denied,
+            Self::Refused(Refusal::Full) => Outcome::Overflow,
+            Self::Refused(Refusal::NoApp | Refusal::Other) | Self::Unreachable(_) => Outcome::Unreachable,
         }
     }
 }

@@ -3,23 +3,25 @@
 use std::sync::Arc;
 
 use super::http::expose::{Exposure, Plan};
-use super::http::request_record::ConnectionInfo;
+use super::http::request_record::RequestObserver;
 use super::listener::Accepted;
 use super::log_limit::LogLimit;
 use super::outcome::{Fault, Outcome};
 use super::places::Places;
-use super::record::{Direction, Record};
-use crate::access_log::AccessLog;
+use super::record::Record;
+use crate::observe::{ConnectionInfo, Listener, Observer};
 
 /// Connections to one such listener at a time, as whoever reaches it may connect. The next takes the place of the oldest.
 pub(super) const CONNECTIONS: usize = 256;
 
 /// Serves one connection, whose requests have a task of their own.
-pub(super) async fn serve(accepted: Accepted<Plan>, access_log: AccessLog, places: Arc<Places>, log_limit: LogLimit) {
+pub(super) async fn serve(accepted: Accepted<Plan>, observer: Observer, places: Arc<Places>, log_limit: LogLimit) {
     let Accepted { socket, remote, live, drain } = accepted;
-    let mut record = Record::new(Direction::Inbound, remote);
-    let caller = ConnectionInfo { access_log, remote, local: socket.local_address(), ..ConnectionInfo::default() };
-    let connection = Exposure { live, caller, log_limit };
+    let local = if observer.access_log().is_on() { socket.local_address() } else { None };
+    let listener = Listener::Exposed(Arc::clone(&live.borrow().config.exposed));
+    let mut record = Record::accepted(&observer, ConnectionInfo { listener, remote, local, peer: None });
+    let requests = RequestObserver { observer, connection: Arc::new(record.info().clone()) };
+    let connection = Exposure { live, remote, requests, log_limit };
     let mut place = places.take();
     tokio::spawn(async move {
         let ended = tokio::select! {
@@ -27,7 +29,7 @@ pub(super) async fn serve(accepted: Accepted<Plan>, access_log: AccessLog, place
             ended = connection.serve(socket) => ended,
             () = place.lost() => Err(Fault::new(Outcome::Displaced, "its place was taken by a newer connection")),
         };
-        record.result(&ended);
+        record.result(ended);
         drop(drain);
     });
 }

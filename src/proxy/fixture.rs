@@ -10,9 +10,9 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use crate::access_log::AccessLog;
 use crate::drain;
 use crate::jwt::Providers;
+use crate::observe::Observer;
 use crate::proxy::{self, Workers};
 use crate::snapshot::*;
 use crate::testing::ca::{Ca, uri};
@@ -27,6 +27,8 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 pub(super) struct Sidecar {
     pub(super) snapshot: watch::Sender<Option<Arc<Snapshot>>>,
     pub(super) trigger: drain::Trigger,
+    /// What has happened.
+    pub(super) observer: Observer,
     _running: JoinHandle<()>,
 }
 
@@ -34,13 +36,15 @@ impl Sidecar {
     pub(super) fn start(snapshot: Snapshot) -> Self {
         let (snapshot, snapshots) = watch::channel(Some(Arc::new(snapshot)));
         let (trigger, drain) = drain::channel();
+        let observer = Observer::default();
+        let told = observer.clone();
         let running = tokio::spawn(async move {
             let workers = Workers::start(2).unwrap();
-            proxy::run(snapshots, &workers, AccessLog::default(), drain).await;
+            proxy::run(snapshots, &workers, told, drain).await;
             // A runtime must not wait for another's threads on one of its own.
             tokio::task::spawn_blocking(move || drop(workers));
         });
-        Self { snapshot, trigger, _running: running }
+        Self { snapshot, trigger, observer, _running: running }
     }
 }
 

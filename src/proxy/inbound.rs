@@ -13,17 +13,18 @@ use super::codec::pool::Pool;
 use super::http::certificate;
 use super::http::inbound::Inbound;
 use super::http::ongoing::Open;
-use super::http::request_record::ConnectionInfo;
+use super::http::request_record::RequestObserver;
 use super::listener::{Accepted, ListenerState};
+use super::local_app::connect_app;
 use super::log_limit::LogLimit;
-use super::outcome::{Fault, Outcome};
+use super::outcome::Outcome;
 use super::places::{Counted, Places};
-use super::record::{Direction, Host, Record, Shown};
+use super::record::{Host, Record, Shown};
 use super::relay::{self, Broken, Relay, Side};
 use super::socket::Socket;
 use super::tunnel::{self, MeshStream, Refusal, Role};
-use crate::access_log::AccessLog;
 use crate::drain::{self, Stage};
+use crate::observe::{Attempt, AttemptResult, ConnectionInfo, Destination, Event, Listener, Observer, Overflowed};
 use crate::snapshot::PublicListener;
 use crate::tls::{HandshakeError, Stream};
 
@@ -38,15 +39,15 @@ pub(super) struct Shared {
     waiting: Arc<AtomicUsize>,
     /// To the local app, for HTTP requests.
     app: Arc<Pool>,
-    access_log: AccessLog,
+    observer: Observer,
     log_limit: LogLimit,
 }
 
 impl Shared {
     #[must_use]
-    pub(super) fn new(access_log: AccessLog, log_limit: LogLimit) -> Self {
+    pub(super) fn new(observer: Observer, log_limit: LogLimit) -> Self {
         let handshakes = Places::new(HANDSHAKES);
-        Self { handshakes, open: Arc::default(), waiting: Arc::default(), app: Arc::default(), access_log, log_limit }
+        Self { handshakes, open: Arc::default(), waiting: Arc::default(), app: Arc::default(), observer, log_limit }
     }
 
     /// Whether `limit` connections are open.
@@ -104,19 +105,20 @@ struct Connection {
 /// `None` also for a connection of requests, which has a task of its own by then.
 async fn establish(accepted: Accepted<PublicListener>, shared: Shared) -> Option<Connection> {
     let Accepted { socket, remote, live, drain } = accepted;
-    let local = if shared.access_log.is_on() { socket.local_address() } else { None };
-    let mut record = Record::new(Direction::Inbound, remote);
+    let local = if shared.observer.access_log().is_on() { socket.local_address() } else { None };
     let listener = Arc::clone(&live.borrow().config);
+    let info = ConnectionInfo { listener: Listener::Public(Arc::clone(&listener)), remote, local, peer: None };
+    let mut record = Record::accepted(&shared.observer, info);
     if shared.is_full(listener.max_connections) {
         too_many(&listener, remote, record, &shared.log_limit);
         return None;
     }
 
-    let Some((mesh, peer)) = shake(socket, remote, &listener, &shared).await else {
+    let Some((mesh, peer)) = shake(socket, &record, &listener, &shared).await else {
         record.finish(Outcome::Unproved, "no handshake");
         return None;
     };
-    record.peer(&peer.id);
+    record.handshake_finished(&peer.id);
     if listener.protocol.is_http() {
         let Some(open) = shared.enter(listener.max_connections) else {
             too_many(&listener, remote, record, &shared.log_limit);
@@ -125,7 +127,7 @@ async fn establish(accepted: Accepted<PublicListener>, shared: Shared) -> Option
         };
         // Each request is judged, so that a refused one gets an answer.
         let certificate = certificate::element(listener.tls.id(), mesh.peer_certificates().unwrap_or_default());
-        let caller = ConnectionInfo { access_log: shared.access_log, remote, local, peer: Some(Arc::clone(&peer.id)) };
+        let requests = RequestObserver { observer: shared.observer, connection: Arc::new(record.info().clone()) };
         let (app, log_limit, upgrades) = (shared.app, shared.log_limit, listener.upgrades.clone());
         let under_way = Open::default();
         let connection = Inbound {
@@ -136,14 +138,14 @@ async fn establish(accepted: Accepted<PublicListener>, shared: Shared) -> Option
             app,
             certificate,
             upgrades,
-            caller,
+            requests,
             log_limit,
             open: under_way,
             _counted: open,
         };
         tokio::spawn(async move {
             let ended = connection.serve(mesh).await;
-            record.result(&ended);
+            record.result(ended);
         });
         return None;
     }
@@ -157,6 +159,7 @@ fn too_many(listener: &PublicListener, remote: Option<SocketAddr>, mut record: R
         let limit = listener.max_connections;
         tracing::info!(target: "proxy.inbound", limit, src = %Shown(remote), "Connection closed: {PROBLEM}");
     }
+    record.observer().observe(Event::Overflowed(Overflowed::Inbound { service: &listener.service }));
     record.finish(Outcome::Overflow, "limit reached");
 }
 
@@ -193,28 +196,32 @@ impl Session {
     /// Opens the connection that the peer asks for, if it may have it. It begins when the local app has taken it, so that
     /// a client of ours goes to another instance otherwise.
     async fn open(mut self, mut record: Record, open: Counted) -> Option<Connection> {
-        record.log_to(&self.shared.access_log, self.local, Some(&self.peer.id));
+        record.carries_bytes();
         // From here on changes are noticed, so that none slips between the decision and the relay.
         let listener = Arc::clone(&self.live.borrow_and_update().config);
         if listener.protocol.is_http() {
             // A client of ours makes another session, for requests or for bytes.
-            record.failed(&authorization::carries_requests());
+            record.failed(authorization::carries_requests());
             self.mesh.part();
             return None;
         }
-        if let Some(reason) = denial(&listener, &self.peer.id) {
+        if let Some(reason) = authorization::decide(&listener, &self.peer.id, record.observer()) {
             self.log_denial("Connection denied", &listener, &reason);
-            record.finish(Outcome::Denied, "denied");
+            record.denied(&reason, "denied");
             return self.refuse(Refusal::Denied).await;
         }
-        let app = match connect_app(&listener).await {
+        let mut attempt = Attempt::new(Destination::LocalApp(listener.local_app.clone()));
+        let connected = connect_app(&listener.local_app, listener.local_connect_timeout, record.observer()).await;
+        let app = match connected {
             Ok(app) => app,
-            Err(fault) => {
-                if self.shared.log_limit.is_first(&self.peer.id, &format!("no local app: {fault}")) {
+            Err(problem) => {
+                attempt.end(AttemptResult::Failed { outcome: Outcome::Unreachable, cause: problem.to_string() });
+                record.attempt(attempt);
+                if self.shared.log_limit.is_first(&self.peer.id, &format!("no local app: {problem}")) {
                     tracing::warn!(
                         target: "proxy.inbound",
                         app = %listener.local_app,
-                        error = &*fault.cause,
+                        error = %problem,
                         "failed to dial the local app: is it listening there? (LocalServiceAddress and LocalServicePort of the registration)"
                     );
                 }
@@ -222,9 +229,11 @@ impl Session {
                 return self.refuse(Refusal::NoApp).await;
             }
         };
-        record.leads_to("local_app", &listener.local_app);
+        attempt.end(AttemptResult::Connected);
+        record.attempt(attempt);
+        record.connected(None);
         if let Err(error) = self.mesh.accept().await {
-            record.finish(Outcome::ClientReset, &error.to_string());
+            record.finish(Outcome::ClientReset, error.to_string());
             return None;
         }
         Some(Connection { session: self, app, record, open })
@@ -249,10 +258,17 @@ impl Session {
             self.mesh.part();
             return None;
         }
-        let mut record = Record::new(Direction::Inbound, self.remote);
-        record.peer(&self.peer.id);
+        let mut record = Record::accepted(
+            &self.shared.observer,
+            ConnectionInfo {
+                listener: Listener::Public(Arc::clone(&listener)),
+                remote: self.remote,
+                local: self.local,
+                peer: Some(Arc::clone(&self.peer.id)),
+            },
+        );
         if let Err(problem) = self.peer.check(&listener, |act| act(self.mesh.tls.peer_certificates())) {
-            refuse(self.remote, &problem.to_string(), &self.shared.log_limit);
+            refuse(&record, &problem.to_string(), &self.shared.log_limit);
             record.finish(Outcome::Unproved, "no longer proved");
             self.mesh.part();
             return None;
@@ -299,20 +315,10 @@ async fn unfit(live: &mut watch::Receiver<ListenerState<PublicListener>>, peer: 
     let _ = live.wait_for(unfit).await;
 }
 
-async fn connect_app(listener: &PublicListener) -> Result<Socket, Fault> {
-    match timeout(listener.local_connect_timeout, Socket::connect_app(&listener.local_app)).await {
-        Ok(connected) => connected.map_err(|e| Fault::new(Outcome::Unreachable, e.to_string())),
-        Err(_) => {
-            let cause = format!("no answer within {:?}", listener.local_connect_timeout);
-            Err(Fault::new(Outcome::Unreachable, cause))
-        }
-    }
-}
-
 /// The TLS handshake, under its time limit, and the identity that it shows.
 async fn shake(
     socket: Socket,
-    remote: Option<SocketAddr>,
+    record: &Record,
     listener: &PublicListener,
     shared: &Shared,
 ) -> Option<(Stream<Socket>, Peer)> {
@@ -323,7 +329,7 @@ async fn shake(
         shaken = timeout(listener.handshake_timeout, handshake) => shaken,
         () = place.lost() => {
             let problem = format!("more than {} handshakes are in progress", shared.handshakes.limit());
-            refuse(remote, &problem, &shared.log_limit);
+            refuse(record, &problem, &shared.log_limit);
             return None;
         }
     };
@@ -341,11 +347,13 @@ async fn shake(
         Ok(Err(e)) => e.to_string(),
         Err(_) => format!("no TLS handshake within {:?}", listener.handshake_timeout),
     };
-    refuse(remote, &problem, &shared.log_limit);
+    refuse(record, &problem, &shared.log_limit);
     None
 }
 
-fn refuse(remote: Option<SocketAddr>, problem: &str, log_limit: &LogLimit) {
+fn refuse(record: &Record, problem: &str, log_limit: &LogLimit) {
+    record.handshake_failed(problem);
+    let remote = record.info().remote;
     if log_limit.is_first(Host(remote), problem) {
         tracing::info!(target: "proxy.inbound", src = %Shown(remote), problem, "Connection refused: the peer did not prove a mesh identity");
     }
@@ -399,14 +407,18 @@ impl Connection {
                 return if session.mesh.is_free() { session.next().await } else { None };
             }
             End::Relayed(Err(broken)) => {
-                self.record.failed(&broken.of(Side::Tls));
+                self.record.failed(broken.of(Side::Tls));
                 relay::abort(&broken, self.app, self.session.mesh.tls);
             }
             End::Revoked(revoked) => {
-                if let Revoked::Denied(listener, reason) = &revoked {
-                    self.session.log_denial("Open connection closed, it is denied now", listener, reason);
+                match &revoked {
+                    Revoked::Denied(listener, reason) => {
+                        self.session.log_denial("Open connection closed, it is denied now", listener, reason);
+                        self.record.denied(reason, "denied while open");
+                    }
+                    Revoked::Drained => self.record.failed(authorization::drained()),
+                    Revoked::CarriesRequests => self.record.failed(authorization::carries_requests()),
                 }
-                self.record.failed(&revoked.fault());
                 relay::close(self.app, self.session.mesh.tls).await;
             }
         }

@@ -58,6 +58,16 @@ impl Counts {
 }
 
 impl Limit {
+    /// Consul's name for it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Connections => "max_connections",
+            Self::PendingRequests => "max_pending_requests",
+            Self::ConcurrentRequests => "max_concurrent_requests",
+        }
+    }
+
     fn maximum(self, limits: &Limits) -> Option<usize> {
         match self {
             Self::Connections => limits.max_connections,
@@ -75,11 +85,7 @@ impl Drop for Permit {
 
 impl fmt::Display for Limit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Connections => "max_connections",
-            Self::PendingRequests => "max_pending_requests",
-            Self::ConcurrentRequests => "max_concurrent_requests",
-        })
+        f.write_str(self.name())
     }
 }
 

@@ -17,6 +17,7 @@ mod http;
 mod inbound;
 pub mod limits;
 mod listener;
+mod local_app;
 mod log_limit;
 mod memory;
 mod outbound;
@@ -38,8 +39,8 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 
-use crate::access_log::AccessLog;
 use crate::drain::{self, Stage};
+use crate::observe::Observer;
 use crate::snapshot::{Bind, Exposed, Protocol, PublicListener, Snapshot, Upstream, UpstreamKey};
 use balance::{Clock, UpstreamRuntime};
 use listener::ListenerState;
@@ -53,11 +54,11 @@ pub use workers::Workers;
 pub async fn run(
     mut snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
     workers: &Workers,
-    access_log: AccessLog,
+    observer: Observer,
     drain: drain::Watch,
 ) {
     let mut stage = drain.observer();
-    let mut proxy = Proxy::new(workers, access_log, drain);
+    let mut proxy = Proxy::new(workers, observer, drain);
     let mut tidy = tokio::time::interval(TIDY);
     tidy.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -86,7 +87,7 @@ struct Proxy<'a> {
     workers: &'a Workers,
     drain: drain::Watch,
     clock: Clock,
-    access_log: AccessLog,
+    observer: Observer,
     inbound: inbound::Shared,
     listeners: Listeners,
     /// Binds that failed and are tried again.
@@ -130,15 +131,15 @@ struct Failed {
 }
 
 impl<'a> Proxy<'a> {
-    fn new(workers: &'a Workers, access_log: AccessLog, drain: drain::Watch) -> Self {
+    fn new(workers: &'a Workers, observer: Observer, drain: drain::Watch) -> Self {
         let log_limits = LogLimits::default();
         Self {
             workers,
             drain,
             clock: Clock::start(),
-            inbound: inbound::Shared::new(access_log.clone(), log_limits.inbound.clone()),
+            inbound: inbound::Shared::new(observer.clone(), log_limits.inbound.clone()),
             log_limits,
-            access_log,
+            observer,
             listeners: Listeners::default(),
             failed: BTreeMap::new(),
             memory: Memory::default(),
@@ -150,7 +151,7 @@ impl<'a> Proxy<'a> {
         let Some(snapshot) = snapshot else {
             return Instant::now() + NOTHING_FAILED;
         };
-        self.access_log.set(snapshot.access_log.as_ref());
+        self.observer.access_log().set(snapshot.access_log.as_ref());
         self.retire(snapshot);
         self.listeners.update_retired(snapshot);
         if let Some(public) = &snapshot.public {
@@ -205,13 +206,13 @@ impl<'a> Proxy<'a> {
             let previous = Arc::clone(&running.live.borrow().config);
             if !Arc::ptr_eq(&previous.upstream, upstream) {
                 tell_of_protocol(&key.destination, previous.upstream.chain.protocol, upstream.chain.protocol);
-                running.update(&Arc::new(UpstreamRuntime::new(Arc::clone(upstream), Some(&previous))));
+                running.update(&Arc::new(UpstreamRuntime::new(Arc::clone(upstream), Some(&previous), &self.observer)));
             }
             return;
         }
-        let plan = Arc::new(UpstreamRuntime::new(Arc::clone(upstream), None));
-        let (clock, access_log, log_limit) = (self.clock, self.access_log.clone(), self.log_limits.upstream.clone());
-        let serve = move |accepted| outbound::serve(accepted, clock, access_log.clone(), log_limit.clone());
+        let plan = Arc::new(UpstreamRuntime::new(Arc::clone(upstream), None, &self.observer));
+        let (clock, observer, log_limit) = (self.clock, self.observer.clone(), self.log_limits.upstream.clone());
+        let serve = move |accepted| outbound::serve(accepted, clock, observer.clone(), log_limit.clone());
         if let Some(running) = self.start(&key.destination, &key.bind, &plan, serve) {
             self.listeners.upstreams.insert(key.clone(), running);
         }
@@ -226,9 +227,9 @@ impl<'a> Proxy<'a> {
             }
             return;
         }
-        let (access_log, log_limit) = (self.access_log.clone(), self.log_limits.inbound.clone());
+        let (observer, log_limit) = (self.observer.clone(), self.log_limits.inbound.clone());
         let places = Places::new(expose::CONNECTIONS);
-        let serve = move |accepted| expose::serve(accepted, access_log.clone(), Arc::clone(&places), log_limit.clone());
+        let serve = move |accepted| expose::serve(accepted, observer.clone(), Arc::clone(&places), log_limit.clone());
         if let Some(running) = self.start("exposed paths", bind, &plan(), serve) {
             self.listeners.exposed.insert(bind.clone(), running);
         }

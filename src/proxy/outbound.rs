@@ -10,30 +10,25 @@ use super::authorization;
 use super::balance::{Balancer, Clock, InFlight, Instance, Picked, Report, UpstreamRuntime};
 use super::dial::{self, Pace, Unconnected};
 use super::http::outbound::Outbound;
-use super::http::request_record::ConnectionInfo;
+use super::http::request_record::RequestObserver;
 use super::limits::{Limit, Permit};
 use super::listener::{Accepted, ListenerState};
 use super::log_limit::LogLimit;
 use super::outcome::{Fault, Outcome};
 use super::probe;
-use super::record::{Direction, Record};
+use super::record::Record;
 use super::relay::{self, Broken, Relay, Side};
 use super::socket::Socket;
 use super::tunnel::{MeshStream, Refusal};
-use crate::access_log::AccessLog;
 use crate::drain::{self, Stage};
+use crate::observe::{Attempt, AttemptResult, ConnectionInfo, Listener, Observer};
 use crate::race::{Next, Race};
 use crate::snapshot::Target;
 use crate::tls::{self, SpiffeId};
 
 /// Serves one connection: choose the target, connect to an instance of it, relay, record.
-pub(super) async fn serve(
-    accepted: Accepted<UpstreamRuntime>,
-    clock: Clock,
-    access_log: AccessLog,
-    log_limit: LogLimit,
-) {
-    if let Some(connection) = establish(accepted, clock, access_log, log_limit).await {
+pub(super) async fn serve(accepted: Accepted<UpstreamRuntime>, clock: Clock, observer: Observer, log_limit: LogLimit) {
+    if let Some(connection) = establish(accepted, clock, observer, log_limit).await {
         // In a task of its own: an open connection keeps none of the memory that opening it took.
         tokio::spawn(connection.relay());
     }
@@ -57,35 +52,36 @@ struct Connection {
 async fn establish(
     accepted: Accepted<UpstreamRuntime>,
     clock: Clock,
-    access_log: AccessLog,
+    observer: Observer,
     log_limit: LogLimit,
 ) -> Option<Connection> {
     let Accepted { socket: app, remote, mut live, drain } = accepted;
-    let mut record = Record::new(Direction::Outbound, remote);
-    let local = if access_log.is_on() { app.local_address() } else { None };
+    let local = if observer.access_log().is_on() { app.local_address() } else { None };
+    let listener = Listener::Upstream(Arc::clone(&live.borrow().config.upstream));
+    let mut record = Record::accepted(&observer, ConnectionInfo { listener, remote, local, peer: None });
     let plan = known(&mut live).await;
+    record.accepted_by(Listener::Upstream(Arc::clone(&plan.upstream)));
     if plan.upstream.chain.protocol.is_http() {
-        let caller = ConnectionInfo { access_log, remote, local, ..ConnectionInfo::default() };
+        let requests = RequestObserver { observer, connection: Arc::new(record.info().clone()) };
         let upgrades = plan.upstream.requests.upgrades.clone();
-        let connection = Outbound { remote, live, drain, clock, upgrades, caller, log_limit };
+        let connection = Outbound { remote, live, drain, clock, upgrades, requests, log_limit };
         tokio::spawn(async move {
             let ended = connection.serve(app).await;
-            record.result(&ended);
+            record.result(ended);
         });
         return None;
     }
-    record.log_to(&access_log, local, None);
-    match connect(&plan, clock, &live).await {
+    record.carries_bytes();
+    match connect(&plan, clock, &live, &mut record).await {
         Ok(Connected { mesh, tls, peer, instance, permit }) => {
-            record.peer(&peer);
-            record.leads_to(&plan.upstream.name, &instance.get().address);
+            record.connected(Some(peer));
             Some(Connection { app, mesh, tls, live, record, instance, clock, _permit: permit, _drain: drain })
         }
         Err(fault) => {
             if log_limit.is_first(&plan.upstream.name, &fault.cause) {
                 tracing::warn!(target: "proxy.upstream", upstream = plan.upstream.name, reason = &*fault.cause, "failed to dial the upstream");
             }
-            record.failed(&fault);
+            record.failed(fault);
             app.close().await;
             None
         }
@@ -123,7 +119,7 @@ impl Connection {
             if ended.is_none() {
                 ended = Box::pin(self.rest(&mut copy)).await;
             }
-            self.record.bytes(copy.opened, copy.sealed);
+            self.record.bytes(copy.sealed, copy.opened);
             // Boxed, for an open connection is to keep none of the memory that this takes.
             Box::pin(self.end(ended)).await;
         }
@@ -166,12 +162,12 @@ impl Connection {
                 }
             }
             Some(Err(broken)) => {
-                self.record.failed(&broken.of(Side::Plain));
+                self.record.failed(broken.of(Side::Plain));
                 relay::abort(&broken, self.app, self.mesh.tls);
             }
             None => {
                 let drained = self.live.borrow().stage >= Stage::Closing;
-                self.record.failed(&if drained { authorization::drained() } else { authorization::carries_requests() });
+                self.record.failed(if drained { authorization::drained() } else { authorization::carries_requests() });
                 relay::close(self.app, self.mesh.tls).await;
             }
         }
@@ -216,6 +212,7 @@ enum Reached {
 /// An instance that gave no connection.
 struct Failure {
     instance: Arc<Instance>,
+    attempt: Attempt,
     why: Unconnected,
 }
 
@@ -228,10 +225,11 @@ async fn connect(
     plan: &UpstreamRuntime,
     clock: Clock,
     live: &watch::Receiver<ListenerState<UpstreamRuntime>>,
+    record: &mut Record,
 ) -> Result<Connected, Fault> {
     let (mut reasons, mut outcome) = (Vec::new(), Outcome::NoInstance);
     for (target, balancer) in plan.balancers.in_order(plan.upstream.chain.connection_targets(), clock.now()) {
-        match connect_target(target, balancer, clock, live).await {
+        match connect_target(target, balancer, clock, live, record).await {
             Ok(connected) => return Ok(connected),
             Err(Unusable { fault, denied }) => {
                 reasons.push(format!("{target}: {fault}"));
@@ -260,6 +258,7 @@ async fn connect_target(
     balancer: &Arc<Balancer>,
     clock: Clock,
     live: &watch::Receiver<ListenerState<UpstreamRuntime>>,
+    record: &mut Record,
 ) -> Result<Connected, Unusable> {
     let unusable = |fault| Unusable { fault, denied: false };
     let permit = balancer.admit(Limit::Connections).map_err(|overflow| unusable(overflow.into()))?;
@@ -267,7 +266,8 @@ async fn connect_target(
     let (mut tried, mut reasons, mut denied) = (Vec::new(), Vec::new(), false);
     let mut race: Race<Won, Failure> = Race::new();
     let next = |failed: Option<Failure>| {
-        if let Some(Failure { instance, why }) = failed {
+        if let Some(Failure { instance, attempt, why }) = failed {
+            record.attempt(attempt);
             reasons.push(format!("{} {why}", instance.address));
             denied = matches!(why, Unconnected::Refused(Refusal::Denied));
             if denied {
@@ -279,18 +279,20 @@ async fn connect_target(
         let picked = balancer.pick(clock.now(), None, &tried, |below| fastrand::u64(..below));
         let Some(picked) = picked else { return Next::Wait };
         tried.push(Arc::clone(picked.instance()));
-        Next::Begin(Box::pin(reach(Arc::clone(target), picked, until, clock)), pace.stagger())
+        let observer = balancer.observer().clone();
+        Next::Begin(Box::pin(reach(Arc::clone(target), picked, until, clock, observer)), pace.stagger())
     };
     let won = race.run(next).await;
     if race.is_on() {
         let (live, target) = (live.clone(), Arc::clone(target));
         race.finish(move |ended| match ended {
-            Ok((mesh, _, instance)) => probe::spare(mesh, &target.tls, instance.get()),
+            Ok(Won { mesh, instance, .. }) => probe::spare(mesh, &target.tls, instance.get()),
             Err(Failure { instance, .. }) => probe::begin(&live, &target, &instance, clock),
         });
     }
     match (won, &reasons[..]) {
-        (Some((mesh, peer, instance)), _) => {
+        (Some(Won { mesh, peer, instance, attempt }), _) => {
+            record.attempt(attempt);
             Ok(Connected { mesh, tls: Arc::clone(&target.tls), peer, instance, permit })
         }
         (None, []) => Err(unusable(Fault::new(Outcome::NoInstance, balancer.no_endpoint_reason()))),
@@ -302,20 +304,40 @@ async fn connect_target(
 }
 
 /// Of the attempts at instances, what the first success gives.
-type Won = (MeshStream<Socket>, Arc<SpiffeId>, Reached);
+struct Won {
+    mesh: MeshStream<Socket>,
+    peer: Arc<SpiffeId>,
+    instance: Reached,
+    attempt: Attempt,
+}
 
 /// Connects to one instance, and reports how that went.
-async fn reach(target: Arc<Target>, picked: Picked, until: Instant, clock: Clock) -> Result<Won, Failure> {
-    match dial::connect(&target, picked.instance(), until).await {
-        Ok((mesh, peer)) if mesh.answers_for_app() => Ok((mesh, peer, Reached::App(picked.connected(clock.now())))),
-        Ok((mesh, peer)) => Ok((mesh, peer, Reached::Sidecar(Box::new(picked)))),
+async fn reach(
+    target: Arc<Target>,
+    picked: Picked,
+    until: Instant,
+    clock: Clock,
+    observer: Observer,
+) -> Result<Won, Failure> {
+    let mut attempt = Attempt::new(picked.instance().destination(&target));
+    match dial::connect(&target, picked.instance(), until, &observer).await {
+        Ok((mesh, peer)) => {
+            attempt.end(AttemptResult::Connected);
+            let instance = if mesh.answers_for_app() {
+                Reached::App(picked.connected(clock.now()))
+            } else {
+                Reached::Sidecar(Box::new(picked))
+            };
+            Ok(Won { mesh, peer, instance, attempt })
+        }
         Err(why) => {
+            attempt.end(AttemptResult::Failed { outcome: why.outcome(), cause: why.to_string() });
             let instance = Arc::clone(picked.instance());
             // A denial says nothing of the instance.
             if !matches!(why, Unconnected::Refused(Refusal::Denied)) {
                 picked.report(Report::Unreachable, Duration::ZERO, clock.now());
             }
-            Err(Failure { instance, why })
+            Err(Failure { instance, attempt, why })
         }
     }
 }

@@ -70,14 +70,14 @@ async fn look_after(
 fn probe(target: &Arc<Target>, balancer: &Balancer, instance: &Arc<Instance>, http: bool) {
     // Enough are being probed; this one will be soon.
     let Some(permit) = balancer.probe_permit() else { return };
-    let (target, instance) = (Arc::clone(target), Arc::clone(instance));
+    let (target, instance, observer) = (Arc::clone(target), Arc::clone(instance), balancer.observer().clone());
     tokio::spawn(async move {
         let until = Instant::now() + target.connect_timeout.min(TIME);
         let reached = if http {
-            let dialled = dial::attempt(&target, &instance, until, Offer::All).await;
+            let dialled = dial::attempt(&target, &instance, until, Offer::All, &observer).await;
             dialled.map(|(stream, _)| drop(stream)).is_ok()
         } else {
-            match dial::connect(&target, &instance, until).await {
+            match dial::connect(&target, &instance, until, &observer).await {
                 Ok((mesh, _)) => {
                     spare(mesh, &target.tls, &instance);
                     true

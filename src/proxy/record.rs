@@ -1,150 +1,108 @@
-//! One line per connection, written once, whatever becomes of it.
+//! The record of a connection while it lasts, finished once, whatever becomes of it.
 
 use std::borrow::Cow;
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::time::SystemTime;
 
 use super::outcome::{Fault, Outcome};
-use crate::access_log::{self, AccessLog, Active};
+use crate::observe::{Attempt, ConnectionInfo, ConnectionRecord, Event, Listener, Observer};
 use crate::tls::SpiffeId;
 
-/// What is to be told of a connection when it is over. One that is dropped unfinished tells that too.
+/// Tells the observer of one connection. One that is dropped unfinished is told as aborted.
 pub(super) struct Record {
-    direction: Direction,
-    remote: Option<SocketAddr>,
-    /// The other service, once it has proved itself.
-    peer: Option<String>,
-    /// Bytes of plaintext towards the local app, and from it.
-    to_app: u64,
-    from_app: u64,
-    started: Instant,
+    observer: Observer,
+    record: ConnectionRecord,
     finished: bool,
-    access: Option<Box<Access>>,
-}
-
-/// What the access log is told besides, of a connection that carries bytes.
-struct Access {
-    log: Arc<Active>,
-    start: SystemTime,
-    local: Option<SocketAddr>,
-    peer: Option<Arc<SpiffeId>>,
-    /// Cluster and host.
-    upstream: Option<(String, String)>,
-}
-
-#[derive(Debug, Clone, Copy)]
-pub(super) enum Direction {
-    Inbound,
-    Outbound,
 }
 
 impl Record {
+    /// Of a connection that was accepted just now.
     #[must_use]
-    pub(super) fn new(direction: Direction, remote: Option<SocketAddr>) -> Self {
-        Self {
-            direction,
-            remote,
-            peer: None,
-            to_app: 0,
-            from_app: 0,
-            started: Instant::now(),
-            finished: false,
-            access: None,
-        }
+    pub(super) fn accepted(observer: &Observer, info: ConnectionInfo) -> Self {
+        let record = ConnectionRecord::new(info);
+        observer.observe(Event::ConnectionAccepted(&record));
+        Self { observer: observer.clone(), record, finished: false }
     }
 
-    pub(super) fn peer(&mut self, peer: &SpiffeId) {
-        // Only a line that will be written is worth the text.
-        if tracing::enabled!(target: "proxy", tracing::Level::DEBUG) {
-            self.peer = Some(peer.to_string());
-        }
+    pub(super) fn observer(&self) -> &Observer {
+        &self.observer
     }
 
-    /// Has the connection told to the access log too, if there is one.
-    pub(super) fn log_to(&mut self, log: &AccessLog, local: Option<SocketAddr>, peer: Option<&Arc<SpiffeId>>) {
-        let (start, peer) = (SystemTime::now(), peer.cloned());
-        self.access = log.active().map(|log| Box::new(Access { log, start, local, peer, upstream: None }));
+    pub(super) fn info(&self) -> &ConnectionInfo {
+        &self.record.info
     }
 
-    /// Where it leads to.
-    pub(super) fn leads_to(&mut self, cluster: impl ToString, host: impl ToString) {
-        if let Some(access) = &mut self.access {
-            access.upstream = Some((cluster.to_string(), host.to_string()));
-        }
+    /// The configuration of its listener has become known, or changed before it was used.
+    pub(super) fn accepted_by(&mut self, listener: Listener) {
+        self.record.info.listener = listener;
     }
 
-    pub(super) fn bytes(&mut self, to_app: u64, from_app: u64) {
-        self.to_app = to_app;
-        self.from_app = from_app;
+    /// The downstream has proved who it is, in a handshake that began with the connection.
+    pub(super) fn handshake_finished(&mut self, peer: &Arc<SpiffeId>) {
+        self.record.handshake = Some(self.record.started.elapsed());
+        self.record.info.peer = Some(Arc::clone(peer));
+        self.observer.observe(Event::HandshakeFinished(&self.record));
     }
 
-    /// Writes the line of a connection that carried all that it was to carry.
+    pub(super) fn handshake_failed(&self, problem: &str) {
+        self.observer.observe(Event::HandshakeFailed { connection: &self.record, problem });
+    }
+
+    /// It carries bytes from here on, and has a line in the access log, if one is on.
+    pub(super) fn carries_bytes(&mut self) {
+        self.record.access_log = self.observer.active_access_log().map(|log| (log, SystemTime::now()));
+    }
+
+    /// An attempt that is over, or will be no more heard of.
+    pub(super) fn attempt(&mut self, attempt: Attempt) {
+        self.record.attempts.push(attempt);
+    }
+
+    /// The last attempt brought a connection; `peer` is who that is with, if it has proved itself.
+    pub(super) fn connected(&mut self, peer: Option<Arc<SpiffeId>>) {
+        self.record.is_connected = true;
+        self.record.upstream_peer = peer;
+    }
+
+    /// Bytes of plaintext from the downstream, and to it.
+    pub(super) fn bytes(&mut self, received: u64, sent: u64) {
+        self.record.bytes_received = received;
+        self.record.bytes_sent = sent;
+    }
+
+    /// Finishes a connection that is denied; `rule` says by what.
+    pub(super) fn denied(&mut self, rule: &str, cause: &'static str) {
+        self.record.denied_by = Some(rule.into());
+        self.finish(Outcome::Denied, cause);
+    }
+
+    /// Finishes a connection that carried all that it was to carry.
     pub(super) fn ended(&mut self) {
         self.finish(Outcome::Ended, "ended");
     }
 
-    /// Writes the line of one that did not end well.
-    pub(super) fn failed(&mut self, fault: &Fault) {
-        self.finish(fault.outcome, &fault.cause);
+    /// Finishes one that did not end well.
+    pub(super) fn failed(&mut self, fault: Fault) {
+        self.finish(fault.outcome, fault.cause);
     }
 
-    /// Writes the line of a connection of requests.
-    pub(super) fn result(&mut self, ended: &Result<(), Fault>) {
+    /// Finishes a connection of requests.
+    pub(super) fn result(&mut self, ended: Result<(), Fault>) {
         match ended {
             Ok(()) => self.ended(),
             Err(fault) => self.failed(fault),
         }
     }
 
-    /// Writes the line. `cause` is one sentence.
-    pub(super) fn finish(&mut self, outcome: Outcome, cause: &str) {
+    /// `cause` is one sentence.
+    pub(super) fn finish(&mut self, outcome: Outcome, cause: impl Into<Cow<'static, str>>) {
         self.finished = true;
-        if let Some(access) = self.access.take() {
-            self.tell(&access, outcome, cause);
-        }
-        let (src, peer) = (Shown(self.remote), self.peer.as_deref().unwrap_or("-"));
-        let (to_app, from_app, ms) = (self.to_app, self.from_app, self.started.elapsed().as_millis());
-        match self.direction {
-            Direction::Inbound => {
-                tracing::debug!(target: "proxy.inbound", src = %src, peer, bytes_to_app = to_app, bytes_from_app = from_app, duration_ms = ms, outcome = cause, "Connection");
-            }
-            Direction::Outbound => {
-                tracing::debug!(target: "proxy.upstream", src = %src, peer, bytes_to_app = to_app, bytes_from_app = from_app, duration_ms = ms, outcome = cause, "Connection");
-            }
-        }
-    }
-}
-
-impl Record {
-    fn tell(&self, access: &Access, outcome: Outcome, cause: &str) {
-        let (received, sent) = match self.direction {
-            Direction::Inbound => (self.to_app, self.from_app),
-            Direction::Outbound => (self.from_app, self.to_app),
-        };
-        let upstream = access.upstream.as_ref().map(|(cluster, host)| access_log::Upstream {
-            cluster: Cow::Borrowed(cluster),
-            route: None,
-            host: Some(Cow::Borrowed(host)),
-            local: None,
-            transport_failure: None,
-            attempts: 1,
-        });
-        let record = access_log::Record {
-            duration: self.started.elapsed(),
-            // As in Envoy, one that was carried has none, however it ended.
-            flags: Cow::Borrowed(if upstream.is_some() { "" } else { outcome.describe().flag }),
-            bytes_received: received,
-            bytes_sent: sent,
-            connection_termination: (outcome != Outcome::Ended).then_some(Cow::Borrowed(cause)),
-            upstream,
-            downstream_local: access.local,
-            downstream_remote: self.remote,
-            peer: access.peer.as_deref(),
-            ..access_log::Record::new(access.start)
-        };
-        access.log.log(&record, access_log::Secrets::default());
+        self.record.outcome = outcome;
+        self.record.cause = cause.into();
+        self.record.duration = self.record.started.elapsed();
+        self.observer.observe(Event::ConnectionFinished(&self.record));
     }
 }
 

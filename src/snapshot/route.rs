@@ -29,7 +29,7 @@ pub enum Node<R = Arc<Resolver>> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Route<R = Arc<Resolver>> {
     /// For the log.
-    pub name: String,
+    pub name: Arc<str>,
     pub matches: RouteMatch,
     /// Replaces what the path match consumed. Begins with a slash.
     pub prefix_rewrite: Option<String>,
@@ -585,7 +585,7 @@ mod tests {
 
     fn route(name: &str, matches: RouteMatch) -> Route {
         Route {
-            name: name.to_owned(),
+            name: name.into(),
             matches,
             prefix_rewrite: None,
             request_timeout: None,
@@ -717,7 +717,7 @@ mod tests {
         ] {
             let headers = HeaderMap::new();
             let routed = chain.route(&view("GET", target, &headers), 0).unwrap();
-            assert_eq!((routed.route.unwrap().name.as_str(), routed.path.as_deref()), (name, path), "{target}");
+            assert_eq!((&*routed.route.unwrap().name, routed.path.as_deref()), (name, path), "{target}");
         }
         let none = self::chain(Node::Router(vec![route("x", on_path(exact("/x")))]));
         assert!(none.route(&view("GET", "/", &HeaderMap::new()), 0).is_none());

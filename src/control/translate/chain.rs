@@ -411,7 +411,7 @@ mod tests {
         let plan = plan.unwrap();
         assert_eq!(notes, 1);
         let Node::Router(routes) = &plan.start else { panic!("no router") };
-        assert_eq!(routes[0].name, "1 of db");
+        assert_eq!(&*routes[0].name, "1 of db");
         assert_eq!(routes[0].prefix_rewrite.as_deref(), Some("/v2/"));
         assert_eq!((routes[0].request_timeout, routes[0].idle_timeout), (Some(Duration::from_secs(3)), None));
         let conditions = vec![RetryOn::Reset, RetryOn::ConnectFailure];
@@ -434,8 +434,8 @@ mod tests {
         };
         let taken =
             |request| chain.route(&request, 0).map(|Routed { route, path, .. }| (route.unwrap().name.clone(), path));
-        assert_eq!(taken(request), Some(("1 of db".to_owned(), Some("/v2/x?q".to_owned()))));
-        assert_eq!(taken(RequestView { query: None, ..request }), Some(("2 of db".to_owned(), None)));
+        assert_eq!(taken(request), Some(("1 of db".into(), Some("/v2/x?q".to_owned()))));
+        assert_eq!(taken(RequestView { query: None, ..request }), Some(("2 of db".into(), None)));
     }
 
     #[test]

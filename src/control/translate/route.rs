@@ -34,7 +34,7 @@ pub(super) fn route<R>(
         request_edits: edits(destination.request_headers.as_ref(), notes).map_err(in_route)?,
         response_edits: edits(destination.response_headers.as_ref(), notes).map_err(in_route)?,
         next,
-        name,
+        name: name.into(),
     })
 }
 

@@ -5,10 +5,11 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::latency::{Latency, Waiting};
+use crate::observe::Destination;
 use crate::proxy::codec::pool::Pool;
 use crate::proxy::log_limit::Seldom;
 use crate::proxy::tunnel::Sessions;
-use crate::snapshot::{Address, PassiveHealthCheck};
+use crate::snapshot::{Address, PassiveHealthCheck, Target};
 
 /// An instance of a target, with what is remembered of it across snapshots.
 #[derive(Debug)]
@@ -53,6 +54,12 @@ pub(super) struct State {
 }
 
 impl Instance {
+    /// As a place to send something to.
+    #[must_use]
+    pub fn destination(&self, target: &Arc<Target>) -> Destination {
+        Destination::Instance { target: Arc::clone(target), address: self.address.clone() }
+    }
+
     /// Connections to it that are kept for HTTP requests.
     #[must_use]
     pub fn pool(&self) -> &Pool {

@@ -31,6 +31,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use self::instance::State;
+use crate::observe::{Event, Observer, Overflowed};
 use crate::proxy::limits::{Counts, Limit, Overflow, Permit};
 use crate::snapshot::{
     Address, Endpoint, Endpoints, HashTable, Limits, PassiveHealthCheck, Policy, Resolver, Target, Upstream,
@@ -49,8 +50,8 @@ pub struct UpstreamRuntime {
 impl UpstreamRuntime {
     /// Takes over what `previous` remembers.
     #[must_use]
-    pub fn new(upstream: Arc<Upstream>, previous: Option<&Self>) -> Self {
-        let balancers = Balancers::new(&upstream, previous.map(|plan| &plan.balancers));
+    pub fn new(upstream: Arc<Upstream>, previous: Option<&Self>, observer: &Observer) -> Self {
+        let balancers = Balancers::new(&upstream, previous.map(|plan| &plan.balancers), observer);
         Self { upstream, balancers }
     }
 }
@@ -67,7 +68,7 @@ impl Balancers {
     /// Takes over what `previous` remembers. A target that several resolvers share is balanced as that resolver says
     /// whose primary it is.
     #[must_use]
-    pub fn new(upstream: &Upstream, previous: Option<&Self>) -> Self {
+    pub fn new(upstream: &Upstream, previous: Option<&Self>, observer: &Observer) -> Self {
         let resolvers: Vec<&Resolver> = upstream.chain.resolvers().collect();
         let primaries = resolvers.iter().flat_map(|resolver| resolver.targets.iter().take(1).zip([*resolver]));
         let others = resolvers.iter().flat_map(|resolver| resolver.targets.iter().skip(1).map(|t| (t, *resolver)));
@@ -75,7 +76,10 @@ impl Balancers {
         for (target, resolver) in primaries.chain(others) {
             if !by_target.contains_key(&target.id) {
                 let previous = previous.and_then(|balancers| balancers.by_target.get(&target.id));
-                let balancer = Balancer::new(&target.endpoints, Settings::new(upstream, resolver), previous);
+                let shared = || Arc::new(Shared::new(target.id.clone(), observer.clone()));
+                let shared = previous.map_or_else(shared, |previous| Arc::clone(&previous.shared));
+                let settings = Settings::new(upstream, resolver);
+                let balancer = Balancer::resume(&target.endpoints, settings, previous, shared);
                 by_target.insert(target.id.clone(), balancer);
             }
         }
@@ -139,6 +143,9 @@ pub struct Balancer {
 /// What is remembered of a target.
 #[derive(Debug)]
 struct Shared {
+    /// The target's id, and who is told of its limits and ejections.
+    target: String,
+    observer: Observer,
     counts: Arc<Counts>,
     /// Of round robin.
     turn: AtomicU64,
@@ -152,9 +159,11 @@ struct Shared {
     probes: Arc<AtomicUsize>,
 }
 
-impl Default for Shared {
-    fn default() -> Self {
+impl Shared {
+    fn new(target: String, observer: Observer) -> Self {
         Self {
+            target,
+            observer,
             counts: Arc::default(),
             turn: AtomicU64::new(0),
             ejecting: Mutex::default(),
@@ -197,9 +206,21 @@ struct Probe {
 }
 
 impl Balancer {
-    /// Takes over what `previous` remembers of the instances that are still there.
+    /// Takes over what `previous` remembers of the instances that are still there. One that is new belongs to no target, and
+    /// nobody is told of it.
     #[must_use]
     pub fn new(endpoints: &Arc<Endpoints>, settings: Settings, previous: Option<&Arc<Self>>) -> Arc<Self> {
+        let nobody = || Arc::new(Shared::new(String::new(), Observer::default()));
+        let shared = previous.map_or_else(nobody, |previous| Arc::clone(&previous.shared));
+        Self::resume(endpoints, settings, previous, shared)
+    }
+
+    fn resume(
+        endpoints: &Arc<Endpoints>,
+        settings: Settings,
+        previous: Option<&Arc<Self>>,
+        shared: Arc<Shared>,
+    ) -> Arc<Self> {
         let is_same =
             |previous: &&Arc<Self>| Arc::ptr_eq(&previous.endpoints, endpoints) && previous.settings == settings;
         if let Some(same) = previous.filter(is_same) {
@@ -221,8 +242,14 @@ impl Balancer {
             table: HashTable::new(settings.policy, &endpoints.usable),
             settings,
             endpoints: Arc::clone(endpoints),
-            shared: previous.map(|balancer| Arc::clone(&balancer.shared)).unwrap_or_default(),
+            shared,
         })
+    }
+
+    /// Who is told of what becomes of its instances.
+    #[must_use]
+    pub fn observer(&self) -> &Observer {
+        &self.shared.observer
     }
 
     #[must_use]
@@ -266,7 +293,10 @@ impl Balancer {
     /// # Errors
     /// The limit is reached. Zero lets nothing through.
     pub fn admit(&self, limit: Limit) -> Result<Permit, Overflow> {
-        self.shared.counts.admit(limit, &self.settings.limits)
+        let Shared { counts, observer, target, .. } = &*self.shared;
+        counts.admit(limit, &self.settings.limits).inspect_err(|overflow| {
+            observer.observe(Event::Overflowed(Overflowed::Target { target, limit: overflow.limit.name() }));
+        })
     }
 
     /// Why there is no instance to pick, for the log.
@@ -464,6 +494,8 @@ impl Balancer {
         }
         let time = instance.state.eject(now, &self.settings.passive_health_check, probe);
         tracing::warn!(target: "proxy.upstream", instance = %instance.address, seconds = time.as_secs(), "An instance is ejected for its errors");
+        let Shared { observer, target, .. } = &*self.shared;
+        observer.observe(Event::Ejected { target, instance: &instance.address, time });
     }
 
     /// Where nothing is said: as many as give no answer, but of those that answer with errors, which may be the requests'

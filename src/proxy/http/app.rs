@@ -3,18 +3,18 @@
 use std::time::Duration;
 
 use http::Response;
-use tokio::time::timeout;
 
 use super::body::ResponseTail;
 use super::deadlines::Deadlines;
 use super::message::Head;
-use super::request_record::RequestRecord;
+use super::request_record::RequestRecorder;
+use crate::observe::{AttemptResult, ConnectError, Destination, Observer};
 use crate::proxy::codec::incoming::Incoming;
 use crate::proxy::codec::pool::{Dialled, NoConnection, Pool, PoolKey, PooledConnection, Version};
 use crate::proxy::codec::replay_body::{BodyProgress, ReplayBody};
 use crate::proxy::codec::wire::Wire;
-use crate::proxy::outcome::{Fault, Outcome};
-use crate::proxy::socket::Socket;
+use crate::proxy::local_app::connect_app;
+use crate::proxy::outcome::{Fault, Outcome, no_response};
 use crate::snapshot::{Failure, LocalApp, Protocol};
 
 /// Where requests go, and for how long they are waited for.
@@ -26,6 +26,7 @@ pub(super) struct App<'a> {
     pub idle_timeout: Option<Duration>,
     /// Connections to it.
     pub pool: &'a Pool,
+    pub observer: &'a Observer,
 }
 
 impl App<'_> {
@@ -35,15 +36,34 @@ impl App<'_> {
     /// Why there is no answer.
     pub(super) async fn exchange(
         &self,
+        head: Head,
+        body: ReplayBody,
+        upload: Option<&BodyProgress>,
+        record: &mut RequestRecorder,
+    ) -> Result<(Response<Incoming>, ResponseTail), Fault> {
+        record.uploads(upload);
+        record.attempt(self.destination());
+        let result = self.try_exchange(head, body, upload).await;
+        record.attempt_ended(
+            |_| true,
+            match &result {
+                Ok((response, _)) => AttemptResult::Responded(response.status().as_u16()),
+                Err(fault) => fault.into(),
+            },
+        );
+        result
+    }
+
+    fn destination(&self) -> Destination {
+        Destination::LocalApp(self.address.clone())
+    }
+
+    async fn try_exchange(
+        &self,
         mut head: Head,
         mut body: ReplayBody,
         upload: Option<&BodyProgress>,
-        record: Option<&mut RequestRecord>,
     ) -> Result<(Response<Incoming>, ResponseTail), Fault> {
-        if let Some(record) = record {
-            record.sent_to("local_app", self.address);
-            record.uploads(upload);
-        }
         let mut deadlines = Deadlines::new(self.request_timeout, self.idle_timeout, upload);
         // Where a connection did not take the request, others that are there may not either.
         let mut anew = false;
@@ -69,10 +89,10 @@ impl App<'_> {
                     (Some(request), _) => (head, body) = Head::from_request(*request, authority),
                     (None, Some(again)) if failed.failure == Failure::Refused || (repeatable && failed.is_lost()) => {
                         let body_again = upload.map_or_else(|| Some(ReplayBody::none()), BodyProgress::again);
-                        let Some(body_again) = body_again else { return Err(Fault::of("the local app", &failed)) };
+                        let Some(body_again) = body_again else { return Err(no_response("the local app", &failed)) };
                         (head, body) = (again, body_again);
                     }
-                    _ => return Err(Fault::of("the local app", &failed)),
+                    _ => return Err(no_response("the local app", &failed)),
                 },
             }
             anew = true;
@@ -106,16 +126,8 @@ impl App<'_> {
     }
 
     async fn dial(&self) -> Result<Wire, NoConnection> {
-        let app = self.address;
-        let problem = match timeout(self.connect_timeout, Socket::connect_app(app)).await {
-            Ok(Ok(socket)) => return Ok(Wire::plain(socket)),
-            Ok(Err(error)) => error.to_string(),
-            Err(_) => format!("no answer within {:?}", self.connect_timeout),
-        };
-        Err(NoConnection::Unreachable(format!(
-            "failed to dial the local app at {app}: {problem}; is it listening there? (LocalServiceAddress and \
-             LocalServicePort of the registration)"
-        )))
+        let connected = connect_app(self.address, self.connect_timeout, self.observer).await;
+        Ok(Wire::plain(connected.map_err(|problem| ConnectError::local_app(self.address, problem))?))
     }
 }
 

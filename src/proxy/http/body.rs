@@ -11,7 +11,7 @@ use http_body::{Frame, SizeHint};
 use super::deadlines::{Deadlines, TimedOut};
 use super::grpc::grpc_denial;
 use super::ongoing::{Ongoing, Over};
-use super::request_record::RequestRecord;
+use super::request_record::RequestRecorder;
 use crate::proxy::balance::InFlight;
 use crate::proxy::codec::framing;
 use crate::proxy::codec::incoming::{BodyError, Incoming};
@@ -25,8 +25,7 @@ pub(super) struct Body {
     rest: Option<Box<ResponseTail>>,
     ongoing: Option<Ongoing>,
     answer: Option<Answer>,
-    /// For the access log.
-    record: Option<Box<RequestRecord>>,
+    record: Option<Box<RequestRecorder>>,
 }
 
 impl Drop for Body {
@@ -120,9 +119,9 @@ impl Body {
         self
     }
 
-    /// Tells `note` what becomes of it.
+    /// Tells `record` what becomes of it.
     #[must_use]
-    pub(super) fn recorded(mut self, mut record: Box<RequestRecord>) -> Self {
+    pub(super) fn recorded(mut self, mut record: Box<RequestRecorder>) -> Self {
         if self.is_empty() {
             record.complete();
         } else {

@@ -11,7 +11,8 @@ use super::body::ResponseTail;
 use super::deadlines::{Deadlines, TimedOut};
 use super::instance_dial::{Dial, Unconnected};
 use super::message::Head;
-use super::request_record::RequestRecord;
+use super::request_record::RequestRecorder;
+use crate::observe::AttemptResult;
 use crate::proxy::balance::{Balancer, Clock, Instance, Picked, Report, Retry, UpstreamRuntime};
 use crate::proxy::codec::incoming::Incoming;
 use crate::proxy::codec::pool::{Failed, PoolKey, PooledConnection, Version};
@@ -19,7 +20,7 @@ use crate::proxy::codec::replay_body::{BodyProgress, ReplayBody};
 use crate::proxy::dial::Pace;
 use crate::proxy::limits::{Limit, Overflow, Permit};
 use crate::proxy::listener::ListenerState;
-use crate::proxy::outcome::{Fault, Outcome};
+use crate::proxy::outcome::{Fault, Outcome, no_response};
 use crate::proxy::probe;
 use crate::race::{Next, Race};
 use crate::snapshot::{Failure, Protocol, Routed, Target};
@@ -31,6 +32,7 @@ pub(super) struct Exchange<'a> {
     live: &'a watch::Receiver<ListenerState<UpstreamRuntime>>,
     clock: Clock,
     hash: Option<u64>,
+    record: &'a mut RequestRecorder,
     /// Where an instance is being connected to.
     current: Option<Current<'a>>,
     /// Where the request was sent last.
@@ -70,6 +72,7 @@ impl<'a> Exchange<'a> {
         live: &'a watch::Receiver<ListenerState<UpstreamRuntime>>,
         clock: Clock,
         hash: Option<u64>,
+        record: &'a mut RequestRecorder,
     ) -> Self {
         Self {
             plan,
@@ -77,6 +80,7 @@ impl<'a> Exchange<'a> {
             live,
             clock,
             hash,
+            record,
             current: None,
             sent_to: None,
             connecting: Vec::new(),
@@ -97,18 +101,15 @@ impl<'a> Exchange<'a> {
         mut head: Head,
         mut body: ReplayBody,
         upload: Option<&BodyProgress>,
-        mut record: Option<&mut RequestRecord>,
     ) -> Result<(Response<Incoming>, ResponseTail), Fault> {
         self.plan.balancers.budget.request(self.clock.now());
-        if let Some(record) = &mut record {
-            record.uploads(upload);
-        }
+        self.record.uploads(upload);
         let limits = (self.routed.request_timeout, self.routed.idle_timeout);
         let mut deadlines = Deadlines::new(limits.0, limits.1, upload);
         loop {
             deadlines.try_for(self.plan.upstream.requests.per_try_timeout);
             let mut race = Race::new();
-            let connected = self.connect(&mut race, head.upgrades(), record.as_deref_mut());
+            let connected = self.connect(&mut race, head.upgrades());
             let connected = deadlines.run_until(connected).await;
             self.leave(race);
             let (picked, pooled) = match connected {
@@ -137,18 +138,17 @@ impl<'a> Exchange<'a> {
         &mut self,
         race: &mut Race<(Picked, PooledConnection), Unconnected>,
         alone: bool,
-        mut record: Option<&mut RequestRecord>,
     ) -> Result<(Picked, PooledConnection), Fault> {
         self.current = None;
         loop {
             let fault = match self.choose(false) {
                 Ok((first, until)) => {
-                    self.tell(&mut record, &first);
+                    self.begin_attempt(&first);
                     if !alone && let Some(pooled) = self.current.as_ref().and_then(|current| current.reuse(&first)) {
                         return Ok((first, pooled));
                     }
                     let (mut first, mut fault) = (Some((first, until)), None);
-                    let won = race.run(|failed| self.next(&mut first, failed, alone, &mut record, &mut fault)).await;
+                    let won = race.run(|failed| self.next(&mut first, failed, alone, &mut fault)).await;
                     self.connecting.clear();
                     match (won, fault) {
                         (Some(won), _) => return Ok(won),
@@ -159,8 +159,8 @@ impl<'a> Exchange<'a> {
                 }
                 Err(fault) => fault,
             };
-            let asked = self.routed.retries.filter(|_| self.retries > 0 && !self.unreachable.is_empty());
-            if !asked.is_some_and(|policy| policy.retries_failure(Failure::Connect)) || !self.may_retry().await {
+            let policy = self.routed.retries.filter(|_| self.retries > 0 && !self.unreachable.is_empty());
+            if !policy.is_some_and(|policy| policy.retries_failure(Failure::Connect)) || !self.may_retry().await {
                 return Err(fault);
             }
         }
@@ -172,10 +172,10 @@ impl<'a> Exchange<'a> {
         first: &mut Option<(Picked, Instant)>,
         failed: Option<Unconnected>,
         alone: bool,
-        record: &mut Option<&mut RequestRecord>,
         overflow: &mut Option<Fault>,
     ) -> Next<(Picked, PooledConnection), Unconnected> {
         if let Some(Unconnected { instance, fault }) = failed {
+            self.end_attempt(&instance, (&fault).into());
             if fault.outcome == Outcome::Overflow {
                 *overflow = Some(fault);
                 return Next::Stop;
@@ -189,7 +189,7 @@ impl<'a> Exchange<'a> {
         }
         let chosen = match first.take() {
             Some(first) => Ok(first),
-            None => self.choose(!self.connecting.is_empty()).inspect(|(picked, _)| self.tell(record, picked)),
+            None => self.choose(!self.connecting.is_empty()).inspect(|(picked, _)| self.begin_attempt(picked)),
         };
         let (Ok((picked, until)), Some(current)) = (chosen, &mut self.current) else { return Next::Wait };
         if let Err(reached) = current.enter() {
@@ -227,15 +227,20 @@ impl<'a> Exchange<'a> {
     /// Those that were being connected to took too long for one try.
     fn took_too_long(&mut self, fault: &Fault) {
         for instance in std::mem::take(&mut self.connecting) {
+            self.end_attempt(&instance, fault.into());
             self.reasons.push(format!("{} {}", instance.address, fault.cause));
             self.unreachable.push(instance);
         }
     }
 
-    fn tell(&self, record: &mut Option<&mut RequestRecord>, picked: &Picked) {
-        if let (Some(record), Some(current)) = (record, &self.current) {
-            record.sent_to(current.target.tls.name().to_str(), &picked.instance().address);
+    fn begin_attempt(&mut self, picked: &Picked) {
+        if let Some(current) = &self.current {
+            self.record.attempt(picked.instance().destination(current.target));
         }
+    }
+
+    fn end_attempt(&mut self, instance: &Instance, result: AttemptResult) {
+        self.record.attempt_ended(|destination| destination.is_instance(&instance.address), result);
     }
 
     /// One instance of the first target that has one, in the order of failover, and until when it may take; `beside`
@@ -283,8 +288,8 @@ impl<'a> Exchange<'a> {
             return Fault::new(Outcome::Unreachable, cause);
         }
         let targets = self.plan.balancers.in_order(&self.routed.resolver.targets, self.clock.now());
-        let told = targets.iter().map(|(target, balancer)| format!("{}: {}", target, balancer.no_endpoint_reason()));
-        Fault::new(Outcome::NoInstance, told.collect::<Vec<_>>().join("; "))
+        let reasons = targets.iter().map(|(target, balancer)| format!("{}: {}", target, balancer.no_endpoint_reason()));
+        Fault::new(Outcome::NoInstance, reasons.collect::<Vec<_>>().join("; "))
     }
 
     fn give_up(&mut self, instance: Arc<Instance>, why: &str) {
@@ -320,6 +325,7 @@ impl<'a> Exchange<'a> {
                 let error = is_server_error(&response);
                 let outcome = if error { Report::ServerError } else { Report::Success };
                 let in_flight = picked.report(outcome, latency, now);
+                self.end_attempt(in_flight.instance(), AttemptResult::Responded(response.status().as_u16()));
                 let policy = self.routed.retries.filter(|_| self.retries > 0);
                 if policy.is_some_and(|policy| policy.retries_response(response.status(), response.headers()))
                     && let Some((head, body)) = again.take()
@@ -347,6 +353,7 @@ impl<'a> Exchange<'a> {
             picked.report(Report::Reset, latency, self.clock.now());
         }
         let fault = Fault::from(expired);
+        self.end_attempt(&instance, (&fault).into());
         let policy = self.routed.retries.filter(|_| expired == TimedOut::Try && self.retries > 0);
         if policy.is_some_and(|policy| policy.retries_response(StatusCode::GATEWAY_TIMEOUT, &HeaderMap::new()))
             && let Some((head, body)) = again.take()
@@ -366,13 +373,15 @@ impl<'a> Exchange<'a> {
         reused: bool,
     ) -> Result<Tried, Fault> {
         let (instance, now) = (Arc::clone(picked.instance()), self.clock.now());
-        let told = failed.describe();
+        let cause = failed.describe();
+        let broken = no_response(&instance.address, &failed);
+        self.end_attempt(&instance, (&broken).into());
         if again.upload.is_some_and(BodyProgress::is_broken) {
-            return Err(Fault::new(Outcome::BadRequest, format!("the request's body broke off: {told}")));
+            return Err(Fault::new(Outcome::BadRequest, format!("the request's body broke off: {cause}")));
         }
         // Nothing of it has been sent: this is no retry, and no fault of the instance if the connection was old.
         if let Some(request) = failed.request.take() {
-            self.reasons.push(format!("{} closed the connection: {told}", instance.address));
+            self.reasons.push(format!("{} closed the connection: {cause}", instance.address));
             if !reused {
                 picked.report(Report::Unreachable, Duration::ZERO, now);
                 if let Some(target) = self.sent_to {
@@ -390,20 +399,19 @@ impl<'a> Exchange<'a> {
         }
         // What it has not looked at, and what changes nothing and met the end of an old connection.
         let unseen = refused || (reused && failed.is_lost() && again.head.as_ref().is_some_and(Head::is_safe));
-        let asked = self.routed.retries.filter(|_| self.retries > 0);
-        let asked = asked.is_some_and(|policy| policy.retries_failure(failed.failure));
-        let broken = Fault::of(&instance.address, &failed);
-        if self.reasons.len() >= ATTEMPTS || !(unseen || asked) {
+        let policy = self.routed.retries.filter(|_| self.retries > 0);
+        let is_retried = policy.is_some_and(|policy| policy.retries_failure(failed.failure));
+        if self.reasons.len() >= ATTEMPTS || !(unseen || is_retried) {
             return Err(broken);
         }
         let Some((head, body)) = again.take() else { return Err(broken) };
         if unseen {
-            self.reasons.push(format!("{} {told}", instance.address));
+            self.reasons.push(format!("{} {cause}", instance.address));
             // An old connection may be at its end, and not the instance.
             if refused && !reused {
                 self.tried.push(instance);
             }
-        } else if !self.retry(&instance, &told).await {
+        } else if !self.retry(&instance, &cause).await {
             return Err(broken);
         }
         Ok(Tried::Again(head, body))

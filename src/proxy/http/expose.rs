@@ -1,6 +1,7 @@
 //! Requests for exposed paths: only those, and from anybody.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,9 +12,10 @@ use super::app::App;
 use super::body::Body;
 use super::message::{self, Head, Intake, X_FORWARDED_CLIENT_CERT};
 use super::ongoing::Ongoing;
-use super::request_record::{ConnectionInfo, RequestRecord};
+use super::request_record::{RequestObserver, RequestRecorder};
 use super::responder::Responder;
 use super::serve::{self, Part, Terms, Times};
+use crate::observe::Observer;
 use crate::proxy::codec::pool::Pool;
 use crate::proxy::codec::replay_body::ReplayBody;
 use crate::proxy::codec::wire::Wire;
@@ -50,7 +52,8 @@ impl Plan {
 /// One connection of whoever checks or scrapes.
 pub(crate) struct Exposure {
     pub live: watch::Receiver<ListenerState<Plan>>,
-    pub caller: ConnectionInfo,
+    pub remote: Option<SocketAddr>,
+    pub requests: RequestObserver,
     pub log_limit: LogLimit,
 }
 
@@ -60,27 +63,27 @@ impl Exposure {
     /// # Errors
     /// Why it ended otherwise than well, for the log.
     pub(crate) async fn serve(self, socket: Socket) -> Result<(), Fault> {
-        let terms = Terms::new(self.live.clone(), TIMES, Arc::default(), &self.caller, self.log_limit.clone());
+        let terms = Terms::new(self.live.clone(), TIMES, Arc::default(), self.remote, None, self.log_limit.clone());
         let this = Arc::new(self);
         let answer = move |request, ongoing| Arc::clone(&this).answer(request, ongoing);
         serve::serve(Wire::plain(socket), &terms, answer).await
     }
 
     async fn answer(self: Arc<Self>, request: Request<ReplayBody>, ongoing: Ongoing) -> Response<Body> {
-        let mut responder = Responder::new(&self.caller, &request);
+        let mut responder = Responder::new(&self.requests, &request);
         let plan = Arc::clone(&self.live.borrow().config);
-        let result = try_answer(&plan, request, &ongoing, responder.record.as_deref_mut()).await;
+        let result = try_answer(&plan, request, &ongoing, &mut responder.record, &self.requests.observer).await;
         responder.answer(result.inspect_err(|fault| self.log(&plan, fault)), false)
     }
 
     fn log(&self, plan: &Plan, fault: &Fault) {
-        if !self.log_limit.is_first(Host(self.caller.remote), &fault.cause) {
+        if !self.log_limit.is_first(Host(self.remote), &fault.cause) {
             return;
         }
         tracing::info!(
             target: "proxy.inbound",
             listener = %plan.exposed.bind,
-            src = %Shown(self.caller.remote),
+            src = %Shown(self.remote),
             flag = fault.outcome.flag(),
             cause = &*fault.cause,
             "Request for an exposed path failed"
@@ -102,7 +105,8 @@ async fn try_answer(
     plan: &Plan,
     request: Request<ReplayBody>,
     ongoing: &Ongoing,
-    record: Option<&mut RequestRecord>,
+    record: &mut RequestRecorder,
+    observer: &Observer,
 ) -> Result<Response<Body>, Fault> {
     let (parts, body) = request.into_parts();
     let intake =
@@ -123,6 +127,7 @@ async fn try_answer(
         request_timeout: plan.exposed.request_timeout,
         idle_timeout: plan.exposed.idle_timeout,
         pool,
+        observer,
     };
     let (response, rest) = app.exchange(head, body, ongoing.upload().as_ref(), record).await?;
     message::refuse_unasked_switch(&response)?;

@@ -3,11 +3,12 @@
 use http::header::{CONTENT_TYPE, HeaderName};
 use http::{HeaderMap, HeaderValue, StatusCode};
 
-use crate::proxy::outcome::{Outcome, Told};
+use crate::observe::Description;
+use crate::proxy::outcome::Outcome;
 
 /// What ends the answer to a gRPC request whose source is denied now.
 pub(super) fn grpc_denial() -> HeaderMap {
-    let Told { status, body, .. } = Outcome::Denied.describe();
+    let Description { status, body, .. } = Outcome::Denied.describe();
     let status = (HeaderName::from_static("grpc-status"), grpc_status(status));
     [status, (HeaderName::from_static("grpc-message"), HeaderValue::from_static(body))].into_iter().collect()
 }

@@ -14,13 +14,14 @@ use super::app::App;
 use super::body::Body;
 use super::message::{self, Head, Intake, X_FORWARDED_CLIENT_CERT};
 use super::ongoing::{Case, Ongoing, Open};
-use super::request_record::{ConnectionInfo, RequestRecord};
+use super::request_record::{RequestObserver, RequestRecorder};
 use super::responder::Responder;
 use super::serve::{self, Leaving, Part, Terms};
 use super::{bridge, upgrade};
 use crate::access_log::Secrets;
 use crate::drain;
 use crate::jwt::Verified;
+use crate::observe::Event;
 use crate::proxy::authorization::{Judged, Peer, request_denial};
 use crate::proxy::codec::pool::Pool;
 use crate::proxy::codec::replay_body::ReplayBody;
@@ -46,8 +47,7 @@ pub(crate) struct Inbound {
     pub certificate: Option<HeaderValue>,
     /// What its requests may upgrade it to, as of when it began.
     pub upgrades: Upgrades,
-    /// For the access log.
-    pub caller: ConnectionInfo,
+    pub requests: RequestObserver,
     pub log_limit: LogLimit,
     /// Requests under way.
     pub open: Open,
@@ -63,8 +63,14 @@ impl Inbound {
     pub(crate) async fn serve(self, mesh: Stream<Socket>) -> Result<(), Fault> {
         let (wire, leaving) = (Wire::tls(mesh), Arc::default());
         wire.allow_upgrades(self.upgrades.clone());
-        let terms =
-            Terms::new(self.live.clone(), serve::TIMES, Arc::clone(&leaving), &self.caller, self.log_limit.clone());
+        let terms = Terms::new(
+            self.live.clone(),
+            serve::TIMES,
+            Arc::clone(&leaving),
+            self.remote,
+            Some(&self.peer.id),
+            self.log_limit.clone(),
+        );
         let this = Arc::new(self);
         let (asked, on) = (Arc::clone(&this), wire.clone());
         let answer = move |request, ongoing| Arc::clone(&asked).answer(request, ongoing, on.clone());
@@ -116,15 +122,13 @@ impl Inbound {
     }
 
     async fn answer(self: Arc<Self>, mut request: Request<ReplayBody>, ongoing: Ongoing, wire: Wire) -> Response<Body> {
-        let mut responder = Responder::new(&self.caller, &request);
+        let mut responder = Responder::new(&self.requests, &request);
         let listener = Arc::clone(&self.live.borrow().config);
-        if let Some(record) = &mut responder.record {
-            record.hide_tokens_of(&listener.token_providers);
-        }
+        responder.record.hide_tokens_of(&listener.token_providers);
         let bridged = bridge::spans(listener.protocol, &mut request);
         let answer = async {
             self.peer.check(&listener, |act| wire.peer_certificates(act)).map_err(|problem| unproved(&problem))?;
-            let record = responder.record.as_deref_mut();
+            let record = &mut responder.record;
             let response = Arc::clone(&self).try_answer(&listener, request, &ongoing, record).await?;
             if bridged { bridge::gather(response).await } else { Ok(response) }
         };
@@ -138,7 +142,7 @@ impl Inbound {
         listener: &PublicListener,
         mut request: Request<ReplayBody>,
         ongoing: &Ongoing,
-        record: Option<&mut RequestRecord>,
+        record: &mut RequestRecorder,
     ) -> Result<Response<Body>, Fault> {
         let client = request.extensions_mut().remove::<OnUpgrade>();
         let (parts, body) = request.into_parts();
@@ -186,6 +190,7 @@ impl Inbound {
             request_timeout: listener.local_request_timeout,
             idle_timeout: listener.local_idle_timeout,
             pool: &self.app,
+            observer: &self.requests.observer,
         }
     }
 
@@ -205,6 +210,8 @@ impl Inbound {
             %decision,
             "Request judged"
         );
+        let (service, source) = (&*listener.service, &*self.peer.id);
+        self.requests.observer.observe(Event::Decided { service, source, decision: &decision });
         match decision {
             Decision::Allow(_) => Ok(verified),
             Decision::Deny(decider) => {

@@ -50,7 +50,7 @@ impl Dial {
         let permit = || self.balancer.admit(Limit::Connections);
         if self.alone {
             let open = instance.pool().enter(Some(permit()?));
-            let (mesh, _) = attempt(&self.target, instance, self.until, Offer::Http1).await?;
+            let (mesh, _) = attempt(&self.target, instance, self.until, Offer::Http1, self.balancer.observer()).await?;
             return Pool::connect_once(Wire::tls(mesh), open).await;
         }
         let pool_key = PoolKey::Mesh(Arc::clone(&self.target.tls));
@@ -70,7 +70,7 @@ impl Dial {
         permit: impl FnOnce() -> Result<Option<Permit>, Overflow>,
     ) -> Result<Dialled, NoConnection> {
         let open = instance.pool().enter(permit()?);
-        let (mesh, _) = attempt(&self.target, instance, self.until, Offer::All).await?;
+        let (mesh, _) = attempt(&self.target, instance, self.until, Offer::All, self.balancer.observer()).await?;
         let http2 = self.only_http2 || mesh.alpn() == Some(b"h2");
         let version = if http2 { Version::Http2 } else { Version::Http1 };
         Ok(Dialled { wire: Wire::tls(mesh), version, open })

@@ -6,13 +6,13 @@ use std::time::{Instant, SystemTime};
 use http::{HeaderMap, StatusCode, Version};
 
 use super::message::Head;
-use super::request_record::ConnectionInfo;
+use crate::observe::{ConnectionInfo, RequestRecord};
 use crate::operators::{Record, Request, Response, Upstream};
 use crate::snapshot::Routed;
 
 /// What does not change on the way.
 pub(super) struct Known<'a> {
-    caller: &'a ConnectionInfo,
+    connection: &'a ConnectionInfo,
     pub routed: &'a Routed<'a>,
     version: Version,
     start: SystemTime,
@@ -20,10 +20,9 @@ pub(super) struct Known<'a> {
 }
 
 impl<'a> Known<'a> {
-    /// As of now, when the request has come.
     #[must_use]
-    pub(super) fn new(caller: &'a ConnectionInfo, routed: &'a Routed<'a>, version: Version) -> Self {
-        Self { caller, routed, version, start: SystemTime::now(), began: Instant::now() }
+    pub(super) fn new(connection: &'a ConnectionInfo, routed: &'a Routed<'a>, record: &RequestRecord) -> Self {
+        Self { connection, routed, version: record.version, start: record.start, began: record.started }
     }
 
     /// Edits the headers of the request as the chain says.
@@ -79,8 +78,8 @@ impl<'a> Known<'a> {
                 transport_failure: None,
                 attempts: 1,
             }),
-            downstream_local: self.caller.local,
-            downstream_remote: self.caller.remote,
+            downstream_local: self.connection.local,
+            downstream_remote: self.connection.remote,
             ..Record::new(self.start)
         }
     }

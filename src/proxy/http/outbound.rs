@@ -13,7 +13,7 @@ use super::exchange::Exchange;
 use super::known::Known;
 use super::message::{self, Head, Intake, X_FORWARDED_CLIENT_CERT};
 use super::ongoing::Ongoing;
-use super::request_record::{ConnectionInfo, RequestRecord};
+use super::request_record::{RequestObserver, RequestRecorder};
 use super::responder::Responder;
 use super::serve::{self, Part, Terms};
 use super::{bridge, upgrade};
@@ -35,8 +35,7 @@ pub(crate) struct Outbound {
     pub clock: Clock,
     /// What its requests may upgrade it to, as of when it began.
     pub upgrades: Upgrades,
-    /// For the access log.
-    pub caller: ConnectionInfo,
+    pub requests: RequestObserver,
     pub log_limit: LogLimit,
 }
 
@@ -48,17 +47,18 @@ impl Outbound {
     pub(crate) async fn serve(self, app: Socket) -> Result<(), Fault> {
         let wire = Wire::plain(app);
         wire.allow_upgrades(self.upgrades.clone());
-        let terms = Terms::new(self.live.clone(), serve::TIMES, Arc::default(), &self.caller, self.log_limit.clone());
+        let terms =
+            Terms::new(self.live.clone(), serve::TIMES, Arc::default(), self.remote, None, self.log_limit.clone());
         let this = Arc::new(self);
         let answer = move |request, ongoing| Arc::clone(&this).answer(request, ongoing);
         serve::serve(wire, &terms, answer).await
     }
 
     async fn answer(self: Arc<Self>, mut request: Request<ReplayBody>, ongoing: Ongoing) -> Response<Body> {
-        let mut responder = Responder::new(&self.caller, &request);
+        let mut responder = Responder::new(&self.requests, &request);
         let plan = Arc::clone(&self.live.borrow().config);
         let bridged = bridge::spans(plan.upstream.chain.protocol, &mut request);
-        let mut result = self.try_answer(&plan, request, &ongoing, responder.record.as_deref_mut()).await;
+        let mut result = self.try_answer(&plan, request, &ongoing, &mut responder.record).await;
         if bridged && let Ok(response) = result {
             result = bridge::gather(response).await;
         }
@@ -82,11 +82,10 @@ impl Outbound {
         plan: &UpstreamRuntime,
         mut request: Request<ReplayBody>,
         ongoing: &Ongoing,
-        record: Option<&mut RequestRecord>,
+        record: &mut RequestRecorder,
     ) -> Result<Response<Body>, Fault> {
         let client = request.extensions_mut().remove::<OnUpgrade>();
         let (parts, body) = request.into_parts();
-        let version = parts.version;
         // The target goes on as it came: whoever decides about the request normalises it.
         let intake =
             Intake { normalization: &Normalization::NONE, upgrades: &self.upgrades, service: &plan.upstream.name };
@@ -97,18 +96,19 @@ impl Outbound {
             .chain
             .route(&head.view(), fastrand::u64(..))
             .ok_or_else(|| Fault::new(Outcome::NoRoute, "no route of the service-router matches"))?;
+        record.routed(&routed);
         let source = self.remote.map(|remote| remote.ip());
         let RequestHash { hash, set_cookies } =
             hash_request(routed.hash_policies, &head.view(), source, fastrand::u64(..));
         // HTTP/2 apps are not upgraded to anything.
         let upgradable = client.is_some() && plan.upstream.chain.protocol == Protocol::Http;
-        let known = Known::new(&self.caller, &routed, version);
+        let known = Known::new(&self.requests.connection, &routed, record.record());
         let head = self.edit(head, &known, upgradable)?;
         let kept = known.keep(&head);
         let upgrades = head.upgrades();
         let upload = ongoing.upload();
-        let exchange = Exchange::new(plan, &routed, &self.live, self.clock, hash);
-        let (response, rest) = exchange.run(head, body, upload.as_ref(), record).await?;
+        let exchange = Exchange::new(plan, &routed, &self.live, self.clock, hash, record);
+        let (response, rest) = exchange.run(head, body, upload.as_ref()).await?;
         match client {
             Some(client) if upgrades && response.status() == StatusCode::SWITCHING_PROTOCOLS => {
                 Ok(upgrade::join(client, response, rest, self.live.clone(), self.drain.clone(), |_| true))

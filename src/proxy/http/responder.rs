@@ -5,20 +5,20 @@ use http::{HeaderValue, Request, Response};
 
 use super::body::Body;
 use super::grpc::{grpc_status, is_grpc};
-use super::request_record::{ConnectionInfo, RequestRecord};
-use crate::proxy::outcome::{Fault, Outcome, Told};
+use super::request_record::{RequestObserver, RequestRecorder};
+use crate::observe::Description;
+use crate::proxy::outcome::{Fault, Outcome};
 
 /// What is remembered of a request in order to answer it.
 pub(super) struct Responder {
     grpc: bool,
-    /// For the access log.
-    pub record: Option<Box<RequestRecord>>,
+    pub record: Box<RequestRecorder>,
 }
 
 impl Responder {
     #[must_use]
-    pub(super) fn new<B>(caller: &ConnectionInfo, request: &Request<B>) -> Self {
-        Self { grpc: is_grpc(request.headers()), record: caller.record(request) }
+    pub(super) fn new<B>(requests: &RequestObserver, request: &Request<B>) -> Self {
+        Self { grpc: is_grpc(request.headers()), record: requests.begin(request) }
     }
 
     /// The response to the request, or an answer of our own. With `expose_cause` a header says why, that of the sidecar
@@ -35,15 +35,15 @@ impl Responder {
             }
             Err(fault) => (reply(&fault, self.grpc, expose_cause), Some(fault)),
         };
-        let Some(mut record) = self.record else { return response };
-        record.answered(&response, fault.as_ref());
+        let mut record = self.record;
+        record.answered(&response, fault);
         response.map(|body| body.recorded(record))
     }
 }
 
 /// An answer of our own, with the cause in a header if `expose_cause`. `grpc` says that the request was one of gRPC.
 fn reply(fault: &Fault, grpc: bool, expose_cause: bool) -> Response<Body> {
-    let Told { status, body, .. } = fault.outcome.describe();
+    let Description { status, body, .. } = fault.outcome.describe();
     let mut response = Response::new(Body::empty());
     let headers = response.headers_mut();
     if fault.outcome == Outcome::Overflow {

@@ -23,7 +23,6 @@ use super::departure::Departure;
 use super::grpc::is_grpc;
 use super::message;
 use super::ongoing::Ongoing;
-use super::request_record::ConnectionInfo;
 use crate::drain::Stage;
 use crate::proxy::codec::incoming::Incoming;
 use crate::proxy::codec::replay_body::ReplayBody;
@@ -84,10 +83,11 @@ impl<P: Part> Terms<P> {
         live: watch::Receiver<ListenerState<P>>,
         times: Times,
         leaving: Arc<Leaving>,
-        caller: &ConnectionInfo,
+        remote: Option<SocketAddr>,
+        peer: Option<&Arc<SpiffeId>>,
         log_limit: LogLimit,
     ) -> Self {
-        Self { live, times, leaving, remote: caller.remote, peer: caller.peer.clone(), log_limit }
+        Self { live, times, leaving, remote, peer: peer.cloned(), log_limit }
     }
 
     /// Logs why something is refused that was no request yet.
@@ -584,7 +584,7 @@ mod tests {
             Duration::from_secs(60),
             serve(
                 Wire::plain(Socket::Unix(server)),
-                &Terms::new(live, TIMES, Arc::default(), &ConnectionInfo::default(), LogLimit::default()),
+                &Terms::new(live, TIMES, Arc::default(), None, None, LogLimit::default()),
                 answer,
             ),
         )

@@ -32,6 +32,7 @@ use crate::testing::TempFile;
 use crate::testing::ca::uri;
 
 mod endings;
+mod observer;
 
 type AnyBody = BoxBody<Bytes, hyper::Error>;
 

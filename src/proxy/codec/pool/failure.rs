@@ -1,9 +1,11 @@
 //! Why there is no connection, or no response on one.
 
-use std::fmt;
+use std::error::Error;
+use std::sync::Arc;
 
 use http::Request;
 
+use crate::observe::ConnectError;
 use crate::proxy::codec::client;
 use crate::proxy::codec::replay_body::ReplayBody;
 use crate::proxy::limits::Overflow;
@@ -28,8 +30,7 @@ enum Cause {
 #[derive(Debug, Clone)]
 pub enum NoConnection {
     Overflow(Overflow),
-    /// One clause for the log.
-    Unreachable(String),
+    Unreachable(ConnectError),
 }
 
 impl From<Overflow> for NoConnection {
@@ -38,9 +39,9 @@ impl From<Overflow> for NoConnection {
     }
 }
 
-impl From<String> for NoConnection {
-    fn from(cause: String) -> Self {
-        Self::Unreachable(cause)
+impl From<ConnectError> for NoConnection {
+    fn from(error: ConnectError) -> Self {
+        Self::Unreachable(error)
     }
 }
 
@@ -71,7 +72,7 @@ impl Failed {
     pub fn is_lost(&self) -> bool {
         match &self.cause {
             Cause::Http1(error) => {
-                let io = std::error::Error::source(error).is_some_and(|source| source.is::<std::io::Error>());
+                let io = Error::source(error).is_some_and(|source| source.is::<std::io::Error>());
                 error.is_incomplete_message() || error.is_closed() || error.is_canceled() || io
             }
             Cause::Http2(error) => error.is_io(),
@@ -93,7 +94,7 @@ impl Failed {
     #[must_use]
     pub fn describe(&self) -> String {
         match &self.cause {
-            Cause::Http1(error) => match std::error::Error::source(error) {
+            Cause::Http1(error) => match Error::source(error) {
                 Some(source) => format!("{error}: {source}"),
                 None => error.to_string(),
             },
@@ -103,6 +104,6 @@ impl Failed {
     }
 }
 
-pub(super) fn no_codec(error: impl fmt::Display) -> NoConnection {
-    NoConnection::Unreachable(format!("no HTTP connection could be made: {error}"))
+pub(super) fn no_codec(error: impl Error + Send + Sync + 'static) -> NoConnection {
+    NoConnection::Unreachable(ConnectError::Codec(Arc::new(error)))
 }

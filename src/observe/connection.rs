@@ -1,0 +1,131 @@
+//! The record of one connection.
+
+use std::borrow::Cow;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use super::attempt::Attempts;
+use super::outcome::Outcome;
+use crate::access_log::Active;
+use crate::snapshot::{Bind, Exposed, PublicListener, Upstream};
+use crate::tls::SpiffeId;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    Inbound,
+    Outbound,
+}
+
+/// The listener that accepted a connection, with its configuration of that moment.
+#[derive(Debug, Clone)]
+pub enum Listener {
+    Public(Arc<PublicListener>),
+    Upstream(Arc<Upstream>),
+    Exposed(Arc<Exposed>),
+}
+
+impl Listener {
+    #[must_use]
+    pub fn direction(&self) -> Direction {
+        match self {
+            Self::Public(_) | Self::Exposed(_) => Direction::Inbound,
+            Self::Upstream(_) => Direction::Outbound,
+        }
+    }
+
+    #[must_use]
+    pub fn bind(&self) -> &Bind {
+        match self {
+            Self::Public(listener) => &listener.bind,
+            Self::Upstream(upstream) => &upstream.key.bind,
+            Self::Exposed(exposed) => &exposed.bind,
+        }
+    }
+
+    /// The name of the service or upstream; none for exposed paths.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Public(listener) => &listener.service,
+            Self::Upstream(upstream) => &upstream.name,
+            Self::Exposed(_) => "",
+        }
+    }
+
+    /// Whether it carries requests.
+    #[must_use]
+    pub fn is_http(&self) -> bool {
+        match self {
+            Self::Public(listener) => listener.protocol.is_http(),
+            Self::Upstream(upstream) => upstream.chain.protocol.is_http(),
+            Self::Exposed(_) => true,
+        }
+    }
+}
+
+/// What is known of a connection while it lasts. The same for all requests on it.
+#[derive(Debug, Clone)]
+pub struct ConnectionInfo {
+    pub listener: Listener,
+    /// Of the downstream. `None` for a Unix socket.
+    pub remote: Option<SocketAddr>,
+    /// Of ours; known where an access log is on.
+    pub local: Option<SocketAddr>,
+    /// Who the downstream is, where it has proved itself.
+    pub peer: Option<Arc<SpiffeId>>,
+}
+
+/// One connection of the downstream, from its accept to its end. On a tunnel, each connection of a session is one.
+#[derive(Debug)]
+pub struct ConnectionRecord {
+    pub info: ConnectionInfo,
+    pub started: Instant,
+    /// The downstream's TLS handshake, as long as it took. `None`: there was none, or it failed.
+    pub handshake: Option<Duration>,
+    /// Where it was sent, for a connection that carries bytes. Those of a connection of requests are in its requests.
+    pub attempts: Attempts,
+    /// The last attempt brought a connection.
+    pub is_connected: bool,
+    /// Who that is with, where it has proved itself.
+    pub upstream_peer: Option<Arc<SpiffeId>>,
+    /// Plaintext from the downstream and to it, in bytes. Zero for a connection of requests.
+    pub bytes_received: u64,
+    pub bytes_sent: u64,
+    /// As long as it lasted; known at its end.
+    pub duration: Duration,
+    pub outcome: Outcome,
+    /// Why it ended: one clause for logs.
+    pub cause: Cow<'static, str>,
+    /// The rule that denied it, in words.
+    pub denied_by: Option<Box<str>>,
+    /// The access log that was on when it began to carry bytes, and when that was.
+    pub access_log: Option<(Arc<Active>, SystemTime)>,
+}
+
+impl ConnectionRecord {
+    /// One that was accepted just now.
+    #[must_use]
+    pub fn new(info: ConnectionInfo) -> Self {
+        Self {
+            info,
+            started: Instant::now(),
+            handshake: None,
+            attempts: Attempts::default(),
+            is_connected: false,
+            upstream_peer: None,
+            bytes_received: 0,
+            bytes_sent: 0,
+            duration: Duration::ZERO,
+            outcome: Outcome::Aborted,
+            cause: Cow::Borrowed("aborted"),
+            denied_by: None,
+            access_log: None,
+        }
+    }
+
+    #[must_use]
+    pub fn direction(&self) -> Direction {
+        self.info.listener.direction()
+    }
+}

@@ -1,0 +1,20 @@
+//! What is known of each connection and each request, and the one place where it goes.
+//!
+//! The data plane fills a [`ConnectionRecord`] for each connection and a [`RequestRecord`] for each request, and tells an
+//! [`Observer`] of [`Event`]s on their way. Readers of the observer, such as the access log, turn them into lines, counts or
+//! spans. How something ended is an [`Outcome`]: one table says all that derives from it.
+
+mod access;
+mod attempt;
+mod connect_error;
+mod connection;
+mod observer;
+mod outcome;
+mod request;
+
+pub use attempt::{Attempt, AttemptResult, Attempts, Destination};
+pub use connect_error::{ConnectError, LocalAppProblem};
+pub use connection::{ConnectionInfo, ConnectionRecord, Direction, Listener};
+pub use observer::{Event, Observer, Overflowed};
+pub use outcome::{Description, Fault, Outcome, Repeatable, Side};
+pub use request::{CopiedHeaders, RequestRecord};
