@@ -316,13 +316,15 @@ impl Reader<'_> {
         });
         Ok(consul::Settings {
             address,
-            token,
             basic_auth,
             tls: tls.check()?,
-            datacenter: flags.datacenter.filter(|name| !name.is_empty()),
-            stale: flags.stale,
-            namespace: self.given("namespace", flags.namespace)?.map(|given| given.value),
-            partition: self.given("partition", flags.partition)?.map(|given| given.value),
+            scope: consul::Scope {
+                token,
+                datacenter: flags.datacenter.filter(|name| !name.is_empty()),
+                stale: flags.stale,
+                namespace: self.given("namespace", flags.namespace)?.map(|given| given.value),
+                partition: self.given("partition", flags.partition)?.map(|given| given.value),
+            },
             max_connections,
         })
     }

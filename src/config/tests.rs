@@ -177,8 +177,9 @@ fn tokens_go_by_consuls_precedence() {
     ];
     for (flags, variables, expected) in cases {
         let config = config(&format!("-service web {flags}"), &variables);
-        assert_eq!(config.agent.token, expected, "{flags} {variables}");
-        let empty = matches!(&config.agent.token, Token::File(path) if path.ends_with("two")) || flags.contains("null");
+        assert_eq!(config.agent.scope.token, expected, "{flags} {variables}");
+        let empty =
+            matches!(&config.agent.scope.token, Token::File(path) if path.ends_with("two")) || flags.contains("null");
         assert_eq!(config.warnings.iter().any(|warning| warning.contains("is empty")), empty, "{flags}");
     }
     fs::remove_dir_all(&directory).unwrap();
@@ -187,8 +188,8 @@ fn tokens_go_by_consuls_precedence() {
 #[test]
 fn the_rest_of_the_agents_settings() {
     let plain = config("-service web", "").agent;
-    assert!(plain.tls.verify && !plain.stale);
-    assert_eq!((plain.basic_auth, plain.datacenter, plain.namespace, plain.partition), (None, None, None, None));
+    assert!(plain.tls.verify && !plain.scope.stale);
+    assert_eq!((plain.basic_auth, plain.scope), (None, consul::Scope::default()));
     assert_eq!(plain.max_connections, 4);
     let variables = "CONSUL_CACERT={here}/Cargo.toml CONSUL_CAPATH={here}/src CONSUL_CLIENT_CERT={here}/Cargo.toml \
         CONSUL_CLIENT_KEY={here}/Cargo.lock CONSUL_TLS_SERVER_NAME=agent.example:8501 CONSUL_HTTP_AUTH=me:a:b \
@@ -200,11 +201,11 @@ fn the_rest_of_the_agents_settings() {
     assert_eq!(agent.tls.client_cert, path("Cargo.toml"));
     assert_eq!(agent.tls.client_key, path("Cargo.lock"));
     assert_eq!(agent.tls.server_name.as_deref(), Some("agent.example"));
-    assert!(!agent.tls.verify && agent.stale);
+    assert!(!agent.tls.verify && agent.scope.stale);
     assert_eq!(agent.basic_auth, Some(("me".to_owned(), Some("a:b".to_owned()))));
-    assert_eq!(agent.datacenter.as_deref(), Some("dc2"));
-    assert_eq!(agent.namespace.as_deref(), Some("ns"));
-    assert_eq!(agent.partition.as_deref(), Some("part"));
+    assert_eq!(agent.scope.datacenter.as_deref(), Some("dc2"));
+    assert_eq!(agent.scope.namespace.as_deref(), Some("ns"));
+    assert_eq!(agent.scope.partition.as_deref(), Some("part"));
     assert_eq!(agent.max_connections, 4);
     let user = config("-service web", "CONSUL_HTTP_AUTH=me").agent.basic_auth;
     assert_eq!(user, Some(("me".to_owned(), None)));

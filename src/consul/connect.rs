@@ -35,7 +35,7 @@ const PING_TIMEOUT: Duration = Duration::from_secs(10);
 /// Clients for `settings`, the URL that requests start with, and the value of their `Host` header where that is not
 /// the URL's.
 #[derive(Clone)]
-pub(super) struct Transport {
+pub(super) struct Connections {
     /// Its connection is taken by no request of another kind. With `https` all share one connection by HTTP/2.
     pub(super) authorization: reqwest::Client,
     pub(super) shared: reqwest::Client,
@@ -46,7 +46,7 @@ pub(super) struct Transport {
 }
 
 /// The transport, which follows the files of `settings`.
-pub(super) fn followed(settings: &Settings) -> anyhow::Result<Followed<Transport>> {
+pub(super) fn followed(settings: &Settings) -> anyhow::Result<Followed<Connections>> {
     let paths = match &settings.address {
         Address::Tcp { https: true, .. } => files(&settings.tls),
         _ => Vec::new(),
@@ -66,14 +66,14 @@ fn files(tls: &TlsSettings) -> Vec<PathBuf> {
     [authorities, tls.client_cert.as_ref(), tls.client_key.as_ref()].into_iter().flatten().cloned().collect()
 }
 
-fn transport(settings: &Settings) -> anyhow::Result<Transport> {
+fn transport(settings: &Settings) -> anyhow::Result<Connections> {
     match &settings.address {
         Address::Unix(path) => {
             let tls = no_tls()?;
             let shared = most_idle(settings);
             let client = |kept| builder(kept).tls_backend_preconfigured(tls.clone()).unix_socket(path.clone()).build();
             let (authorization, shared) = (client((KEPT, 1))?, client((IDLE_TIMEOUT, shared))?);
-            Ok(Transport { authorization, shared, fresh: None, base: Url::parse("http://localhost/")?, host: None })
+            Ok(Connections { authorization, shared, fresh: None, base: Url::parse("http://localhost/")?, host: None })
         }
         Address::Tcp { https, authority, prefix } => {
             let scheme = if *https { "https" } else { "http" };
@@ -103,7 +103,7 @@ fn builder((idle, most): (Duration, usize)) -> reqwest::ClientBuilder {
         .http2_keep_alive_timeout(PING_TIMEOUT)
 }
 
-fn tcp(settings: &Settings, base: Url) -> anyhow::Result<Transport> {
+fn tcp(settings: &Settings, base: Url) -> anyhow::Result<Connections> {
     let proxy = proxy(&base)?;
     let https = base.scheme() == "https";
     let tls = if https { tls(&settings.tls)? } else { no_tls()? };
@@ -136,7 +136,7 @@ fn tcp(settings: &Settings, base: Url) -> anyhow::Result<Transport> {
     let authorization = client((KEPT, if https { shared } else { 1 }))?;
     let shared = if https { authorization.clone() } else { client((IDLE_TIMEOUT, shared))? };
     let fresh = if https { None } else { Some(client((IDLE_TIMEOUT, 0))?) };
-    Ok(Transport { authorization, shared, fresh, base: transport_base, host })
+    Ok(Connections { authorization, shared, fresh, base: transport_base, host })
 }
 
 /// The DNS name to send instead of the address's own. An IP address is verified but never sent (RFC 6066,

@@ -29,12 +29,12 @@ use reqwest::header::{CONNECTION, CONTENT_TYPE, HOST, HeaderMap, HeaderName, Hea
 use reqwest::{Method, StatusCode, Url, Version};
 use tokio::sync::{Mutex, MutexGuard, Semaphore};
 
-use connect::Transport;
+use connect::Connections;
 pub use endpoint::{Chain, DefaultPolicy, Instances, Query};
 use endpoint::{Request, Response};
 pub use error::{Error, ErrorKind};
 use files::Followed;
-pub use settings::{Address, DEFAULT_CONNECTIONS, FEWEST_CONNECTIONS, Settings, TlsSettings, Token};
+pub use settings::{Address, DEFAULT_CONNECTIONS, FEWEST_CONNECTIONS, Scope, Settings, TlsSettings, Token};
 
 /// Longest body that is read, in bytes.
 const BODY_LIMIT: usize = 64 * 1024 * 1024;
@@ -50,29 +50,32 @@ const POOL_TASKS: usize = 4;
 
 const TOKEN_HEADER: HeaderName = HeaderName::from_static("x-consul-token");
 
-/// Asks the agent. Clones share connections and token.
+/// Asks the agent as one scope. Clones share its token, and clients of all scopes share the transport.
 #[derive(Clone)]
 pub struct Client {
-    inner: Arc<Inner>,
+    transport: Arc<Transport>,
+    caller: Arc<Caller>,
 }
 
-struct Inner {
-    transport: Followed<Transport>,
+/// How the agent is reached, and what bounds that.
+struct Transport {
+    connections: Followed<Connections>,
     /// For error messages.
     address: String,
-    token: Followed<Option<HeaderValue>>,
     https: bool,
     /// Whether answers come over HTTP/2, so that one connection carries all requests; one of the constants below.
     multiplexed: AtomicU8,
     /// Held while the first request of a connection is under way that may turn out to be such.
     opening: Mutex<()>,
     basic_auth: Option<(String, Option<String>)>,
-    datacenter: Option<String>,
-    stale: bool,
-    namespace: Option<String>,
-    partition: Option<String>,
     max_connections: usize,
     one_off: Semaphore,
+}
+
+/// A scope, with its token of this moment.
+struct Caller {
+    scope: Scope,
+    token: Followed<Option<HeaderValue>>,
 }
 
 const UNKNOWN: u8 = 0;
@@ -108,22 +111,33 @@ enum Cursor {
 impl Client {
     /// Fails on files that cannot be read or used and on addresses that are none; nothing is sent yet.
     pub fn new(settings: &Settings) -> anyhow::Result<Self> {
-        let inner = Inner {
-            transport: connect::followed(settings)?,
+        let transport = Transport {
+            connections: connect::followed(settings)?,
             address: settings.address.to_string(),
-            token: token::followed(&settings.token).context("no ACL token")?,
             https: matches!(settings.address, Address::Tcp { https: true, .. }),
             multiplexed: AtomicU8::new(UNKNOWN),
             opening: Mutex::new(()),
             basic_auth: settings.basic_auth.clone(),
-            datacenter: settings.datacenter.clone(),
-            stale: settings.stale,
-            namespace: settings.namespace.clone(),
-            partition: settings.partition.clone(),
             max_connections: settings.max_connections,
             one_off: Semaphore::new(ONE_OFF_CONNECTIONS),
         };
-        Ok(Self { inner: Arc::new(inner) })
+        Ok(Self { transport: Arc::new(transport), caller: Caller::new(settings.scope.clone())? })
+    }
+
+    /// A client of another scope over the same transport.
+    ///
+    /// # Errors
+    /// When its token can't be read or used.
+    pub fn for_scope(&self, scope: Scope) -> anyhow::Result<Self> {
+        if scope == self.caller.scope {
+            return Ok(self.clone());
+        }
+        Ok(Self { transport: Arc::clone(&self.transport), caller: Caller::new(scope)? })
+    }
+
+    #[must_use]
+    pub fn scope(&self) -> &Scope {
+        &self.caller.scope
     }
 
     /// Asks once, without waiting for a change.
@@ -162,36 +176,44 @@ impl Client {
 
     /// Whether table watches tell of changes of what is asked for: they know one namespace and the leader's answers.
     fn has_tables(&self) -> bool {
-        !self.inner.stale && self.inner.namespace.is_none() && self.inner.partition.is_none()
+        {
+            let Scope { stale, namespace, partition, .. } = self.scope();
+            !stale && namespace.is_none() && partition.is_none()
+        }
     }
 
     fn is_multiplexed(&self) -> bool {
-        self.inner.multiplexed.load(Ordering::Relaxed) == MULTIPLEXED
+        self.transport.multiplexed.load(Ordering::Relaxed) == MULTIPLEXED
     }
 
     /// Whether the agent has no connection left for this host, as a request on a new one tells; `None` where connections
     /// are not what the agent runs out of.
     async fn is_crowded(&self) -> Option<bool> {
-        self.inner.transport.current().fresh.as_ref()?;
+        self.transport.connections.current().fresh.as_ref()?;
         let request = Request::new(Method::GET, &["status", "leader"]);
         let answer = self.send(Pool::Fresh, &request, &Cursor::None, Duration::ZERO).await;
         Some(answer.is_err_and(|error| error.is_connection_limit()))
     }
 
     fn token_changes(&self) -> token::Changes {
-        self.inner.token.changes()
+        self.caller.token.changes()
     }
 
-    /// Follows the files that it was made from, without end.
-    async fn follow_files(&self) {
-        tokio::join!(self.inner.token.follow(), self.inner.transport.follow());
+    /// Follows the files that the transport was made from, without end.
+    async fn follow_transport(&self) {
+        self.transport.connections.follow().await;
+    }
+
+    /// Follows the file of the token, without end.
+    async fn follow_token(&self) {
+        self.caller.token.follow().await;
     }
 
     /// Sends a request that does not block. One that the agent refuses is sent once more where the token
     /// file holds another token by now.
     async fn one_off(&self, request: &Request) -> Result<Response, Error> {
-        let _turn = self.inner.one_off.acquire().await;
-        let changes = self.inner.token.changes();
+        let _turn = self.transport.one_off.acquire().await;
+        let changes = self.caller.token.changes();
         match self.send(Pool::Shared, request, &Cursor::None, Duration::ZERO).await {
             Err(error) if error.is_forbidden() && changes.has_changed().unwrap_or(false) => {
                 self.send(Pool::Shared, request, &Cursor::None, Duration::ZERO).await
@@ -218,11 +240,11 @@ impl Client {
         };
         let answer = answer.and_then(|response| accept(request, response));
         match &answer {
-            Err(ErrorKind::Status { code: 403, .. }) => self.inner.token.reload().await,
+            Err(ErrorKind::Status { code: 403, .. }) => self.caller.token.reload().await,
             Err(ErrorKind::Transport(_) | ErrorKind::Unreachable(_)) => {
-                self.inner.multiplexed.store(UNKNOWN, Ordering::Relaxed);
+                self.transport.multiplexed.store(UNKNOWN, Ordering::Relaxed);
                 // The agent may have refused a certificate that was replaced meanwhile.
-                self.inner.transport.reload().await;
+                self.transport.connections.reload().await;
             }
             _ => {}
         }
@@ -232,11 +254,11 @@ impl Client {
     /// Where the first answer will tell whether one connection is enough, requests wait for it; one that blocks is never
     /// waited for.
     async fn opened(&self, wait: Duration) -> Option<MutexGuard<'_, ()>> {
-        let is_unknown = || self.inner.multiplexed.load(Ordering::Relaxed) == UNKNOWN;
-        if !self.inner.https || !wait.is_zero() || !is_unknown() {
+        let is_unknown = || self.transport.multiplexed.load(Ordering::Relaxed) == UNKNOWN;
+        if !self.transport.https || !wait.is_zero() || !is_unknown() {
             return None;
         }
-        let opening = self.inner.opening.lock().await;
+        let opening = self.transport.opening.lock().await;
         Some(opening).filter(|_| is_unknown())
     }
 
@@ -247,33 +269,33 @@ impl Client {
         cursor: &Cursor,
         wait: Duration,
     ) -> Result<Response, ErrorKind> {
-        let transport = self.inner.transport.current();
+        let connections = self.transport.connections.current();
         let client = match pool {
-            Pool::Authorization => &transport.authorization,
-            Pool::Shared => &transport.shared,
-            Pool::Fresh => transport.fresh.as_ref().unwrap_or(&transport.shared),
+            Pool::Authorization => &connections.authorization,
+            Pool::Shared => &connections.shared,
+            Pool::Fresh => connections.fresh.as_ref().unwrap_or(&connections.shared),
         };
-        let mut http = client.request(request.method.clone(), self.url(&transport, request, cursor, wait));
-        if let Some(token) = self.inner.token.current() {
+        let mut http = client.request(request.method.clone(), self.url(&connections, request, cursor, wait));
+        if let Some(token) = self.caller.token.current() {
             http = http.header(TOKEN_HEADER, token);
         }
-        if let Some((user, password)) = &self.inner.basic_auth {
+        if let Some((user, password)) = &self.transport.basic_auth {
             http = http.basic_auth(user, password.as_ref());
         }
-        if let Some(host) = &transport.host {
+        if let Some(host) = &connections.host {
             http = http.header(HOST, host);
         }
         if let Some(body) = &request.body {
             http = http.header(CONTENT_TYPE, HeaderValue::from_static("application/json")).body(body.clone());
         }
-        if pool == Pool::Shared && wait >= watches::CROWDED_WAIT && !self.inner.https {
+        if pool == Pool::Shared && wait >= watches::CROWDED_WAIT && !self.transport.https {
             // Others of the host have a chance of it.
             http = http.header(CONNECTION, HeaderValue::from_static("close"));
         }
         let opening = self.opened(wait).await;
         let mut response = http.send().await?;
         let version = if response.version() == Version::HTTP_2 { MULTIPLEXED } else { NOT_MULTIPLEXED };
-        self.inner.multiplexed.store(version, Ordering::Relaxed);
+        self.transport.multiplexed.store(version, Ordering::Relaxed);
         drop(opening);
         let headers = std::mem::take(response.headers_mut());
         let answer = Response {
@@ -294,8 +316,8 @@ impl Client {
         Ok(answer)
     }
 
-    fn url(&self, transport: &Transport, request: &Request, cursor: &Cursor, wait: Duration) -> Url {
-        let mut url = transport.base.clone();
+    fn url(&self, connections: &Connections, request: &Request, cursor: &Cursor, wait: Duration) -> Url {
+        let mut url = connections.base.clone();
         let path = url.path().trim_end_matches('/').to_owned() + "/v1";
         let path = request.path.iter().fold(path, |path, segment| format!("{path}/{}", segment_of_path(segment)));
         url.set_path(&path);
@@ -308,14 +330,13 @@ impl Client {
 
     fn params(&self, request: &Request, cursor: &Cursor, wait: Duration) -> Vec<(&'static str, String)> {
         let mut params = request.params.clone();
-        let settings =
-            [("dc", &self.inner.datacenter), ("ns", &self.inner.namespace), ("partition", &self.inner.partition)];
-        for (name, value) in settings {
+        let Scope { datacenter, namespace, partition, stale, .. } = self.scope();
+        for (name, value) in [("dc", datacenter), ("ns", namespace), ("partition", partition)] {
             if let Some(value) = value.as_ref().filter(|_| request.params.iter().all(|(given, _)| *given != name)) {
                 params.push((name, value.clone()));
             }
         }
-        if request.stale && self.inner.stale {
+        if request.stale && *stale {
             params.push(("stale", String::new()));
         }
         match cursor {
@@ -328,7 +349,19 @@ impl Client {
     }
 
     fn error(&self, request: &Request, kind: ErrorKind) -> Error {
-        Error { request: request.to_string(), address: self.inner.address.clone(), needs: request.needs.clone(), kind }
+        Error {
+            request: request.to_string(),
+            address: self.transport.address.clone(),
+            needs: request.needs.clone(),
+            kind,
+        }
+    }
+}
+
+impl Caller {
+    fn new(scope: Scope) -> anyhow::Result<Arc<Self>> {
+        let token = token::followed(&scope.token).context("no ACL token")?;
+        Ok(Arc::new(Self { scope, token }))
     }
 }
 
@@ -413,12 +446,12 @@ mod tests {
         assert_eq!(seen.params, BTreeMap::from([("filter".to_string(), "Meta.v == \"1 & 2\"".to_string())]));
         assert!(seen.token().is_none() && seen.headers.get("authorization").is_none());
 
-        settings.token = Token::Fixed("secret".into());
+        settings.scope.token = Token::Fixed("secret".into());
         settings.basic_auth = Some(("user".into(), Some("pass".into())));
-        settings.datacenter = Some("dc1".into());
-        settings.namespace = Some("ns1".into());
-        settings.partition = Some("p1".into());
-        settings.stale = true;
+        settings.scope.datacenter = Some("dc1".into());
+        settings.scope.namespace = Some("ns1".into());
+        settings.scope.partition = Some("p1".into());
+        settings.scope.stale = true;
         let elsewhere = Instances { datacenter: Some("dc2".into()), ..instances };
         client(&settings).ask(&Query::health_connect(&elsewhere)).await.expect("an answer");
         let seen = agent.requests(path).pop().expect("a request");
@@ -499,7 +532,7 @@ mod tests {
     #[test]
     fn settings_that_cannot_work_name_the_fault() {
         let mut no_token = testing::settings(Address::Unix("/x".into()));
-        no_token.token = Token::File("/nowhere/token".into());
+        no_token.scope.token = Token::File("/nowhere/token".into());
         let address = Address::Tcp { https: true, authority: "127.0.0.1:1".into(), prefix: String::new() };
         let mut no_ca = testing::settings(address.clone());
         no_ca.tls.ca_file = Some("/nowhere/ca.pem".into());

@@ -44,6 +44,11 @@ const SHORTEST_WAIT: Duration = Duration::from_millis(250);
 /// between for as long as [`SHORTEST_WAIT`]: a denial is known within a second.
 const ALONE_WAIT: Duration = Duration::from_millis(600);
 
+/// Where the intentions of several services are asked, each has had its turn within about this time…
+const AUTHORIZATION_ROTATION: Duration = Duration::from_millis(800);
+/// …but blocks for as long as this at least.
+const SHORTEST_TURN: Duration = Duration::from_millis(50);
+
 /// Where connections are scarce, the intentions block no longer than this: the others are asked for soon if their connections
 /// are lost.
 const SCARCE_WAIT: Duration = Duration::from_secs(4);
@@ -71,6 +76,10 @@ const BURST: f64 = 4.0;
 const GATHER: Duration = Duration::from_millis(100);
 
 pub(super) type Id = u64;
+
+/// Names a scope among those that are in use. What one scope is told holds for no other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ScopeId(pub(super) u64);
 
 /// What tells that a query is to be fetched again.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -139,7 +148,7 @@ pub(super) enum Done {
 /// All queries that are asked, each with its `W`.
 pub(super) struct Schedule<W> {
     entries: BTreeMap<Id, Entry<W>>,
-    tables: HashMap<Table, TableState>,
+    tables: HashMap<(ScopeId, Table), TableState>,
     before_1_9: bool,
     next_id: Id,
     refetches: RefetchBudget,
@@ -148,6 +157,7 @@ pub(super) struct Schedule<W> {
 }
 
 struct Entry<W> {
+    scope: ScopeId,
     role: Role,
     /// Absent while a request is under way.
     work: Option<W>,
@@ -197,21 +207,39 @@ impl<W> Schedule<W> {
     }
 
     /// Asks one more thing from now on. `watch` makes the work of the table's watch, where there is none yet.
-    pub(super) fn add(&mut self, role: Role, work: W, now: Instant, watch: impl FnOnce(&Table) -> W) -> Id {
+    pub(super) fn add(
+        &mut self,
+        scope: ScopeId,
+        role: Role,
+        work: W,
+        now: Instant,
+        watch: impl FnOnce(&Table) -> W,
+    ) -> Id {
         if let Role::Member(table) = &role {
-            if !self.tables.contains_key(table) {
-                let id = self.insert(Role::Table(table.clone()), watch(table), now);
-                self.tables.insert(table.clone(), TableState { watch: id, members: 0, known: None });
+            let key = (scope, table.clone());
+            if !self.tables.contains_key(&key) {
+                let id = self.insert(scope, Role::Table(table.clone()), watch(table), now);
+                self.tables.insert(key.clone(), TableState { watch: id, members: 0, known: None });
             }
-            self.tables.entry(table.clone()).and_modify(|state| state.members += 1);
+            self.tables.entry(key).and_modify(|state| state.members += 1);
         }
-        self.insert(role, work, now)
+        if role == Role::Authorization {
+            self.give_turn();
+        }
+        self.insert(scope, role, work, now)
     }
 
-    fn insert(&mut self, role: Role, work: W, now: Instant) -> Id {
+    /// Ends what blocks on the connection for intentions: those of one more service are wanted.
+    fn give_turn(&self) {
+        let blocks = |entry: &&Entry<W>| entry.role == Role::Authorization && entry.blocking.is_some();
+        self.entries.values().filter(blocks).for_each(|entry| entry.cancelled.notify_one());
+    }
+
+    fn insert(&mut self, scope: ScopeId, role: Role, work: W, now: Instant) -> Id {
         let id = self.next_id;
         self.next_id += 1;
         let entry = Entry {
+            scope,
             role,
             work: Some(work),
             cancelled: Arc::default(),
@@ -230,13 +258,13 @@ impl<W> Schedule<W> {
         let Some(entry) = self.entries.remove(&id) else { return };
         // Kept by whoever waits for the answer, if somebody does.
         entry.cancelled.notify_one();
-        if let Role::Member(table) = &entry.role
-            && let Some(state) = self.tables.get_mut(table)
-        {
+        let Role::Member(table) = entry.role else { return };
+        let key = (entry.scope, table);
+        if let Some(state) = self.tables.get_mut(&key) {
             state.members -= 1;
             if state.members == 0 {
                 let watch = state.watch;
-                self.tables.remove(table);
+                self.tables.remove(&key);
                 self.remove(watch);
             }
         }
@@ -271,10 +299,10 @@ impl<W> Schedule<W> {
         }
     }
 
-    /// Everything is fetched anew, as nothing that blocks may be relied on.
-    pub(super) fn start_anew(&mut self, now: Instant) {
-        self.tables.values_mut().for_each(|table| table.known = None);
-        for entry in self.entries.values_mut() {
+    /// Everything of a scope is fetched anew, as nothing that blocks may be relied on.
+    pub(super) fn start_anew(&mut self, scope: ScopeId, now: Instant) {
+        self.tables.iter_mut().filter(|((of, _), _)| *of == scope).for_each(|(_, table)| table.known = None);
+        for entry in self.entries.values_mut().filter(|entry| entry.scope == scope) {
             entry.blocks_from = None;
             entry.due = Some((now, Why::Again));
         }
@@ -326,6 +354,8 @@ impl<W> Schedule<W> {
             Worker::Shared { .. } if !self.is_authorized(now) => 0,
             // One worker is left to what is due.
             Worker::Shared { of } if all.len() >= of => of.saturating_sub(1),
+            // There is one worker for the intentions of all services.
+            Worker::Authorization { .. } if all.len() > 1 => 0,
             _ => all.len(),
         };
         let long = all.iter().filter(|(_, _, entry)| entry.blocking == Some(LONG_WAIT)).count();
@@ -341,8 +371,10 @@ impl<W> Schedule<W> {
         }
         let next = all.iter().filter(|(_, _, entry)| ready(entry)).min_by_key(|(_, id, entry)| (entry.attended, *id));
         let rotating = u32::try_from(all.len() - long).unwrap_or(u32::MAX);
-        let (shortest, longest) = ROTATION_BOUNDS;
-        let wait = (ROTATION / rotating.max(1)).clamp(shortest, longest);
+        let wait = match worker {
+            Worker::Authorization { .. } => (AUTHORIZATION_ROTATION / rotating.max(1)).max(SHORTEST_TURN),
+            Worker::Shared { .. } => (ROTATION / rotating.max(1)).clamp(ROTATION_BOUNDS.0, ROTATION_BOUNDS.1),
+        };
         next.map(|(_, id, _)| (*id, Some(self.until_due(worker, now, wait))))
     }
 
@@ -366,13 +398,14 @@ impl<W> Schedule<W> {
             blocking.partition(|(_, entry)| entry.role == Role::Authorization);
         let oldest =
             |of: &[(Id, &Entry<W>)]| of.iter().min_by_key(|(id, entry)| (entry.attended, *id)).map(|(id, _)| *id);
+        let turn = ALONE_WAIT / u32::try_from(authorization.len()).unwrap_or(u32::MAX).max(1);
         let urgent: Vec<_> = authorization.iter().filter(|(_, entry)| is_old(entry.attended)).copied().collect();
         if let Some(id) = oldest(&urgent) {
-            let wait = if due.is_some() { Duration::from_millis(1) } else { ALONE_WAIT };
+            let wait = if due.is_some() { Duration::from_millis(1) } else { turn };
             return Some((id, Some(wait)));
         }
         let block = |of: &[(Id, &Entry<W>)], wait| oldest(of).map(|id| (id, Some(self.until_due(worker, now, wait))));
-        due.map(|id| (id, None)).or_else(|| block(&others, SHORTEST_WAIT)).or_else(|| block(&authorization, ALONE_WAIT))
+        due.map(|id| (id, None)).or_else(|| block(&others, SHORTEST_WAIT)).or_else(|| block(&authorization, turn))
     }
 
     /// `wait`, or less if something is due before.
@@ -419,7 +452,8 @@ impl<W> Schedule<W> {
             Done::Failed(pause) => {
                 entry.due = Some((now + pause, Why::Again));
                 if let Role::Table(table) = entry.role.clone() {
-                    self.lose(&table, now, chance);
+                    let key = (entry.scope, table);
+                    self.lose(&key, now, chance);
                 }
             }
             Done::Member { covered } => {
@@ -453,8 +487,8 @@ impl<W> Schedule<W> {
     /// What is known of all the tables that an answer is made from.
     fn known(&self, entry: &Entry<W>) -> Option<Known> {
         let Role::Member(table) = &entry.role else { return None };
-        let known = self.tables.get(table)?.known?;
-        let gateways = self.tables.get(&Table::ConfigEntries).filter(|_| self.before_1_9);
+        let known = self.tables.get(&(entry.scope, table.clone()))?.known?;
+        let gateways = self.tables.get(&(entry.scope, Table::ConfigEntries)).filter(|_| self.before_1_9);
         match gateways {
             Some(gateways) => {
                 let gateways = gateways.known?;
@@ -477,6 +511,7 @@ impl<W> Schedule<W> {
         let Some(entry) = self.entries.get_mut(&id) else { return };
         let Role::Table(table) = entry.role.clone() else { return };
         let periodic = table == Table::ConfigEntries;
+        let table = (entry.scope, table);
         if !is_known {
             entry.due = Some((now + pause.max(PERIOD), Why::Again));
             return self.lose(&table, now, chance);
@@ -497,13 +532,14 @@ impl<W> Schedule<W> {
 
     /// Has everything fetched that `table` watches over; says from when on. The first time, that is only what was asked
     /// for before the table's index came.
-    fn refetch(&mut self, table: &Table, first: bool, now: Instant, chance: f64) -> Instant {
+    fn refetch(&mut self, key: &(ScopeId, Table), first: bool, now: Instant, chance: f64) -> Instant {
+        let (scope, table) = key;
         let also_instances = self.before_1_9 && *table == Table::ConfigEntries;
         let is_of = |role: &Role| match role {
             Role::Member(of) => of == table || also_instances && matches!(of, Table::Instances(_)),
             _ => false,
         };
-        let concerned = |entry: &Entry<W>| is_of(&entry.role) && entry.attended.is_some();
+        let concerned = |entry: &Entry<W>| entry.scope == *scope && is_of(&entry.role) && entry.attended.is_some();
         let count = self.entries.values().filter(|entry| concerned(entry)).count();
         let members: usize = self.tables.values().map(|table| table.members).sum();
         let gathered = if first { now } else { now + GATHER.mul_f64(chance) };
@@ -512,20 +548,21 @@ impl<W> Schedule<W> {
             let sooner = entry.due.filter(|(at, why)| *at <= from && *why != Why::Refresh);
             entry.due = sooner.or(Some((from, Why::Refetch)));
         }
-        if let Some(state) = self.tables.get_mut(table) {
+        if let Some(state) = self.tables.get_mut(key) {
             state.known = Some(Known { since: now, refetch: from });
         }
         from
     }
 
     /// The table's index cannot be relied on any more.
-    fn lose(&mut self, table: &Table, now: Instant, chance: f64) {
-        let Some(state) = self.tables.get_mut(table) else { return };
+    fn lose(&mut self, key: &(ScopeId, Table), now: Instant, chance: f64) {
+        let Some(state) = self.tables.get_mut(key) else { return };
         if state.known.take().is_none() {
             return;
         }
         let period = self.period(chance);
-        for entry in self.entries.values_mut().filter(|entry| entry.role == Role::Member(table.clone())) {
+        let (scope, role) = (key.0, Role::Member(key.1.clone()));
+        for entry in self.entries.values_mut().filter(|entry| entry.scope == scope && entry.role == role) {
             if let Some((at, why @ Why::Refresh)) = &mut entry.due {
                 (*at, *why) = (now + period, Why::Again);
             }
@@ -533,8 +570,8 @@ impl<W> Schedule<W> {
     }
 
     #[cfg(test)]
-    pub(super) fn is_known(&self, table: &Table) -> bool {
-        self.tables.get(table).is_some_and(|state| state.known.is_some())
+    pub(super) fn is_known(&self, scope: ScopeId, table: &Table) -> bool {
+        self.tables.get(&(scope, table.clone())).is_some_and(|state| state.known.is_some())
     }
 }
 
@@ -610,7 +647,7 @@ mod tests {
         }
 
         fn add(&mut self, role: Role, name: &'static str) -> Id {
-            self.schedule.add(role, name, self.now, |table| match table {
+            self.schedule.add(ScopeId(0), role, name, self.now, |table| match table {
                 Table::Instances(_) => "instances table",
                 Table::ConfigEntries => "config table",
             })
@@ -835,7 +872,7 @@ mod tests {
         let mut stage = Stage::new();
         let (one, two) = (stage.add(member(), "one"), stage.add(member(), "two"));
         stage.schedule.remove(one);
-        assert!(stage.schedule.tables.contains_key(&Table::Instances(None)));
+        assert!(stage.schedule.tables.contains_key(&(ScopeId(0), Table::Instances(None))));
         let job = stage.next(ALL).expect("the table");
         stage.schedule.remove(two);
         assert!(stage.schedule.tables.is_empty() && stage.schedule.entries.is_empty());

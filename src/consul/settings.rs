@@ -13,14 +13,10 @@ pub const DEFAULT_CONNECTIONS: usize = 4;
 #[derive(Clone)]
 pub struct Settings {
     pub address: Address,
-    pub token: Token,
     /// `user[:password]` of `CONSUL_HTTP_AUTH`.
     pub basic_auth: Option<(String, Option<String>)>,
     pub tls: TlsSettings,
-    pub datacenter: Option<String>,
-    pub stale: bool,
-    pub namespace: Option<String>,
-    pub partition: Option<String>,
+    pub scope: Scope,
     /// Connections to the agent at one time, at least [`FEWEST_CONNECTIONS`]; default [`DEFAULT_CONNECTIONS`]. With
     /// `https`, requests share one connection.
     pub max_connections: usize,
@@ -30,16 +26,24 @@ impl fmt::Debug for Settings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Settings")
             .field("address", &self.address)
-            .field("token", &self.token)
             .field("basic_auth", &self.basic_auth.as_ref().map(|(user, _)| user))
             .field("tls", &self.tls)
-            .field("datacenter", &self.datacenter)
-            .field("stale", &self.stale)
-            .field("namespace", &self.namespace)
-            .field("partition", &self.partition)
+            .field("scope", &self.scope)
             .field("max_connections", &self.max_connections)
             .finish()
     }
+}
+
+/// As whom the agent is asked, and for what part of the mesh. Answers are shared within a scope and never between scopes.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Scope {
+    pub token: Token,
+    /// The datacenter that is asked about where a query names none; the agent's own by default.
+    pub datacenter: Option<String>,
+    /// Whether a server that is not the leader may answer.
+    pub stale: bool,
+    pub namespace: Option<String>,
+    pub partition: Option<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,8 +69,9 @@ impl fmt::Display for Address {
 }
 
 /// Where the ACL token comes from. Its `Debug` must never show a token.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, Default, PartialEq, Eq)]
 pub enum Token {
+    #[default]
     None,
     Fixed(String),
     File(PathBuf),

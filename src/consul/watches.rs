@@ -4,7 +4,7 @@
 //! else, the others take from the [`Schedule`] what is most urgent. How many of these work is up to the [`Budget`].
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc};
@@ -16,9 +16,9 @@ use super::endpoint::Response;
 use super::failures::Failures;
 use super::pace::{Backoff, random};
 use super::query::{self, Event, Gone, RunningQuery};
+pub use super::schedule::ScopeId;
 use super::schedule::{Done, Id, Job, Next, Schedule, Worker};
-use super::token::Changes;
-use super::{Client, Error, Pool, Query};
+use super::{Client, Error, Pool, Query, Scope};
 
 /// Shared workers that there are, most of which rest.
 const SHARED: usize = 7;
@@ -41,9 +41,10 @@ const REFUSED_PAUSE: Duration = Duration::from_secs(8);
 /// The same for the one that asks for intentions.
 const AUTHORIZATION_PAUSE: Duration = Duration::from_millis(500);
 
-/// Queries that share connections to the agent. Dropping the last clone leaves running queries alone.
+/// Queries of one scope. Those of all scopes share workers and connections. Dropping the last clone leaves running queries alone.
 #[derive(Clone)]
 pub struct Watches {
+    scope: Arc<FollowedScope>,
     running: Arc<Running>,
 }
 
@@ -51,6 +52,8 @@ pub struct Watches {
 #[must_use = "a query ends when its handle is dropped"]
 pub struct Watch {
     id: Id,
+    /// Queries start anew with another token for as long as this lives.
+    _scope: Arc<FollowedScope>,
     running: Arc<Running>,
 }
 
@@ -60,8 +63,24 @@ struct Running {
     tasks: Vec<JoinHandle<()>>,
 }
 
-struct Shared {
+/// A scope that is in use, and the task that follows its token.
+struct FollowedScope {
+    id: ScopeId,
     client: Client,
+    follower: JoinHandle<()>,
+}
+
+/// The scopes that are in use, by number.
+#[derive(Default)]
+struct Scopes {
+    used: Vec<Weak<FollowedScope>>,
+    next: u64,
+}
+
+struct Shared {
+    /// For what concerns the transport alone.
+    client: Client,
+    scopes: Mutex<Scopes>,
     schedule: Mutex<Schedule<RunningQuery>>,
     /// Something may be there to ask.
     work: Notify,
@@ -76,12 +95,13 @@ struct Shared {
 }
 
 impl Watches {
-    /// Must be called within a runtime.
+    /// Starts the workers, for queries of the client's scope at first. Must be called within a runtime.
     #[must_use]
     pub fn new(client: Client) -> Self {
         let shared = Arc::new(Shared {
-            budget: Budget::new(client.inner.max_connections),
-            client,
+            budget: Budget::new(client.transport.max_connections),
+            client: client.clone(),
+            scopes: Mutex::default(),
             schedule: Mutex::new(Schedule::new(Instant::now())),
             work: Notify::new(),
             waiting: AtomicUsize::new(0),
@@ -92,16 +112,34 @@ impl Watches {
         let mut tasks = vec![
             tokio::spawn(authorization_worker(shared.clone())),
             tokio::spawn(follow(shared.clone())),
-            tokio::spawn(follow_token(shared.clone())),
             tokio::spawn(leave_room(shared.clone())),
         ];
         tasks.extend((0..SHARED).map(|number| tokio::spawn(shared_worker(shared.clone(), number))));
-        Self { running: Arc::new(Running { shared, tasks }) }
+        let scope = shared.scope(client);
+        Self { scope, running: Arc::new(Running { shared, tasks }) }
+    }
+
+    /// The same workers for the queries of another scope.
+    ///
+    /// # Errors
+    /// When the scope's token can't be read or used.
+    pub fn for_scope(&self, scope: Scope) -> anyhow::Result<Self> {
+        let scope = match self.running.shared.used_scope(&scope) {
+            Some(used) => used,
+            None => self.running.shared.scope(self.client().for_scope(scope)?),
+        };
+        Ok(Self { scope, running: Arc::clone(&self.running) })
     }
 
     #[must_use]
     pub fn client(&self) -> &Client {
-        &self.running.shared.client
+        &self.scope.client
+    }
+
+    /// Equal for equal scopes, for as long as one of them is in use.
+    #[must_use]
+    pub fn scope_id(&self) -> ScopeId {
+        self.scope.id
     }
 
     /// Asks `query` from now on, and sends what `wrap` makes of its events. That ends with the handle or with the
@@ -113,24 +151,25 @@ impl Watches {
         F: Fn(Event<T>) -> U + Send + 'static,
     {
         let shared = &self.running.shared;
-        let role = query::role(&mut query, shared.client.has_tables());
-        let running = RunningQuery::new(query, events, wrap);
+        let role = query::role(&mut query, self.client().has_tables());
+        let running = RunningQuery::new(self.client().clone(), query, events, wrap);
         let nobody_waits = shared.waiting.load(Ordering::Relaxed) == 0;
         let now = Instant::now();
         let mut schedule = shared.lock();
-        let id = schedule.add(role, running, now, RunningQuery::watch);
+        let id =
+            schedule.add(self.scope.id, role, running, now, |table| RunningQuery::watch(self.client().clone(), table));
         let interrupts = nobody_waits && schedule.may_interrupt(now);
         drop(schedule);
         shared.work.notify_waiters();
         if interrupts {
             shared.urgent.notify_waiters();
         }
-        Watch { id, running: self.running.clone() }
+        Watch { id, _scope: Arc::clone(&self.scope), running: Arc::clone(&self.running) }
     }
 
     #[cfg(test)]
     pub(super) fn is_known(&self, table: &super::endpoint::Table) -> bool {
-        self.running.shared.lock().is_known(table)
+        self.running.shared.lock().is_known(self.scope.id, table)
     }
 }
 
@@ -153,18 +192,27 @@ impl Drop for Running {
     }
 }
 
-/// Follows the files that the client was made from.
-async fn follow(shared: Arc<Shared>) {
-    shared.client.follow_files().await;
+impl Drop for FollowedScope {
+    fn drop(&mut self) {
+        self.follower.abort();
+    }
 }
 
-/// Another token sees other things.
-async fn follow_token(shared: Arc<Shared>) {
-    let mut tokens = shared.client.token_changes();
-    while tokens.changed().await.is_ok() {
-        shared.lock().start_anew(Instant::now());
-        shared.work.notify_waiters();
-    }
+/// Follows the files that the transport was made from.
+async fn follow(shared: Arc<Shared>) {
+    shared.client.follow_transport().await;
+}
+
+/// Follows the file of a scope's token. Another token sees other things.
+async fn follow_token(shared: Arc<Shared>, id: ScopeId, client: Client) {
+    let mut tokens = client.token_changes();
+    let start_anew = async {
+        while tokens.changed().await.is_ok() {
+            shared.lock().start_anew(id, Instant::now());
+            shared.work.notify_waiters();
+        }
+    };
+    tokio::join!(client.follow_token(), start_anew);
 }
 
 /// Whoever keeps its connections is refused none, while the programs are that make new ones. So this makes a new one now and
@@ -186,7 +234,6 @@ async fn leave_room(shared: Arc<Shared>) {
 
 async fn authorization_worker(shared: Arc<Shared>) {
     let mut usage = shared.budget.follow();
-    let mut tokens = shared.client.token_changes();
     let mut pause = Backoff::default();
     loop {
         let (alone, scarce) = {
@@ -198,7 +245,7 @@ async fn authorization_worker(shared: Arc<Shared>) {
             job = shared.next(Worker::Authorization { alone, scarce }) => job,
             _ = usage.changed() => continue,
         };
-        if let Some(error) = shared.perform(job, Pool::Authorization, &mut tokens).await {
+        if let Some(error) = shared.perform(job, Pool::Authorization).await {
             shared.pause(&mut pause, &error, AUTHORIZATION_PAUSE).await;
         } else {
             pause.reset();
@@ -208,7 +255,6 @@ async fn authorization_worker(shared: Arc<Shared>) {
 
 async fn shared_worker(shared: Arc<Shared>, number: usize) {
     let mut usage = shared.budget.follow();
-    let mut tokens = shared.client.token_changes();
     let mut pause = Backoff::default();
     loop {
         shared.budget.reserve(number, &mut usage, random).await;
@@ -218,7 +264,7 @@ async fn shared_worker(shared: Arc<Shared>, number: usize) {
             job = shared.next(Worker::Shared { of }) => job,
             _ = usage.changed() => continue,
         };
-        if let Some(error) = shared.perform(job, Pool::Shared, &mut tokens).await {
+        if let Some(error) = shared.perform(job, Pool::Shared).await {
             let longest = if error.is_unreachable() { UNREACHABLE_PAUSE } else { REFUSED_PAUSE };
             shared.pause(&mut pause, &error, longest).await;
         } else {
@@ -244,6 +290,24 @@ impl Drop for Waiting<'_> {
 }
 
 impl Shared {
+    /// A scope that is in use already.
+    fn used_scope(&self, scope: &Scope) -> Option<Arc<FollowedScope>> {
+        let scopes = self.scopes.lock().unwrap_or_else(PoisonError::into_inner);
+        scopes.used.iter().filter_map(Weak::upgrade).find(|used| used.client.scope() == scope)
+    }
+
+    /// The scope of a client, which is in use from now on.
+    fn scope(self: &Arc<Self>, client: Client) -> Arc<FollowedScope> {
+        let mut scopes = self.scopes.lock().unwrap_or_else(PoisonError::into_inner);
+        let id = ScopeId(scopes.next);
+        scopes.next += 1;
+        let follower = tokio::spawn(follow_token(Arc::clone(self), id, client.clone()));
+        let scope = Arc::new(FollowedScope { id, client, follower });
+        scopes.used.retain(|used| used.strong_count() > 0);
+        scopes.used.push(Arc::downgrade(&scope));
+        scope
+    }
+
     /// Waits for something to ask.
     async fn next(&self, worker: Worker) -> Job<RunningQuery> {
         loop {
@@ -264,15 +328,15 @@ impl Shared {
     }
 
     /// Asks, and deals with the answer; gives the error that concerns the connection rather than the query.
-    async fn perform(&self, mut job: Job<RunningQuery>, pool: Pool, tokens: &mut Changes) -> Option<Error> {
-        tokens.mark_unchanged();
+    async fn perform(&self, mut job: Job<RunningQuery>, pool: Pool) -> Option<Error> {
+        let mut tokens = job.work.token_changes();
         let crowded = self.budget.usage().is_crowded();
         let wait = job.wait.map(|wait| if crowded { wait.min(CROWDED_WAIT) } else { wait });
         let asked = Instant::now();
         let cancelled = job.cancelled.clone();
         let result = tokio::select! {
             biased;
-            // The sender lives in the client, so this cannot fail.
+            // The sender lives in the query's client, so this cannot fail.
             _ = tokens.changed() => {
                 self.done(job, Done::Fetch(Duration::ZERO));
                 return None;
@@ -286,7 +350,7 @@ impl Shared {
                 self.done(job, Done::Block(Duration::ZERO));
                 return None;
             }
-            result = job.work.ask(&self.client, pool, wait) => result,
+            result = job.work.ask(pool, wait) => result,
         };
         self.budget.set_multiplexed(self.client.is_multiplexed());
         let (outcome, error) = match result {
@@ -311,7 +375,7 @@ impl Shared {
     }
 
     async fn answered(&self, job: &mut Job<RunningQuery>, response: &Response) -> Result<Done, Gone> {
-        let (done, back) = job.work.answered(&self.client, &self.failures, response).await?;
+        let (done, back) = job.work.answered(&self.failures, response).await?;
         if back {
             // Whoever else waits for the agent to be back need not wait longer.
             self.lock().recovered(Instant::now());
@@ -350,7 +414,7 @@ mod tests {
     use super::*;
     use crate::consul::endpoint::Table;
     use crate::consul::schedule::{LONG_WAIT, MOST_REFETCHES};
-    use crate::consul::{Instances, Settings};
+    use crate::consul::{Instances, Settings, Token};
     use crate::testing::{Agent, CONFIG_ENTRIES, Fault, INSTANCES};
 
     const SERVICES: usize = 300;
@@ -553,7 +617,7 @@ mod tests {
     async fn stale_answers_and_other_namespaces_have_no_tables() {
         for (stale, namespace) in [(true, None), (false, Some("team".to_string()))] {
             let agent = Agent::start();
-            let settings = Settings { stale, namespace, ..agent.settings() };
+            let settings = Settings { scope: Scope { stale, namespace, ..Scope::default() }, ..agent.settings() };
             let mut sidecar = Sidecar::start(&agent, &settings, 30);
             sidecar.ready(30).await;
             settle().await;
@@ -656,5 +720,73 @@ mod tests {
             took.insert(number, sidecar.deny(&agent, number + 1).await);
         }
         assert!(took.values().all(|took| *took < Duration::from_secs(1)), "{took:?}");
+    }
+
+    /// What the roots of one scope's token say, again and again.
+    async fn roots_with(watches: &Watches, token: &str) -> (Watch, mpsc::Receiver<String>) {
+        let scope = Scope { token: Token::Fixed(token.into()), ..Scope::default() };
+        let of_scope = watches.for_scope(scope).expect("the token is good");
+        let (sender, events) = mpsc::channel(4);
+        let watch = of_scope.watch(Query::ca_roots(), sender, |event| match event {
+            Event::Value(answer) => answer.value.active_root_id,
+            Event::Failed(error) => error.to_string(),
+        });
+        (watch, events)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn scopes_share_workers_but_no_answer() {
+        const ROOTS: &str = "/v1/agent/connect/ca/roots";
+        let agent = Agent::start();
+        agent.set(ROOTS, json!({ "ActiveRootID": "a" }));
+        agent.only_tokens(&["alpha", "beta"]);
+        let watches = watches(&agent.settings());
+        for token in ["alpha", "beta", "gamma"] {
+            let (_watch, mut events) = roots_with(&watches, token).await;
+            let told = events.recv().await.expect("an event");
+            assert_eq!(told == "a", token != "gamma", "{told}");
+            let asked = agent.count(|seen| seen.path == ROOTS && seen.token() == Some(token));
+            assert!(asked > 0, "{token} asks for itself");
+        }
+        let scope = Scope { token: Token::Fixed("alpha".into()), ..Scope::default() };
+        let [one, same] = [(); 2].map(|()| watches.for_scope(scope.clone()).expect("the token is good"));
+        assert!(one.scope_id() == same.scope_id() && one.scope_id() != watches.scope_id());
+        assert!(!format!("{scope:?}").contains("alpha"), "{scope:?}");
+        assert!(agent.most_connections() <= 4, "{} connections", agent.most_connections());
+    }
+
+    /// One worker asks for the intentions of all services.
+    #[tokio::test(start_paused = true)]
+    async fn a_denial_of_each_of_several_services_is_seen_within_a_second() {
+        const SERVICES: usize = 4;
+        let agent = Agent::start();
+        let path = |number: usize| format!("{MATCH}?by=destination&name=s{number}");
+        let watches = watches(&agent.settings());
+        let (sender, mut events) = mpsc::channel(64);
+        let mut all = Vec::new();
+        for number in 0..SERVICES {
+            agent.set(&path(number), json!({ "s": [] }));
+            // Each comes while the requests of those before it block.
+            tokio::time::sleep(Duration::from_secs(5)).await;
+            let start = Instant::now();
+            all.push(watches.watch(
+                Query::intentions(&format!("s{number}")),
+                sender.clone(),
+                move |event| match event {
+                    Event::Value(answer) => (number, answer.value.len()),
+                    Event::Failed(error) => panic!("{error}"),
+                },
+            ));
+            assert_eq!(events.recv().await, Some((number, 0)));
+            assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+        }
+        for round in 1..=2 {
+            for number in 0..SERVICES {
+                let start = Instant::now();
+                agent.set(&path(number), json!({ "s": vec![json!({ "Action": "deny" }); round] }));
+                assert_eq!(events.recv().await, Some((number, round)));
+                assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+            }
+        }
     }
 }

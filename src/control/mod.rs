@@ -64,7 +64,7 @@ pub async fn run(
     tunnel: bool,
     publish: watch::Sender<Option<Arc<Snapshot>>>,
 ) -> anyhow::Result<()> {
-    let enterprise = agent.namespace.is_some() || agent.partition.is_some();
+    let enterprise = agent.scope.namespace.is_some() || agent.scope.partition.is_some();
     let draft = match mode {
         Mode::ProxyId(id) => Draft::registered(id.clone(), enterprise),
         Mode::SidecarFor(id) => Draft::registered(resolve_proxy_id(watches.client(), id).await?, enterprise),

@@ -22,7 +22,7 @@ use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 
-use crate::consul::{Address, Settings, TlsSettings, Token};
+use crate::consul::{Address, Scope, Settings, TlsSettings};
 
 /// An agent in this process, which keeps indexes as the real one does.
 ///
@@ -319,17 +319,7 @@ impl Drop for TempFile {
 
 /// Settings for an agent at `address`, with all else left out.
 pub(crate) fn settings(address: Address) -> Settings {
-    Settings {
-        address,
-        token: Token::None,
-        basic_auth: None,
-        tls: TlsSettings::default(),
-        datacenter: None,
-        stale: false,
-        namespace: None,
-        partition: None,
-        max_connections: 4,
-    }
+    Settings { address, basic_auth: None, tls: TlsSettings::default(), scope: Scope::default(), max_connections: 4 }
 }
 
 async fn accept(listener: UnixListener, shared: Arc<Shared>) {

@@ -25,6 +25,7 @@ use super::endpoint::{Flow, Priority, Request, Response, Table};
 use super::failures::{Failing, Failures};
 use super::pace::{Backoff, Bucket, random};
 use super::schedule::{Done, Role};
+use super::token::Changes;
 use super::{Client, Cursor, Error, ErrorKind, Pool, Query, table};
 
 /// How often something is asked for that should have been blocked on, but came without an index.
@@ -40,6 +41,8 @@ const TABLE_SPACING: Duration = Duration::from_secs(1);
 
 /// What goes on being asked.
 pub(super) struct RunningQuery {
+    /// As whom it is asked.
+    client: Client,
     request: Request,
     flow: Flow,
     priority: Priority,
@@ -64,7 +67,7 @@ pub(super) struct RunningQuery {
 }
 
 impl RunningQuery {
-    pub(super) fn new<T, U, F>(query: Query<T>, events: mpsc::Sender<U>, wrap: F) -> Self
+    pub(super) fn new<T, U, F>(client: Client, query: Query<T>, events: mpsc::Sender<U>, wrap: F) -> Self
     where
         T: Send + 'static,
         U: Send + 'static,
@@ -72,16 +75,24 @@ impl RunningQuery {
     {
         let sink = Typed { decode: query.decode, covered: query.covered, events, wrap };
         let spacing = if query.priority == Priority::Upstream { SPACING } else { PROMPT_SPACING };
-        Self::of(query.request, query.flow, query.priority, Some(Box::new(sink)), spacing)
+        Self::of(client, query.request, query.flow, query.priority, Some(Box::new(sink)), spacing)
     }
 
     /// The watch of a table.
-    pub(super) fn watch(table: &Table) -> Self {
-        Self::of(table.request(), table.flow(), Priority::Upstream, None, TABLE_SPACING)
+    pub(super) fn watch(client: Client, table: &Table) -> Self {
+        Self::of(client, table.request(), table.flow(), Priority::Upstream, None, TABLE_SPACING)
     }
 
-    fn of(request: Request, flow: Flow, priority: Priority, sink: Option<Box<dyn Sink>>, spacing: Duration) -> Self {
+    fn of(
+        client: Client,
+        request: Request,
+        flow: Flow,
+        priority: Priority,
+        sink: Option<Box<dyn Sink>>,
+        spacing: Duration,
+    ) -> Self {
         Self {
+            client,
             request,
             flow,
             priority,
@@ -100,29 +111,29 @@ impl RunningQuery {
         }
     }
 
+    /// Tells of another token than that of this moment.
+    pub(super) fn token_changes(&self) -> Changes {
+        self.client.token_changes()
+    }
+
     /// Sends its request; one that blocks for as long as `wait`, or a fetch.
-    pub(super) async fn ask(&mut self, client: &Client, pool: Pool, wait: Option<Duration>) -> Result<Response, Error> {
+    pub(super) async fn ask(&mut self, pool: Pool, wait: Option<Duration>) -> Result<Response, Error> {
         let Some(wait) = wait else {
             self.cursor = Cursor::None;
             self.intentions_index = None;
             if self.by_intentions_table {
                 // The index before the list: what changes in between wakes the query that comes next.
                 let table = Request::new(reqwest::Method::GET, &["connect", "intentions"]);
-                self.intentions_index = client.send(pool, &table, &Cursor::None, Duration::ZERO).await?.index;
+                self.intentions_index = self.client.send(pool, &table, &Cursor::None, Duration::ZERO).await?.index;
             }
-            return client.send(pool, &self.request, &Cursor::None, Duration::ZERO).await;
+            return self.client.send(pool, &self.request, &Cursor::None, Duration::ZERO).await;
         };
-        client.send(pool, &self.request, &self.cursor, wait).await
+        self.client.send(pool, &self.request, &self.cursor, wait).await
     }
 
     /// Takes an answer, and passes it on if it is a new one. Says what is next, and whether it is the first answer
     /// after a failure that tells of the agent being back.
-    pub(super) async fn answered(
-        &mut self,
-        client: &Client,
-        failures: &Failures,
-        response: &Response,
-    ) -> Result<(Done, bool), Gone> {
+    pub(super) async fn answered(&mut self, failures: &Failures, response: &Response) -> Result<(Done, bool), Gone> {
         let Some(sink) = self.sink.take() else {
             let back = self.recovered();
             return Ok((self.table_answered(response), back));
@@ -137,7 +148,7 @@ impl RunningQuery {
                 }
                 Err(cause) => {
                     self.sink = Some(sink);
-                    let error = client.error(&self.request, ErrorKind::Decode(cause));
+                    let error = self.client.error(&self.request, ErrorKind::Decode(cause));
                     return Ok((self.failed(failures, error).await?, false));
                 }
             }

@@ -424,7 +424,7 @@ async fn another_token_starts_queries_anew() {
     let agent = Agent::start();
     let file = TempFile::new("first");
     let mut settings = agent.settings();
-    settings.token = Token::File(file.path().to_path_buf());
+    settings.scope.token = Token::File(file.path().to_path_buf());
     agent.set(ROOTS, roots("a"));
     let mut watch = watch_roots(&watches(&settings));
     assert_eq!(watch.value().await, "a");
@@ -450,7 +450,7 @@ async fn a_refused_token_is_read_again() {
     agent.set(ROOTS, roots("a"));
     let file = TempFile::new("first");
     let mut settings = agent.settings();
-    settings.token = Token::File(file.path().to_path_buf());
+    settings.scope.token = Token::File(file.path().to_path_buf());
     let client = Client::new(&settings).expect("the settings are good");
     let error = client.ask(&Query::ca_roots()).await.expect_err("the token is not known");
     assert!(error.is_forbidden() && !error.to_string().contains("first"), "{error}");
