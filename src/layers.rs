@@ -27,7 +27,7 @@ const LAYERS: [(&str, &[&str]); 21] = [
     ("observe", &["access_log", "jwt", "operators", "snapshot", "tls"]),
     ("control", &["access_log", "config", "consul", "fetch", "jwt", "snapshot", "tls"]),
     ("proxy", &["access_log", "drain", "jwt", "observe", "operators", "race", "resolve", "snapshot", "tls"]),
-    ("admin", &["config", "drain", "proxy", "snapshot", "stats", "telemetry"]),
+    ("admin", &["config", "drain", "proxy", "snapshot", "stats", "telemetry", "tls"]),
     (
         "app",
         &[

@@ -102,3 +102,14 @@ def test_a_slow_client_holds_no_place_for_ever(mesh):
         connection.request("GET", "/livez")
         return connection.getresponse().status == 200
     eventually(answers, 40)
+
+
+def test_certificates_are_told_and_no_key(mesh):
+    web = mesh.service("web")
+    answer = web.admin("/certs")
+    [entry] = json.loads(answer.body)["certificates"]
+    leaf = entry["cert_chain"][0]
+    assert leaf["subject_alt_names"][0]["uri"].endswith(f"/ns/default/dc/dc1/svc/{web.name}")
+    assert leaf["days_until_expiration"] == "2" and leaf["expiration_time"].endswith("Z") and int(leaf["serial_number"], 16)
+    assert entry["ca_cert"][0]["subject_alt_names"][0]["uri"].startswith("spiffe://")
+    assert b"PRIVATE" not in answer.body

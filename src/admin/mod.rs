@@ -4,6 +4,7 @@
 //! changes something is POST. Envoy's paths answer in Envoy's shapes, as probes, `consul troubleshoot` and
 //! dashboards read them; ours are `/livez`, `/readyz`, `/metrics`, `/status` and `/debug/watches`.
 
+mod certs;
 mod guard;
 mod listen;
 mod process;

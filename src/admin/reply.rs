@@ -1,11 +1,14 @@
 //! Answers of the admin server.
 
+use std::time::SystemTime;
+
 use bytes::Bytes;
 use http::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, X_CONTENT_TYPE_OPTIONS};
 use http::{HeaderValue, Response, StatusCode};
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt as _, Full};
 use serde_json::Value;
+use time::OffsetDateTime;
 
 pub(super) type Body = BoxBody<Bytes, std::convert::Infallible>;
 pub(super) type Reply = Response<Body>;
@@ -49,4 +52,32 @@ pub(super) fn method_not_allowed(allowed: &'static str) -> Reply {
     let mut reply = status(StatusCode::METHOD_NOT_ALLOWED, format!("Method not allowed, {allowed} required.\n"));
     reply.headers_mut().insert(ALLOW, HeaderValue::from_static(allowed));
     reply
+}
+
+/// RFC 3339 in UTC, to the second.
+pub(super) fn timestamp(at: SystemTime) -> String {
+    let at = OffsetDateTime::from(at);
+    let (date, time) = (at.date(), at.time());
+    format!(
+        "{:04}-{:02}-{:02}T{:02}:{:02}:{:02}Z",
+        date.year(),
+        u8::from(date.month()),
+        date.day(),
+        time.hour(),
+        time.minute(),
+        time.second()
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn times_are_in_utc() {
+        assert_eq!(timestamp(SystemTime::UNIX_EPOCH), "1970-01-01T00:00:00Z");
+        assert_eq!(timestamp(SystemTime::UNIX_EPOCH + Duration::from_secs(951_827_696)), "2000-02-29T12:34:56Z");
+    }
 }

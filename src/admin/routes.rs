@@ -10,7 +10,7 @@ use tracing::Level;
 use super::query::{self, Query};
 use super::reply::{self, Reply};
 use super::state::{Command, Serving, State};
-use super::{Scope, guard, process, scrape, stats};
+use super::{Scope, certs, guard, process, scrape, stats};
 
 /// Answers one request.
 pub(super) async fn answer(
@@ -88,6 +88,11 @@ const PAGES: &[Page] = &[
         path: "/stats/prometheus",
         about: "all numbers for Prometheus, by Envoy's names",
         give: Give::Read(stats::prometheus),
+    },
+    Page {
+        path: "/certs",
+        about: "our certificate, its chain and the roots; never a key",
+        give: Give::Read(certs::certs),
     },
     Page { path: "/server_info", about: "version, state and uptime", give: Give::Read(server_info) },
     Page { path: "/memory", about: "memory of the process", give: Give::Read(memory) },

@@ -8,6 +8,7 @@
 mod aead;
 mod certificate;
 mod der;
+mod describe;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod names;
@@ -36,6 +37,7 @@ use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 
 pub use aead::{Aead, Implementation};
+pub use describe::{CertificateInfo, CredentialsInfo};
 pub use policy::{Parameters, Policy, Versions, is_known_suite};
 pub use refusal::{HandshakeError, PeerError};
 pub use sides::{Client, Server};
@@ -159,6 +161,12 @@ impl Credentials {
     #[must_use]
     pub fn not_after(&self) -> SystemTime {
         self.valid.until
+    }
+
+    /// The certificates, for people to read.
+    #[must_use]
+    pub fn describe(&self) -> CredentialsInfo {
+        CredentialsInfo { chain: describe::describe(&self.key.cert), roots: describe::describe(self.trust.roots()) }
     }
 
     /// For a public listener: client certificates are required and chain to the roots. `alpn` is in order

@@ -41,6 +41,10 @@ impl Trust {
         (left.len() < self.roots.len()).then(|| Self { roots: left, provider: Arc::clone(&self.provider) })
     }
 
+    pub(super) fn roots(&self) -> &[CertificateDer<'static>] {
+        &self.roots
+    }
+
     /// Whether any root is valid.
     pub(super) fn is_valid(&self, now: SystemTime) -> bool {
         self.read().iter().any(|root| root.valid.holds(now))
