@@ -11,8 +11,9 @@ use tokio::time::{sleep, timeout};
 
 use crate::admin::{self, Command};
 use crate::config::{Config, Mode};
-use crate::consul::Client;
 use crate::consul::watches::Watches;
+use crate::consul::{self, Client};
+use crate::control::Sources;
 use crate::drain::{self, Stage};
 use crate::observe::Observer;
 use crate::proxy::Workers;
@@ -30,19 +31,16 @@ pub async fn run(config: Config, level: LevelHandle) -> anyhow::Result<()> {
     let Config { mode, agent, drain_time, workers, aead, tunnel, admin, .. } = config;
     tracing::info!(target: "proxy", aead = %aead, "TLS record encryption chosen for this processor");
     let mut signals = Signals::new().context("can't listen for signals")?;
-    let client = Client::new(&agent)?;
-    let workers = Arc::new(Workers::start(workers).context("can't start the data plane's threads")?);
+    let Host { workers, sources, observer, stats } = Host::start(&agent, workers)?;
     let registration = match &mode {
-        Mode::AdHoc(flags) => Registration::new(client.clone(), flags).map(Arc::new),
+        Mode::AdHoc(flags) => Registration::new(sources.client().clone(), flags).map(Arc::new),
         Mode::ProxyId(_) | Mode::SidecarFor(_) => None,
     };
     let (publish, snapshots) = watch::channel(None);
     let (trigger, drained) = drain::channel();
 
-    let observer = Observer::default();
     let observed = observer.clone();
 
-    let stats = Arc::new(Registry::default());
     let (commands, mut commanded) = mpsc::channel(COMMANDS);
     let state = admin::State::new(
         snapshots.clone(),
@@ -62,7 +60,7 @@ pub async fn run(config: Config, level: LevelHandle) -> anyhow::Result<()> {
         proxy::run(snapshots, &workers, observed, drained).await;
         Ok(())
     });
-    tasks.spawn(async move { control::run(Watches::new(client), &agent, &mode, aead, tunnel, publish).await });
+    tasks.spawn(async move { control::run(sources, &mode, aead, tunnel, publish).await });
     if let Some(registration) = registration.clone() {
         tasks.spawn(async move {
             registration.keep().await;
@@ -83,6 +81,26 @@ pub async fn run(config: Config, level: LevelHandle) -> anyhow::Result<()> {
         registration.end().await;
     }
     result
+}
+
+/// What a process has once, however many sidecars it stands for.
+struct Host {
+    /// The data plane's threads.
+    workers: Arc<Workers>,
+    /// The connections to the agent, and everything that is asked over them.
+    sources: Sources,
+    /// Where connections and requests are told of, and with it the access log.
+    observer: Observer,
+    stats: Arc<Registry>,
+}
+
+impl Host {
+    fn start(agent: &consul::Settings, workers: usize) -> anyhow::Result<Self> {
+        let client = Client::new(agent)?;
+        let workers = Arc::new(Workers::start(workers).context("can't start the data plane's threads")?);
+        let sources = Sources::new(Watches::new(client));
+        Ok(Self { workers, sources, observer: Observer::default(), stats: Arc::default() })
+    }
 }
 
 /// Ends with the first signal, or when the admin server is told to quit.

@@ -176,10 +176,8 @@ impl Client {
 
     /// Whether table watches tell of changes of what is asked for: they know one namespace and the leader's answers.
     fn has_tables(&self) -> bool {
-        {
-            let Scope { stale, namespace, partition, .. } = self.scope();
-            !stale && namespace.is_none() && partition.is_none()
-        }
+        let Scope { stale, namespace, partition, .. } = self.scope();
+        !stale && namespace.is_none() && partition.is_none()
     }
 
     fn is_multiplexed(&self) -> bool {

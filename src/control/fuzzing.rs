@@ -95,7 +95,7 @@ impl Agent {
 
     fn news(&mut self, update: Update) {
         // Refused or not, the state stays whole.
-        let _ = self.draft.apply(update, SystemTime::now());
+        let _ = self.draft.apply(&update, SystemTime::now());
         for want in self.draft.wants() {
             match want {
                 Want::Start(query) => assert!(self.asked.insert(query.clone()), "{query} was asked already"),

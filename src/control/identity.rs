@@ -49,19 +49,19 @@ impl Identity {
     }
 
     /// Takes new roots; false if they are those that we have.
-    pub(super) fn set_roots(&mut self, roots: api::CaRoots) -> bool {
-        let new = self.roots.as_deref() != Some(&roots);
+    pub(super) fn set_roots(&mut self, roots: &api::CaRoots) -> bool {
+        let new = self.roots.as_deref() != Some(roots);
         if new {
-            self.roots = Some(Arc::new(roots));
+            self.roots = Some(Arc::new(roots.clone()));
         }
         new
     }
 
     /// Takes a new leaf; false if it is the one that we have.
-    pub(super) fn set_leaf(&mut self, leaf: api::Leaf) -> bool {
-        let new = self.leaf.as_deref() != Some(&leaf);
+    pub(super) fn set_leaf(&mut self, leaf: &api::Leaf) -> bool {
+        let new = self.leaf.as_deref() != Some(leaf);
         if new {
-            self.leaf = Some(Arc::new(leaf));
+            self.leaf = Some(Arc::new(leaf.clone()));
         }
         new
     }

@@ -104,11 +104,11 @@ impl Draft {
     ///
     /// # Errors
     /// When they can't be used; what was known before stays.
-    pub(super) fn apply(&mut self, update: Update, now: SystemTime) -> Result<(), Bad> {
+    pub(super) fn apply(&mut self, update: &Update, now: SystemTime) -> Result<(), Bad> {
         let effects = &mut self.effects;
         match update {
             Update::Service(service) => {
-                let definition = definition::registered(&service, self.enterprise, &mut effects.notes)?;
+                let definition = definition::registered(service, self.enterprise, &mut effects.notes)?;
                 self.define(definition);
             }
             Update::Roots(roots) => {
@@ -117,21 +117,21 @@ impl Draft {
                 }
             }
             Update::Leaf { service, leaf } => {
-                if self.service.set_leaf(&service, *leaf) {
+                if self.service.set_leaf(service, leaf) {
                     return self.refresh_identity(now);
                 }
             }
-            Update::Intentions { service, list } => self.service.intentions(&service, &list, effects),
-            Update::DefaultPolicy { service, policy } => self.service.default_policy(&service, policy, effects),
-            Update::Chain(query, wire) => return self.upstreams.chain(query, &wire, self.enterprise, effects),
+            Update::Intentions { service, list } => self.service.intentions(service, list, effects),
+            Update::DefaultPolicy { service, policy } => self.service.default_policy(service, policy, effects),
+            Update::Chain(query, wire) => return self.upstreams.chain(query, wire, self.enterprise, effects),
             Update::Endpoints { query, rows, filtered_by_acls } => {
-                self.upstreams.endpoints(Query::Endpoints(query), &rows, filtered_by_acls, effects);
+                self.upstreams.endpoints(&Query::Endpoints(query.clone()), rows, *filtered_by_acls, effects);
             }
-            Update::PreparedQuery(query, result) => self.upstreams.prepared_query(query, &result, effects),
+            Update::PreparedQuery(query, result) => self.upstreams.prepared_query(query, result, effects),
             Update::Mesh(entry) => return self.mesh(entry.as_ref()),
             Update::JwtProvider(name, entry) => return self.service.jwt_provider(name, entry.as_deref(), effects),
             Update::Keys(source, fetched) => self.service.keys(source, fetched, effects),
-            Update::Failed(Query::JwtProvider(name)) => self.service.miss_provider(&name, effects),
+            Update::Failed(Query::JwtProvider(name)) => self.service.miss_provider(name, effects),
             Update::Failed(query) => self.upstreams.failed(query, effects),
         }
         Ok(())

@@ -87,11 +87,11 @@ impl ServiceDraft {
         self.want_tokens(effects);
     }
 
-    pub(super) fn set_roots(&mut self, roots: api::CaRoots) -> bool {
+    pub(super) fn set_roots(&mut self, roots: &api::CaRoots) -> bool {
         self.identity.set_roots(roots)
     }
 
-    pub(super) fn set_leaf(&mut self, service: &str, leaf: api::Leaf) -> bool {
+    pub(super) fn set_leaf(&mut self, service: &str, leaf: &api::Leaf) -> bool {
         self.is_named(service) && self.identity.set_leaf(leaf)
     }
 
@@ -126,8 +126,8 @@ impl ServiceDraft {
         }
     }
 
-    pub(super) fn default_policy(&mut self, service: &str, policy: DefaultPolicy, effects: &mut Effects) {
-        if self.is_named(service) && self.rules.set_default(policy) {
+    pub(super) fn default_policy(&mut self, service: &str, policy: &DefaultPolicy, effects: &mut Effects) {
+        if self.is_named(service) && self.rules.set_default(policy.clone()) {
             self.refresh_rules(effects);
         }
     }
@@ -135,13 +135,13 @@ impl ServiceDraft {
     /// An entry that cannot be used leaves the last good one in force; before there was one, no public listener is started.
     pub(super) fn jwt_provider(
         &mut self,
-        name: String,
+        name: &str,
         entry: Option<&api::JwtProvider>,
         effects: &mut Effects,
     ) -> Result<(), Bad> {
         let plan = entry.map(|entry| jwt::provider(entry, &mut effects.notes)).transpose();
         let plan = plan.map_err(|Bad(cause)| {
-            self.tokens.refuse_provider(&name);
+            self.tokens.refuse_provider(name);
             let waits = self.public.is_none() && self.tokens.have_refused();
             Bad(if waits { format!("{cause}; the public listener does not start before it can be") } else { cause })
         })?;
@@ -152,7 +152,7 @@ impl ServiceDraft {
             ));
         }
         let before = self.tokens.queries();
-        self.tokens.set_provider(name, plan);
+        self.tokens.set_provider(name.to_owned(), plan);
         effects.ask(&before, self.tokens.queries());
         self.refresh_tokens(effects);
         if self.public.is_none() {
@@ -169,8 +169,8 @@ impl ServiceDraft {
         effects.publish(Urgency::Now);
     }
 
-    pub(super) fn keys(&mut self, source: KeySource, fetched: Fetched, effects: &mut Effects) {
-        self.tokens.set_keys(source, fetched);
+    pub(super) fn keys(&mut self, source: &KeySource, fetched: &Fetched, effects: &mut Effects) {
+        self.tokens.set_keys(source.clone(), fetched.clone());
         self.refresh_tokens(effects);
     }
 

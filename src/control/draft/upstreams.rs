@@ -86,7 +86,7 @@ impl Upstreams {
 
     pub(super) fn chain(
         &mut self,
-        query: ChainQuery,
+        query: &ChainQuery,
         wire: &api::CompiledDiscoveryChain,
         enterprise: bool,
         effects: &mut Effects,
@@ -96,10 +96,10 @@ impl Upstreams {
             return Ok(());
         }
         let plan = chain::plan(wire, enterprise, &mut effects.notes)?;
-        if self.chains.get(&query).is_some_and(|known| **known == plan) {
+        if self.chains.get(query).is_some_and(|known| **known == plan) {
             return Ok(());
         }
-        self.chains.insert(query, Arc::new(plan));
+        self.chains.insert(query.clone(), Arc::new(plan));
         for key in &users {
             self.relink(key, effects);
         }
@@ -110,16 +110,16 @@ impl Upstreams {
 
     pub(super) fn endpoints(
         &mut self,
-        query: Query,
+        query: &Query,
         rows: &[api::CheckServiceNode],
         filtered_by_acls: bool,
         effects: &mut Effects,
     ) {
-        let users = self.users_of(&query);
+        let users = self.users_of(query);
         if users.is_empty() {
             return;
         }
-        let known = self.instances.get(&query);
+        let known = self.instances.get(query);
         if filtered_by_acls && rows.is_empty() && known.is_some_and(|known| !known.is_empty()) {
             effects.notes.push(format!(
                 "{query}: the agent hides every instance from our token, so those known before are kept; \
@@ -128,9 +128,9 @@ impl Upstreams {
             return;
         }
         let list = instances(rows);
-        let changed = match self.instances.get_mut(&query) {
+        let changed = match self.instances.get_mut(query) {
             Some(known) => known.set(list),
-            None => self.instances.insert(query, Instances::new(list)).is_none(),
+            None => self.instances.insert(query.clone(), Instances::new(list)).is_none(),
         };
         if changed {
             effects.publish(self.urgency_of(&users));
@@ -140,15 +140,15 @@ impl Upstreams {
 
     pub(super) fn prepared_query(
         &mut self,
-        query: PreparedQuery,
+        query: &PreparedQuery,
         result: &api::PreparedQueryResult,
         effects: &mut Effects,
     ) {
         let prepared = prepared(result);
         let key = Query::PreparedQuery(query.clone());
-        self.endpoints(key.clone(), &result.nodes, false, effects);
-        if self.users.contains_key(&key) && self.prepared.get(&query) != Some(&prepared) {
-            self.prepared.insert(query, prepared);
+        self.endpoints(&key, &result.nodes, false, effects);
+        if self.users.contains_key(&key) && self.prepared.get(query) != Some(&prepared) {
+            self.prepared.insert(query.clone(), prepared);
             self.changed.extend(self.users_of(&key));
             effects.publish(Urgency::Soon);
         }
@@ -156,16 +156,16 @@ impl Upstreams {
 
     /// An answer that did not come changes nothing, unless there never was one: no upstream waits for ever
     /// for endpoints, as its other targets may have some.
-    pub(super) fn failed(&mut self, query: Query, effects: &mut Effects) {
-        if !self.users.contains_key(&query) {
+    pub(super) fn failed(&mut self, query: &Query, effects: &mut Effects) {
+        if !self.users.contains_key(query) {
             return;
         }
-        match &query {
+        match query {
             Query::PreparedQuery(name) if !self.prepared.contains_key(name) => {
-                self.prepared_query(name.clone(), &api::PreparedQueryResult::default(), effects);
+                self.prepared_query(name, &api::PreparedQueryResult::default(), effects);
             }
-            Query::Endpoints(_) if !self.instances.contains_key(&query) => self.endpoints(query, &[], false, effects),
-            Query::Chain(chain) if !self.chains.contains_key(chain) => self.give_up(&query, effects),
+            Query::Endpoints(_) if !self.instances.contains_key(query) => self.endpoints(query, &[], false, effects),
+            Query::Chain(chain) if !self.chains.contains_key(chain) => self.give_up(query, effects),
             _ => {}
         }
     }

@@ -50,7 +50,7 @@ impl Stage {
     }
 
     fn apply(&mut self, update: Update) -> Result<(), Bad> {
-        let result = self.draft.apply(update, self.now);
+        let result = self.draft.apply(&update, self.now);
         for want in self.draft.wants() {
             match want {
                 Want::Start(query) => {

@@ -1,0 +1,370 @@
+//! Every query of the process once, with those that use it and what it said last.
+//!
+//! Drafts subscribe to queries. What several drafts ask as the same scope is one query, which is told to each of them. A draft that comes
+//! late is told at once what is known. A query ends with its last subscription.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::mpsc;
+
+use super::draft::Update;
+use super::jwks_fetcher::{self, Keeper};
+use super::query::Query;
+use crate::consul::query::Event;
+use crate::consul::watches::{ScopeId, Watch, Watches};
+use crate::consul::{self, Client};
+use crate::snapshot::{Action, DefaultPolicy};
+
+/// What queries said that is not passed on yet; they wait when there is no room.
+const HEARD: usize = 256;
+
+/// The queries of one scope. Clones share everything, and those of another scope ask over the same transport.
+#[derive(Clone)]
+pub struct Sources {
+    watches: Watches,
+    running: Arc<Mutex<Running>>,
+    heard: mpsc::Sender<Heard>,
+}
+
+#[derive(Default)]
+struct Running {
+    sources: HashMap<Key, Source>,
+    /// Of the next source or subscription.
+    next: u64,
+}
+
+/// Equal for what is asked once.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Key {
+    /// Absent for key sets, which are not asked of the agent.
+    scope: Option<ScopeId>,
+    query: Query,
+}
+
+/// A query that runs.
+struct Source {
+    number: u64,
+    asking: Asking,
+    /// By the number of the subscription.
+    users: BTreeMap<u64, mpsc::Sender<News>>,
+    /// The last answer, or the last failure where there was no answer yet. State on disk would start here.
+    last: Option<Told>,
+}
+
+/// What keeps a source up to date until it is dropped.
+enum Asking {
+    Agent(Watch),
+    Keys { _keeper: Keeper },
+}
+
+/// What a query has to say.
+#[derive(Debug, Clone)]
+pub(super) enum Told {
+    Update(Arc<Update>),
+    /// The query goes on, and what it said before is as good as it was.
+    Failed(consul::Error),
+}
+
+/// What a source said, on its way to its users.
+struct Heard {
+    key: Key,
+    source: u64,
+    told: Told,
+}
+
+/// What a subscriber is told.
+#[derive(Debug)]
+pub(super) struct News {
+    pub(super) query: Query,
+    /// The subscription that it is for, which may have ended meanwhile.
+    pub(super) subscription: u64,
+    pub(super) told: Told,
+}
+
+/// A use of a query, until it is dropped.
+#[must_use = "a query ends with its last subscription"]
+pub(super) struct Subscription {
+    pub(super) number: u64,
+    key: Key,
+    running: Arc<Mutex<Running>>,
+}
+
+impl Sources {
+    /// Must be called within a runtime.
+    #[must_use]
+    pub fn new(watches: Watches) -> Self {
+        let running = Arc::<Mutex<Running>>::default();
+        let (heard, all) = mpsc::channel(HEARD);
+        // It ends with the last of those that can send.
+        tokio::spawn(pass_on(all, Arc::clone(&running)));
+        Self { watches, running, heard }
+    }
+
+    /// The queries of another scope.
+    ///
+    /// # Errors
+    /// When the scope's token can't be read or used.
+    pub fn for_scope(&self, scope: consul::Scope) -> anyhow::Result<Self> {
+        Ok(Self { watches: self.watches.for_scope(scope)?, ..self.clone() })
+    }
+
+    #[must_use]
+    pub fn client(&self) -> &Client {
+        self.watches.client()
+    }
+
+    /// What is asked, in words, by whichever scope.
+    #[cfg(test)]
+    pub(super) fn asked(&self) -> std::collections::BTreeSet<String> {
+        lock(&self.running).sources.keys().map(|key| key.query.to_string()).collect()
+    }
+
+    /// Sends `news` what the query says from now on. What is known of it already is given at once.
+    pub(super) fn subscribe(&self, query: &Query, news: mpsc::Sender<News>) -> (Subscription, Option<Told>) {
+        let scope = if matches!(query, Query::Keys(_)) { None } else { Some(self.watches.scope_id()) };
+        let key = Key { scope, query: query.clone() };
+        let mut running = lock(&self.running);
+        let (number, own) = (running.next, running.next + 1);
+        running.next += 2;
+        let source = running.sources.entry(key.clone()).or_insert_with(|| Source {
+            number: own,
+            asking: self.ask(&key, own),
+            users: BTreeMap::new(),
+            last: None,
+        });
+        source.users.insert(number, news);
+        let last = source.last.clone();
+        drop(running);
+        (Subscription { number, key, running: Arc::clone(&self.running) }, last)
+    }
+
+    fn ask(&self, key: &Key, source: u64) -> Asking {
+        let ask = Ask { sources: self, key: key.clone(), source };
+        match key.query.clone() {
+            Query::Service(id) => {
+                ask.agent(consul::Query::agent_service(&id), |answer| Update::Service(Box::new(answer.value)))
+            }
+            Query::Roots => ask.agent(consul::Query::ca_roots(), |answer| Update::Roots(answer.value)),
+            Query::Leaf(service) => ask.agent(consul::Query::ca_leaf(&service), move |answer| Update::Leaf {
+                service: service.clone(),
+                leaf: Box::new(answer.value),
+            }),
+            Query::Intentions(service) => ask.agent(consul::Query::intentions(&service), move |answer| {
+                Update::Intentions { service: service.clone(), list: answer.value }
+            }),
+            Query::DefaultPolicy(service) => ask.agent(consul::Query::default_policy(&service), move |answer| {
+                Update::DefaultPolicy { service: service.clone(), policy: default_policy(answer.value) }
+            }),
+            Query::Chain(chain) => ask.agent(consul::Query::discovery_chain(&chain), move |answer| {
+                Update::Chain(chain.clone(), Box::new(answer.value))
+            }),
+            Query::Endpoints(instances) => {
+                ask.agent(consul::Query::health_connect(&instances), move |answer| Update::Endpoints {
+                    query: instances.clone(),
+                    rows: answer.value,
+                    filtered_by_acls: answer.filtered_by_acls,
+                })
+            }
+            Query::PreparedQuery(prepared) => {
+                let asked = consul::Query::prepared_query(&prepared.name, prepared.datacenter.as_deref());
+                ask.agent(asked, move |answer| Update::PreparedQuery(prepared.clone(), Box::new(answer.value)))
+            }
+            Query::Mesh => ask.agent(consul::Query::mesh_config(), |answer| Update::Mesh(answer.value)),
+            Query::JwtProvider(name) => ask.agent(consul::Query::jwt_provider(&name), move |answer| {
+                Update::JwtProvider(name.clone(), answer.value.map(Box::new))
+            }),
+            Query::Keys(set) => {
+                let Ask { key, source, .. } = ask;
+                let named = set.clone();
+                let keeper = jwks_fetcher::keep(set, self.heard.clone(), move |fetched| {
+                    let told = Told::Update(Arc::new(Update::Keys(named.clone(), fetched)));
+                    Heard { key: key.clone(), source, told }
+                });
+                Asking::Keys { _keeper: keeper }
+            }
+        }
+    }
+}
+
+/// A source in the making.
+struct Ask<'a> {
+    sources: &'a Sources,
+    key: Key,
+    source: u64,
+}
+
+impl Ask<'_> {
+    fn agent<T, F>(self, asked: consul::Query<T>, update: F) -> Asking
+    where
+        T: Send + 'static,
+        F: Fn(consul::Answer<T>) -> Update + Send + 'static,
+    {
+        let Self { sources, key, source } = self;
+        Asking::Agent(sources.watches.watch(asked, sources.heard.clone(), move |event| {
+            let told = match event {
+                Event::Value(answer) => Told::Update(Arc::new(update(answer))),
+                Event::Failed(error) => Told::Failed(error),
+            };
+            Heard { key: key.clone(), source, told }
+        }))
+    }
+}
+
+impl Subscription {
+    /// A connection waits for the first answer: it is asked for before those of others.
+    pub(super) fn hurry(&self) {
+        if let Some(Source { asking: Asking::Agent(watch), .. }) = lock(&self.running).sources.get(&self.key) {
+            watch.hurry();
+        }
+    }
+}
+
+impl Drop for Subscription {
+    fn drop(&mut self) {
+        let mut running = lock(&self.running);
+        let Some(source) = running.sources.get_mut(&self.key) else { return };
+        source.users.remove(&self.number);
+        if source.users.is_empty() {
+            running.sources.remove(&self.key);
+        }
+    }
+}
+
+impl Running {
+    /// Keeps what a source said; those that are to be told.
+    fn keep(&mut self, heard: &Heard) -> Vec<(u64, mpsc::Sender<News>)> {
+        // One that has ended may have had something on its way.
+        let Some(source) = self.sources.get_mut(&heard.key).filter(|source| source.number == heard.source) else {
+            return Vec::new();
+        };
+        if matches!(heard.told, Told::Update(_)) || !matches!(source.last, Some(Told::Update(_))) {
+            source.last = Some(heard.told.clone());
+        }
+        source.users.iter().map(|(number, news)| (*number, news.clone())).collect()
+    }
+}
+
+/// Tells all users what is heard, in order.
+async fn pass_on(mut all: mpsc::Receiver<Heard>, running: Arc<Mutex<Running>>) {
+    while let Some(heard) = all.recv().await {
+        let users = lock(&running).keep(&heard);
+        for (subscription, news) in users {
+            let (query, told) = (heard.key.query.clone(), heard.told.clone());
+            // A user that is gone needs no news.
+            let _ = news.send(News { query, subscription, told }).await;
+        }
+    }
+}
+
+fn lock(running: &Mutex<Running>) -> MutexGuard<'_, Running> {
+    running.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn default_policy(wire: consul::DefaultPolicy) -> DefaultPolicy {
+    let action = if wire.allow { Action::Allow } else { Action::Deny };
+    DefaultPolicy { action, source: wire.source }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use serde_json::json;
+
+    use super::super::fixture::{Ca, roots};
+    use super::super::jwks_fetcher::KeySource;
+    use super::*;
+    use crate::testing::{Agent, Fault, TempFile};
+
+    /// Longest wait for something that should come at once.
+    const SOON: Duration = Duration::from_secs(10);
+    const ROOTS: &str = "/v1/agent/connect/ca/roots";
+
+    fn sources(agent: &Agent) -> Sources {
+        Sources::new(Watches::new(Client::new(&agent.settings()).expect("the settings are good")))
+    }
+
+    /// A user, with what it was told at once.
+    struct User {
+        news: mpsc::Receiver<News>,
+        subscription: Subscription,
+        known: Option<Told>,
+    }
+
+    impl User {
+        fn of(sources: &Sources, query: &Query) -> Self {
+            let (sender, news) = mpsc::channel(8);
+            let (subscription, known) = sources.subscribe(query, sender);
+            Self { news, subscription, known }
+        }
+
+        async fn next(&mut self) -> Told {
+            let news = tokio::time::timeout(SOON, self.news.recv()).await.expect("news come soon").expect("it runs");
+            assert_eq!(news.subscription, self.subscription.number);
+            news.told
+        }
+    }
+
+    #[tokio::test]
+    async fn a_late_user_is_told_at_once_and_a_query_ends_with_its_last() {
+        let agent = Agent::start();
+        agent.set(ROOTS, roots(&[&Ca::new()]));
+        let sources = sources(&agent);
+        let mut first = User::of(&sources, &Query::Roots);
+        assert!(first.known.is_none());
+        assert!(matches!(first.next().await, Told::Update(_)));
+        let mut second = User::of(&sources, &Query::Roots);
+        assert!(matches!(&second.known, Some(Told::Update(update)) if matches!(**update, Update::Roots(_))));
+        assert_eq!(agent.count(|seen| seen.path == ROOTS && seen.param("index").is_none()), 1);
+
+        drop(first);
+        agent.set(ROOTS, roots(&[&Ca::new()]));
+        assert!(matches!(second.next().await, Told::Update(_)));
+        drop(second);
+        assert!(sources.asked().is_empty());
+        assert!(User::of(&sources, &Query::Roots).known.is_none(), "nothing old is told again");
+    }
+
+    #[tokio::test]
+    async fn all_users_hear_of_a_failure_and_a_late_one_of_the_last_before_any_answer() {
+        let agent = Agent::start();
+        agent.fault(Some(Fault::Status(500, "No cluster leader")));
+        let sources = sources(&agent);
+        let query = Query::JwtProvider("okta".into());
+        let [mut first, mut second] = [(); 2].map(|()| User::of(&sources, &query));
+        second.subscription.hurry();
+        for user in [&mut first, &mut second] {
+            assert!(matches!(user.next().await, Told::Failed(_)));
+        }
+        assert!(matches!(User::of(&sources, &query).known, Some(Told::Failed(_))));
+        agent.set("/v1/config/jwt-provider/okta", json!({ "Name": "okta" }));
+        agent.fault(None);
+        while matches!(first.next().await, Told::Failed(_)) {}
+        assert!(matches!(User::of(&sources, &query).known, Some(Told::Update(_))));
+    }
+
+    #[tokio::test]
+    async fn scopes_share_key_sets_and_nothing_that_the_agent_says() {
+        let agent = Agent::start();
+        agent.set(ROOTS, roots(&[&Ca::new()]));
+        let sources = sources(&agent);
+        let token = consul::Token::Fixed("secret".into());
+        let others = sources.for_scope(consul::Scope { token, ..consul::Scope::default() }).expect("a good token");
+        let file = TempFile::new(&json!({ "keys": [] }).to_string());
+        let keys = Query::Keys(KeySource::File(file.path().into()));
+        for query in [Query::Roots, keys.clone()] {
+            let mut user = User::of(&sources, &query);
+            assert!(matches!(user.next().await, Told::Update(_)));
+            let mut other = User::of(&others, &query);
+            assert_eq!(other.known.is_some(), query == keys);
+            if query == Query::Roots {
+                assert!(matches!(other.next().await, Told::Update(_)));
+                assert_eq!(
+                    agent.requests(ROOTS).last().and_then(|seen| seen.token().map(str::to_owned)).as_deref(),
+                    Some("secret")
+                );
+            }
+        }
+    }
+}
