@@ -10,6 +10,8 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::schedule::Room;
+
 /// Most connections that are of use: one for intentions, one for each request that blocks, and a few for answers.
 const MOST: usize = 8;
 
@@ -25,6 +27,9 @@ const PROBE: Duration = Duration::from_secs(10);
 
 /// Connections that are few enough for that none is left for long waits.
 const SCARCE: usize = 3;
+
+/// For so long after a refusal, connections count as not enough: whoever uses fewer than it could has tried for one more by then.
+const SHORTAGE: Duration = Duration::from_secs(60 * 60);
 
 /// Refusals within this time are one: they tell of the same moment.
 const ONE_MOMENT: Duration = Duration::from_secs(1);
@@ -68,14 +73,15 @@ impl Usage {
         if self.multiplexed { STREAMS - 1 } else { self.allowed - 1 }
     }
 
-    /// Whether one more refusal or two may leave no request besides the one for intentions.
-    pub(super) fn is_scarce(&self) -> bool {
-        self.is_crowded() && self.allowed <= SCARCE
-    }
-
-    /// Whether the agent's connections have not been enough for this host.
-    pub(super) fn is_crowded(&self) -> bool {
-        !self.multiplexed && self.refused_at.is_some()
+    /// Whether the agent's connections have been enough for this host lately. They are scarce where one more refusal or two may
+    /// leave no request besides the one for intentions.
+    pub(super) fn room(&self, now: Instant) -> Room {
+        let recent = self.refused_at.is_some_and(|at| now.saturating_duration_since(at) < SHORTAGE);
+        match recent && !self.multiplexed {
+            true if self.allowed <= SCARCE => Room::Scarce,
+            true => Room::Crowded,
+            false => Room::Enough,
+        }
     }
 
     fn refused(&mut self, now: Instant, chance: f64) {
@@ -114,6 +120,12 @@ impl Budget {
 
     pub(super) fn usage(&self) -> Usage {
         *self.usage.borrow()
+    }
+
+    /// Waits until connections have not been enough lately.
+    pub(super) async fn shortage(&self) {
+        // The sender lives in the budget, so this cannot fail.
+        let _ = self.follow().wait_for(|usage| usage.room(Instant::now()) != Room::Enough).await;
     }
 
     /// Tells of changes.
@@ -190,14 +202,16 @@ mod tests {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         let mut usage = Usage::new(8);
-        assert!(!usage.is_scarce());
+        assert_eq!(usage.room(at(0)), Room::Enough);
         usage.refused(at(0), 0.5);
-        assert!((usage.allowed, usage.is_scarce()) == (4, false) && usage.grow(at(60), 0.5));
+        assert!((usage.allowed, usage.room(at(0))) == (4, Room::Crowded) && usage.grow(at(60), 0.5));
         usage.refused(at(65), 0.5);
         assert_eq!(usage.allowed, 4);
         // What was enough is not any more.
         usage.refused(at(70), 0.5);
-        assert_eq!((usage.allowed, usage.is_scarce()), (2, true));
+        assert_eq!((usage.allowed, usage.room(at(70))), (2, Room::Scarce));
+        assert!(SHORTAGE > SLOWEST_GROWTH.mul_f64(1.25));
+        assert_eq!(usage.room(at(70) + SHORTAGE), Room::Enough);
     }
 
     #[test]

@@ -34,6 +34,9 @@ pub enum ErrorKind {
     Status { code: u16, text: String },
     /// The agent answered with success and a body that cannot be used.
     Decode(String),
+    /// Nothing was asked: this name is a step between folders in the path of any URL, however it is escaped, and the agent
+    /// redirects to another path (RFC 3986, 5.2.4; Consul 1.8.7 to 1.22).
+    Name(String),
 }
 
 impl Error {
@@ -101,6 +104,7 @@ impl Error {
             ErrorKind::Status { code: code @ (403 | 404), .. } => format!("{code} {}", self.request),
             ErrorKind::Status { code, text } => format!("{code} {}", text.chars().take(80).collect::<String>()),
             ErrorKind::Decode(_) => format!("decode {}", self.request),
+            ErrorKind::Name(name) => format!("name {name}"),
         }
     }
 
@@ -135,6 +139,7 @@ impl Error {
             ErrorKind::Status { text, .. } if text.contains("Connect must be enabled") => {
                 Some("enable connect in the agent's and the servers' configuration".into())
             }
+            ErrorKind::Name(_) => Some("give it another name".into()),
             _ => None,
         }
     }
@@ -155,6 +160,10 @@ impl fmt::Display for Error {
             ErrorKind::Decode(cause) => {
                 write!(f, "the agent at {address} answered {request} with something unreadable: {cause}")?;
             }
+            ErrorKind::Name(name) => write!(
+                f,
+                "the agent at {address} cannot be asked ({request}): it takes {name:?} in a path for a step between folders"
+            )?,
         }
         match self.remedy() {
             Some(remedy) => write!(f, "; {remedy}"),

@@ -227,6 +227,9 @@ impl Client {
 
     /// Sends one request. With a cursor, the agent answers when it has something newer, or after `wait`.
     async fn send(&self, pool: Pool, request: &Request, cursor: &Cursor, wait: Duration) -> Result<Response, Error> {
+        if let Some(name) = request.path.iter().find(|segment| matches!(segment.as_str(), "." | "..")) {
+            return Err(self.error(request, ErrorKind::Name(name.clone())));
+        }
         let limit = match cursor {
             Cursor::None => PROMPT,
             // The agent adds up to a sixteenth, so that not all queries end at once.
@@ -286,7 +289,7 @@ impl Client {
         if let Some(body) = &request.body {
             http = http.header(CONTENT_TYPE, HeaderValue::from_static("application/json")).body(body.clone());
         }
-        if pool == Pool::Shared && wait >= watches::CROWDED_WAIT && !self.transport.https {
+        if pool == Pool::Shared && wait >= schedule::CROWDED_WAIT && !self.transport.https {
             // Others of the host have a chance of it.
             http = http.header(CONNECTION, HeaderValue::from_static("close"));
         }
@@ -483,6 +486,21 @@ mod tests {
         assert_eq!(agent.requests("/v1/agent/service/deregister/web%2F1").len(), 1);
         client.deregister_service("a\tb\nc?d#e%f").await.expect("deregistered");
         assert_eq!(agent.requests("/v1/agent/service/deregister/a%09b%0Ac%3Fd%23e%25f").len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_name_that_no_path_can_hold_is_not_asked_for() {
+        let agent = Agent::start();
+        for name in [".", ".."] {
+            let instances = Instances { service: name.into(), ..Instances::default() };
+            let error =
+                client(&agent.settings()).ask(&Query::health_connect(&instances)).await.expect_err("it can't be");
+            assert!(error.to_string().ends_with("for a step between folders; give it another name"), "{error}");
+        }
+        let instances = Instances { service: "...".into(), ..Instances::default() };
+        agent.set("/v1/health/connect/...", json!([]));
+        client(&agent.settings()).ask(&Query::health_connect(&instances)).await.expect("a name like others");
+        assert_eq!(agent.count(|_| true), 1);
     }
 
     #[tokio::test]

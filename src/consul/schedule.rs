@@ -17,7 +17,7 @@ use tokio::time::Instant;
 
 use super::endpoint::Table;
 
-/// How long a request blocks that need not make room for others. The agent keeps a handler for as long as this after
+/// How long a request blocks that need not make room for others, where there are connections enough. The agent keeps a handler for as long as this after
 /// we have gone away, so it is not longer.
 pub(super) const LONG_WAIT: Duration = Duration::from_secs(60);
 
@@ -49,8 +49,12 @@ const AUTHORIZATION_ROTATION: Duration = Duration::from_millis(800);
 /// …but blocks for as long as this at least.
 const SHORTEST_TURN: Duration = Duration::from_millis(50);
 
-/// Where connections are scarce, the intentions block no longer than this: the others are asked for soon if their connections
-/// are lost.
+/// How long it is on a host whose connections have not been enough lately: what is given up is free again when the agent has
+/// answered. Whatever blocks for as long as this, or longer, gives its connection up.
+pub(super) const CROWDED_WAIT: Duration = Duration::from_secs(15);
+
+/// Where there may soon be none but the one for intentions, those block no longer than this: the others are asked for soon if
+/// their connections are lost.
 const SCARCE_WAIT: Duration = Duration::from_secs(4);
 
 /// How often what a table watches over is fetched all the same, in case that a table does not tell.
@@ -99,10 +103,42 @@ pub(super) enum Role {
 /// For whom the next request is looked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Worker {
-    /// The one for intentions; `alone` if there is no other, `scarce` if there may soon be none.
-    Authorization { alone: bool, scarce: bool },
+    /// The one for intentions; `alone` if there is no other.
+    Authorization { alone: bool, room: Room },
     /// One of so many for all else.
-    Shared { of: usize },
+    Shared { of: usize, room: Room },
+}
+
+/// Whether this host has enough connections to the agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Room {
+    Enough,
+    /// They have not been enough lately.
+    Crowded,
+    /// There may soon be none besides the one for intentions.
+    Scarce,
+}
+
+impl Worker {
+    /// How long a request blocks that need not make room for others.
+    fn long_wait(self) -> Duration {
+        match self {
+            Self::Authorization { room: Room::Scarce, .. } => SCARCE_WAIT,
+            Self::Authorization { room, .. } | Self::Shared { room, .. } => match room {
+                Room::Enough => LONG_WAIT,
+                Room::Crowded | Room::Scarce => CROWDED_WAIT,
+            },
+        }
+    }
+}
+
+/// How a request blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Blocking {
+    /// For as long as it may.
+    Long,
+    /// For a moment, so that others have a turn.
+    Rotating,
 }
 
 /// A request to send. `work` is whatever the caller needs for that.
@@ -111,16 +147,11 @@ pub(super) struct Job<W> {
     pub(super) work: W,
     /// How long it may block; `None` for a fetch.
     pub(super) wait: Option<Duration>,
+    /// It blocks for a moment, so that others have a turn.
+    pub(super) rotates: bool,
     /// Notified when nobody wants the answer any more.
     pub(super) cancelled: Arc<Notify>,
     sent: Instant,
-}
-
-impl<W> Job<W> {
-    /// Whether it blocks for a moment, so that others have a turn.
-    pub(super) fn rotates(&self) -> bool {
-        self.wait.is_some_and(|wait| wait <= ROTATION_BOUNDS.1)
-    }
 }
 
 pub(super) enum Next<W> {
@@ -145,6 +176,9 @@ pub(super) enum Done {
     Failed(Duration),
 }
 
+/// How a request is to block, and for how long.
+type Block = (Blocking, Duration);
+
 /// All queries that are asked, each with its `W`.
 pub(super) struct Schedule<W> {
     entries: BTreeMap<Id, Entry<W>>,
@@ -166,8 +200,8 @@ struct Entry<W> {
     due: Option<(Instant, Why)>,
     /// From when on it may block, once it was answered so that it can.
     blocks_from: Option<Instant>,
-    /// How long the request under way may block, if it does.
-    blocking: Option<Duration>,
+    /// How the request under way blocks, if it does.
+    blocking: Option<Blocking>,
     /// When the last request was sent.
     attended: Option<Instant>,
     /// Somebody waits for the first answer.
@@ -281,7 +315,7 @@ impl<W> Schedule<W> {
     /// before.
     pub(super) fn may_interrupt(&mut self, now: Instant) -> bool {
         let rotates =
-            |entry: &Entry<W>| entry.role != Role::Authorization && entry.blocking.is_some_and(|wait| wait < LONG_WAIT);
+            |entry: &Entry<W>| entry.role != Role::Authorization && entry.blocking == Some(Blocking::Rotating);
         let may = self.entries.values().any(rotates)
             && self.interrupted.is_none_or(|at| now.saturating_duration_since(at) >= ROTATION_BOUNDS.1 * 2);
         if may {
@@ -314,22 +348,23 @@ impl<W> Schedule<W> {
             Worker::Authorization { alone: true, .. } => self.alone(now),
             _ => self.fetchable(worker, now).map(|id| (id, None)).or_else(|| self.blockable(worker, now)),
         };
-        match chosen.and_then(|(id, wait)| self.take(id, wait, now)) {
+        match chosen.and_then(|(id, block)| self.take(id, block, now)) {
             Some(job) => Next::Job(job),
             None => Next::Later(self.next_event(worker, now)),
         }
     }
 
-    fn take(&mut self, id: Id, wait: Option<Duration>, now: Instant) -> Option<Job<W>> {
+    fn take(&mut self, id: Id, block: Option<Block>, now: Instant) -> Option<Job<W>> {
         let entry = self.entries.get_mut(&id)?;
         let work = entry.work.take()?;
         entry.attended = Some(now);
-        entry.blocking = wait;
-        if wait.is_none() {
+        entry.blocking = block.map(|(how, _)| how);
+        if block.is_none() {
             entry.due = None;
             entry.blocks_from = None;
         }
-        Some(Job { id, work, wait, cancelled: entry.cancelled.clone(), sent: now })
+        let (wait, rotates) = (block.map(|(_, wait)| wait), entry.blocking == Some(Blocking::Rotating));
+        Some(Job { id, work, wait, rotates, cancelled: entry.cancelled.clone(), sent: now })
     }
 
     /// What is due, the most urgent first.
@@ -342,7 +377,7 @@ impl<W> Schedule<W> {
     }
 
     /// What may block: those that do not rotate first, and of the others the one that was not attended for longest.
-    fn blockable(&self, worker: Worker, now: Instant) -> Option<(Id, Option<Duration>)> {
+    fn blockable(&self, worker: Worker, now: Instant) -> Option<(Id, Option<Block>)> {
         let mut all: Vec<(u8, Id, &Entry<W>)> = self
             .entries
             .iter()
@@ -353,20 +388,20 @@ impl<W> Schedule<W> {
         let kept = match worker {
             Worker::Shared { .. } if !self.is_authorized(now) => 0,
             // One worker is left to what is due.
-            Worker::Shared { of } if all.len() >= of => of.saturating_sub(1),
+            Worker::Shared { of, .. } if all.len() >= of => of.saturating_sub(1),
             // There is one worker for the intentions of all services.
             Worker::Authorization { .. } if all.len() > 1 => 0,
             _ => all.len(),
         };
-        let long = all.iter().filter(|(_, _, entry)| entry.blocking == Some(LONG_WAIT)).count();
+        let count = |how| all.iter().filter(|(_, _, entry)| entry.blocking == Some(how)).count();
+        let long = count(Blocking::Long);
         let ready = |entry: &Entry<W>| entry.work.is_some() && entry.blocks_from.is_some_and(|from| from <= now);
         if let Some((_, id, _)) = all.iter().take(kept).find(|(_, _, entry)| ready(entry))
             && long < kept
         {
-            let is_scarce = matches!(worker, Worker::Authorization { scarce: true, .. });
-            return Some((*id, Some(if is_scarce { SCARCE_WAIT } else { LONG_WAIT })));
+            return Some((*id, Some((Blocking::Long, worker.long_wait()))));
         }
-        if all.iter().any(|(_, _, entry)| entry.blocking.is_some_and(|wait| wait < LONG_WAIT)) {
+        if count(Blocking::Rotating) > 0 {
             return None;
         }
         let next = all.iter().filter(|(_, _, entry)| ready(entry)).min_by_key(|(_, id, entry)| (entry.attended, *id));
@@ -375,7 +410,7 @@ impl<W> Schedule<W> {
             Worker::Authorization { .. } => (AUTHORIZATION_ROTATION / rotating.max(1)).max(SHORTEST_TURN),
             Worker::Shared { .. } => (ROTATION / rotating.max(1)).clamp(ROTATION_BOUNDS.0, ROTATION_BOUNDS.1),
         };
-        next.map(|(_, id, _)| (*id, Some(self.until_due(worker, now, wait))))
+        next.map(|(_, id, _)| (*id, Some((Blocking::Rotating, self.until_due(worker, now, wait)))))
     }
 
     /// Whether the request for intentions has what it needs.
@@ -388,8 +423,8 @@ impl<W> Schedule<W> {
     }
 
     /// For a single connection: the intentions are asked at least once within [`ALONE_WAIT`] and a little more.
-    fn alone(&self, now: Instant) -> Option<(Id, Option<Duration>)> {
-        let worker = Worker::Authorization { alone: true, scarce: true };
+    fn alone(&self, now: Instant) -> Option<(Id, Option<Block>)> {
+        let worker = Worker::Authorization { alone: true, room: Room::Scarce };
         let is_old = |at: Option<Instant>| at.is_none_or(|at| now.saturating_duration_since(at) >= ALONE_WAIT);
         let due = self.fetchable(worker, now);
         let ready = |entry: &Entry<W>| entry.blocks_from.is_some_and(|from| from <= now);
@@ -402,9 +437,11 @@ impl<W> Schedule<W> {
         let urgent: Vec<_> = authorization.iter().filter(|(_, entry)| is_old(entry.attended)).copied().collect();
         if let Some(id) = oldest(&urgent) {
             let wait = if due.is_some() { Duration::from_millis(1) } else { turn };
-            return Some((id, Some(wait)));
+            return Some((id, Some((Blocking::Rotating, wait))));
         }
-        let block = |of: &[(Id, &Entry<W>)], wait| oldest(of).map(|id| (id, Some(self.until_due(worker, now, wait))));
+        let block = |of: &[(Id, &Entry<W>)], wait| {
+            oldest(of).map(|id| (id, Some((Blocking::Rotating, self.until_due(worker, now, wait)))))
+        };
         due.map(|id| (id, None)).or_else(|| block(&others, SHORTEST_WAIT)).or_else(|| block(&authorization, turn))
     }
 
@@ -430,7 +467,7 @@ impl<W> Schedule<W> {
 
     /// Takes a job back with what became of it.
     pub(super) fn done(&mut self, job: Job<W>, done: Done, now: Instant, chance: f64) {
-        let Job { id, work, sent, wait, .. } = job;
+        let Job { id, work, sent, wait, rotates, .. } = job;
         let Some(entry) = self.entries.get_mut(&id) else { return };
         entry.work = Some(work);
         entry.blocking = None;
@@ -439,11 +476,11 @@ impl<W> Schedule<W> {
         let due = entry.due.take();
         match done {
             Done::Block(pause) => {
-                let over = wait.filter(|wait| now.saturating_duration_since(sent) >= *wait);
-                let rest = match over.filter(|_| entry.role != Role::Authorization) {
-                    Some(wait) if wait < LONG_WAIT => ROTATION_REST,
-                    Some(_) => GIVE_WAY.mul_f64(chance),
-                    None => Duration::ZERO,
+                let over = wait.is_some_and(|wait| now.saturating_duration_since(sent) >= wait);
+                let rest = match over && entry.role != Role::Authorization {
+                    true if rotates => ROTATION_REST,
+                    true => GIVE_WAY.mul_f64(chance),
+                    false => Duration::ZERO,
                 };
                 entry.blocks_from = Some(now + pause.max(rest));
                 entry.due = due;
@@ -631,7 +668,7 @@ impl RefetchBudget {
 mod tests {
     use super::*;
 
-    const ALL: Worker = Worker::Shared { of: 3 };
+    const ALL: Worker = Worker::Shared { of: 3, room: Room::Enough };
 
     /// A schedule, and what is added to it and asked of it.
     struct Stage {
@@ -712,7 +749,7 @@ mod tests {
         stage.schedule.await_first(awaited);
         let names: Vec<_> = std::iter::from_fn(|| stage.named(ALL)).map(|(name, _)| name).collect();
         assert_eq!(names, ["awaited", "own", "instances table", "first", "periodic"]);
-        assert_eq!(stage.named(Worker::Authorization { alone: false, scarce: false }), Some(("intentions", None)));
+        assert_eq!(stage.named(Worker::Authorization { alone: false, room: Room::Enough }), Some(("intentions", None)));
     }
 
     #[test]
@@ -787,13 +824,13 @@ mod tests {
         let first: Vec<_> = std::iter::from_fn(|| stage.next(ALL)).collect();
         first.into_iter().for_each(|job| stage.done(job, Done::Block(Duration::ZERO)));
         // Room for all: one worker is left.
-        let of_four = Worker::Shared { of: 4 };
+        let of_four = Worker::Shared { of: 4, room: Room::Enough };
         let jobs: Vec<_> = std::iter::from_fn(|| stage.next(of_four)).collect();
         assert!(jobs.iter().all(|job| job.wait == Some(LONG_WAIT)) && jobs.len() == 3);
         jobs.into_iter().for_each(|job| stage.done(job, Done::Block(Duration::ZERO)));
         stage.pass(Duration::from_millis(1));
         // Two workers: one for the registration, one for the others in turn.
-        let of_two = Worker::Shared { of: 2 };
+        let of_two = Worker::Shared { of: 2, room: Room::Enough };
         assert_eq!(stage.named(of_two), Some(("registration", Some(LONG_WAIT))));
         let mut turns = Vec::new();
         for _ in 0..4 {
@@ -808,6 +845,34 @@ mod tests {
     }
 
     #[test]
+    fn what_blocks_gives_way_however_long_it_may() {
+        for (room, shared, intentions) in [
+            (Room::Enough, LONG_WAIT, LONG_WAIT),
+            (Room::Crowded, CROWDED_WAIT, CROWDED_WAIT),
+            (Room::Scarce, CROWDED_WAIT, SCARCE_WAIT),
+        ] {
+            let mut stage = Stage::new();
+            stage.add(Role::Authorization, "intentions");
+            stage.add(Role::Own { prompt: true }, "own");
+            let workers =
+                [(Worker::Authorization { alone: false, room }, intentions), (Worker::Shared { of: 3, room }, shared)];
+            for (worker, wait) in workers {
+                let fetched = stage.next(worker).expect("it is fetched");
+                stage.done(fetched, Done::Block(Duration::ZERO));
+                let job = stage.next(worker).expect("it blocks");
+                assert_eq!((job.wait, job.rotates), (Some(wait), false), "{room:?} {worker:?}");
+                stage.pass(wait);
+                stage.done(job, Done::Block(Duration::ZERO));
+                // Intentions are asked for at once again, and others after a moment in which somebody else may connect.
+                let at_once = stage.next(worker).is_some();
+                assert_eq!(at_once, matches!(worker, Worker::Authorization { .. }), "{room:?} {worker:?}");
+                stage.pass(GIVE_WAY);
+                assert!(at_once || stage.next(worker).is_some_and(|job| job.wait == Some(wait)), "{room:?} {worker:?}");
+            }
+        }
+    }
+
+    #[test]
     fn nothing_blocks_for_long_before_the_intentions_are_known() {
         let mut stage = Stage::new();
         stage.now = stage.schedule.began;
@@ -815,15 +880,15 @@ mod tests {
         stage.fetch_all();
         stage.pass(Duration::from_secs(1));
         let job = stage.next(ALL).expect("it blocks for a moment");
-        assert!(job.rotates());
+        assert!(job.rotates);
         stage.add(Role::Authorization, "intentions");
         stage.pass(START);
         stage.done(job, Done::Block(Duration::ZERO));
         stage.pass(START);
         let job = stage.next(ALL).expect("it blocks for a moment");
-        assert!(job.rotates());
+        assert!(job.rotates);
         stage.done(job, Done::Block(Duration::ZERO));
-        let authorization = Worker::Authorization { alone: false, scarce: false };
+        let authorization = Worker::Authorization { alone: false, room: Room::Enough };
         let intentions = stage.next(authorization).expect("they are fetched");
         stage.done(intentions, Done::Block(Duration::ZERO));
         assert_eq!(stage.named(authorization), Some(("intentions", Some(LONG_WAIT))));
@@ -838,7 +903,7 @@ mod tests {
         for name in ["a", "b", "c", "d", "e", "f"] {
             stage.add(Role::Periodic, name);
         }
-        let alone = Worker::Authorization { alone: true, scarce: true };
+        let alone = Worker::Authorization { alone: true, room: Room::Scarce };
         let mut since = Duration::ZERO;
         for _ in 0..60 {
             let job = stage.next(alone).expect("there is always something");

@@ -26,14 +26,10 @@ const SHARED: usize = 7;
 /// An agent that has no connection left says so within this time.
 const PROMPT_REFUSAL: Duration = Duration::from_secs(1);
 
-/// How often a sidecar finds out whether the agent has a connection left for other programs, and how long it waits once there was
-/// none, for its own and those of others to end.
+/// How often a sidecar finds out whether the agent has a connection left for other programs, where there have been too few, and
+/// how long it waits once there was none, for its own and those of others to end.
 const LEAVE_ROOM: Duration = Duration::from_secs(20);
 const ROOM_IS_MADE: Duration = Duration::from_secs(60);
-
-/// A request blocks no longer than this on a host whose connections have not been enough once: what is given up is free again
-/// when the agent has answered.
-pub(super) const CROWDED_WAIT: Duration = Duration::from_secs(15);
 
 /// Longest pause of a worker after no connection could be had: where nobody listens, and otherwise.
 const UNREACHABLE_PAUSE: Duration = Duration::from_secs(2);
@@ -112,7 +108,7 @@ impl Watches {
         let mut tasks = vec![
             tokio::spawn(authorization_worker(shared.clone())),
             tokio::spawn(follow(shared.clone())),
-            tokio::spawn(leave_room(shared.clone())),
+            tokio::spawn(follow_room(shared.clone())),
         ];
         tasks.extend((0..SHARED).map(|number| tokio::spawn(shared_worker(shared.clone(), number))));
         let scope = shared.scope(client);
@@ -215,15 +211,22 @@ async fn follow_token(shared: Arc<Shared>, id: ScopeId, client: Client) {
     tokio::join!(client.follow_token(), start_anew);
 }
 
-/// Whoever keeps its connections is refused none, while the programs are that make new ones. So this makes a new one now and
-/// then, to know of it.
-async fn leave_room(shared: Arc<Shared>) {
+/// Learns whether there is room for other programs.
+async fn follow_room(shared: Arc<Shared>) {
+    let (budget, client) = (&shared.budget, &shared.client);
+    leave_room(budget, || client.is_crowded()).await;
+}
+
+/// Whoever keeps its connections is refused none, while the programs are that make new ones. So where there have been too few
+/// lately, this makes a new one now and then, to know of it. Elsewhere, the ones that are made anew each minute tell.
+async fn leave_room<F: Future<Output = Option<bool>>>(budget: &Budget, is_crowded: impl Fn() -> F) {
     let mut pause = LEAVE_ROOM;
     loop {
+        budget.shortage().await;
         tokio::time::sleep(pause.mul_f64(0.5 + random())).await;
-        match shared.client.is_crowded().await {
+        match is_crowded().await {
             Some(true) => {
-                shared.budget.refused(random());
+                budget.refused(random());
                 pause = ROOM_IS_MADE;
             }
             Some(false) => pause = LEAVE_ROOM,
@@ -236,13 +239,13 @@ async fn authorization_worker(shared: Arc<Shared>) {
     let mut usage = shared.budget.follow();
     let mut pause = Backoff::default();
     loop {
-        let (alone, scarce) = {
+        let (alone, room) = {
             let usage = usage.borrow_and_update();
-            (usage.shared() == 0, usage.is_scarce())
+            (usage.shared() == 0, usage.room(Instant::now()))
         };
         let job = tokio::select! {
             biased;
-            job = shared.next(Worker::Authorization { alone, scarce }) => job,
+            job = shared.next(Worker::Authorization { alone, room }) => job,
             _ = usage.changed() => continue,
         };
         if let Some(error) = shared.perform(job, Pool::Authorization).await {
@@ -258,10 +261,13 @@ async fn shared_worker(shared: Arc<Shared>, number: usize) {
     let mut pause = Backoff::default();
     loop {
         shared.budget.reserve(number, &mut usage, random).await;
-        let of = usage.borrow_and_update().shared();
+        let (of, room) = {
+            let usage = usage.borrow_and_update();
+            (usage.shared(), usage.room(Instant::now()))
+        };
         let job = tokio::select! {
             biased;
-            job = shared.next(Worker::Shared { of }) => job,
+            job = shared.next(Worker::Shared { of, room }) => job,
             _ = usage.changed() => continue,
         };
         if let Some(error) = shared.perform(job, Pool::Shared).await {
@@ -330,8 +336,6 @@ impl Shared {
     /// Asks, and deals with the answer; gives the error that concerns the connection rather than the query.
     async fn perform(&self, mut job: Job<RunningQuery>, pool: Pool) -> Option<Error> {
         let mut tokens = job.work.token_changes();
-        let crowded = self.budget.usage().is_crowded();
-        let wait = job.wait.map(|wait| if crowded { wait.min(CROWDED_WAIT) } else { wait });
         let asked = Instant::now();
         let cancelled = job.cancelled.clone();
         let result = tokio::select! {
@@ -346,11 +350,11 @@ impl Shared {
                 return None;
             }
             // The agent is busy with what is given up here for a few seconds more, and no longer.
-            () = self.urgent.notified(), if pool == Pool::Shared && job.rotates() => {
+            () = self.urgent.notified(), if pool == Pool::Shared && job.rotates => {
                 self.done(job, Done::Block(Duration::ZERO));
                 return None;
             }
-            result = job.work.ask(pool, wait) => result,
+            result = job.work.ask(pool, job.wait) => result,
         };
         self.budget.set_multiplexed(self.client.is_multiplexed());
         let (outcome, error) = match result {
@@ -691,6 +695,37 @@ mod tests {
             }
             let took = sidecar.change(&agent, 7, 2).await;
             assert!(took < Duration::from_secs(10), "limit {limit}, {max_connections}: {took:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn room_for_others_is_looked_for_only_where_there_has_been_too_little() {
+        let budget = Budget::new(4);
+        let (asked, none_left) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let ask = || {
+            asked.fetch_add(1, Ordering::Relaxed);
+            std::future::ready(Some(none_left.load(Ordering::Relaxed) > 0))
+        };
+        let within = async |seconds| {
+            tokio::time::sleep(Duration::from_secs(seconds)).await;
+            asked.swap(0, Ordering::Relaxed)
+        };
+        let looks = leave_room(&budget, ask);
+        let story = async {
+            assert_eq!(within(24 * 3600).await, 0);
+            budget.refused(0.5);
+            let often = within(600).await;
+            assert!((20..=60).contains(&often), "{often}");
+            none_left.store(1, Ordering::Relaxed);
+            let seldom = within(600).await;
+            assert!((6..=21).contains(&seldom) && budget.usage().shared() == 0, "{seldom}");
+            none_left.store(0, Ordering::Relaxed);
+            within(2 * 3600).await;
+            assert_eq!(within(24 * 3600).await, 0);
+        };
+        tokio::select! {
+            () = looks => unreachable!("connections are what the agent runs out of"),
+            () = story => {}
         }
     }
 
