@@ -21,7 +21,7 @@ pub(super) async fn serve(accepted: Accepted<Plan>, observer: Observer, places: 
     let listener = Listener::Exposed(Arc::clone(&live.borrow().config.exposed));
     let mut record = Record::accepted(&observer, ConnectionInfo { listener, remote, local, peer: None });
     let requests = RequestObserver { observer, connection: Arc::new(record.info().clone()) };
-    let connection = Exposure { live, remote, requests, log_limit };
+    let connection = Exposure { state: live, remote, requests, log_limit };
     let mut place = places.take();
     tokio::spawn(async move {
         let ended = tokio::select! {

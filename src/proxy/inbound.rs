@@ -133,7 +133,7 @@ async fn establish(accepted: Accepted<PublicListener>, shared: Shared) -> Option
         let connection = Inbound {
             peer,
             remote,
-            live,
+            state: live,
             drain,
             app,
             certificate,

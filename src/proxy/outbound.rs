@@ -40,7 +40,7 @@ struct Connection {
     mesh: MeshStream<Socket>,
     /// What `mesh` was made with.
     tls: Arc<tls::Client>,
-    live: watch::Receiver<ListenerState<UpstreamRuntime>>,
+    state: watch::Receiver<ListenerState<UpstreamRuntime>>,
     record: Record,
     instance: Reached,
     clock: Clock,
@@ -55,16 +55,16 @@ async fn establish(
     observer: Observer,
     log_limit: LogLimit,
 ) -> Option<Connection> {
-    let Accepted { socket: app, remote, mut live, drain } = accepted;
+    let Accepted { socket: app, remote, live: mut state, drain } = accepted;
     let local = if observer.access_log().is_on() { app.local_address() } else { None };
-    let listener = Listener::Upstream(Arc::clone(&live.borrow().config.upstream));
+    let listener = Listener::Upstream(Arc::clone(&state.borrow().config.upstream));
     let mut record = Record::accepted(&observer, ConnectionInfo { listener, remote, local, peer: None });
-    let plan = known(&mut live).await;
+    let plan = known(&mut state).await;
     record.accepted_by(Listener::Upstream(Arc::clone(&plan.upstream)));
     if plan.upstream.chain.protocol.is_http() {
         let requests = RequestObserver { observer, connection: Arc::new(record.info().clone()) };
         let upgrades = plan.upstream.requests.upgrades.clone();
-        let connection = Outbound { remote, live, drain, clock, upgrades, requests, log_limit };
+        let connection = Outbound { remote, state, drain, clock, upgrades, requests, log_limit };
         tokio::spawn(async move {
             let ended = connection.serve(app).await;
             record.result(ended);
@@ -72,10 +72,10 @@ async fn establish(
         return None;
     }
     record.carries_bytes();
-    match connect(&plan, clock, &live, &mut record).await {
+    match connect(&plan, clock, &state, &mut record).await {
         Ok(Connected { mesh, tls, peer, instance, permit }) => {
             record.connected(Some(peer));
-            Some(Connection { app, mesh, tls, live, record, instance, clock, _permit: permit, _drain: drain })
+            Some(Connection { app, mesh, tls, state, record, instance, clock, _permit: permit, _drain: drain })
         }
         Err(fault) => {
             if log_limit.is_first(&plan.upstream.name, &fault.cause) {
@@ -90,13 +90,13 @@ async fn establish(
 
 /// The plan, once it is known where the upstream leads; what there is when that takes too long, or at the end of a
 /// drain.
-async fn known(live: &mut watch::Receiver<ListenerState<UpstreamRuntime>>) -> Arc<UpstreamRuntime> {
-    let known = live.wait_for(|live| {
-        let request = live.config.upstream.awaited.as_ref().filter(|_| live.stage < Stage::Closing);
+async fn known(state: &mut watch::Receiver<ListenerState<UpstreamRuntime>>) -> Arc<UpstreamRuntime> {
+    let known = state.wait_for(|state| {
+        let request = state.config.upstream.awaited.as_ref().filter(|_| state.stage < Stage::Closing);
         request.map(|request| request.request()).is_none()
     });
     let _ = timeout(AWAITED, known).await;
-    Arc::clone(&live.borrow_and_update().config)
+    Arc::clone(&state.borrow_and_update().config)
 }
 
 impl Connection {
@@ -113,7 +113,7 @@ impl Connection {
                 ended = tokio::select! {
                     biased;
                     ended = copy.run(&mut self.app, &mut self.mesh) => Some(ended),
-                    () = closing(&mut self.live) => None,
+                    () = closing(&mut self.state) => None,
                 };
             }
             if ended.is_none() {
@@ -144,10 +144,10 @@ impl Connection {
 
     /// What it carries may be requests: the one that is under way gets its answer, unless the drain time is over.
     async fn rest(&mut self, copy: &mut Relay) -> Option<Result<(), Broken>> {
-        let Self { app, mesh, live, .. } = self;
+        let Self { app, mesh, state, .. } = self;
         tokio::select! {
             biased;
-            _ = live.wait_for(|live| live.stage >= Stage::Closing) => None,
+            _ = state.wait_for(|state| state.stage >= Stage::Closing) => None,
             ended = copy.run_to_rest(app, mesh, Side::Plain) => ended,
         }
     }
@@ -157,7 +157,7 @@ impl Connection {
         match ended {
             Some(Ok(())) => {
                 self.record.ended();
-                if self.live.borrow().stage == Stage::Running {
+                if self.state.borrow().stage == Stage::Running {
                     self.instance.get().sessions().keep(self.mesh, &self.tls);
                 }
             }
@@ -166,7 +166,7 @@ impl Connection {
                 relay::abort(&broken, self.app, self.mesh.tls);
             }
             None => {
-                let drained = self.live.borrow().stage >= Stage::Closing;
+                let drained = self.state.borrow().stage >= Stage::Closing;
                 self.record.failed(if drained { authorization::drained() } else { authorization::carries_requests() });
                 relay::close(self.app, self.mesh.tls).await;
             }
@@ -185,11 +185,11 @@ impl Reached {
 
 /// Ends when open connections must be closed: at the end of a drain, and when they may carry requests that are to be
 /// routed one by one.
-async fn closing(live: &mut watch::Receiver<ListenerState<UpstreamRuntime>>) {
-    let must = |live: &ListenerState<UpstreamRuntime>| {
-        live.stage >= Stage::Closing || live.config.upstream.chain.protocol.is_http()
+async fn closing(state: &mut watch::Receiver<ListenerState<UpstreamRuntime>>) {
+    let must = |state: &ListenerState<UpstreamRuntime>| {
+        state.stage >= Stage::Closing || state.config.upstream.chain.protocol.is_http()
     };
-    let _ = live.wait_for(must).await;
+    let _ = state.wait_for(must).await;
 }
 
 /// What connecting gives.
@@ -224,12 +224,12 @@ struct Failure {
 async fn connect(
     plan: &UpstreamRuntime,
     clock: Clock,
-    live: &watch::Receiver<ListenerState<UpstreamRuntime>>,
+    state: &watch::Receiver<ListenerState<UpstreamRuntime>>,
     record: &mut Record,
 ) -> Result<Connected, Fault> {
     let (mut reasons, mut outcome) = (Vec::new(), Outcome::NoInstance);
     for (target, balancer) in plan.balancers.in_order(plan.upstream.chain.connection_targets(), clock.now()) {
-        match connect_target(target, balancer, clock, live, record).await {
+        match connect_target(target, balancer, clock, state, record).await {
             Ok(connected) => return Ok(connected),
             Err(Unusable { fault, denied }) => {
                 reasons.push(format!("{target}: {fault}"));
@@ -257,7 +257,7 @@ async fn connect_target(
     target: &Arc<Target>,
     balancer: &Arc<Balancer>,
     clock: Clock,
-    live: &watch::Receiver<ListenerState<UpstreamRuntime>>,
+    state: &watch::Receiver<ListenerState<UpstreamRuntime>>,
     record: &mut Record,
 ) -> Result<Connected, Unusable> {
     let unusable = |fault| Unusable { fault, denied: false };
@@ -273,7 +273,7 @@ async fn connect_target(
             if denied {
                 return Next::Stop;
             }
-            probe::begin(live, target, &instance, clock);
+            probe::begin(state, target, &instance, clock);
         }
         let Some(until) = pace.until(balancer, tried.len()) else { return Next::Wait };
         let picked = balancer.pick(clock.now(), None, &tried, |below| fastrand::u64(..below));
@@ -284,10 +284,10 @@ async fn connect_target(
     };
     let won = race.run(next).await;
     if race.is_on() {
-        let (live, target) = (live.clone(), Arc::clone(target));
+        let (state, target) = (state.clone(), Arc::clone(target));
         race.finish(move |ended| match ended {
             Ok(Won { mesh, instance, .. }) => probe::spare(mesh, &target.tls, instance.get()),
-            Err(Failure { instance, .. }) => probe::begin(&live, &target, &instance, clock),
+            Err(Failure { instance, .. }) => probe::begin(&state, &target, &instance, clock),
         });
     }
     match (won, &reasons[..]) {

@@ -13,7 +13,8 @@ use crate::tls::SpiffeId;
 /// Tells the observer of one connection. One that is dropped unfinished is told as aborted.
 pub(super) struct Record {
     observer: Observer,
-    record: ConnectionRecord,
+    /// Boxed, as it goes from task to task with its connection.
+    record: Box<ConnectionRecord>,
     finished: bool,
 }
 
@@ -21,7 +22,7 @@ impl Record {
     /// Of a connection that was accepted just now.
     #[must_use]
     pub(super) fn accepted(observer: &Observer, info: ConnectionInfo) -> Self {
-        let record = ConnectionRecord::new(info);
+        let record = Box::new(ConnectionRecord::new(info));
         observer.observe(Event::ConnectionAccepted(&record));
         Self { observer: observer.clone(), record, finished: false }
     }

@@ -207,8 +207,10 @@ impl<F: FnMut() + Unpin> Future for Driver<F> {
                 return Poll::Ready(());
             }
             // While the far end has not confirmed one change, there is no other.
-            match this.windows.untold() {
-                Some(window) if this.connection.set_initial_window_size(window).is_ok() => this.windows.tell(window),
+            match this.windows.unannounced() {
+                Some(window) if this.connection.set_initial_window_size(window).is_ok() => {
+                    this.windows.announced(window)
+                }
                 _ => return Poll::Pending,
             }
         }
@@ -242,20 +244,20 @@ struct Watch {
     received: u64,
     sent: u64,
     requests: usize,
-    /// The far end was asked for a sign of life, and has until then.
-    asked: Option<Instant>,
+    /// A PING was sent, and the far end has until then to answer it.
+    answer_due: Option<Instant>,
 }
 
 impl Watch {
     fn new(wire: Wire) -> Self {
-        Self { wire, round: None, every: LOOK, received: 0, sent: 0, requests: 0, asked: None }
+        Self { wire, round: None, every: LOOK, received: 0, sent: 0, requests: 0, answer_due: None }
     }
 
     /// Ready when the far end is taken to be gone.
     fn poll_dead(&mut self, cx: &mut Context<'_>, pings: &mut Pings, known: &Known) -> Poll<()> {
         if known.meter.open() == 0 {
             // Whoever begins a stream has this polled.
-            (self.round, self.asked) = (None, None);
+            (self.round, self.answer_due) = (None, None);
             known.silent.store(false, Ordering::Relaxed);
             return Poll::Pending;
         }
@@ -274,16 +276,16 @@ impl Watch {
     fn follow(&mut self, known: &Known) {
         let requests = known.requests.load(Ordering::Relaxed);
         let another = requests != self.requests;
-        let alive = self.asked.is_some() && self.wire.received() != self.received;
+        let alive = self.answer_due.is_some() && self.wire.received() != self.received;
         if alive {
-            self.asked = None;
+            self.answer_due = None;
             known.silent.store(false, Ordering::Relaxed);
         }
-        if !alive && self.round.is_some() && (!another || self.every == LOOK || self.asked.is_some()) {
+        if !alive && self.round.is_some() && (!another || self.every == LOOK || self.answer_due.is_some()) {
             return;
         }
         self.every = if alive && !another { (self.every * 2).min(RARELY) } else { LOOK };
-        self.note(requests);
+        self.remember(requests);
         self.look_at(Instant::now() + self.every);
     }
 
@@ -294,20 +296,20 @@ impl Watch {
         // What was sent before a PING arrives before it.
         let time = if much { ANSWER_BEHIND_MUCH } else { ANSWER };
         if self.wire.received() != self.received {
-            self.note(known.requests.load(Ordering::Relaxed));
+            self.remember(known.requests.load(Ordering::Relaxed));
             return Some(now + self.every);
         }
-        let Some(until) = self.asked else {
-            self.note(known.requests.load(Ordering::Relaxed));
+        let Some(until) = self.answer_due else {
+            self.remember(known.requests.load(Ordering::Relaxed));
             pings.send();
-            self.asked = Some(now + time);
+            self.answer_due = Some(now + time);
             return Some(now + DOUBT);
         };
         known.silent.store(true, Ordering::Relaxed);
         (now < until).then_some(until)
     }
 
-    fn note(&mut self, requests: usize) {
+    fn remember(&mut self, requests: usize) {
         (self.received, self.sent, self.requests) = (self.wire.received(), self.wire.sent(), requests);
     }
 

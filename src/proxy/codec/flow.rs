@@ -179,8 +179,8 @@ impl Reader {
 pub(super) struct Windows {
     meter: Arc<Meter>,
     window: u32,
-    /// What the far end was told.
-    told: u32,
+    /// What was announced to the far end.
+    announced: u32,
     /// The most streams at a time so far.
     streams: usize,
     /// Whether a measurement is under way; `None` where none is made.
@@ -193,17 +193,17 @@ impl Windows {
     /// `adapt`: the path is measured, by PINGs. Where it is not, the window only shrinks.
     #[must_use]
     pub(super) fn new(meter: Arc<Meter>, adapt: bool) -> Self {
-        Self { meter, window: USUAL, told: USUAL, streams: 0, measures: adapt.then_some(false), steady: 0 }
+        Self { meter, window: USUAL, announced: USUAL, streams: 0, measures: adapt.then_some(false), steady: 0 }
     }
 
-    /// The window, if it is to be another than the far end was told.
+    /// The window, if it is to be another than was announced to the far end.
     #[must_use]
-    pub(super) fn untold(&self) -> Option<u32> {
-        (self.window != self.told).then_some(self.window)
+    pub(super) fn unannounced(&self) -> Option<u32> {
+        (self.window != self.announced).then_some(self.window)
     }
 
-    pub(super) fn tell(&mut self, window: u32) {
-        self.told = window;
+    pub(super) fn announced(&mut self, window: u32) {
+        self.announced = window;
     }
 
     /// To be called when something came: keeps the window within its limit, and says whether a PING is wanted that
@@ -328,11 +328,11 @@ mod tests {
         let stream = Counted::new(&meter);
         let mut reader = stream.reader();
         reads(&mut windows, &mut reader, 100 * 1024, 50);
-        assert_eq!(windows.untold(), None, "a slow reader needs no more");
+        assert_eq!(windows.unannounced(), None, "a slow reader needs no more");
         for grown in [GROWTH * USUAL, MOST] {
             let window = windows.window as usize;
             reads(&mut windows, &mut reader, window, 1 << STEADY);
-            assert_eq!(windows.untold(), Some(grown));
+            assert_eq!(windows.unannounced(), Some(grown));
         }
         assert_eq!(meter.loan.load(Ordering::Relaxed), MOST as usize - TOGETHER);
         drop(stream);
@@ -353,7 +353,7 @@ mod tests {
                 windows.measured(0.1);
             }
         }
-        assert_eq!(windows.untold(), None);
+        assert_eq!(windows.unannounced(), None);
     }
 
     #[test]

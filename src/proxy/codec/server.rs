@@ -122,8 +122,10 @@ impl Serving {
                 self.pings.send();
             }
             // While the far end has not confirmed one change, there is no other.
-            match self.windows.untold() {
-                Some(window) if self.connection.set_initial_window_size(window).is_ok() => self.windows.tell(window),
+            match self.windows.unannounced() {
+                Some(window) if self.connection.set_initial_window_size(window).is_ok() => {
+                    self.windows.announced(window)
+                }
                 _ => return Poll::Pending,
             }
         }

@@ -8,7 +8,7 @@ use super::body::ResponseTail;
 use super::deadlines::Deadlines;
 use super::message::Head;
 use super::request_record::RequestRecorder;
-use crate::observe::{AttemptResult, ConnectError, Destination, Observer};
+use crate::observe::{ConnectError, Destination, Observer};
 use crate::proxy::codec::incoming::Incoming;
 use crate::proxy::codec::pool::{Dialled, NoConnection, Pool, PoolKey, PooledConnection, Version};
 use crate::proxy::codec::replay_body::{BodyProgress, ReplayBody};
@@ -36,34 +36,13 @@ impl App<'_> {
     /// Why there is no answer.
     pub(super) async fn exchange(
         &self,
-        head: Head,
-        body: ReplayBody,
+        mut head: Head,
+        mut body: ReplayBody,
         upload: Option<&BodyProgress>,
         record: &mut RequestRecorder,
     ) -> Result<(Response<Incoming>, ResponseTail), Fault> {
         record.uploads(upload);
-        record.attempt(self.destination());
-        let result = self.try_exchange(head, body, upload).await;
-        record.attempt_ended(
-            |_| true,
-            match &result {
-                Ok((response, _)) => AttemptResult::Responded(response.status().as_u16()),
-                Err(fault) => fault.into(),
-            },
-        );
-        result
-    }
-
-    fn destination(&self) -> Destination {
-        Destination::LocalApp(self.address.clone())
-    }
-
-    async fn try_exchange(
-        &self,
-        mut head: Head,
-        mut body: ReplayBody,
-        upload: Option<&BodyProgress>,
-    ) -> Result<(Response<Incoming>, ResponseTail), Fault> {
+        record.attempt(Destination::LocalApp(self.address.clone()));
         let mut deadlines = Deadlines::new(self.request_timeout, self.idle_timeout, upload);
         // Where a connection did not take the request, others that are there may not either.
         let mut anew = false;

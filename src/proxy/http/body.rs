@@ -130,7 +130,7 @@ impl Body {
         self
     }
 
-    fn tell(&mut self, polled: &Poll<Option<Result<Frame<Bytes>, Broken>>>) {
+    fn record_frame(&mut self, polled: &Poll<Option<Result<Frame<Bytes>, Broken>>>) {
         let over = self.is_empty();
         let Some(record) = &mut self.record else { return };
         match polled {
@@ -186,7 +186,7 @@ impl http_body::Body for Body {
             answer.0.breaks_off();
         }
         if this.record.is_some() {
-            this.tell(&polled);
+            this.record_frame(&polled);
         }
         polled
     }
@@ -252,11 +252,11 @@ impl Body {
 
     /// Ends it before its end, such that the client sees that: with trailers, or not at all.
     fn break_off(&mut self, over: Over) -> Result<Frame<Bytes>, Broken> {
-        let told = self.ongoing.as_ref().is_some_and(Ongoing::tells_in_trailers);
+        let in_trailers = self.ongoing.as_ref().is_some_and(Ongoing::ends_in_trailers);
         self.source = Source::Text(Bytes::new());
         self.rest = None;
         match over {
-            Over::Denied if told => Ok(Frame::trailers(grpc_denial())),
+            Over::Denied if in_trailers => Ok(Frame::trailers(grpc_denial())),
             _ => Err(Broken::Over(over)),
         }
     }

@@ -29,7 +29,7 @@ use crate::snapshot::{Failure, Protocol, Routed, Target};
 pub(super) struct Exchange<'a> {
     plan: &'a UpstreamRuntime,
     routed: &'a Routed<'a>,
-    live: &'a watch::Receiver<ListenerState<UpstreamRuntime>>,
+    state: &'a watch::Receiver<ListenerState<UpstreamRuntime>>,
     clock: Clock,
     hash: Option<u64>,
     record: &'a mut RequestRecorder,
@@ -69,7 +69,7 @@ impl<'a> Exchange<'a> {
     pub(super) fn new(
         plan: &'a UpstreamRuntime,
         routed: &'a Routed<'a>,
-        live: &'a watch::Receiver<ListenerState<UpstreamRuntime>>,
+        state: &'a watch::Receiver<ListenerState<UpstreamRuntime>>,
         clock: Clock,
         hash: Option<u64>,
         record: &'a mut RequestRecorder,
@@ -77,7 +77,7 @@ impl<'a> Exchange<'a> {
         Self {
             plan,
             routed,
-            live,
+            state,
             clock,
             hash,
             record,
@@ -184,7 +184,7 @@ impl<'a> Exchange<'a> {
             self.unreachable.push(Arc::clone(&instance));
             self.reasons.push(format!("{} {}", instance.address, fault.cause));
             if let Some(current) = &self.current {
-                probe::begin(self.live, current.target, &instance, self.clock);
+                probe::begin(self.state, current.target, &instance, self.clock);
             }
         }
         let chosen = match first.take() {
@@ -214,13 +214,13 @@ impl<'a> Exchange<'a> {
     /// Lets what is still being connected to come to its end: into the pool, or put aside.
     fn leave(&self, race: Race<(Picked, PooledConnection), Unconnected>) {
         let Some(current) = self.current.as_ref().filter(|_| race.is_on()) else { return };
-        let (live, target, clock) = (self.live.clone(), Arc::clone(current.target), self.clock);
+        let (state, target, clock) = (self.state.clone(), Arc::clone(current.target), self.clock);
         race.finish(move |ended| match ended {
             Ok((picked, pooled)) => {
                 picked.instance().is_back();
                 pooled.put_back();
             }
-            Err(Unconnected { instance, .. }) => probe::begin(&live, &target, &instance, clock),
+            Err(Unconnected { instance, .. }) => probe::begin(&state, &target, &instance, clock),
         });
     }
 
@@ -240,7 +240,7 @@ impl<'a> Exchange<'a> {
     }
 
     fn end_attempt(&mut self, instance: &Instance, result: AttemptResult) {
-        self.record.attempt_ended(|destination| destination.is_instance(&instance.address), result);
+        self.record.attempt_ended(|destination| destination.is_instance(&instance.address), || result);
     }
 
     /// One instance of the first target that has one, in the order of failover, and until when it may take; `beside`
@@ -385,7 +385,7 @@ impl<'a> Exchange<'a> {
             if !reused {
                 picked.report(Report::Unreachable, Duration::ZERO, now);
                 if let Some(target) = self.sent_to {
-                    probe::begin(self.live, target, &instance, self.clock);
+                    probe::begin(self.state, target, &instance, self.clock);
                 }
                 self.unreachable.push(Arc::clone(&instance));
                 self.tried.push(instance);

@@ -51,7 +51,7 @@ impl Plan {
 
 /// One connection of whoever checks or scrapes.
 pub(crate) struct Exposure {
-    pub live: watch::Receiver<ListenerState<Plan>>,
+    pub state: watch::Receiver<ListenerState<Plan>>,
     pub remote: Option<SocketAddr>,
     pub requests: RequestObserver,
     pub log_limit: LogLimit,
@@ -63,7 +63,7 @@ impl Exposure {
     /// # Errors
     /// Why it ended otherwise than well, for the log.
     pub(crate) async fn serve(self, socket: Socket) -> Result<(), Fault> {
-        let terms = Terms::new(self.live.clone(), TIMES, Arc::default(), self.remote, None, self.log_limit.clone());
+        let terms = Terms::new(self.state.clone(), TIMES, Arc::default(), self.remote, None, self.log_limit.clone());
         let this = Arc::new(self);
         let answer = move |request, ongoing| Arc::clone(&this).answer(request, ongoing);
         serve::serve(Wire::plain(socket), &terms, answer).await
@@ -71,7 +71,7 @@ impl Exposure {
 
     async fn answer(self: Arc<Self>, request: Request<ReplayBody>, ongoing: Ongoing) -> Response<Body> {
         let mut responder = Responder::new(&self.requests, &request);
-        let plan = Arc::clone(&self.live.borrow().config);
+        let plan = Arc::clone(&self.state.borrow().config);
         let result = try_answer(&plan, request, &ongoing, &mut responder.record, &self.requests.observer).await;
         responder.answer(result.inspect_err(|fault| self.log(&plan, fault)), false)
     }

@@ -39,7 +39,7 @@ use crate::tls::{PeerError, Stream};
 pub(crate) struct Inbound {
     pub peer: Peer,
     pub remote: Option<SocketAddr>,
-    pub live: watch::Receiver<ListenerState<PublicListener>>,
+    pub state: watch::Receiver<ListenerState<PublicListener>>,
     pub drain: drain::Watch,
     /// Connections to the local app.
     pub app: Arc<Pool>,
@@ -64,7 +64,7 @@ impl Inbound {
         let (wire, leaving) = (Wire::tls(mesh), Arc::default());
         wire.allow_upgrades(self.upgrades.clone());
         let terms = Terms::new(
-            self.live.clone(),
+            self.state.clone(),
             serve::TIMES,
             Arc::clone(&leaving),
             self.remote,
@@ -72,8 +72,8 @@ impl Inbound {
             self.log_limit.clone(),
         );
         let this = Arc::new(self);
-        let (asked, on) = (Arc::clone(&this), wire.clone());
-        let answer = move |request, ongoing| Arc::clone(&asked).answer(request, ongoing, on.clone());
+        let (handler, on) = (Arc::clone(&this), wire.clone());
+        let answer = move |request, ongoing| Arc::clone(&handler).answer(request, ongoing, on.clone());
         tokio::select! {
             biased;
             () = this.watch(&wire, &leaving) => Ok(()),
@@ -84,16 +84,16 @@ impl Inbound {
     /// Judges again what is under way whenever the listener has changed, and has the connection take no more requests
     /// once the peer is no longer who it was.
     async fn watch(&self, wire: &Wire, leaving: &Leaving) {
-        let mut live = self.live.clone();
-        let mut judged = Arc::clone(&live.borrow_and_update().config);
+        let mut state = self.state.clone();
+        let mut judged = Arc::clone(&state.borrow_and_update().config);
         loop {
             let left = self.peer.until().duration_since(SystemTime::now()).unwrap_or_default();
             // Clocks are set: a long time is not slept through.
-            let changed = timeout(left.min(LOOK_TIME) + MOMENT, live.changed()).await;
+            let changed = timeout(left.min(LOOK_TIME) + MOMENT, state.changed()).await;
             if matches!(changed, Ok(Err(_))) {
                 return pending().await;
             }
-            let listener = Arc::clone(&live.borrow_and_update().config);
+            let listener = Arc::clone(&state.borrow_and_update().config);
             if !Arc::ptr_eq(&judged.intentions, &listener.intentions)
                 || !Arc::ptr_eq(&judged.token_providers, &listener.token_providers)
             {
@@ -101,11 +101,11 @@ impl Inbound {
             }
             judged = Arc::clone(&listener);
             if let Err(problem) = self.peer.check(&listener, |act| wire.peer_certificates(act)) {
-                leaving.tell();
+                leaving.set();
                 self.log(&listener, &unproved(&problem));
                 // What is under way goes on, and is judged on.
-                while live.changed().await.is_ok() {
-                    let listener = Arc::clone(&live.borrow_and_update().config);
+                while state.changed().await.is_ok() {
+                    let listener = Arc::clone(&state.borrow_and_update().config);
                     self.open.judge(|case| self.is_denied(&listener, case));
                 }
                 return pending().await;
@@ -123,7 +123,7 @@ impl Inbound {
 
     async fn answer(self: Arc<Self>, mut request: Request<ReplayBody>, ongoing: Ongoing, wire: Wire) -> Response<Body> {
         let mut responder = Responder::new(&self.requests, &request);
-        let listener = Arc::clone(&self.live.borrow().config);
+        let listener = Arc::clone(&self.state.borrow().config);
         responder.record.hide_tokens_of(&listener.token_providers);
         let bridged = bridge::spans(listener.protocol, &mut request);
         let answer = async {
@@ -167,7 +167,7 @@ impl Inbound {
             (Some(client), Some(case)) => {
                 let this = Arc::clone(&self);
                 let may_stay = move |listener: &PublicListener| !this.is_denied(listener, &case);
-                Ok(upgrade::join(client, response, rest, self.live.clone(), self.drain.clone(), may_stay))
+                Ok(upgrade::join(client, response, rest, self.state.clone(), self.drain.clone(), may_stay))
             }
             _ => {
                 message::refuse_unasked_switch(&response)?;

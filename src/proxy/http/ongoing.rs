@@ -105,7 +105,7 @@ impl Ongoing {
 
     /// Whether that is to be told in trailers of gRPC.
     #[must_use]
-    pub(crate) fn tells_in_trailers(&self) -> bool {
+    pub(crate) fn ends_in_trailers(&self) -> bool {
         self.state().grpc
     }
 

@@ -30,7 +30,7 @@ use crate::snapshot::{Normalization, Protocol, RequestHash, Upgrades, hash_reque
 /// One connection of the local app.
 pub(crate) struct Outbound {
     pub remote: Option<SocketAddr>,
-    pub live: watch::Receiver<ListenerState<UpstreamRuntime>>,
+    pub state: watch::Receiver<ListenerState<UpstreamRuntime>>,
     pub drain: drain::Watch,
     pub clock: Clock,
     /// What its requests may upgrade it to, as of when it began.
@@ -48,7 +48,7 @@ impl Outbound {
         let wire = Wire::plain(app);
         wire.allow_upgrades(self.upgrades.clone());
         let terms =
-            Terms::new(self.live.clone(), serve::TIMES, Arc::default(), self.remote, None, self.log_limit.clone());
+            Terms::new(self.state.clone(), serve::TIMES, Arc::default(), self.remote, None, self.log_limit.clone());
         let this = Arc::new(self);
         let answer = move |request, ongoing| Arc::clone(&this).answer(request, ongoing);
         serve::serve(wire, &terms, answer).await
@@ -56,7 +56,7 @@ impl Outbound {
 
     async fn answer(self: Arc<Self>, mut request: Request<ReplayBody>, ongoing: Ongoing) -> Response<Body> {
         let mut responder = Responder::new(&self.requests, &request);
-        let plan = Arc::clone(&self.live.borrow().config);
+        let plan = Arc::clone(&self.state.borrow().config);
         let bridged = bridge::spans(plan.upstream.chain.protocol, &mut request);
         let mut result = self.try_answer(&plan, request, &ongoing, &mut responder.record).await;
         if bridged && let Ok(response) = result {
@@ -107,11 +107,11 @@ impl Outbound {
         let kept = known.keep(&head);
         let upgrades = head.upgrades();
         let upload = ongoing.upload();
-        let exchange = Exchange::new(plan, &routed, &self.live, self.clock, hash, record);
+        let exchange = Exchange::new(plan, &routed, &self.state, self.clock, hash, record);
         let (response, rest) = exchange.run(head, body, upload.as_ref()).await?;
         match client {
             Some(client) if upgrades && response.status() == StatusCode::SWITCHING_PROTOCOLS => {
-                Ok(upgrade::join(client, response, rest, self.live.clone(), self.drain.clone(), |_| true))
+                Ok(upgrade::join(client, response, rest, self.state.clone(), self.drain.clone(), |_| true))
             }
             _ => {
                 message::refuse_unasked_switch(&response)?;

@@ -64,14 +64,20 @@ impl RequestRecorder {
     }
 
     /// What came of the attempt at a destination that `matches`.
-    pub(crate) fn attempt_ended(&mut self, matches: impl Fn(&Destination) -> bool, result: AttemptResult) {
+    pub(crate) fn attempt_ended(
+        &mut self,
+        matches: impl Fn(&Destination) -> bool,
+        result: impl FnOnce() -> AttemptResult,
+    ) {
         let Some(attempt) = self.record.attempts.pending(matches) else { return };
-        attempt.end(result);
+        attempt.end(result());
         self.observer.observe(Event::AttemptEnded { connection: &self.record.connection, attempt });
     }
 
-    /// There is a response, which it goes with until that is over.
+    /// There is a response, which it goes with until that is over. An attempt that was not ended ends with it.
     pub(crate) fn answered<B>(&mut self, response: &Response<B>, fault: Option<Fault>) {
+        let result = || fault.as_ref().map_or(AttemptResult::Responded(response.status().as_u16()), Into::into);
+        self.attempt_ended(|_| true, result);
         let record = &mut self.record;
         record.responded = Some(record.started.elapsed());
         record.status = response.status().as_u16();

@@ -69,7 +69,7 @@ pub(super) trait Part {
 
 /// What a connection goes by besides its requests.
 pub(super) struct Terms<P> {
-    live: watch::Receiver<ListenerState<P>>,
+    state: watch::Receiver<ListenerState<P>>,
     times: Times,
     leaving: Arc<Leaving>,
     remote: Option<SocketAddr>,
@@ -80,14 +80,14 @@ pub(super) struct Terms<P> {
 impl<P: Part> Terms<P> {
     #[must_use]
     pub(super) fn new(
-        live: watch::Receiver<ListenerState<P>>,
+        state: watch::Receiver<ListenerState<P>>,
         times: Times,
         leaving: Arc<Leaving>,
         remote: Option<SocketAddr>,
         peer: Option<&Arc<SpiffeId>>,
         log_limit: LogLimit,
     ) -> Self {
-        Self { live, times, leaving, remote, peer: peer.cloned(), log_limit }
+        Self { state, times, leaving, remote, peer: peer.cloned(), log_limit }
     }
 
     /// Logs why something is refused that was no request yet.
@@ -99,7 +99,7 @@ impl<P: Part> Terms<P> {
         if is_first {
             tracing::info!(
                 target: "proxy",
-                listener = self.live.borrow().config.name(),
+                listener = self.state.borrow().config.name(),
                 source = self.peer.as_deref().map(tracing::field::display),
                 src = %Shown(self.remote),
                 reason,
@@ -110,22 +110,22 @@ impl<P: Part> Terms<P> {
 
     /// Ends when no new request is to be taken.
     async fn leaves(&self) {
-        let mut live = self.live.clone();
+        let mut state = self.state.clone();
         tokio::select! {
-            _ = live.wait_for(|live| live.stage >= Stage::Draining || !live.config.carries_requests()) => {}
-            () = self.leaving.told() => {}
+            _ = state.wait_for(|state| state.stage >= Stage::Draining || !state.config.carries_requests()) => {}
+            () = self.leaving.wait() => {}
         }
     }
 
     /// Ends when the connection is to be closed whatever is under way.
     async fn closes(&self) {
-        let (mut live, mut kind) = (self.live.clone(), self.live.clone());
+        let (mut state, mut kind) = (self.state.clone(), self.state.clone());
         let carries_bytes = async {
-            let _ = kind.wait_for(|live| !live.config.carries_requests()).await;
+            let _ = kind.wait_for(|state| !state.config.carries_requests()).await;
             sleep(OTHER_KIND).await;
         };
         tokio::select! {
-            _ = live.wait_for(|live| live.stage >= Stage::Closing) => {}
+            _ = state.wait_for(|state| state.stage >= Stage::Closing) => {}
             () = carries_bytes => {}
         }
     }
@@ -135,20 +135,20 @@ impl<P: Part> Terms<P> {
 #[derive(Debug, Default)]
 pub(super) struct Leaving {
     now: AtomicBool,
-    told: Notify,
+    notify: Notify,
 }
 
 impl Leaving {
-    pub(super) fn tell(&self) {
+    pub(super) fn set(&self) {
         self.now.store(true, Ordering::Relaxed);
-        self.told.notify_waiters();
+        self.notify.notify_waiters();
     }
 
-    async fn told(&self) {
-        let mut told = pin!(self.told.notified());
-        told.as_mut().enable();
+    async fn wait(&self) {
+        let mut notified = pin!(self.notify.notified());
+        notified.as_mut().enable();
         if !self.now.load(Ordering::Relaxed) {
-            told.await;
+            notified.await;
         }
     }
 }
@@ -187,7 +187,8 @@ where
     wire.follow_frames();
     let answer = move |request: Request<Incoming>| {
         let (request, ongoing) = begin(request, true);
-        let (response, of) = (handle(request, ongoing.clone()), ongoing.clone());
+        // Boxed at once, as the state of an answer takes thousands of bytes and is moved on several times.
+        let (response, of) = (Box::pin(handle(request, ongoing.clone())), ongoing.clone());
         (async move { finish(response.await.map(|body| body.of(of))) }, ongoing)
     };
     let connection = Server::new(wire.clone(), wire.is_remote(), answer);
@@ -218,11 +219,11 @@ where
         let (ongoing, upgrades) = (latest.clone(), wire.upgrades());
         let service = service_fn(move |request: Request<hyper::body::Incoming>| {
             on.end_is_bodys(request.version() == Version::HTTP_10);
-            let asked = Http1::new(&request, &upgrades);
+            let exchange = Http1::new(&request, &upgrades);
             let (request, ongoing) = begin(request.map(Incoming::from), false);
             latest.set(&ongoing);
-            let (response, on) = (handle(request, ongoing.clone()), on.clone());
-            async move { Ok::<_, Infallible>(asked.finish(response.await, ongoing, on).await) }
+            let (response, on) = (Box::pin(handle(request, ongoing.clone())), on.clone());
+            async move { Ok::<_, Infallible>(exchange.finish(response.await, ongoing, on).await) }
         });
         let connection = http1::Builder::new()
             .auto_date_header(false)
@@ -393,7 +394,7 @@ where
         let ended = poll_fn(|cx| Poll::Ready(connection.as_mut().poll(cx))).await;
         wire.outlives_codec(false);
         if let Poll::Ready(ended) = ended {
-            return ended.map(|()| Ended::AtRest).map_err(|error| guard.told(&error));
+            return ended.map(|()| Ended::AtRest).map_err(|error| guard.fault(&error));
         }
     }
     tokio::select! {
@@ -427,13 +428,13 @@ impl<P: Part> Guard<'_, P> {
             self.terms.refused(reason);
         }
         if let Poll::Ready(ended) = ended {
-            return Poll::Ready(ended.map_err(|error| self.told(&error)));
+            return Poll::Ready(ended.map_err(|error| self.fault(&error)));
         }
         let Some(under_way) = &self.under_way else { return Poll::Pending };
         if let Poll::Ready(ongoing) = under_way.poll_over(cx) {
             // The answer's body, or whoever waits for the answer, ends it if the codec asks.
             if let Poll::Ready(ended) = connection.poll(cx) {
-                return Poll::Ready(ended.map_err(|error| self.told(&error)));
+                return Poll::Ready(ended.map_err(|error| self.fault(&error)));
             }
             if !ongoing.is_done() {
                 self.wire.breaks_off();
@@ -444,16 +445,16 @@ impl<P: Part> Guard<'_, P> {
     }
 
     /// Why the codec has ended the connection, for the log, which has it at once where what came is refused.
-    fn told(&self, error: &impl CodecError) -> Fault {
-        let told = match error.source() {
+    fn fault(&self, error: &impl CodecError) -> Fault {
+        let cause = match error.source() {
             Some(source) => format!("{error}: {source}"),
             None => error.to_string(),
         };
-        let Some(what) = error.refuses() else { return broken(told) };
+        let Some(what) = error.refuses() else { return broken(cause) };
         if !self.refused {
-            self.terms.refused(&format!("{what}: {told}"));
+            self.terms.refused(&format!("{what}: {cause}"));
         }
-        Fault::new(Outcome::BadRequest, told)
+        Fault::new(Outcome::BadRequest, cause)
     }
 }
 
@@ -575,7 +576,7 @@ mod tests {
     /// How a connection ends within a minute on which these frames come first.
     async fn ended(frames: &[&[u8]]) -> Option<Result<(), Fault>> {
         let (mut client, server) = UnixStream::pair().unwrap();
-        let (_live, live) = watch::channel(ListenerState { config: Arc::new(()), stage: Stage::Running });
+        let (_live, state) = watch::channel(ListenerState { config: Arc::new(()), stage: Stage::Running });
         client.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
         client.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.unwrap();
         client.write_all(&frames.concat()).await.unwrap();
@@ -584,7 +585,7 @@ mod tests {
             Duration::from_secs(60),
             serve(
                 Wire::plain(Socket::Unix(server)),
-                &Terms::new(live, TIMES, Arc::default(), None, None, LogLimit::default()),
+                &Terms::new(state, TIMES, Arc::default(), None, None, LogLimit::default()),
                 answer,
             ),
         )

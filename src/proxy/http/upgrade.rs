@@ -25,7 +25,7 @@ pub(super) fn join<P: Send + Sync + 'static>(
     client: OnUpgrade,
     mut response: Response<Incoming>,
     rest: ResponseTail,
-    mut live: watch::Receiver<ListenerState<P>>,
+    mut state: watch::Receiver<ListenerState<P>>,
     drain: drain::Watch,
     may_stay: impl Fn(&P) -> bool + Send + Sync + 'static,
 ) -> Response<Body> {
@@ -38,7 +38,7 @@ pub(super) fn join<P: Send + Sync + 'static>(
         let copied = tokio::select! {
             biased;
             () = stands_still(wires, idle) => None,
-            _ = live.wait_for(|live| live.stage >= Stage::Closing || !may_stay(&live.config)) => None,
+            _ = state.wait_for(|state| state.stage >= Stage::Closing || !may_stay(&state.config)) => None,
             copied = joined.copy() => Some(copied),
         };
         match copied {

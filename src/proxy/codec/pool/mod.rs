@@ -53,12 +53,12 @@ impl Pool {
         F: Future<Output = Result<Dialled, NoConnection>>,
     {
         let slot = self.slot();
-        let tell = loop {
+        let waiters = loop {
             if let Some(pooled) = slot.reuse(pool_key) {
                 return Ok(pooled);
             }
             match slot.dialling(pool_key) {
-                Some(Dial::Ours(tell)) => break Some(tell),
+                Some(Dial::Ours(waiters)) => break Some(waiters),
                 Some(Dial::Others(mut outcome)) => {
                     // Without a word there is a connection, or whoever dialled gave up.
                     let _ = outcome.changed().await;
@@ -70,10 +70,10 @@ impl Pool {
             }
         };
         match dial.await {
-            Ok(dialled) => slot.add(dialled, pool_key, tell).await,
+            Ok(dialled) => slot.add(dialled, pool_key, waiters).await,
             Err(why) => {
-                if let Some(tell) = tell {
-                    let _ = tell.send(Some(why.clone()));
+                if let Some(waiters) = waiters {
+                    let _ = waiters.send(Some(why.clone()));
                 }
                 Err(why)
             }

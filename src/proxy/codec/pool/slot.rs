@@ -187,20 +187,20 @@ impl Slot {
         if let Some(outcome) = kept.dialling.clone().filter(|outcome| outcome.has_changed().is_ok()) {
             return Some(Dial::Others(outcome));
         }
-        let (tell, outcome) = watch::channel(None);
+        let (waiters, outcome) = watch::channel(None);
         kept.dialling = Some(outcome);
-        Some(Dial::Ours(tell))
+        Some(Dial::Ours(waiters))
     }
 
     pub(super) async fn add(
         self: &Arc<Self>,
         dialled: Dialled,
         pool_key: &PoolKey,
-        tell: Option<watch::Sender<Option<NoConnection>>>,
+        waiters: Option<watch::Sender<Option<NoConnection>>>,
     ) -> Result<PooledConnection, NoConnection> {
         match dialled.version {
             Version::Http1 => self.add_http1(dialled, pool_key).await,
-            Version::Http2 => self.add_http2(dialled, pool_key, tell).await,
+            Version::Http2 => self.add_http2(dialled, pool_key, waiters).await,
         }
     }
 
@@ -225,14 +225,14 @@ impl Slot {
         self: &Arc<Self>,
         dialled: Dialled,
         pool_key: &PoolKey,
-        mut tell: Option<watch::Sender<Option<NoConnection>>>,
+        mut waiters: Option<watch::Sender<Option<NoConnection>>>,
     ) -> Result<PooledConnection, NoConnection> {
         let Dialled { wire, open, .. } = dialled;
         let freed = Arc::clone(&self.count.freed);
         let changed = {
             let freed = Arc::clone(&freed);
             move || {
-                drop(tell.take());
+                drop(waiters.take());
                 freed.notify_waiters();
             }
         };
