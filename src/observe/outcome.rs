@@ -160,12 +160,8 @@ impl Outcome {
             Self::BadRequest | Self::TooLarge | Self::Method | Self::Denied | Self::Redirect | Self::NoRoute => {
                 self.describe_refusal()
             }
-            Self::NoInstance
-            | Self::Unreachable
-            | Self::Reset
-            | Self::BadResponse
-            | Self::LargeResponse
-            | Self::Overflow => self.describe_upstream(),
+            Self::NoInstance | Self::Unreachable | Self::Overflow => self.describe_unsent(),
+            Self::Reset | Self::BadResponse | Self::LargeResponse => self.describe_response(),
             Self::Timeout | Self::TryTimeout | Self::Idle | Self::IdleUpload => self.describe_timeout(),
         }
     }
@@ -251,8 +247,8 @@ impl Outcome {
         }
     }
 
-    /// What went wrong with the upstream.
-    const fn describe_upstream(self) -> Description {
+    /// What was not sent to any upstream.
+    const fn describe_unsent(self) -> Description {
         const UNAVAILABLE: StatusCode = StatusCode::SERVICE_UNAVAILABLE;
         match self {
             Self::NoInstance => {
@@ -274,18 +270,25 @@ impl Outcome {
                 "No instance, or not the local app, took a connection.",
                 "See the reason for each address in this sidecar's log: refused, timed out, or a wrong certificate.",
             ),
-            Self::Reset => answered(
-                "UC",
-                Side::Upstream,
-                Repeatable::IfIdempotent,
+            // Overflow.
+            _ => answered(
+                "UO",
+                Side::Us,
+                Repeatable::Yes,
                 UNAVAILABLE,
-                "upstream_reset_before_response_started{connection_termination}",
-                "upstream connect error or disconnect/reset before headers. reset reason: connection termination",
+                "upstream_reset_before_response_started{overflow}",
+                "upstream connect error or disconnect/reset before headers. reset reason: overflow",
             )
             .means(
-                "The server ended its connection before or within its answer.",
-                "See the server's log: it crashed, or closes idle connections that are still used.",
+                "A limit of connections or requests is reached.",
+                "Raise the limit that the log names (limits of the upstream, max_inbound_connections), or add instances.",
             ),
+        }
+    }
+
+    /// What went wrong with the upstream's response.
+    const fn describe_response(self) -> Description {
+        match self {
             Self::BadResponse => answered(
                 "UPE",
                 Side::Upstream,
@@ -310,18 +313,18 @@ impl Outcome {
                 "A response that is held back until its end, for a gRPC client of HTTP/1.1, is too large.",
                 "Have the client use HTTP/2.",
             ),
-            // Overflow.
+            // Reset.
             _ => answered(
-                "UO",
-                Side::Us,
-                Repeatable::Yes,
-                UNAVAILABLE,
-                "upstream_reset_before_response_started{overflow}",
-                "upstream connect error or disconnect/reset before headers. reset reason: overflow",
+                "UC",
+                Side::Upstream,
+                Repeatable::IfIdempotent,
+                StatusCode::SERVICE_UNAVAILABLE,
+                "upstream_reset_before_response_started{connection_termination}",
+                "upstream connect error or disconnect/reset before headers. reset reason: connection termination",
             )
             .means(
-                "A limit of connections or requests is reached.",
-                "Raise the limit that the log names (limits of the upstream, max_inbound_connections), or add instances.",
+                "The server ended its connection before or within its answer.",
+                "See the server's log: it crashed, or closes idle connections that are still used.",
             ),
         }
     }
