@@ -13,7 +13,7 @@ use tokio::io::DuplexStream;
 use tokio::sync::watch;
 
 use lictor::operators::Record;
-use lictor::snapshot::{Edits, Normalization, Protocol, Snapshot, UpstreamKey};
+use lictor::snapshot::{Edits, Normalization, OutboundKey, OutboundListener, Protocol, Snapshot};
 use lictor::tls::{Stream, with_scratch};
 use mesh::Mesh;
 
@@ -89,8 +89,8 @@ fn publish_beside_readers(bencher: Bencher<'_, '_>, upstreams: u16) {
     let mesh = Mesh::new().expect("a mesh");
     let one = |port| mesh.client_side(Protocol::Tcp, port, 1).expect("a snapshot");
     let first =
-        Snapshot { upstreams: (1..=upstreams).flat_map(|port| one(port).upstreams).collect(), ..Snapshot::default() };
-    let (key, changed) = one(1).upstreams.pop_first().expect("an upstream");
+        Snapshot { outbound: (1..=upstreams).flat_map(|port| one(port).outbound).collect(), ..Snapshot::default() };
+    let (key, changed) = one(1).outbound.pop_first().expect("an upstream");
     let (sender, receiver) = watch::channel(Some(Arc::new(first)));
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
@@ -106,13 +106,9 @@ fn publish_beside_readers(bencher: Bencher<'_, '_>, upstreams: u16) {
     });
 }
 
-fn publish(
-    sender: &watch::Sender<Option<Arc<Snapshot>>>,
-    key: &UpstreamKey,
-    changed: &Arc<lictor::snapshot::Upstream>,
-) {
+fn publish(sender: &watch::Sender<Option<Arc<Snapshot>>>, key: &OutboundKey, changed: &Arc<OutboundListener>) {
     let mut next = sender.borrow().as_deref().cloned().unwrap_or_default();
     next.version += 1;
-    next.upstreams.insert(key.clone(), Arc::clone(changed));
+    next.outbound.insert(key.clone(), Arc::clone(changed));
     sender.send_replace(Some(Arc::new(next)));
 }

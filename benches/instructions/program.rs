@@ -19,7 +19,8 @@ use lictor::jwt::Providers;
 use lictor::observe::Observer;
 use lictor::proxy::{self, Workers};
 use lictor::snapshot::{
-    Action, DefaultPolicy, Intention, Intentions, LocalApp, Normalization, Protocol, PublicListener, Snapshot, Upgrades,
+    Action, DefaultPolicy, InboundListener, Intention, Intentions, LocalApp, Normalization, Protocol, Service,
+    Snapshot, Upgrades,
 };
 use lictor::tls::{Client, Server, Stream, TUNNEL};
 
@@ -226,25 +227,29 @@ fn free_port() -> Result<u16> {
 }
 
 fn server_side(tls: Arc<Server>, protocol: Protocol, public: u16, app: u16) -> Snapshot {
-    let listener = PublicListener {
-        bind: local(public),
-        service: "web".into(),
+    let service = Service {
+        name: "web".into(),
         protocol,
+        tls,
+        intentions: Arc::new(intentions()),
         local_app: LocalApp::Tcp(address(app)),
         local_connect_timeout: PATIENCE,
         local_request_timeout: Some(PATIENCE),
         local_idle_timeout: Some(PATIENCE),
-        handshake_timeout: PATIENCE,
-        max_connections: None,
-        tls,
-        intentions: Arc::new(intentions()),
         normalization: Normalization::default(),
+        upgrades: Upgrades::default(),
         sanitize_forwarded_cert: false,
         expose_cause: false,
-        upgrades: Upgrades::default(),
         token_providers: Arc::new(Providers::default()),
     };
-    Snapshot { version: 1, public: Some(Arc::new(listener)), ..Snapshot::default() }
+    let bind = local(public);
+    let listener = InboundListener {
+        bind: bind.clone(),
+        handshake_timeout: PATIENCE,
+        max_connections: None,
+        service: Arc::new(service),
+    };
+    Snapshot { version: 1, inbound: [(bind, Arc::new(listener))].into(), ..Snapshot::default() }
 }
 
 fn intentions() -> Intentions {

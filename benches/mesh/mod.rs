@@ -8,8 +8,8 @@ use anyhow::Result;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
 
 use lictor::snapshot::{
-    Address, Bind, Chain, Endpoint, Endpoints, Host, Limits, Node, PassiveHealthCheck, Protocol, RequestSettings,
-    Resolver, Snapshot, Target, Upstream, UpstreamKey,
+    Address, Bind, Chain, Endpoint, Endpoints, Host, Limits, Node, OutboundKey, OutboundListener, PassiveHealthCheck,
+    Protocol, RequestSettings, Resolver, Snapshot, Target, Upstream,
 };
 use lictor::tls::{Client, Credentials, Server, TUNNEL};
 
@@ -56,9 +56,8 @@ impl Mesh {
             connect_timeout: PATIENCE,
             endpoints: Arc::new(Endpoints { usable: vec![endpoint], registered: 1 }),
         };
-        let key = UpstreamKey { destination: "service:web".into(), bind: local(port) };
+        let key = OutboundKey { destination: "service:web".into(), bind: local(port) };
         let upstream = Upstream {
-            key: key.clone(),
             name: "web".into(),
             chain: Chain { protocol, start: Node::Resolver(Arc::new(Resolver::new(vec![Arc::new(target)]))) },
             limits: Limits::default(),
@@ -66,7 +65,8 @@ impl Mesh {
             requests: RequestSettings::default(),
             awaited: None,
         };
-        Ok(Snapshot { version: 1, upstreams: [(key, Arc::new(upstream))].into(), ..Snapshot::default() })
+        let listener = OutboundListener { key: key.clone(), upstream: Arc::new(upstream) };
+        Ok(Snapshot { version: 1, outbound: [(key, Arc::new(listener))].into(), ..Snapshot::default() })
     }
 }
 

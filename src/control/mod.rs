@@ -226,7 +226,7 @@ impl Control {
 }
 
 fn announce(snapshot: &Snapshot, first: bool) {
-    let (version, upstreams) = (snapshot.version, snapshot.upstreams.len());
+    let (version, upstreams) = (snapshot.version, snapshot.outbound.len());
     if first {
         tracing::info!(version, upstreams, "configuration is complete");
     } else {

@@ -60,8 +60,8 @@ async fn until(published: &mut Published, wanted: impl Fn(&Snapshot) -> bool) ->
 }
 
 fn endpoints(snapshot: &Snapshot, upstream: &str) -> usize {
-    let found = snapshot.upstreams.iter().find(|(key, _)| key.destination == upstream);
-    found.map_or(0, |(_, upstream)| upstream.chain.targets().map(|target| target.endpoints.usable.len()).sum())
+    let found = snapshot.outbound.iter().find(|(key, _)| key.destination == upstream);
+    found.map_or(0, |(_, listener)| listener.upstream.chain.targets().map(|target| target.endpoints.usable.len()).sum())
 }
 
 #[tokio::test]
@@ -70,11 +70,12 @@ async fn what_the_agent_says_is_published_and_followed() {
     let agent = agent(&ca).await;
     let (control, mut published) = start(&agent, Mode::ProxyId("web-sidecar-proxy".into()));
     let first = until(&mut published, |snapshot| endpoints(snapshot, "service:db") == 1).await;
-    let before = first.public.clone().expect("a public listener");
+    let before = first.inbound.values().next().cloned().expect("a public listener");
 
     agent.set(INTENTIONS, json!({"web": [{"SourceName": "api", "Action": "allow", "Precedence": 9}]}));
-    let next = until(&mut published, |s| s.public.as_ref().is_some_and(|p| p.intentions != before.intentions)).await;
-    assert!(Arc::ptr_eq(next.upstreams.values().next().unwrap(), first.upstreams.values().next().unwrap()));
+    let next =
+        until(&mut published, |s| s.inbound.values().any(|p| p.service.intentions != before.service.intentions)).await;
+    assert!(Arc::ptr_eq(next.outbound.values().next().unwrap(), first.outbound.values().next().unwrap()));
 
     agent.set("/v1/discovery-chain/cache", json!({"Chain": chain(&["cache.dc1"])}));
     agent.set("/v1/health/connect/cache", json!([row("10.0.0.6", 1), row("10.0.0.7", 1)]));
@@ -89,7 +90,7 @@ async fn what_the_agent_says_is_published_and_followed() {
     agent.set("/v1/health/connect/cache", json!([]));
     agent.fault(None);
     let last = until(&mut published, |snapshot| endpoints(snapshot, "service:cache") == 0).await;
-    assert_eq!(last.upstreams.keys().collect::<Vec<_>>(), next.upstreams.keys().collect::<Vec<_>>());
+    assert_eq!(last.outbound.keys().collect::<Vec<_>>(), next.outbound.keys().collect::<Vec<_>>());
 
     drop(published);
     tokio::time::timeout(SOON, control).await.expect("control ends with its readers").unwrap().unwrap();
@@ -111,7 +112,7 @@ async fn flags_alone_make_a_proxy() {
     };
     let (_control, mut published) = start(&agent, Mode::AdHoc(flags));
     let snapshot = until(&mut published, |snapshot| endpoints(snapshot, "service:db") == 1).await;
-    assert!(snapshot.public.is_none());
+    assert!(snapshot.inbound.is_empty());
     assert!(agent.requests(INTENTIONS).is_empty());
     assert!(agent.requests(SERVICE).is_empty());
 }
@@ -198,7 +199,7 @@ async fn two_sidecars_in_one_process_share_what_is_the_same() {
 
     let (api_control, mut api) = start_with(sources.clone(), "api-sidecar-proxy");
     let snapshot = until(&mut api, |snapshot| endpoints(snapshot, "service:db") == 1).await;
-    assert_eq!(snapshot.public.as_ref().map(|public| public.service.as_str()), Some("api"));
+    assert_eq!(snapshot.inbound.values().next().map(|public| public.service.name.as_str()), Some("api"));
     // The late one was told what the other had asked.
     let fetches = |path: &str| agent.count(|seen| seen.path == path && seen.param("index").is_none());
     assert_eq!(fetches(ROOTS), 1);

@@ -10,7 +10,7 @@ use super::translate::definition::{Source, UpstreamPlan};
 use super::translate::endpoints::{self, Instance, View};
 use super::translate::{Bad, Notes};
 use crate::fetch::FetchRequests;
-use crate::snapshot::{Endpoints, Protocol, Target, Upstream, UpstreamKey};
+use crate::snapshot::{Endpoints, OutboundKey, OutboundListener, Protocol, Target, Upstream};
 use crate::tls::{self, Credentials, SpiffeId};
 
 /// What upstreams are built from, besides their own plans.
@@ -33,14 +33,14 @@ pub(super) struct UpstreamDraft {
 #[derive(Debug)]
 enum State {
     /// What the snapshot has before there is one that is built.
-    Unknown(Arc<Upstream>),
+    Unknown(Arc<OutboundListener>),
     Built(Box<Built>),
 }
 
-/// An upstream of the snapshot, with what it was built from.
+/// A listener of the snapshot with its upstream, and what it was built from.
 #[derive(Debug)]
 struct Built {
-    upstream: Arc<Upstream>,
+    listener: Arc<OutboundListener>,
     plan: UpstreamPlan,
     chain: Arc<ChainPlan>,
     credentials: Arc<Credentials>,
@@ -59,10 +59,10 @@ pub(super) struct Instances {
 }
 
 impl UpstreamDraft {
-    pub(super) fn new(key: &UpstreamKey, plan: UpstreamPlan, fetches: &FetchRequests) -> Self {
+    pub(super) fn new(key: &OutboundKey, plan: UpstreamPlan, fetches: &FetchRequests) -> Self {
         let request = Arc::new(fetches.request());
-        let unknown = Arc::new(Upstream::unknown(key.clone(), plan.name.clone(), Some(request)));
-        Self { plan, uses: Vec::new(), state: State::Unknown(unknown) }
+        let unknown = OutboundListener::unknown(key.clone(), plan.name.clone(), Some(request));
+        Self { plan, uses: Vec::new(), state: State::Unknown(Arc::new(unknown)) }
     }
 
     pub(super) fn plan(&self) -> &UpstreamPlan {
@@ -84,24 +84,25 @@ impl UpstreamDraft {
     }
 
     /// What the snapshot has; while something of a newer chain is still unknown, this is of an older one.
-    pub(super) fn published(&self) -> &Arc<Upstream> {
+    pub(super) fn published(&self) -> &Arc<OutboundListener> {
         match &self.state {
-            State::Unknown(upstream) => upstream,
-            State::Built(built) => &built.upstream,
+            State::Unknown(listener) => listener,
+            State::Built(built) => &built.listener,
         }
     }
 
     /// The queries that it uses, if a connection waits for it.
     pub(super) fn requested(&self) -> &[Query] {
-        let waits = self.published().awaited.as_ref().is_some_and(|request| request.is_requested());
+        let waits = self.published().upstream.awaited.as_ref().is_some_and(|request| request.is_requested());
         if waits { &self.uses } else { &[] }
     }
 
     /// Connections need not wait any more, as the answer failed to come; true if they waited until now.
     pub(super) fn give_up(&mut self) -> bool {
         match &mut self.state {
-            State::Unknown(upstream) if upstream.awaited.is_some() => {
-                *upstream = Arc::new(Upstream::unknown(upstream.key.clone(), upstream.name.clone(), None));
+            State::Unknown(listener) if listener.upstream.awaited.is_some() => {
+                let (key, name) = (listener.key.clone(), listener.upstream.name.clone());
+                *listener = Arc::new(OutboundListener::unknown(key, name, None));
                 true
             }
             _ => false,
@@ -109,7 +110,7 @@ impl UpstreamDraft {
     }
 
     /// Builds it, if all that it needs is known.
-    pub(super) fn build(&mut self, key: &UpstreamKey, mesh: &mut Mesh<'_>) {
+    pub(super) fn build(&mut self, key: &OutboundKey, mesh: &mut Mesh<'_>) {
         let Some(chain) = self.chain(mesh) else { return };
         let endpoints: Option<Vec<_>> =
             chain.targets.iter().map(|target| mesh.endpoints(&self.plan.name, target)).collect();
@@ -126,7 +127,6 @@ impl UpstreamDraft {
             return;
         }
         let upstream = Arc::new(Upstream {
-            key: key.clone(),
             name: self.plan.name.clone(),
             chain: chain.build(&targets),
             limits: self.plan.limits,
@@ -134,8 +134,9 @@ impl UpstreamDraft {
             requests: self.plan.requests.clone(),
             awaited: None,
         });
+        let listener = Arc::new(OutboundListener { key: key.clone(), upstream });
         let (plan, credentials) = (self.plan.clone(), Arc::clone(mesh.credentials));
-        self.state = State::Built(Box::new(Built { upstream, plan, chain, credentials, targets }));
+        self.state = State::Built(Box::new(Built { listener, plan, chain, credentials, targets }));
     }
 
     fn chain(&self, mesh: &Mesh<'_>) -> Option<Arc<ChainPlan>> {

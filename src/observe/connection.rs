@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 use super::attempt::Attempts;
 use super::outcome::Outcome;
 use crate::access_log::Active;
-use crate::snapshot::{Bind, Exposed, PublicListener, Upstream};
+use crate::snapshot::{Bind, Exposed, InboundListener, OutboundListener};
 use crate::tls::SpiffeId;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,8 +20,8 @@ pub enum Direction {
 /// The listener that accepted a connection, with its configuration of that moment.
 #[derive(Debug, Clone)]
 pub enum Listener {
-    Public(Arc<PublicListener>),
-    Upstream(Arc<Upstream>),
+    Public(Arc<InboundListener>),
+    Upstream(Arc<OutboundListener>),
     Exposed(Arc<Exposed>),
 }
 
@@ -38,7 +38,7 @@ impl Listener {
     pub fn bind(&self) -> &Bind {
         match self {
             Self::Public(listener) => &listener.bind,
-            Self::Upstream(upstream) => &upstream.key.bind,
+            Self::Upstream(listener) => &listener.key.bind,
             Self::Exposed(exposed) => &exposed.bind,
         }
     }
@@ -47,8 +47,8 @@ impl Listener {
     #[must_use]
     pub fn name(&self) -> &str {
         match self {
-            Self::Public(listener) => &listener.service,
-            Self::Upstream(upstream) => &upstream.name,
+            Self::Public(listener) => &listener.service.name,
+            Self::Upstream(listener) => &listener.upstream.name,
             Self::Exposed(_) => "",
         }
     }
@@ -57,8 +57,8 @@ impl Listener {
     #[must_use]
     pub fn is_http(&self) -> bool {
         match self {
-            Self::Public(listener) => listener.protocol.is_http(),
-            Self::Upstream(upstream) => upstream.chain.protocol.is_http(),
+            Self::Public(listener) => listener.service.protocol.is_http(),
+            Self::Upstream(listener) => listener.upstream.chain.protocol.is_http(),
             Self::Exposed(_) => true,
         }
     }

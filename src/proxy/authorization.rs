@@ -1,4 +1,4 @@
-//! Whether a peer of the public listener may still be served, for everything that it has open.
+//! Whether a peer of an inbound listener may still be served, for everything that it has open.
 //!
 //! What begins needs an identity that is valid now and a decision that allows it now. What is open ends when a newer
 //! state of the intentions denies it, also while its listener is no longer wanted or a drain goes on. That an identity
@@ -15,7 +15,7 @@ use super::outcome::{Fault, Outcome};
 use crate::drain::Stage;
 use crate::jwt::Verified;
 use crate::observe::{Event, Observer};
-use crate::snapshot::{Decider, Decision, PublicListener, RequestView};
+use crate::snapshot::{Decider, Decision, InboundListener, RequestView, Service};
 use crate::tls::{self, PeerError, SpiffeId};
 
 /// A peer that has proved who it is.
@@ -40,8 +40,8 @@ impl Peer {
     ///
     /// # Errors
     /// When it is nobody of the mesh.
-    pub(super) fn new(listener: &PublicListener, chain: Chain<'_, '_>) -> Result<Self, PeerError> {
-        let to = Arc::clone(&listener.tls);
+    pub(super) fn new(service: &Service, chain: Chain<'_, '_>) -> Result<Self, PeerError> {
+        let to = Arc::clone(&service.tls);
         let (id, until) = authenticate(&to, chain)?;
         Ok(Self { id, proof: Mutex::new(Proof { to, until }) })
     }
@@ -53,24 +53,24 @@ impl Peer {
     /// Why it is not. It gets nothing new then.
     pub(super) fn check(
         &self,
-        listener: &PublicListener,
+        service: &Service,
         chain: impl FnOnce(&mut dyn FnMut(Chain<'_, '_>)),
     ) -> Result<(), PeerError> {
         let mut proof = self.proof.lock().unwrap_or_else(PoisonError::into_inner);
-        if Arc::ptr_eq(&proof.to, &listener.tls) && SystemTime::now() <= proof.until {
+        if Arc::ptr_eq(&proof.to, &service.tls) && SystemTime::now() <= proof.until {
             return Ok(());
         }
         let mut checked = Err(PeerError::NoCertificate);
-        chain(&mut |chain| checked = authenticate(&listener.tls, chain));
+        chain(&mut |chain| checked = authenticate(&service.tls, chain));
         let (_, until) = checked?;
-        *proof = Proof { to: Arc::clone(&listener.tls), until };
+        *proof = Proof { to: Arc::clone(&service.tls), until };
         Ok(())
     }
 
     /// Whether it was the present credentials that it proved itself to.
     #[must_use]
-    pub(super) fn is_proved_to(&self, listener: &PublicListener) -> bool {
-        Arc::ptr_eq(&self.proof.lock().unwrap_or_else(PoisonError::into_inner).to, &listener.tls)
+    pub(super) fn is_proved_to(&self, service: &Service) -> bool {
+        Arc::ptr_eq(&self.proof.lock().unwrap_or_else(PoisonError::into_inner).to, &service.tls)
     }
 
     /// When it is to be checked again at the latest.
@@ -87,7 +87,7 @@ fn authenticate(to: &tls::Server, chain: Chain<'_, '_>) -> Result<(Arc<SpiffeId>
 
 /// What a connection of bytes, and whatever it was upgraded to, may no longer go on for.
 pub(super) enum Revoked {
-    Denied(Arc<PublicListener>, String),
+    Denied(Arc<Service>, String),
     /// The drain time is over.
     Drained,
     /// The listener carries requests now, each of which is to be judged.
@@ -104,37 +104,37 @@ pub(super) fn drained() -> Fault {
 }
 
 /// Ends when an open connection must.
-pub(super) async fn revoked(live: &mut watch::Receiver<ListenerState<PublicListener>>, peer: &SpiffeId) -> Revoked {
+pub(super) async fn revoked(live: &mut watch::Receiver<ListenerState<InboundListener>>, peer: &SpiffeId) -> Revoked {
     loop {
         if live.changed().await.is_err() {
             return Revoked::Drained;
         }
-        let (listener, stage) = {
+        let (service, stage) = {
             let now = live.borrow_and_update();
-            (Arc::clone(&now.config), now.stage)
+            (Arc::clone(&now.config.service), now.stage)
         };
         if stage >= Stage::Closing {
             return Revoked::Drained;
         }
-        if let Some(reason) = denial(&listener, peer) {
-            return Revoked::Denied(listener, reason);
+        if let Some(reason) = denial(&service, peer) {
+            return Revoked::Denied(service, reason);
         }
-        if listener.protocol.is_http() {
+        if service.protocol.is_http() {
             return Revoked::CarriesRequests;
         }
     }
 }
 
 /// Decides about a connection of bytes that the peer asks for. Why it may not have it, if it may not.
-pub(super) fn decide(listener: &PublicListener, peer: &SpiffeId, observer: &Observer) -> Option<String> {
-    let decision = listener.intentions.decide(peer);
-    observer.observe(Event::Decided { service: &listener.service, source: peer, decision: &decision });
+pub(super) fn decide(service: &Service, peer: &SpiffeId, observer: &Observer) -> Option<String> {
+    let decision = service.intentions.decide(peer);
+    observer.observe(Event::Decided { service: &service.name, source: peer, decision: &decision });
     reason(&decision)
 }
 
 /// Why the peer may not have a connection of bytes any more, if it may not.
-pub(super) fn denial(listener: &PublicListener, peer: &SpiffeId) -> Option<String> {
-    reason(&listener.intentions.decide(peer))
+pub(super) fn denial(service: &Service, peer: &SpiffeId) -> Option<String> {
+    reason(&service.intentions.decide(peer))
 }
 
 fn reason(decision: &Decision<'_>) -> Option<String> {
@@ -161,12 +161,12 @@ pub(super) struct Judged {
 
 /// Why a request that is under way may not go on, if it may not.
 pub(super) fn request_denial(
-    listener: &PublicListener,
+    service: &Service,
     peer: &SpiffeId,
     request: &RequestView<'_>,
     judged: &Judged,
 ) -> Option<String> {
-    let intentions = &listener.intentions;
+    let intentions = &service.intentions;
     if !judged.headers && intentions.look_at_headers(peer) {
         // No rule looked at headers when the request came, and they are gone.
         return Some("the rules look at headers now, which were not kept".into());
@@ -175,7 +175,7 @@ pub(super) fn request_denial(
         Decision::Allow(_) => None,
         Decision::Deny(Decider::Token(..)) => {
             // Other tokens may be asked for than those that were looked at.
-            let providers = &listener.token_providers;
+            let providers = &service.token_providers;
             match intentions.verify_and_decide(peer, request, providers, judged.began).0 {
                 Decision::Allow(_) => None,
                 Decision::Deny(decider) => Some(decider.to_string()),

@@ -74,29 +74,37 @@ pub(super) fn allowing(action: Action) -> Arc<Intentions> {
     Arc::new(Intentions::new(vec![], DefaultPolicy { action, source: "test".into() }))
 }
 
-pub(super) fn public(protocol: Protocol, bind: SocketAddr, app: SocketAddr) -> PublicListener {
+/// `db`, in front of `app`.
+pub(super) fn service(protocol: Protocol, app: SocketAddr) -> Service {
     let alpn: &[&[u8]] = if protocol == Protocol::Tcp { TUNNELS } else { &[b"h2", b"http/1.1"] };
-    PublicListener {
-        bind: Bind::Tcp(bind),
-        service: "db".into(),
+    Service {
+        name: "db".into(),
         protocol,
+        tls: CA.credentials("db").server(alpn).unwrap(),
+        intentions: allowing(Action::Allow),
         local_app: LocalApp::Tcp(address(app)),
         local_connect_timeout: Duration::from_secs(5),
         local_request_timeout: Some(Duration::from_secs(15)),
         local_idle_timeout: Some(Duration::from_secs(300)),
-        handshake_timeout: Duration::from_secs(10),
-        max_connections: None,
-        tls: CA.credentials("db").server(alpn).unwrap(),
-        intentions: allowing(Action::Allow),
         normalization: Normalization::default(),
+        upgrades: Upgrades::new(["echo".to_owned()]),
         sanitize_forwarded_cert: false,
         expose_cause: false,
-        upgrades: Upgrades::new(["echo".to_owned()]),
         token_providers: Arc::new(Providers::default()),
     }
 }
 
-pub(super) fn upstream(protocol: Protocol, bind: SocketAddr, instances: &[SocketAddr]) -> Upstream {
+/// The listener of a service.
+pub(super) fn inbound(bind: SocketAddr, service: Service) -> InboundListener {
+    InboundListener {
+        bind: Bind::Tcp(bind),
+        handshake_timeout: Duration::from_secs(10),
+        max_connections: None,
+        service: Arc::new(service),
+    }
+}
+
+pub(super) fn upstream(protocol: Protocol, instances: &[SocketAddr]) -> Upstream {
     let alpn: &[&[u8]] = match protocol {
         Protocol::Tcp => TUNNELS,
         Protocol::Http => &[b"h2", b"http/1.1"],
@@ -114,7 +122,6 @@ pub(super) fn upstream(protocol: Protocol, bind: SocketAddr, instances: &[Socket
     });
     let resolver = Arc::new(Resolver::new(vec![target]));
     Upstream {
-        key: UpstreamKey { destination: "service:db".into(), bind: Bind::Tcp(bind) },
         name: "db".into(),
         chain: Chain { protocol, start: Node::Resolver(resolver) },
         limits: Limits::default(),
@@ -124,12 +131,18 @@ pub(super) fn upstream(protocol: Protocol, bind: SocketAddr, instances: &[Socket
     }
 }
 
-pub(super) fn with_public(public: PublicListener) -> Snapshot {
-    Snapshot { version: 1, public: Some(Arc::new(public)), ..Snapshot::default() }
+pub(super) fn with_service(bind: SocketAddr, service: Service) -> Snapshot {
+    with_inbound(inbound(bind, service))
 }
 
-pub(super) fn with_upstream(upstream: Upstream) -> Snapshot {
-    Snapshot { version: 1, upstreams: [(upstream.key.clone(), Arc::new(upstream))].into(), ..Snapshot::default() }
+pub(super) fn with_inbound(listener: InboundListener) -> Snapshot {
+    Snapshot { version: 1, inbound: [(listener.bind.clone(), Arc::new(listener))].into(), ..Snapshot::default() }
+}
+
+pub(super) fn with_upstream(bind: SocketAddr, upstream: Upstream) -> Snapshot {
+    let key = OutboundKey { destination: "service:db".into(), bind: Bind::Tcp(bind) };
+    let listener = OutboundListener { key: key.clone(), upstream: Arc::new(upstream) };
+    Snapshot { version: 1, outbound: [(key, Arc::new(listener))].into(), ..Snapshot::default() }
 }
 
 pub(super) async fn listening(at: SocketAddr) {

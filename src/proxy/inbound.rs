@@ -1,4 +1,4 @@
-//! The public listener: one connection from the mesh.
+//! Inbound listeners: one connection from the mesh.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -25,10 +25,10 @@ use super::socket::Socket;
 use super::tunnel::{self, MeshStream, Refusal, Role};
 use crate::drain::{self, Stage};
 use crate::observe::{Attempt, AttemptResult, ConnectionInfo, Destination, Event, Listener, Observer, Overflowed};
-use crate::snapshot::PublicListener;
+use crate::snapshot::{InboundListener, Service};
 use crate::tls::{HandshakeError, Stream};
 
-/// What the connections of the public listener share.
+/// What the connections of the service's inbound listeners share, whatever address they came by.
 #[derive(Debug, Clone)]
 pub(super) struct Shared {
     /// Those who have not proved who they are. They count towards no other limit.
@@ -75,7 +75,7 @@ const WAITING: usize = 1024;
 const FIRST_TIME: Duration = Duration::from_secs(1);
 
 /// Serves one TLS session: learn who it is, then for each connection decide, connect to the local app, relay, record.
-pub(super) async fn serve(accepted: Accepted<PublicListener>, shared: Shared) {
+pub(super) async fn serve(accepted: Accepted<InboundListener>, shared: Shared) {
     if let Some(connection) = establish(accepted, shared).await {
         // In a task of its own: an open connection keeps none of the memory that opening it took.
         tokio::spawn(connection.relay());
@@ -89,7 +89,7 @@ struct Session {
     remote: Option<SocketAddr>,
     /// Of us, for the access log.
     local: Option<SocketAddr>,
-    live: watch::Receiver<ListenerState<PublicListener>>,
+    live: watch::Receiver<ListenerState<InboundListener>>,
     shared: Shared,
     _drain: drain::Watch,
 }
@@ -103,7 +103,7 @@ struct Connection {
 }
 
 /// `None` also for a connection of requests, which has a task of its own by then.
-async fn establish(accepted: Accepted<PublicListener>, shared: Shared) -> Option<Connection> {
+async fn establish(accepted: Accepted<InboundListener>, shared: Shared) -> Option<Connection> {
     let Accepted { socket, remote, live, drain } = accepted;
     let local = if shared.observer.access_log().is_on() { socket.local_address() } else { None };
     let listener = Arc::clone(&live.borrow().config);
@@ -119,16 +119,16 @@ async fn establish(accepted: Accepted<PublicListener>, shared: Shared) -> Option
         return None;
     };
     record.handshake_finished(&peer.id);
-    if listener.protocol.is_http() {
+    if listener.service.protocol.is_http() {
         let Some(open) = shared.enter(listener.max_connections) else {
             too_many(&listener, remote, record, &shared.log_limit);
             relay::close_tls(mesh).await;
             return None;
         };
         // Each request is judged, so that a refused one gets an answer.
-        let certificate = certificate::element(listener.tls.id(), mesh.peer_certificates().unwrap_or_default());
+        let certificate = certificate::element(listener.service.tls.id(), mesh.peer_certificates().unwrap_or_default());
         let requests = RequestObserver { observer: shared.observer, connection: Arc::new(record.info().clone()) };
-        let (app, log_limit, upgrades) = (shared.app, shared.log_limit, listener.upgrades.clone());
+        let (app, log_limit, upgrades) = (shared.app, shared.log_limit, listener.service.upgrades.clone());
         let under_way = Open::default();
         let connection = Inbound {
             peer,
@@ -153,13 +153,13 @@ async fn establish(accepted: Accepted<PublicListener>, shared: Shared) -> Option
     Session { mesh, peer, remote, local, live, shared, _drain: drain }.first(record).await
 }
 
-fn too_many(listener: &PublicListener, remote: Option<SocketAddr>, mut record: Record, log_limit: &LogLimit) {
+fn too_many(listener: &InboundListener, remote: Option<SocketAddr>, mut record: Record, log_limit: &LogLimit) {
     const PROBLEM: &str = "max_inbound_connections are open";
     if log_limit.is_first(Host(remote), PROBLEM) {
         let limit = listener.max_connections;
         tracing::info!(target: "proxy.inbound", limit, src = %Shown(remote), "Connection closed: {PROBLEM}");
     }
-    record.observer().observe(Event::Overflowed(Overflowed::Inbound { service: &listener.service }));
+    record.observer().observe(Event::Overflowed(Overflowed::Inbound { service: &listener.service.name }));
     record.finish(Outcome::Overflow, "limit reached");
 }
 
@@ -199,19 +199,20 @@ impl Session {
         record.carries_bytes();
         // From here on changes are noticed, so that none slips between the decision and the relay.
         let listener = Arc::clone(&self.live.borrow_and_update().config);
-        if listener.protocol.is_http() {
+        if listener.service.protocol.is_http() {
             // A client of ours makes another session, for requests or for bytes.
             record.failed(authorization::carries_requests());
             self.mesh.part();
             return None;
         }
-        if let Some(reason) = authorization::decide(&listener, &self.peer.id, record.observer()) {
-            self.log_denial("Connection denied", &listener, &reason);
+        if let Some(reason) = authorization::decide(&listener.service, &self.peer.id, record.observer()) {
+            self.log_denial("Connection denied", &listener.service, &reason);
             record.denied(&reason, "denied");
             return self.refuse(Refusal::Denied).await;
         }
-        let mut attempt = Attempt::new(Destination::LocalApp(listener.local_app.clone()));
-        let connected = connect_app(&listener.local_app, listener.local_connect_timeout, record.observer()).await;
+        let mut attempt = Attempt::new(Destination::LocalApp(listener.service.local_app.clone()));
+        let connected =
+            connect_app(&listener.service.local_app, listener.service.local_connect_timeout, record.observer()).await;
         let app = match connected {
             Ok(app) => app,
             Err(problem) => {
@@ -220,7 +221,7 @@ impl Session {
                 if self.shared.log_limit.is_first(&self.peer.id, &format!("no local app: {problem}")) {
                     tracing::warn!(
                         target: "proxy.inbound",
-                        app = %listener.local_app,
+                        app = %listener.service.local_app,
                         error = %problem,
                         "failed to dial the local app: is it listening there? (LocalServiceAddress and LocalServicePort of the registration)"
                     );
@@ -253,7 +254,7 @@ impl Session {
             return None;
         }
         let listener = Arc::clone(&self.live.borrow().config);
-        if !self.mesh.answers_for_app() && denial(&listener, &self.peer.id).is_some() {
+        if !self.mesh.answers_for_app() && denial(&listener.service, &self.peer.id).is_some() {
             // The client makes another session for the same connection, which is denied there and told once.
             self.mesh.part();
             return None;
@@ -267,7 +268,7 @@ impl Session {
                 peer: Some(Arc::clone(&self.peer.id)),
             },
         );
-        if let Err(problem) = self.peer.check(&listener, |act| act(self.mesh.tls.peer_certificates())) {
+        if let Err(problem) = self.peer.check(&listener.service, |act| act(self.mesh.tls.peer_certificates())) {
             refuse(&record, &problem.to_string(), &self.shared.log_limit);
             record.finish(Outcome::Unproved, "no longer proved");
             self.mesh.part();
@@ -276,12 +277,12 @@ impl Session {
         self.admit(record).await
     }
 
-    fn log_denial(&self, what: &str, listener: &PublicListener, reason: &str) {
+    fn log_denial(&self, what: &str, service: &Service, reason: &str) {
         if self.shared.log_limit.is_first(&self.peer.id, reason) {
             tracing::info!(
                 target: "proxy.inbound",
                 source = %self.peer.id,
-                destination = listener.service,
+                destination = service.name,
                 src = %Shown(self.remote),
                 reason,
                 "{what}"
@@ -304,13 +305,13 @@ impl Session {
 
 /// Ends when a session is to carry nothing any more: the drain has begun, its credentials were replaced, the peer is
 /// denied, or the listener carries requests now.
-async fn unfit(live: &mut watch::Receiver<ListenerState<PublicListener>>, peer: &Peer) {
-    let unfit = |live: &ListenerState<PublicListener>| {
-        let ListenerState { config: part, stage } = live;
-        *stage >= Stage::Draining
-            || part.protocol.is_http()
-            || !peer.is_proved_to(part)
-            || denial(part, &peer.id).is_some()
+async fn unfit(live: &mut watch::Receiver<ListenerState<InboundListener>>, peer: &Peer) {
+    let unfit = |live: &ListenerState<InboundListener>| {
+        let service = &live.config.service;
+        live.stage >= Stage::Draining
+            || service.protocol.is_http()
+            || !peer.is_proved_to(service)
+            || denial(service, &peer.id).is_some()
     };
     let _ = live.wait_for(unfit).await;
 }
@@ -319,11 +320,11 @@ async fn unfit(live: &mut watch::Receiver<ListenerState<PublicListener>>, peer: 
 async fn shake(
     socket: Socket,
     record: &Record,
-    listener: &PublicListener,
+    listener: &InboundListener,
     shared: &Shared,
 ) -> Option<(Stream<Socket>, Peer)> {
     let mut place = shared.handshakes.take();
-    let handshake = Stream::accept_offer(socket, &listener.tls);
+    let handshake = Stream::accept_offer(socket, &listener.service.tls);
     let shaken = tokio::select! {
         biased;
         shaken = timeout(listener.handshake_timeout, handshake) => shaken,
@@ -335,7 +336,7 @@ async fn shake(
     };
     drop(place);
     let problem = match shaken {
-        Ok(Ok(mesh)) => match Peer::new(listener, mesh.peer_certificates()) {
+        Ok(Ok(mesh)) => match Peer::new(&listener.service, mesh.peer_certificates()) {
             Ok(peer) => return Some((mesh, peer)),
             Err(e) => {
                 relay::close_tls(mesh).await;
@@ -412,8 +413,8 @@ impl Connection {
             }
             End::Revoked(revoked) => {
                 match &revoked {
-                    Revoked::Denied(listener, reason) => {
-                        self.session.log_denial("Open connection closed, it is denied now", listener, reason);
+                    Revoked::Denied(service, reason) => {
+                        self.session.log_denial("Open connection closed, it is denied now", service, reason);
                         self.record.denied(reason, "denied while open");
                     }
                     Revoked::Drained => self.record.failed(authorization::drained()),

@@ -7,7 +7,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 
 use super::authorization;
-use super::balance::{Balancer, Clock, InFlight, Instance, Picked, Report, UpstreamRuntime};
+use super::balance::{Balancer, Clock, InFlight, Instance, OutboundRuntime, Picked, Report, UpstreamRuntime};
 use super::dial::{self, Pace, Unconnected};
 use super::http::outbound::Outbound;
 use super::http::request_record::RequestObserver;
@@ -27,7 +27,7 @@ use crate::snapshot::Target;
 use crate::tls::{self, SpiffeId};
 
 /// Serves one connection: choose the target, connect to an instance of it, relay, record.
-pub(super) async fn serve(accepted: Accepted<UpstreamRuntime>, clock: Clock, observer: Observer, log_limit: LogLimit) {
+pub(super) async fn serve(accepted: Accepted<OutboundRuntime>, clock: Clock, observer: Observer, log_limit: LogLimit) {
     if let Some(connection) = establish(accepted, clock, observer, log_limit).await {
         // In a task of its own: an open connection keeps none of the memory that opening it took.
         tokio::spawn(connection.relay());
@@ -40,7 +40,7 @@ struct Connection {
     mesh: MeshStream<Socket>,
     /// What `mesh` was made with.
     tls: Arc<tls::Client>,
-    state: watch::Receiver<ListenerState<UpstreamRuntime>>,
+    state: watch::Receiver<ListenerState<OutboundRuntime>>,
     record: Record,
     instance: Reached,
     clock: Clock,
@@ -50,17 +50,18 @@ struct Connection {
 
 /// `None` also for a connection of requests, which has a task of its own by then.
 async fn establish(
-    accepted: Accepted<UpstreamRuntime>,
+    accepted: Accepted<OutboundRuntime>,
     clock: Clock,
     observer: Observer,
     log_limit: LogLimit,
 ) -> Option<Connection> {
     let Accepted { socket: app, remote, live: mut state, drain } = accepted;
     let local = if observer.access_log().is_on() { app.local_address() } else { None };
-    let listener = Listener::Upstream(Arc::clone(&state.borrow().config.upstream));
+    let listener = Listener::Upstream(Arc::clone(&state.borrow().config.listener));
     let mut record = Record::accepted(&observer, ConnectionInfo { listener, remote, local, peer: None });
-    let plan = known(&mut state).await;
-    record.accepted_by(Listener::Upstream(Arc::clone(&plan.upstream)));
+    let now = known(&mut state).await;
+    let plan = &now.upstream;
+    record.accepted_by(Listener::Upstream(Arc::clone(&now.listener)));
     if plan.upstream.chain.protocol.is_http() {
         let requests = RequestObserver { observer, connection: Arc::new(record.info().clone()) };
         let upgrades = plan.upstream.requests.upgrades.clone();
@@ -72,7 +73,7 @@ async fn establish(
         return None;
     }
     record.carries_bytes();
-    match connect(&plan, clock, &state, &mut record).await {
+    match connect(plan, clock, &state, &mut record).await {
         Ok(Connected { mesh, tls, peer, instance, permit }) => {
             record.connected(Some(peer));
             Some(Connection { app, mesh, tls, state, record, instance, clock, _permit: permit, _drain: drain })
@@ -90,9 +91,9 @@ async fn establish(
 
 /// The plan, once it is known where the upstream leads; what there is when that takes too long, or at the end of a
 /// drain.
-async fn known(state: &mut watch::Receiver<ListenerState<UpstreamRuntime>>) -> Arc<UpstreamRuntime> {
+async fn known(state: &mut watch::Receiver<ListenerState<OutboundRuntime>>) -> Arc<OutboundRuntime> {
     let known = state.wait_for(|state| {
-        let request = state.config.upstream.awaited.as_ref().filter(|_| state.stage < Stage::Closing);
+        let request = state.config.listener.upstream.awaited.as_ref().filter(|_| state.stage < Stage::Closing);
         request.map(|request| request.request()).is_none()
     });
     let _ = timeout(AWAITED, known).await;
@@ -185,9 +186,9 @@ impl Reached {
 
 /// Ends when open connections must be closed: at the end of a drain, and when they may carry requests that are to be
 /// routed one by one.
-async fn closing(state: &mut watch::Receiver<ListenerState<UpstreamRuntime>>) {
-    let must = |state: &ListenerState<UpstreamRuntime>| {
-        state.stage >= Stage::Closing || state.config.upstream.chain.protocol.is_http()
+async fn closing(state: &mut watch::Receiver<ListenerState<OutboundRuntime>>) {
+    let must = |state: &ListenerState<OutboundRuntime>| {
+        state.stage >= Stage::Closing || state.config.listener.upstream.chain.protocol.is_http()
     };
     let _ = state.wait_for(must).await;
 }
@@ -224,7 +225,7 @@ struct Failure {
 async fn connect(
     plan: &UpstreamRuntime,
     clock: Clock,
-    state: &watch::Receiver<ListenerState<UpstreamRuntime>>,
+    state: &watch::Receiver<ListenerState<OutboundRuntime>>,
     record: &mut Record,
 ) -> Result<Connected, Fault> {
     let (mut reasons, mut outcome) = (Vec::new(), Outcome::NoInstance);
@@ -257,7 +258,7 @@ async fn connect_target(
     target: &Arc<Target>,
     balancer: &Arc<Balancer>,
     clock: Clock,
-    state: &watch::Receiver<ListenerState<UpstreamRuntime>>,
+    state: &watch::Receiver<ListenerState<OutboundRuntime>>,
     record: &mut Record,
 ) -> Result<Connected, Unusable> {
     let unusable = |fault| Unusable { fault, denied: false };

@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::balance::{Balancer, Clock, Instance, UpstreamRuntime};
+use super::balance::{Balancer, Clock, Instance, OutboundRuntime};
 use super::dial::{self, Offer, Unconnected};
 use super::listener::ListenerState;
 use super::socket::Socket;
@@ -19,7 +19,7 @@ use crate::tls;
 /// Has a task look after the instance, unless one does. It ends when the instance is reached by anybody, leaves the
 /// catalog, or when nobody uses the target any more.
 pub(super) fn begin(
-    live: &watch::Receiver<ListenerState<UpstreamRuntime>>,
+    live: &watch::Receiver<ListenerState<OutboundRuntime>>,
     target: &Target,
     instance: &Arc<Instance>,
     clock: Clock,
@@ -38,7 +38,7 @@ pub(super) fn begin(
 }
 
 async fn look_after(
-    live: &watch::Receiver<ListenerState<UpstreamRuntime>>,
+    live: &watch::Receiver<ListenerState<OutboundRuntime>>,
     id: &str,
     instance: &Arc<Instance>,
     clock: Clock,
@@ -51,7 +51,7 @@ async fn look_after(
         }
         let plan = {
             let live = live.borrow();
-            Arc::clone(if live.stage == Stage::Running { &live.config } else { return })
+            Arc::clone(if live.stage == Stage::Running { &live.config.upstream } else { return })
         };
         // As of now: credentials may be others than when it was put aside.
         let target = plan.upstream.chain.targets().find(|target| target.id == id);

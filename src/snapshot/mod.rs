@@ -56,13 +56,15 @@ use crate::{access_log, jwt, tls};
 pub struct Snapshot {
     /// Counts up by one with each published change.
     pub version: u64,
-    /// `None` when the registration has no port, which means "no public listener" to Consul.
-    pub public: Option<Arc<PublicListener>>,
-    /// Where the registration had a port and has none any more: what the connections go by that are still open. It is
-    /// not to be bound.
-    pub former_public: Option<Arc<PublicListener>>,
-    /// By a key that names the destination and where it is bound: another address is another listener.
-    pub upstreams: BTreeMap<UpstreamKey, Arc<Upstream>>,
+    /// Where the mesh reaches us, by the place where each is bound. A sidecar has one, or none: a registration without a
+    /// port means "no public listener" to Consul.
+    pub inbound: BTreeMap<Bind, Arc<InboundListener>>,
+    /// Of a service that has no inbound listener any more: what the connections go by that are still open. It is not to be
+    /// bound.
+    pub former_inbound: Vec<Arc<InboundListener>>,
+    /// Where the local app reaches the mesh. The key names the destination and where it is bound: another address is
+    /// another listener.
+    pub outbound: BTreeMap<OutboundKey, Arc<OutboundListener>>,
     /// Plaintext listeners for single paths of the local app. Anyone who can reach them may send requests.
     pub exposed: BTreeMap<Bind, Arc<Exposed>>,
     /// `None`: requests and connections have no log of their own.
@@ -72,13 +74,37 @@ pub struct Snapshot {
     pub credentials: Option<Arc<tls::Credentials>>,
 }
 
-/// The mTLS listener where the mesh reaches us.
+impl Snapshot {
+    /// What the connections of an inbound listener go by that is no longer bound: the listener that its service has or had
+    /// last. A registration whose service has another name now means that one.
+    #[must_use]
+    pub fn successor(&self, retired: &InboundListener) -> Option<&Arc<InboundListener>> {
+        let mut all = self.inbound.values().chain(&self.former_inbound);
+        let same = all.clone().find(|listener| listener.service.name == retired.service.name);
+        same.or_else(|| all.next())
+    }
+}
+
+/// An mTLS listener where the mesh reaches us. Its connections are terminated as one service; where a gateway lets the
+/// server name choose among several, the table belongs here.
 #[derive(Debug)]
-pub struct PublicListener {
+pub struct InboundListener {
     pub bind: Bind,
-    /// The service name that we stand in front of: the destination of the intentions.
-    pub service: String,
+    /// Time for a peer to finish its TLS handshake; default 10 s.
+    pub handshake_timeout: Duration,
+    /// Concurrent inbound connections; `None` is no limit.
+    pub max_connections: Option<usize>,
+    pub service: Arc<Service>,
+}
+
+/// A service that we stand in front of: who it is to the mesh, who may reach it, and where its app is.
+#[derive(Debug, Clone)]
+pub struct Service {
+    /// The destination of the intentions.
+    pub name: String,
     pub protocol: Protocol,
+    pub tls: Arc<tls::Server>,
+    pub intentions: Arc<Intentions>,
     pub local_app: LocalApp,
     /// Time to connect to the local app; Consul's default is 5 s.
     pub local_connect_timeout: Duration,
@@ -86,12 +112,6 @@ pub struct PublicListener {
     pub local_request_timeout: Option<Duration>,
     /// Idle time of a stream to the local app, HTTP only; `None` is no limit; Consul's default is 5 min.
     pub local_idle_timeout: Option<Duration>,
-    /// Time for a peer to finish its TLS handshake; default 10 s.
-    pub handshake_timeout: Duration,
-    /// Concurrent inbound connections; `None` is no limit.
-    pub max_connections: Option<usize>,
-    pub tls: Arc<tls::Server>,
-    pub intentions: Arc<Intentions>,
     /// What requests look like before they are judged, HTTP only.
     pub normalization: Normalization,
     /// What connections may be upgraded to, HTTP only: `lictor_upgrades`.
@@ -104,18 +124,34 @@ pub struct PublicListener {
     pub token_providers: Arc<jwt::Providers>,
 }
 
-/// Identifies an upstream of the registration and its listener: `service:db`, `query:dbq`,
-/// `service:db?dc=dc2`, with the place where it is bound.
+/// Identifies an outbound listener: the destination as the registration names it (`service:db`, `query:dbq`,
+/// `service:db?dc=dc2`), with the place where it is bound.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct UpstreamKey {
+pub struct OutboundKey {
     pub destination: String,
     pub bind: Bind,
 }
 
-/// A dependency of the local app with a local port or socket.
+/// A plaintext listener where the local app reaches the mesh.
+#[derive(Debug)]
+pub struct OutboundListener {
+    pub key: OutboundKey,
+    /// Where every connection leads. A listener whose connections are told apart by their original destination has a
+    /// table of upstreams in this place.
+    pub upstream: Arc<Upstream>,
+}
+
+impl OutboundListener {
+    /// Leads nowhere, or nowhere yet.
+    #[must_use]
+    pub fn unknown(key: OutboundKey, name: String, awaited: Option<Arc<FetchRequest>>) -> Self {
+        Self { key, upstream: Arc::new(Upstream::unknown(name, awaited)) }
+    }
+}
+
+/// A dependency of the local app.
 #[derive(Debug)]
 pub struct Upstream {
-    pub key: UpstreamKey,
     /// The name that the registration gives it, for logs.
     pub name: String,
     pub chain: Chain,
@@ -131,10 +167,9 @@ pub struct Upstream {
 impl Upstream {
     /// One that leads nowhere, or nowhere yet.
     #[must_use]
-    pub fn unknown(key: UpstreamKey, name: String, awaited: Option<Arc<FetchRequest>>) -> Self {
+    pub fn unknown(name: String, awaited: Option<Arc<FetchRequest>>) -> Self {
         let start = Node::Resolver(Arc::new(Resolver::new(Vec::new())));
         Self {
-            key,
             name,
             chain: Chain { protocol: Protocol::Tcp, start },
             limits: Limits::default(),

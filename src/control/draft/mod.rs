@@ -26,7 +26,7 @@ use super::translate::{Bad, definition, mesh};
 use crate::access_log;
 use crate::consul::api;
 use crate::fetch::FetchRequests;
-use crate::snapshot::{Bind, Exposed, MetricsSettings, Snapshot, Upstream};
+use crate::snapshot::{Bind, Exposed, InboundListener, MetricsSettings, Snapshot};
 use crate::tls::Aead;
 
 #[derive(Debug)]
@@ -178,12 +178,12 @@ impl Draft {
         }
         let credentials = Arc::clone(self.service.credentials()?);
         self.upstreams.build(&credentials, &mut self.effects.notes);
-        let (public, former_public) = self.service.published();
+        let (inbound, former_inbound) = self.service.published();
         let next = Snapshot {
             version: self.last.as_ref().map_or(1, |last| last.version + 1),
-            public,
-            former_public,
-            upstreams: self.upstreams.published(),
+            inbound,
+            former_inbound,
+            outbound: self.upstreams.published(),
             exposed: self.exposed.clone(),
             access_log: self.access_log.clone(),
             metrics: Arc::clone(&self.metrics),
@@ -259,18 +259,19 @@ impl Draft {
     }
 }
 
+/// Whether two snapshots have the same parts. Those that did not change kept their `Arc`.
 fn same(a: &Snapshot, b: &Snapshot) -> bool {
-    let same_upstream =
-        |((key_a, a), (key_b, b)): ((_, &Arc<Upstream>), (_, &Arc<Upstream>))| key_a == key_b && Arc::ptr_eq(a, b);
-    let same_exposed =
-        |((key_a, a), (key_b, b)): ((_, &Arc<Exposed>), (_, &Arc<Exposed>))| key_a == key_b && Arc::ptr_eq(a, b);
-    a.public.as_ref().map(Arc::as_ptr) == b.public.as_ref().map(Arc::as_ptr)
-        && a.former_public.as_ref().map(Arc::as_ptr) == b.former_public.as_ref().map(Arc::as_ptr)
+    let same_former = |(a, b): (&Arc<InboundListener>, &Arc<InboundListener>)| Arc::ptr_eq(a, b);
+    same_parts(&a.inbound, &b.inbound)
+        && a.former_inbound.len() == b.former_inbound.len()
+        && a.former_inbound.iter().zip(&b.former_inbound).all(same_former)
+        && same_parts(&a.outbound, &b.outbound)
+        && same_parts(&a.exposed, &b.exposed)
         && a.access_log.as_ref().map(Arc::as_ptr) == b.access_log.as_ref().map(Arc::as_ptr)
         && Arc::ptr_eq(&a.metrics, &b.metrics)
         && a.credentials.as_ref().map(Arc::as_ptr) == b.credentials.as_ref().map(Arc::as_ptr)
-        && a.exposed.len() == b.exposed.len()
-        && a.exposed.iter().zip(&b.exposed).all(same_exposed)
-        && a.upstreams.len() == b.upstreams.len()
-        && a.upstreams.iter().zip(&b.upstreams).all(same_upstream)
+}
+
+fn same_parts<K: Eq, P>(a: &BTreeMap<K, Arc<P>>, b: &BTreeMap<K, Arc<P>>) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|((key_a, a), (key_b, b))| key_a == key_b && Arc::ptr_eq(a, b))
 }

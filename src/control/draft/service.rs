@@ -1,6 +1,7 @@
 //! What belongs to the one service that the proxy stands for: its identity, its intentions, the providers of tokens that
 //! these name, and the public listener that is built of them.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -14,7 +15,7 @@ use super::super::translate::{Bad, Notes, intention, jwt};
 use super::rules::Rules;
 use super::update::{Effects, Urgency};
 use crate::consul::api;
-use crate::snapshot::{DefaultPolicy, Intentions, Protocol, PublicListener};
+use crate::snapshot::{Bind, DefaultPolicy, InboundListener, Intentions, Protocol, Service};
 use crate::tls::{self, Aead, Credentials, Policy};
 
 /// Application protocols that a server offers.
@@ -34,7 +35,7 @@ pub(super) struct ServiceDraft {
     /// Made of these credentials for these application protocols. It outlives changes of all else, as it holds the keys of the tickets
     /// that were given out.
     server: Option<(Arc<Credentials>, Alpn, Arc<tls::Server>)>,
-    public: Option<Arc<PublicListener>>,
+    public: Option<Arc<InboundListener>>,
     /// Whether the public listener has to be built again.
     changed: bool,
 }
@@ -56,10 +57,14 @@ impl ServiceDraft {
         tokens && self.credentials().is_some() && (self.rules.built().is_some() || self.plan.is_none())
     }
 
-    /// The public listener: (the one that the registration has, the one that it no longer has).
-    pub(super) fn published(&self) -> (Option<Arc<PublicListener>>, Option<Arc<PublicListener>>) {
-        let public = self.public.clone();
-        if self.former.is_none() { (public, None) } else { (None, public) }
+    /// The inbound listeners: (those that the registration has, the one that it no longer has).
+    pub(super) fn published(&self) -> (BTreeMap<Bind, Arc<InboundListener>>, Vec<Arc<InboundListener>>) {
+        let public = self.public.iter().map(Arc::clone);
+        if self.former.is_none() {
+            (public.map(|listener| (listener.bind.clone(), listener)).collect(), Vec::new())
+        } else {
+            (BTreeMap::new(), public.collect())
+        }
     }
 
     pub(super) fn define(&mut self, definition: &Definition, effects: &mut Effects) {
@@ -186,7 +191,7 @@ impl ServiceDraft {
         Ok(())
     }
 
-    fn public_listener(&mut self, mesh: &MeshSettings, notes: &mut Notes) -> Result<Option<PublicListener>, Bad> {
+    fn public_listener(&mut self, mesh: &MeshSettings, notes: &mut Notes) -> Result<Option<InboundListener>, Bad> {
         let parts = self.open_plan().cloned().zip(self.name.clone());
         let parts = parts.zip(self.rules.built().cloned()).zip(self.credentials().cloned());
         let Some((((plan, service), intentions), credentials)) = parts else { return Ok(None) };
@@ -272,24 +277,27 @@ fn listener(
     intentions: Arc<Intentions>,
     mesh: &MeshSettings,
     tokens: &Tokens,
-) -> PublicListener {
-    PublicListener {
-        bind: plan.bind,
-        service,
+) -> InboundListener {
+    let service = Service {
+        name: service,
         protocol: plan.protocol,
+        tls,
+        intentions,
         local_app: plan.local_app,
         local_connect_timeout: plan.local_connect_timeout,
         local_request_timeout: plan.local_request_timeout,
         local_idle_timeout: plan.local_idle_timeout,
-        handshake_timeout: plan.handshake_timeout,
-        max_connections: plan.max_connections,
-        tls,
-        intentions,
         normalization: mesh.normalization,
+        upgrades: plan.upgrades,
         sanitize_forwarded_cert: mesh.sanitize_forwarded_cert,
         expose_cause: plan.expose_cause,
-        upgrades: plan.upgrades,
         token_providers: Arc::clone(tokens.built()),
+    };
+    InboundListener {
+        bind: plan.bind,
+        handshake_timeout: plan.handshake_timeout,
+        max_connections: plan.max_connections,
+        service: Arc::new(service),
     }
 }
 

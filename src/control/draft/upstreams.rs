@@ -12,22 +12,22 @@ use super::super::upstream::{Instances, Mesh, UpstreamDraft};
 use super::update::{Effects, Urgency, Want};
 use crate::consul::api;
 use crate::fetch::FetchRequests;
-use crate::snapshot::{Upstream, UpstreamKey};
+use crate::snapshot::{OutboundKey, OutboundListener};
 use crate::tls::Credentials;
 
 #[derive(Debug, Default)]
 pub(super) struct Upstreams {
-    drafts: BTreeMap<UpstreamKey, UpstreamDraft>,
+    drafts: BTreeMap<OutboundKey, UpstreamDraft>,
     /// Chains and prepared queries, whose instances are beside.
     chains: HashMap<ChainQuery, Arc<ChainPlan>>,
     prepared: HashMap<PreparedQuery, Prepared>,
     /// By the query, for endpoints or of a prepared query, that brought them.
     instances: HashMap<Query, Instances>,
     /// The upstreams that use a query.
-    users: HashMap<Query, BTreeSet<UpstreamKey>>,
+    users: HashMap<Query, BTreeSet<OutboundKey>>,
     unused: Vec<Query>,
     /// Those that have to be built again.
-    changed: BTreeSet<UpstreamKey>,
+    changed: BTreeSet<OutboundKey>,
     /// Requests of connections that wait for an upstream.
     fetches: FetchRequests,
 }
@@ -44,8 +44,8 @@ impl Upstreams {
     }
 
     /// Makes the upstreams those of a definition.
-    pub(super) fn define(&mut self, plans: &BTreeMap<UpstreamKey, UpstreamPlan>, effects: &mut Effects) {
-        let gone: Vec<UpstreamKey> = self.drafts.keys().filter(|key| !plans.contains_key(key)).cloned().collect();
+    pub(super) fn define(&mut self, plans: &BTreeMap<OutboundKey, UpstreamPlan>, effects: &mut Effects) {
+        let gone: Vec<OutboundKey> = self.drafts.keys().filter(|key| !plans.contains_key(key)).cloned().collect();
         for key in &gone {
             self.link(key, Vec::new(), effects);
             self.drafts.remove(key);
@@ -78,9 +78,9 @@ impl Upstreams {
         }
     }
 
-    pub(super) fn published(&self) -> BTreeMap<UpstreamKey, Arc<Upstream>> {
+    pub(super) fn published(&self) -> BTreeMap<OutboundKey, Arc<OutboundListener>> {
         let published =
-            |(key, upstream): (&UpstreamKey, &UpstreamDraft)| (key.clone(), Arc::clone(upstream.published()));
+            |(key, upstream): (&OutboundKey, &UpstreamDraft)| (key.clone(), Arc::clone(upstream.published()));
         self.drafts.iter().map(published).collect()
     }
 
@@ -182,17 +182,17 @@ impl Upstreams {
     }
 
     /// How soon a change of these upstreams must be published.
-    fn urgency_of(&self, upstreams: &BTreeSet<UpstreamKey>) -> Urgency {
-        let requested = |key: &UpstreamKey| self.drafts.get(key).is_some_and(|found| !found.requested().is_empty());
+    fn urgency_of(&self, upstreams: &BTreeSet<OutboundKey>) -> Urgency {
+        let requested = |key: &OutboundKey| self.drafts.get(key).is_some_and(|found| !found.requested().is_empty());
         if upstreams.iter().any(requested) { Urgency::Now } else { Urgency::Soon }
     }
 
-    fn users_of(&self, query: &Query) -> BTreeSet<UpstreamKey> {
+    fn users_of(&self, query: &Query) -> BTreeSet<OutboundKey> {
         self.users.get(query).cloned().unwrap_or_default()
     }
 
     /// Brings up to date what an upstream uses, and has it built again.
-    fn relink(&mut self, key: &UpstreamKey, effects: &mut Effects) {
+    fn relink(&mut self, key: &OutboundKey, effects: &mut Effects) {
         let Some(upstream) = self.drafts.get(key) else { return };
         let uses = match &upstream.plan().source {
             Source::PreparedQuery { query, .. } => vec![Query::PreparedQuery(query.clone())],
@@ -207,7 +207,7 @@ impl Upstreams {
     }
 
     /// Makes `uses` what an upstream uses.
-    fn link(&mut self, key: &UpstreamKey, uses: Vec<Query>, effects: &mut Effects) {
+    fn link(&mut self, key: &OutboundKey, uses: Vec<Query>, effects: &mut Effects) {
         let Some(upstream) = self.drafts.get_mut(key) else { return };
         for query in &uses {
             let users = self.users.entry(query.clone()).or_insert_with(|| {

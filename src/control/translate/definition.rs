@@ -12,8 +12,8 @@ use crate::config::AdHoc;
 use crate::consul::api;
 use crate::control::query::{ChainQuery, PreparedQuery};
 use crate::snapshot::{
-    Address, Bind, Exposed, ExposedPath, Limits, LocalApp, MetricsSettings, PassiveHealthCheck, Protocol,
-    RequestSettings, Upgrades, UpstreamKey,
+    Address, Bind, Exposed, ExposedPath, Limits, LocalApp, MetricsSettings, OutboundKey, PassiveHealthCheck, Protocol,
+    RequestSettings, Upgrades,
 };
 
 /// Consul's default for connecting to the local app.
@@ -33,7 +33,7 @@ pub(in crate::control) struct Definition {
     /// The service that we stand in front of: its leaf and its intentions are ours.
     pub(in crate::control) service: String,
     pub(in crate::control) public: Option<PublicPlan>,
-    pub(in crate::control) upstreams: BTreeMap<UpstreamKey, UpstreamPlan>,
+    pub(in crate::control) upstreams: BTreeMap<OutboundKey, UpstreamPlan>,
     pub(in crate::control) exposed: BTreeMap<Bind, Exposed>,
     pub(in crate::control) access_log: Option<AccessLog>,
     pub(in crate::control) metrics: MetricsSettings,
@@ -147,7 +147,7 @@ pub(in crate::control) fn ad_hoc(flags: &AdHoc) -> Result<Definition, Bad> {
             Source::Chain(ChainQuery { service: upstream.name.clone(), overrides, ..Default::default() })
         };
         let kind = if upstream.prepared_query { "query" } else { "service" };
-        let key = UpstreamKey { destination: format!("{kind}:{}", upstream.name), bind: Bind::Tcp(upstream.bind) };
+        let key = OutboundKey { destination: format!("{kind}:{}", upstream.name), bind: Bind::Tcp(upstream.bind) };
         let plan = UpstreamPlan {
             name: upstream.name.clone(),
             source,
@@ -325,7 +325,7 @@ fn local_app(proxy: &api::Proxy, notes: &mut Notes) -> Option<LocalApp> {
     Some(LocalApp::Tcp(Address { host, port }))
 }
 
-fn upstreams(proxy: &api::Proxy, enterprise: bool, notes: &mut Notes) -> BTreeMap<UpstreamKey, UpstreamPlan> {
+fn upstreams(proxy: &api::Proxy, enterprise: bool, notes: &mut Notes) -> BTreeMap<OutboundKey, UpstreamPlan> {
     let mut bound = BTreeSet::new();
     let mut plans = BTreeMap::new();
     let tunnel = tunnel(Opaque::new(Some(&proxy.config), "proxy config"), notes).unwrap_or(true);
@@ -347,7 +347,7 @@ fn upstream(
     proxy_tunnel: bool,
     enterprise: bool,
     notes: &mut Notes,
-) -> Option<(UpstreamKey, UpstreamPlan)> {
+) -> Option<(OutboundKey, UpstreamPlan)> {
     let name = &wire.destination_name;
     let bind = upstream_bind(wire, notes)?;
     if !wire.destination_peer.is_empty() {
@@ -372,7 +372,7 @@ fn upstream(
             return None;
         }
     };
-    let key = UpstreamKey { destination: destination(kind, wire), bind };
+    let key = OutboundKey { destination: destination(kind, wire), bind };
     let plan = UpstreamPlan {
         name: name.clone(),
         source,
@@ -553,7 +553,7 @@ mod tests {
         (definition.public, notes)
     }
 
-    fn upstream_of(wire: Value) -> (Option<(UpstreamKey, UpstreamPlan)>, Vec<String>) {
+    fn upstream_of(wire: Value) -> (Option<(OutboundKey, UpstreamPlan)>, Vec<String>) {
         let (definition, notes) = sidecar(json!({}), json!({ "Upstreams": [wire] }));
         (definition.upstreams.into_iter().next(), notes)
     }

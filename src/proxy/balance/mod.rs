@@ -34,11 +34,30 @@ use self::instance::State;
 use crate::observe::{Event, Observer, Overflowed};
 use crate::proxy::limits::{Counts, Limit, Overflow, Permit};
 use crate::snapshot::{
-    Address, Endpoint, Endpoints, HashTable, Limits, PassiveHealthCheck, Policy, Resolver, Target, Upstream,
+    Address, Endpoint, Endpoints, HashTable, Limits, OutboundListener, PassiveHealthCheck, Policy, Resolver, Target,
+    Upstream,
 };
 
 pub use budget::{Retry, RetryBudget};
 pub use instance::{InFlight, Instance};
+
+/// What an outbound listener and its connections go by. Where one listener leads to many upstreams, their states are
+/// kept in the place of this one.
+#[derive(Debug)]
+pub struct OutboundRuntime {
+    pub listener: Arc<OutboundListener>,
+    pub upstream: Arc<UpstreamRuntime>,
+}
+
+impl OutboundRuntime {
+    /// Takes over what `previous` remembers.
+    #[must_use]
+    pub fn new(listener: Arc<OutboundListener>, previous: Option<&Self>, observer: &Observer) -> Self {
+        let previous = previous.map(|previous| &*previous.upstream);
+        let upstream = Arc::new(UpstreamRuntime::new(Arc::clone(&listener.upstream), previous, observer));
+        Self { listener, upstream }
+    }
+}
 
 /// An upstream with what is remembered of its instances.
 #[derive(Debug)]

@@ -13,7 +13,7 @@ use super::instance_dial::{Dial, Unconnected};
 use super::message::Head;
 use super::request_record::RequestRecorder;
 use crate::observe::AttemptResult;
-use crate::proxy::balance::{Balancer, Clock, Instance, Picked, Report, Retry, UpstreamRuntime};
+use crate::proxy::balance::{Balancer, Clock, Instance, OutboundRuntime, Picked, Report, Retry, UpstreamRuntime};
 use crate::proxy::codec::incoming::Incoming;
 use crate::proxy::codec::pool::{Failed, PoolKey, PooledConnection, Version};
 use crate::proxy::codec::replay_body::{BodyProgress, ReplayBody};
@@ -29,7 +29,7 @@ use crate::snapshot::{Failure, Protocol, Routed, Target};
 pub(super) struct Exchange<'a> {
     plan: &'a UpstreamRuntime,
     routed: &'a Routed<'a>,
-    state: &'a watch::Receiver<ListenerState<UpstreamRuntime>>,
+    state: &'a watch::Receiver<ListenerState<OutboundRuntime>>,
     clock: Clock,
     hash: Option<u64>,
     record: &'a mut RequestRecorder,
@@ -69,7 +69,7 @@ impl<'a> Exchange<'a> {
     pub(super) fn new(
         plan: &'a UpstreamRuntime,
         routed: &'a Routed<'a>,
-        state: &'a watch::Receiver<ListenerState<UpstreamRuntime>>,
+        state: &'a watch::Receiver<ListenerState<OutboundRuntime>>,
         clock: Clock,
         hash: Option<u64>,
         record: &'a mut RequestRecorder,

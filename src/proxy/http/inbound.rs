@@ -32,14 +32,14 @@ use crate::proxy::outcome::{Fault, Outcome};
 use crate::proxy::places::Counted;
 use crate::proxy::record::Shown;
 use crate::proxy::socket::Socket;
-use crate::snapshot::{Decision, Protocol, PublicListener, Upgrades};
+use crate::snapshot::{Decision, InboundListener, Protocol, Service, Upgrades};
 use crate::tls::{PeerError, Stream};
 
 /// One connection from the mesh.
 pub(crate) struct Inbound {
     pub peer: Peer,
     pub remote: Option<SocketAddr>,
-    pub state: watch::Receiver<ListenerState<PublicListener>>,
+    pub state: watch::Receiver<ListenerState<InboundListener>>,
     pub drain: drain::Watch,
     /// Connections to the local app.
     pub app: Arc<Pool>,
@@ -85,7 +85,7 @@ impl Inbound {
     /// once the peer is no longer who it was.
     async fn watch(&self, wire: &Wire, leaving: &Leaving) {
         let mut state = self.state.clone();
-        let mut judged = Arc::clone(&state.borrow_and_update().config);
+        let mut judged = Arc::clone(&state.borrow_and_update().config.service);
         loop {
             let left = self.peer.until().duration_since(SystemTime::now()).unwrap_or_default();
             // Clocks are set: a long time is not slept through.
@@ -93,80 +93,80 @@ impl Inbound {
             if matches!(changed, Ok(Err(_))) {
                 return pending().await;
             }
-            let listener = Arc::clone(&state.borrow_and_update().config);
-            if !Arc::ptr_eq(&judged.intentions, &listener.intentions)
-                || !Arc::ptr_eq(&judged.token_providers, &listener.token_providers)
+            let service = Arc::clone(&state.borrow_and_update().config.service);
+            if !Arc::ptr_eq(&judged.intentions, &service.intentions)
+                || !Arc::ptr_eq(&judged.token_providers, &service.token_providers)
             {
-                self.open.judge(|case| self.is_denied(&listener, case));
+                self.open.judge(|case| self.is_denied(&service, case));
             }
-            judged = Arc::clone(&listener);
-            if let Err(problem) = self.peer.check(&listener, |act| wire.peer_certificates(act)) {
+            judged = Arc::clone(&service);
+            if let Err(problem) = self.peer.check(&service, |act| wire.peer_certificates(act)) {
                 leaving.set();
-                self.log(&listener, &unproved(&problem));
+                self.log(&service, &unproved(&problem));
                 // What is under way goes on, and is judged on.
                 while state.changed().await.is_ok() {
-                    let listener = Arc::clone(&state.borrow_and_update().config);
-                    self.open.judge(|case| self.is_denied(&listener, case));
+                    let service = Arc::clone(&state.borrow_and_update().config.service);
+                    self.open.judge(|case| self.is_denied(&service, case));
                 }
                 return pending().await;
             }
         }
     }
 
-    fn is_denied(&self, listener: &PublicListener, case: &Case) -> bool {
-        let denied = request_denial(listener, &self.peer.id, &case.head.view(), &case.judged);
+    fn is_denied(&self, service: &Service, case: &Case) -> bool {
+        let denied = request_denial(service, &self.peer.id, &case.head.view(), &case.judged);
         if let Some(reason) = &denied {
-            self.log(listener, &Fault::new(Outcome::Denied, format!("under way, and denied now: {reason}")));
+            self.log(service, &Fault::new(Outcome::Denied, format!("under way, and denied now: {reason}")));
         }
         denied.is_some()
     }
 
     async fn answer(self: Arc<Self>, mut request: Request<ReplayBody>, ongoing: Ongoing, wire: Wire) -> Response<Body> {
         let mut responder = Responder::new(&self.requests, &request);
-        let listener = Arc::clone(&self.state.borrow().config);
-        responder.record.hide_tokens_of(&listener.token_providers);
-        let bridged = bridge::spans(listener.protocol, &mut request);
+        let service = Arc::clone(&self.state.borrow().config.service);
+        responder.record.hide_tokens_of(&service.token_providers);
+        let bridged = bridge::spans(service.protocol, &mut request);
         let answer = async {
-            self.peer.check(&listener, |act| wire.peer_certificates(act)).map_err(|problem| unproved(&problem))?;
+            self.peer.check(&service, |act| wire.peer_certificates(act)).map_err(|problem| unproved(&problem))?;
             let record = &mut responder.record;
-            let response = Arc::clone(&self).try_answer(&listener, request, &ongoing, record).await?;
+            let response = Arc::clone(&self).try_answer(&service, request, &ongoing, record).await?;
             if bridged { bridge::gather(response).await } else { Ok(response) }
         };
         let result = ongoing.unless_over(answer).await;
         let result = result.unwrap_or_else(|_| Err(Fault::new(Outcome::Denied, "denied while it was under way")));
-        responder.answer(result.inspect_err(|fault| self.log(&listener, fault)), listener.expose_cause)
+        responder.answer(result.inspect_err(|fault| self.log(&service, fault)), service.expose_cause)
     }
 
     async fn try_answer(
         self: Arc<Self>,
-        listener: &PublicListener,
+        service: &Service,
         mut request: Request<ReplayBody>,
         ongoing: &Ongoing,
         record: &mut RequestRecorder,
     ) -> Result<Response<Body>, Fault> {
         let client = request.extensions_mut().remove::<OnUpgrade>();
         let (parts, body) = request.into_parts();
-        let mut head = Head::check(parts, self.intake(listener))?;
-        if client.is_none() || listener.protocol != Protocol::Http {
+        let mut head = Head::check(parts, self.intake(service))?;
+        if client.is_none() || service.protocol != Protocol::Http {
             head.stay();
         }
         // What is added is judged too: the decision is about what the app receives.
-        self.annotate(listener, &mut head);
+        self.annotate(service, &mut head);
         let began = SystemTime::now();
-        let verified = self.decide(listener, &head, began)?;
+        let verified = self.decide(service, &head, began)?;
         head.check_method()?;
         // To be judged again whenever the intentions change, for as long as it is under way.
-        let (upgrades, headers) = (head.upgrades(), listener.intentions.judge_requests() || head.upgrades());
+        let (upgrades, headers) = (head.upgrades(), service.intentions.judge_requests() || head.upgrades());
         let kept = head.outline(headers);
-        head.pass_tokens_on(&listener.token_providers, &verified);
+        head.pass_tokens_on(&service.token_providers, &verified);
         ongoing.judge_by(Case { head: kept, judged: Judged { verified, began, headers } });
         self.open.add(ongoing);
-        let (response, rest) = self.app(listener).exchange(head, body, ongoing.upload().as_ref(), record).await?;
+        let (response, rest) = self.app(service).exchange(head, body, ongoing.upload().as_ref(), record).await?;
         let switches = upgrades && response.status() == StatusCode::SWITCHING_PROTOCOLS;
         match (client, switches.then(|| ongoing.take_case()).flatten()) {
             (Some(client), Some(case)) => {
                 let this = Arc::clone(&self);
-                let may_stay = move |listener: &PublicListener| !this.is_denied(listener, &case);
+                let may_stay = move |listener: &InboundListener| !this.is_denied(&listener.service, &case);
                 Ok(upgrade::join(client, response, rest, self.state.clone(), self.drain.clone(), may_stay))
             }
             _ => {
@@ -178,31 +178,31 @@ impl Inbound {
         }
     }
 
-    fn intake<'a>(&'a self, listener: &'a PublicListener) -> Intake<'a> {
-        Intake { normalization: &listener.normalization, upgrades: &self.upgrades, service: &listener.service }
+    fn intake<'a>(&'a self, service: &'a Service) -> Intake<'a> {
+        Intake { normalization: &service.normalization, upgrades: &self.upgrades, service: &service.name }
     }
 
-    fn app<'a>(&'a self, listener: &'a PublicListener) -> App<'a> {
+    fn app<'a>(&'a self, service: &'a Service) -> App<'a> {
         App {
-            address: &listener.local_app,
-            protocol: listener.protocol,
-            connect_timeout: listener.local_connect_timeout,
-            request_timeout: listener.local_request_timeout,
-            idle_timeout: listener.local_idle_timeout,
+            address: &service.local_app,
+            protocol: service.protocol,
+            connect_timeout: service.local_connect_timeout,
+            request_timeout: service.local_request_timeout,
+            idle_timeout: service.local_idle_timeout,
             pool: &self.app,
             observer: &self.requests.observer,
         }
     }
 
-    fn decide(&self, listener: &PublicListener, head: &Head, now: SystemTime) -> Result<Verified, Fault> {
-        let providers = &listener.token_providers;
+    fn decide(&self, service: &Service, head: &Head, now: SystemTime) -> Result<Verified, Fault> {
+        let providers = &service.token_providers;
         let view = head.view();
-        let (decision, verified) = listener.intentions.verify_and_decide(&self.peer.id, &view, providers, now);
+        let (decision, verified) = service.intentions.verify_and_decide(&self.peer.id, &view, providers, now);
         // Without what may be secret, the query and the values of headers.
         tracing::debug!(
             target: "proxy.inbound",
             source = %self.peer.id,
-            destination = listener.service,
+            destination = service.name,
             request_id = view.headers.get(message::X_REQUEST_ID).and_then(|id| id.to_str().ok()),
             method = view.method,
             authority = view.authority,
@@ -210,8 +210,11 @@ impl Inbound {
             %decision,
             "Request judged"
         );
-        let (service, source) = (&*listener.service, &*self.peer.id);
-        self.requests.observer.observe(Event::Decided { service, source, decision: &decision });
+        self.requests.observer.observe(Event::Decided {
+            service: &service.name,
+            source: &self.peer.id,
+            decision: &decision,
+        });
         match decision {
             Decision::Allow(_) => Ok(verified),
             Decision::Deny(decider) => {
@@ -223,20 +226,20 @@ impl Inbound {
         }
     }
 
-    fn annotate(&self, listener: &PublicListener, head: &mut Head) {
+    fn annotate(&self, service: &Service, head: &mut Head) {
         message::annotate(&mut head.headers);
         // As Consul configures Envoy: gRPC services get none.
         match &self.certificate {
-            Some(element) if listener.protocol != Protocol::Grpc && !listener.sanitize_forwarded_cert => {
+            Some(element) if service.protocol != Protocol::Grpc && !service.sanitize_forwarded_cert => {
                 message::append_element(&mut head.headers, &X_FORWARDED_CLIENT_CERT, element);
             }
             _ => drop(head.headers.remove(X_FORWARDED_CLIENT_CERT)),
         }
     }
 
-    fn log(&self, listener: &PublicListener, fault: &Fault) {
+    fn log(&self, service: &Service, fault: &Fault) {
         // A redirect's is a location, with the query.
-        let secrets = Secrets { providers: Some(&listener.token_providers) };
+        let secrets = Secrets { providers: Some(&service.token_providers) };
         let cause = secrets.hide(&fault.cause);
         if !self.log_limit.is_first(&self.peer.id, &cause) {
             return;
@@ -244,7 +247,7 @@ impl Inbound {
         tracing::info!(
             target: "proxy.inbound",
             source = %self.peer.id,
-            destination = listener.service,
+            destination = service.name,
             src = %Shown(self.remote),
             flag = fault.outcome.flag(),
             cause = &*cause,
@@ -253,13 +256,13 @@ impl Inbound {
     }
 }
 
-impl Part for PublicListener {
+impl Part for InboundListener {
     fn carries_requests(&self) -> bool {
-        self.protocol.is_http()
+        self.service.protocol.is_http()
     }
 
     fn name(&self) -> String {
-        format!("public listener of {}", self.service)
+        format!("public listener of {}", self.service.name)
     }
 }
 

@@ -18,7 +18,7 @@ use super::responder::Responder;
 use super::serve::{self, Part, Terms};
 use super::{bridge, upgrade};
 use crate::drain;
-use crate::proxy::balance::{Clock, UpstreamRuntime};
+use crate::proxy::balance::{Clock, OutboundRuntime, UpstreamRuntime};
 use crate::proxy::codec::replay_body::ReplayBody;
 use crate::proxy::codec::wire::Wire;
 use crate::proxy::listener::ListenerState;
@@ -30,7 +30,7 @@ use crate::snapshot::{Normalization, Protocol, RequestHash, Upgrades, hash_reque
 /// One connection of the local app.
 pub(crate) struct Outbound {
     pub remote: Option<SocketAddr>,
-    pub state: watch::Receiver<ListenerState<UpstreamRuntime>>,
+    pub state: watch::Receiver<ListenerState<OutboundRuntime>>,
     pub drain: drain::Watch,
     pub clock: Clock,
     /// What its requests may upgrade it to, as of when it began.
@@ -56,7 +56,7 @@ impl Outbound {
 
     async fn answer(self: Arc<Self>, mut request: Request<ReplayBody>, ongoing: Ongoing) -> Response<Body> {
         let mut responder = Responder::new(&self.requests, &request);
-        let plan = Arc::clone(&self.state.borrow().config);
+        let plan = Arc::clone(&self.state.borrow().config.upstream);
         let bridged = bridge::spans(plan.upstream.chain.protocol, &mut request);
         let mut result = self.try_answer(&plan, request, &ongoing, &mut responder.record).await;
         if bridged && let Ok(response) = result {
@@ -141,12 +141,12 @@ impl Outbound {
     }
 }
 
-impl Part for UpstreamRuntime {
+impl Part for OutboundRuntime {
     fn carries_requests(&self) -> bool {
-        self.upstream.chain.protocol.is_http()
+        self.listener.upstream.chain.protocol.is_http()
     }
 
     fn name(&self) -> String {
-        format!("upstream {}", self.upstream.name)
+        format!("upstream {}", self.listener.upstream.name)
     }
 }

@@ -68,8 +68,8 @@ async fn pair(protocol: Protocol, app: SocketAddr) -> Pair {
 
 async fn pair_with(protocol: Protocol, app: SocketAddr, change: impl FnOnce(Upstream) -> Upstream) -> Pair {
     let (mesh, at) = (free(), free());
-    let server = Sidecar::start(with_public(public(protocol, mesh, app)));
-    let client = Sidecar::start(with_upstream(change(upstream(protocol, at, &[mesh]))));
+    let server = Sidecar::start(with_service(mesh, service(protocol, app)));
+    let client = Sidecar::start(with_upstream(at, change(upstream(protocol, &[mesh]))));
     listening(mesh).await;
     listening(at).await;
     Pair { server, client, at }
@@ -358,8 +358,8 @@ async fn an_upgraded_connection_is_cut_when_its_source_is_denied() {
     })
     .await;
     let (mesh, at) = (free(), free());
-    let server = Sidecar::start(with_public(public(Protocol::Http, mesh, app)));
-    let _client = Sidecar::start(with_upstream(upstream(Protocol::Http, at, &[mesh])));
+    let server = Sidecar::start(with_service(mesh, service(Protocol::Http, app)));
+    let _client = Sidecar::start(with_upstream(at, upstream(Protocol::Http, &[mesh])));
     listening(mesh).await;
     listening(at).await;
     let mut stream = TcpStream::connect(at).await.unwrap();
@@ -370,8 +370,8 @@ async fn an_upgraded_connection_is_cut_when_its_source_is_denied() {
             assert!(stream.read_buf(&mut answer).await.unwrap() > 0);
         }
         assert!(answer.starts_with(b"HTTP/1.1 101 "));
-        let denying = PublicListener { intentions: allowing(Action::Deny), ..public(Protocol::Http, mesh, app) };
-        server.snapshot.send_replace(Some(Arc::new(with_public(denying))));
+        let denying = Service { intentions: allowing(Action::Deny), ..service(Protocol::Http, app) };
+        server.snapshot.send_replace(Some(Arc::new(with_service(mesh, denying))));
         assert_eq!(stream.read_buf(&mut answer).await.unwrap_or(0), 0);
     };
     timeout(PATIENCE, talk).await.expect("the connection ends");
@@ -446,8 +446,8 @@ async fn an_instance_that_is_gone_costs_no_request() {
         let http2 = protocol != Protocol::Http;
         let app = app(http2, |_| async { ok(text("here")) }).await;
         let (gone, mesh, at) = (free(), free(), free());
-        let _server = Sidecar::start(with_public(public(protocol, mesh, app)));
-        let _client = Sidecar::start(with_upstream(upstream(protocol, at, &[gone, mesh])));
+        let _server = Sidecar::start(with_service(mesh, service(protocol, app)));
+        let _client = Sidecar::start(with_upstream(at, upstream(protocol, &[gone, mesh])));
         listening(mesh).await;
         listening(at).await;
         let client = Client::of(protocol, at).await;
@@ -463,10 +463,10 @@ async fn a_sidecar_that_ends_between_requests_costs_none() {
         let http2 = protocol != Protocol::Http;
         let app = app(http2, |_| async { ok(text("here")) }).await;
         let (first, second, at) = (free(), free(), free());
-        let servers = [first, second].map(|mesh| Sidecar::start(with_public(public(protocol, mesh, app))));
+        let servers = [first, second].map(|mesh| Sidecar::start(with_service(mesh, service(protocol, app))));
         let requests = RequestSettings { expose_cause: true, ..RequestSettings::default() };
-        let upstream = Upstream { requests, ..upstream(protocol, at, &[first, second]) };
-        let _client = Sidecar::start(with_upstream(upstream));
+        let upstream = Upstream { requests, ..upstream(protocol, &[first, second]) };
+        let _client = Sidecar::start(with_upstream(at, upstream));
         for listener in [first, second, at] {
             listening(listener).await;
         }
@@ -537,7 +537,7 @@ async fn a_try_has_a_time_of_its_own_and_the_next_goes_elsewhere() {
     let quick = app(false, |_| async { ok(text("quick")) }).await;
     let (first, second) = (free(), free());
     let _servers = [(first, slow), (second, quick)]
-        .map(|(mesh, app)| Sidecar::start(with_public(public(Protocol::Http, mesh, app))));
+        .map(|(mesh, app)| Sidecar::start(with_service(mesh, service(Protocol::Http, app))));
     let requests = RequestSettings {
         per_try_timeout: Some(Duration::from_millis(100)),
         expose_cause: true,
@@ -545,9 +545,9 @@ async fn a_try_has_a_time_of_its_own_and_the_next_goes_elsewhere() {
     };
     for asked in [false, true] {
         let at = free();
-        let upstream = Upstream { requests: requests.clone(), ..upstream(Protocol::Http, at, &[first, second]) };
+        let upstream = Upstream { requests: requests.clone(), ..upstream(Protocol::Http, &[first, second]) };
         let policy = RetryPolicy::new(1, vec![RetryOn::GatewayError], vec![]).filter(|_| asked);
-        let _client = Sidecar::start(with_upstream(routed(upstream, |route| route.retries = policy)));
+        let _client = Sidecar::start(with_upstream(at, routed(upstream, |route| route.retries = policy)));
         listening(at).await;
         let client = Client::http1(at).await;
         let mut late = 0;
@@ -567,24 +567,23 @@ async fn a_try_has_a_time_of_its_own_and_the_next_goes_elsewhere() {
 async fn a_connection_waits_until_it_is_known_where_its_upstream_leads() {
     let app = app(false, |_| async { ok(text("here")) }).await;
     let (mesh, at) = (free(), free());
-    let _server = Sidecar::start(with_public(public(Protocol::Http, mesh, app)));
-    let known = upstream(Protocol::Http, at, &[mesh]);
+    let _server = Sidecar::start(with_service(mesh, service(Protocol::Http, app)));
+    let known = upstream(Protocol::Http, &[mesh]);
     let fetches = FetchRequests::default();
-    let unknown = |awaited| Upstream::unknown(known.key.clone(), known.name.clone(), awaited);
-    let client = Sidecar::start(with_upstream(unknown(Some(Arc::new(fetches.request())))));
+    let unknown = |awaited| Upstream::unknown(known.name.clone(), awaited);
+    let client = Sidecar::start(with_upstream(at, unknown(Some(Arc::new(fetches.request())))));
     listening(at).await;
     let waiting = tokio::spawn(async move { Client::http1(at).await.send(get("/")).await.status() });
     fetches.notified().await;
     assert!(!waiting.is_finished());
-    client.snapshot.send_replace(Some(Arc::new(with_upstream(known))));
+    client.snapshot.send_replace(Some(Arc::new(with_upstream(at, known))));
     assert_eq!(waiting.await.unwrap(), StatusCode::OK);
 }
 
 #[tokio::test]
 async fn a_connection_to_an_upstream_that_leads_nowhere_ends_at_once() {
     let at = free();
-    let known = upstream(Protocol::Tcp, at, &[]);
-    let _client = Sidecar::start(with_upstream(Upstream::unknown(known.key, known.name, None)));
+    let _client = Sidecar::start(with_upstream(at, Upstream::unknown("db".into(), None)));
     listening(at).await;
     let mut connection = TcpStream::connect(at).await.unwrap();
     assert_eq!(connection.read(&mut [0]).await.unwrap(), 0);
@@ -595,14 +594,14 @@ async fn a_new_denial_reaches_the_next_request_on_an_open_connection() {
     for protocol in ALL {
         let app = app(protocol != Protocol::Http, |_| async { ok(text("here")) }).await;
         let (mesh, at) = (free(), free());
-        let server = Sidecar::start(with_public(public(protocol, mesh, app)));
-        let _client = Sidecar::start(with_upstream(upstream(protocol, at, &[mesh])));
+        let server = Sidecar::start(with_service(mesh, service(protocol, app)));
+        let _client = Sidecar::start(with_upstream(at, upstream(protocol, &[mesh])));
         listening(mesh).await;
         listening(at).await;
         let client = Client::of(protocol, at).await;
         assert_eq!(client.ask(get("/")).await.0, StatusCode::OK);
-        let denying = PublicListener { intentions: allowing(Action::Deny), ..public(protocol, mesh, app) };
-        server.snapshot.send_replace(Some(Arc::new(with_public(denying))));
+        let denying = Service { intentions: allowing(Action::Deny), ..service(protocol, app) };
+        server.snapshot.send_replace(Some(Arc::new(with_service(mesh, denying))));
         let denied = async {
             loop {
                 let (status, body) = client.ask(get("/")).await;
@@ -612,7 +611,7 @@ async fn a_new_denial_reaches_the_next_request_on_an_open_connection() {
             }
         };
         assert_eq!(timeout(PATIENCE, denied).await.unwrap(), "RBAC: access denied");
-        server.snapshot.send_replace(Some(Arc::new(with_public(public(protocol, mesh, app)))));
+        server.snapshot.send_replace(Some(Arc::new(with_service(mesh, service(protocol, app)))));
         let allowed = async { while client.ask(get("/")).await.0 != StatusCode::OK {} };
         timeout(PATIENCE, allowed).await.unwrap();
     }
@@ -720,9 +719,9 @@ async fn every_printable_byte_goes_on_as_it_came() {
         let app =
             app(http2, |request| async move { ok(text(request.uri().path_and_query().unwrap().to_string())) }).await;
         let (mesh, at) = (free(), free());
-        let listener = PublicListener { normalization: raw, ..public(protocol, mesh, app) };
-        let _server = Sidecar::start(with_public(listener));
-        let _client = Sidecar::start(with_upstream(upstream(protocol, at, &[mesh])));
+        let service = Service { normalization: raw, ..service(protocol, app) };
+        let _server = Sidecar::start(with_service(mesh, service));
+        let _client = Sidecar::start(with_upstream(at, upstream(protocol, &[mesh])));
         listening(mesh).await;
         listening(at).await;
         let bytes: String = (b'!'..=b'~').filter(|byte| !b"#?".contains(byte)).map(char::from).collect();
@@ -739,9 +738,8 @@ async fn a_target_is_normalised_where_it_is_judged_and_nowhere_else() {
     for (path, arrives) in [(true, "/b/%5E%3C%3E?\"<>`%61"), (false, "/a/..\\%62/./^<>?\"<>`%61")] {
         let (mesh, at) = (free(), free());
         let normalization = Normalization { path, ..Normalization::default() };
-        let _server =
-            Sidecar::start(with_public(PublicListener { normalization, ..public(Protocol::Http, mesh, app) }));
-        let _client = Sidecar::start(with_upstream(upstream(Protocol::Http, at, &[mesh])));
+        let _server = Sidecar::start(with_service(mesh, Service { normalization, ..service(Protocol::Http, app) }));
+        let _client = Sidecar::start(with_upstream(at, upstream(Protocol::Http, &[mesh])));
         listening(mesh).await;
         listening(at).await;
         let client = Client::http1(at).await;
@@ -849,19 +847,18 @@ async fn requests_are_logged_on_both_sides_when_they_are_over() {
     .await;
     let (mesh, at) = (free(), free());
     let (near, far) = (TempFile::new(""), TempFile::new(""));
-    let mut listener = public(Protocol::Http, mesh, app);
-    listener.local_request_timeout = Some(Duration::from_secs(3));
-    let server = Sidecar::start(logged(with_public(listener), &far));
-    let client = Sidecar::start(logged(with_upstream(upstream(Protocol::Http, at, &[mesh])), &near));
+    let mut hurried = service(Protocol::Http, app);
+    hurried.local_request_timeout = Some(Duration::from_secs(3));
+    let server = Sidecar::start(logged(with_service(mesh, hurried), &far));
+    let client = Sidecar::start(logged(with_upstream(at, upstream(Protocol::Http, &[mesh])), &near));
     listening(mesh).await;
     listening(at).await;
     let asker = Client::http1(at).await;
     assert_eq!(asker.ask(request(Method::POST, "/a?b=c", text("abc"))).await.0, StatusCode::OK);
     assert_eq!(asker.ask(get("/slow")).await.0, StatusCode::GATEWAY_TIMEOUT);
     server.snapshot.send_modify(|snapshot| {
-        let mut listener = public(Protocol::Http, mesh, app);
-        listener.intentions = allowing(Action::Deny);
-        let denying = Snapshot { version: 2, ..with_public(listener) };
+        let denying = Service { intentions: allowing(Action::Deny), ..service(Protocol::Http, app) };
+        let denying = Snapshot { version: 2, ..with_service(mesh, denying) };
         *snapshot = Some(Arc::new(logged(denying, &far)));
     });
     // The first that is denied may have been on its way to the app already.

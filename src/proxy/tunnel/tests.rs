@@ -10,7 +10,7 @@ use tokio::time::timeout;
 use super::*;
 use crate::drain::Stage;
 use crate::proxy::fixture::*;
-use crate::snapshot::{Action, LocalApp, Node, Protocol, PublicListener, Resolver, Target, Upstream};
+use crate::snapshot::{Action, InboundListener, LocalApp, Node, Protocol, Resolver, Service, Target, Upstream};
 use crate::testing::ca::{TRUST_DOMAIN, uri};
 use crate::tls::{Credentials, Parameters, Policy, TUNNELS, Versions};
 
@@ -216,14 +216,14 @@ struct Pair {
 
 impl Pair {
     async fn start() -> Self {
-        Self::with(|public| public).await
+        Self::with(|listener| listener).await
     }
 
-    async fn with(change: impl FnOnce(PublicListener) -> PublicListener) -> Self {
+    async fn with(change: impl FnOnce(InboundListener) -> InboundListener) -> Self {
         let (app, mesh, at) = (echo().await, free(), free());
         let gate = Gate::before(mesh).await;
-        let server = Sidecar::start(with_public(change(public(Protocol::Tcp, mesh, app))));
-        let client = Sidecar::start(with_upstream(upstream(Protocol::Tcp, at, &[gate.at])));
+        let server = Sidecar::start(with_inbound(change(inbound(mesh, service(Protocol::Tcp, app)))));
+        let client = Sidecar::start(with_upstream(at, upstream(Protocol::Tcp, &[gate.at])));
         listening(mesh).await;
         listening(at).await;
         let pair = Self { server, client, gate, app, mesh, at };
@@ -266,13 +266,13 @@ impl Pair {
         self.gate.count();
     }
 
-    /// Publishes the listener as it is now, changed.
-    fn change(&self, change: impl FnOnce(&mut PublicListener)) {
+    /// Publishes the service as it is now, changed.
+    fn change(&self, change: impl FnOnce(&mut Service)) {
         let snapshot = self.server.snapshot.borrow().clone().unwrap();
-        let old = snapshot.public.clone().unwrap();
-        let mut listener = PublicListener { tls: Arc::clone(&old.tls), ..public(Protocol::Tcp, self.mesh, self.app) };
-        change(&mut listener);
-        self.server.snapshot.send_replace(Some(Arc::new(with_public(listener))));
+        let old = snapshot.inbound.values().next().unwrap();
+        let mut service = Service { tls: Arc::clone(&old.service.tls), ..service(Protocol::Tcp, self.app) };
+        change(&mut service);
+        self.server.snapshot.send_replace(Some(Arc::new(with_service(self.mesh, service))));
     }
 }
 
@@ -309,7 +309,7 @@ async fn either_version_of_tls_will_do() {
         let incoming = Parameters { versions, ..Parameters::default() };
         let credentials = CA.credentials("db").under(Policy { incoming, ..Policy::default() });
         pair.gate.count();
-        pair.change(|listener| listener.tls = credentials.server(TUNNELS).unwrap());
+        pair.change(|service| service.tls = credentials.server(TUNNELS).unwrap());
         eventually("a session is made", async || pair.reaches().await && pair.gate.count() > 0).await;
         pair.warm().await;
         for _ in 0..20 {
@@ -324,7 +324,7 @@ async fn each_connection_of_a_session_is_judged_by_itself() {
     let pair = Pair::start().await;
     pair.warm().await;
     let mut open = pair.open().await;
-    pair.change(|listener| listener.intentions = allowing(Action::Deny));
+    pair.change(|service| service.intentions = allowing(Action::Deny));
     let ended = timeout(Duration::from_secs(1), open.read(&mut [0; 4])).await.expect("it is cut within a second");
     assert_eq!(ended.unwrap(), 0);
     eventually("it is refused", async || !pair.reaches().await).await;
@@ -341,15 +341,15 @@ async fn new_credentials_of_either_side_mean_new_sessions_and_no_connection_fail
     let pair = Pair::start().await;
     pair.warm().await;
     for _ in 0..3 {
-        pair.change(|listener| listener.tls = CA.credentials("db").server(&[TUNNEL]).unwrap());
+        pair.change(|service| service.tls = CA.credentials("db").server(&[TUNNEL]).unwrap());
         eventually("another session is made", async || {
             assert!(pair.reaches().await);
             pair.gate.count() > 0
         })
         .await;
         pair.warm().await;
-        let renewed = upstream(Protocol::Tcp, pair.at, &[pair.gate.at]);
-        pair.client.snapshot.send_replace(Some(Arc::new(with_upstream(renewed))));
+        let renewed = upstream(Protocol::Tcp, &[pair.gate.at]);
+        pair.client.snapshot.send_replace(Some(Arc::new(with_upstream(pair.at, renewed))));
         eventually("another session is made", async || {
             assert!(pair.reaches().await);
             pair.gate.count() > 0
@@ -376,10 +376,10 @@ async fn a_session_that_died_while_it_was_kept_costs_no_connection() {
 async fn a_session_that_is_silent_when_it_is_asked_holds_up_no_connection() {
     let (silent, other) = (Pair::start().await, Pair::start().await);
     let at = free();
-    let mut upstream = upstream(Protocol::Tcp, at, &[silent.gate.at, other.gate.at]);
+    let mut upstream = upstream(Protocol::Tcp, &[silent.gate.at, other.gate.at]);
     // Whoever waits for a part of it waits for longer than anything here may take.
     change_target(&mut upstream, |target| target.connect_timeout = PATIENCE * 12);
-    let client = Sidecar::start(with_upstream(upstream));
+    let client = Sidecar::start(with_upstream(at, upstream));
     listening(at).await;
     let pair = Pair { at, client, ..other };
     let mut kept = 0;
@@ -436,7 +436,7 @@ async fn a_connection_without_an_app_ends_and_the_next_one_with_it_does_not() {
     let pair = Pair::start().await;
     pair.warm().await;
     let nowhere = LocalApp::Tcp(address(free()));
-    pair.change(|listener| listener.local_app = nowhere);
+    pair.change(|service| service.local_app = nowhere);
     eventually("there is no app", async || !pair.reaches().await).await;
     let mut stream = TcpStream::connect(pair.at).await.unwrap();
     let ended = timeout(PATIENCE, stream.read(&mut [0; 4])).await.expect("it ends");
@@ -448,7 +448,7 @@ async fn a_connection_without_an_app_ends_and_the_next_one_with_it_does_not() {
 
 #[tokio::test]
 async fn a_limit_counts_connections_and_not_sessions_that_are_kept() {
-    let pair = Pair::with(|listener| PublicListener { max_connections: Some(2), ..listener }).await;
+    let pair = Pair::with(|listener| InboundListener { max_connections: Some(2), ..listener }).await;
     let (one, two) = (pair.open().await, pair.open().await);
     assert!(!pair.reaches().await);
     drop((one, two));
@@ -483,12 +483,12 @@ async fn a_certificate_that_has_expired_opens_nothing_more() {
     let roots = [CA.pem.clone()];
     let credentials =
         Credentials::new(TRUST_DOMAIN, &roots, &leaf.cert_pem, &leaf.key_pem, "web", SystemTime::now()).unwrap();
-    let mut expiring = upstream(Protocol::Tcp, pair.at, &[pair.gate.at]);
+    let mut expiring = upstream(Protocol::Tcp, &[pair.gate.at]);
     let expected = vec![SpiffeId::parse(&uri("db")).unwrap()];
     let tls = credentials.client("db.x.consul", expected, TUNNELS).unwrap();
     change_target(&mut expiring, |target| target.tls = tls);
     pair.gate.count();
-    pair.client.snapshot.send_replace(Some(Arc::new(with_upstream(expiring))));
+    pair.client.snapshot.send_replace(Some(Arc::new(with_upstream(pair.at, expiring))));
     eventually("its sessions are in use", async || pair.reaches().await && pair.gate.count() > 0).await;
     eventually("it is refused", async || !pair.reaches().await).await;
     assert!(!pair.reaches().await);
@@ -528,7 +528,7 @@ async fn whoever_knows_no_tunnel_is_spoken_to_as_ever() {
     const PROTOCOLS: [&[&[u8]]; 2] = [&[], &[b"h2"]];
     for alpn in PROTOCOLS {
         let (gate, at) = (instance(alpn).await, free());
-        let _client = Sidecar::start(with_upstream(upstream(Protocol::Tcp, at, &[gate.at])));
+        let _client = Sidecar::start(with_upstream(at, upstream(Protocol::Tcp, &[gate.at])));
         listening(at).await;
         for _ in 0..5 {
             let mut stream = TcpStream::connect(at).await.unwrap();
@@ -583,7 +583,7 @@ async fn a_client_that_speaks_nonsense_is_cut_and_harms_nobody() {
 async fn either_version_of_the_tunnel_will_do() {
     let pair = Pair::start().await;
     pair.gate.count();
-    pair.change(|listener| listener.tls = CA.credentials("db").server(&[TUNNEL_1]).unwrap());
+    pair.change(|service| service.tls = CA.credentials("db").server(&[TUNNEL_1]).unwrap());
     eventually("a session is made", async || pair.reaches().await && pair.gate.count() > 0).await;
     pair.warm().await;
     for _ in 0..20 {
@@ -604,11 +604,11 @@ async fn asked(pair: &Pair) -> Result<(), Refusal> {
 
 #[tokio::test]
 async fn a_server_says_why_no_connection_begins() {
-    let pair = Pair::with(|public| PublicListener { max_connections: Some(100), ..public }).await;
+    let pair = Pair::with(|listener| InboundListener { max_connections: Some(100), ..listener }).await;
     assert_eq!(asked(&pair).await, Ok(()));
-    pair.change(|listener| listener.intentions = allowing(Action::Deny));
+    pair.change(|service| service.intentions = allowing(Action::Deny));
     eventually("it is denied", async || asked(&pair).await == Err(Refusal::Denied)).await;
-    pair.change(|listener| listener.local_app = LocalApp::Tcp(address(free())));
+    pair.change(|service| service.local_app = LocalApp::Tcp(address(free())));
     eventually("there is no app", async || asked(&pair).await == Err(Refusal::NoApp)).await;
     pair.change(|_| {});
     eventually("it is allowed again", async || asked(&pair).await == Ok(())).await;
@@ -618,8 +618,8 @@ async fn a_server_says_why_no_connection_begins() {
 async fn an_instance_without_its_app_fails_nobody_and_is_used_again() {
     let (dead, live) = (Pair::start().await, Pair::start().await);
     let at = free();
-    let client = Sidecar::start(with_upstream(upstream(Protocol::Tcp, at, &[dead.mesh, live.mesh])));
-    dead.change(|listener| listener.local_app = LocalApp::Tcp(address(free())));
+    let client = Sidecar::start(with_upstream(at, upstream(Protocol::Tcp, &[dead.mesh, live.mesh])));
+    dead.change(|service| service.local_app = LocalApp::Tcp(address(free())));
     eventually("there is no app", async || asked(&dead).await == Err(Refusal::NoApp)).await;
     listening(at).await;
     let pair = Pair { at, client, ..live };
@@ -629,7 +629,7 @@ async fn an_instance_without_its_app_fails_nobody_and_is_used_again() {
     dead.change(|_| {});
     // Only the instance that was dead is left: it is in use again without anybody's failing first.
     tokio::time::sleep(Duration::from_secs(5)).await;
-    pair.change(|listener| listener.local_app = LocalApp::Tcp(address(free())));
+    pair.change(|service| service.local_app = LocalApp::Tcp(address(free())));
     eventually("the other is dead now", async || asked(&pair).await == Err(Refusal::NoApp)).await;
     for _ in 0..20 {
         assert!(pair.reaches().await);
@@ -640,9 +640,9 @@ async fn an_instance_without_its_app_fails_nobody_and_is_used_again() {
 async fn who_is_denied_is_not_led_to_another_instance() {
     let (denying, other) = (Pair::start().await, Pair::start().await);
     let at = free();
-    let client = Sidecar::start(with_upstream(upstream(Protocol::Tcp, at, &[denying.mesh, other.mesh])));
+    let client = Sidecar::start(with_upstream(at, upstream(Protocol::Tcp, &[denying.mesh, other.mesh])));
     for pair in [&denying, &other] {
-        pair.change(|listener| listener.intentions = allowing(Action::Deny));
+        pair.change(|service| service.intentions = allowing(Action::Deny));
         eventually("it is denied", async || asked(pair).await == Err(Refusal::Denied)).await;
     }
     listening(at).await;

@@ -16,7 +16,7 @@ use crate::control::fixture::{Ca, TRUST_DOMAIN, chain, read, registration, roots
 use crate::control::jwks_fetcher::Fetched;
 use crate::control::query::{ChainQuery, EndpointsQuery, PreparedQuery};
 use crate::fetch::FetchRequest;
-use crate::snapshot::{Action, Bind, Decision, DefaultPolicy, Target, UpstreamKey};
+use crate::snapshot::{Action, Bind, Decision, DefaultPolicy, InboundListener, OutboundKey, Target, Upstream};
 use crate::tls::SpiffeId;
 
 /// A draft with a short way to bring it news and to see what it wants and publishes.
@@ -130,8 +130,13 @@ fn endpoints_query(target: &str) -> EndpointsQuery {
 }
 
 fn upstream<'a>(snapshot: &'a Snapshot, destination: &str) -> Option<&'a Arc<Upstream>> {
-    let found = |(key, _): &(&UpstreamKey, _)| key.destination == format!("service:{destination}");
-    snapshot.upstreams.iter().find(found).map(|(_, upstream)| upstream)
+    let found = |(key, _): &(&OutboundKey, _)| key.destination == format!("service:{destination}");
+    snapshot.outbound.iter().find(found).map(|(_, listener)| &listener.upstream)
+}
+
+/// The only inbound listener.
+fn published(snapshot: &Snapshot) -> &Arc<InboundListener> {
+    snapshot.inbound.values().next().unwrap()
 }
 
 fn awaited<'a>(snapshot: &'a Snapshot, destination: &str) -> Option<&'a FetchRequest> {

@@ -13,7 +13,7 @@ fn without_a_port_there_is_no_public_listener_and_nothing_is_asked_for_it() {
     stage.mesh(None);
     stage.roots(&[&ca]).unwrap();
     stage.leaf("web", ca.leaf("web")).unwrap();
-    assert!(stage.publishes().public.is_none());
+    assert!(stage.publishes().inbound.is_empty());
 }
 
 #[test]
@@ -26,11 +26,11 @@ fn a_port_that_vanishes_leaves_the_rules_for_what_is_still_open() {
     stage.service(without_port);
     stage.wants(&with_public(&[]));
     let former = stage.publishes();
-    assert!(former.public.is_none());
-    assert_eq!(former.former_public.as_ref().unwrap().service, "web");
+    assert!(former.inbound.is_empty());
+    assert_eq!(former.former_inbound[0].service.name, "web");
     stage.service(with_port);
     let again = stage.publishes();
-    assert!(again.public.is_some() && again.former_public.is_none());
+    assert!(!again.inbound.is_empty() && again.former_inbound.is_empty());
 }
 
 #[test]
@@ -43,11 +43,11 @@ fn a_moved_listener_is_another_one_that_knows_all_at_once() {
     stage.publishes();
     stage.service(registration(&[("db", 9292)]));
     let moved = stage.publishes();
-    let keys: Vec<_> = moved.upstreams.keys().map(|key| key.bind.to_string()).collect();
+    let keys: Vec<_> = moved.outbound.keys().map(|key| key.bind.to_string()).collect();
     assert_eq!(keys, ["127.0.0.1:9292"]);
     stage.wants(&with_public(&["discovery chain of db", "endpoints of db in dc1"]));
     stage.service(registration(&[]));
-    assert!(stage.publishes().upstreams.is_empty());
+    assert!(stage.publishes().outbound.is_empty());
     stage.wants(&PUBLIC);
 }
 
@@ -106,7 +106,7 @@ fn a_root_is_trusted_no_longer_than_it_is_listed() {
     let trusted = |snapshot: &Snapshot| {
         [&old, &new].map(|ca| {
             let leaf = CertificateDer::from_pem_slice(ca.leaf("peer")["CertPEM"].as_str().unwrap().as_bytes()).unwrap();
-            snapshot.public.as_ref().unwrap().tls.authenticate(Some(&[leaf]), SystemTime::now()).is_ok()
+            published(snapshot).service.tls.authenticate(Some(&[leaf]), SystemTime::now()).is_ok()
         })
     };
     let mut stage = Stage::ready(&old);
@@ -191,7 +191,7 @@ fn intentions_are_urgent_and_leave_the_tls_server_alone() {
     let first = stage.publishes();
     stage.default_policy(Action::Allow);
     let second = stage.publishes();
-    let (first, second) = (first.public.as_ref().unwrap(), second.public.as_ref().unwrap());
+    let (first, second) = (&published(&first).service, &published(&second).service);
     assert!(Arc::ptr_eq(&first.tls, &second.tls));
     let id = |service: &str| {
         let domain = crate::control::fixture::TRUST_DOMAIN;
@@ -228,7 +228,7 @@ fn answers_about_what_we_are_not_any_more_are_ignored() {
     stage.apply(Update::Intentions { service: "shop".into(), list: Vec::new() }).unwrap();
     let policy = DefaultPolicy { action: Action::Deny, source: "test".into() };
     stage.apply(Update::DefaultPolicy { service: "shop".into(), policy }).unwrap();
-    assert_eq!(stage.publishes().public.as_ref().unwrap().service, "shop");
+    assert_eq!(published(&stage.publishes()).service.name, "shop");
     // Nobody asked for these.
     stage.chain("db", chain(&["db.dc1"])).unwrap();
     stage.endpoints("db.dc1", &[row("10.0.0.5", 21001)]);
@@ -265,7 +265,7 @@ fn token_providers_are_those_that_intentions_name() {
     ]));
     stage.wants(&with_public(&["jwt-provider okta", "jwt-provider other"]));
     let names = |snapshot: &Snapshot| {
-        let providers = &snapshot.public.as_ref().unwrap().token_providers;
+        let providers = &published(snapshot).service.token_providers;
         let name = |(name, provider): (&String, &crate::jwt::Provider)| (name.clone(), provider.keys.is_some());
         providers.0.iter().map(name).collect::<Vec<_>>()
     };
@@ -329,9 +329,9 @@ fn demands_that_are_not_known_keep_the_public_listener_from_starting() {
         Update::JwtProvider("okta".into(), Some(Box::new(entry)))
     };
     assert!(stage.apply(provider("x")).unwrap_err().0.contains("does not start"));
-    assert!(stage.publishes().public.is_none());
+    assert!(stage.publishes().inbound.is_empty());
     stage.apply(provider("")).unwrap();
-    assert!(stage.publishes().public.is_some());
+    assert!(!stage.publishes().inbound.is_empty());
     // What runs stays as it is.
     assert!(stage.apply(provider("x")).is_err() && stage.apply(Update::Mesh(entry())).is_err());
     stage.publishes_nothing();

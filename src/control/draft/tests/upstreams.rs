@@ -36,7 +36,7 @@ fn a_change_of_endpoints_changes_nothing_else() {
     let before = stage.publishes();
     stage.endpoints("db.dc1", &[row("10.0.0.5", 21001), row("10.0.0.6", 21001)]);
     let after = stage.publishes();
-    assert!(Arc::ptr_eq(before.public.as_ref().unwrap(), after.public.as_ref().unwrap()));
+    assert!(Arc::ptr_eq(published(&before), published(&after)));
     assert!(Arc::ptr_eq(upstream(&before, "cache").unwrap(), upstream(&after, "cache").unwrap()));
     let (before, after) = (targets(&before, "db"), targets(&after, "db"));
     assert!(!Arc::ptr_eq(&before[0], &after[0]));
@@ -169,7 +169,7 @@ fn a_service_may_show_the_name_that_its_instances_were_registered_with() {
         let rows: Vec<Value> = names.iter().map(|name| named(name)).collect();
         stage.endpoints("payapi.dc1", &rows);
         let snapshot = stage.publishes();
-        let upstream = snapshot.upstreams.values().next().unwrap();
+        let upstream = &snapshot.outbound.values().next().unwrap().upstream;
         let target = upstream.chain.targets().next().unwrap();
         target.tls.expected().iter().map(|id| id.service.clone()).collect::<Vec<_>>()
     };
@@ -220,8 +220,9 @@ fn a_prepared_query_is_one_target_wherever_its_rows_are() {
         Update::PreparedQuery(query.clone(), Box::new(read(result)))
     };
     stage.apply(Update::Failed(Query::PreparedQuery(query.clone()))).unwrap();
-    let only =
-        |snapshot: &Snapshot| Arc::clone(&snapshot.upstreams.values().next().unwrap().chain.connection_targets()[0]);
+    let only = |snapshot: &Snapshot| {
+        Arc::clone(&snapshot.outbound.values().next().unwrap().upstream.chain.connection_targets()[0])
+    };
     assert!(addresses(&only(&stage.publishes())).is_empty());
     let mut instance = row("10.0.0.5", 21001);
     instance["Service"]["Proxy"] = json!({"DestinationServiceName": "db"});

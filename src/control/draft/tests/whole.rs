@@ -21,11 +21,11 @@ fn the_first_snapshot_comes_when_it_is_whole_and_upstreams_are_not_waited_for() 
     stage.default_policy(Action::Deny);
     assert_eq!(stage.draft.urgency(), Some(Urgency::Now));
     let first = stage.publishes();
-    assert_eq!((first.version, first.upstreams.len()), (1, 1));
+    assert_eq!((first.version, first.outbound.len()), (1, 1));
     assert!(awaited(&first, "db").is_some() && targets(&first, "db").is_empty());
-    let public = first.public.as_ref().unwrap();
+    let public = published(&first);
     assert_eq!(public.bind, Bind::Tcp("0.0.0.0:21000".parse().unwrap()));
-    assert_eq!(public.service, "web");
+    assert_eq!(public.service.name, "web");
     stage.publishes_nothing();
 
     stage.chain("db", chain(&["db.dc1"])).unwrap();
@@ -35,7 +35,7 @@ fn the_first_snapshot_comes_when_it_is_whole_and_upstreams_are_not_waited_for() 
     assert_eq!(stage.draft.urgency(), Some(Urgency::Soon));
     let second = stage.publishes();
     assert_eq!(second.version, 2);
-    assert!(Arc::ptr_eq(public, second.public.as_ref().unwrap()));
+    assert!(Arc::ptr_eq(public, published(&second)));
     assert_eq!(addresses(&targets(&second, "db")[0]), ["10.0.0.5:21001"]);
     assert_eq!(targets(&second, "db")[0].connect_timeout, Duration::from_secs(7));
 }
@@ -54,8 +54,8 @@ fn nothing_is_published_before_the_mesh_entry_is_known_and_its_changes_are() {
     stage.publishes_nothing();
     stage.mesh(None);
     let first = stage.publishes();
-    let public = first.public.as_ref().unwrap();
-    assert!(public.normalization.path && !public.sanitize_forwarded_cert);
+    let public = published(&first);
+    assert!(public.service.normalization.path && !public.service.sanitize_forwarded_cert);
     stage.chain("db", chain(&["db.dc1"])).unwrap();
     stage.endpoints("db.dc1", &[row("10.0.0.5", 21001)]);
     let before = stage.publishes();
@@ -65,15 +65,15 @@ fn nothing_is_published_before_the_mesh_entry_is_known_and_its_changes_are() {
         "Incoming": {"RequestNormalization": {"MergeSlashes": true}}}})));
     assert_eq!(stage.draft.urgency(), Some(Urgency::Now));
     let now = stage.publishes();
-    let public = now.public.as_ref().unwrap();
-    assert!(public.normalization.merge_slashes && public.sanitize_forwarded_cert);
-    assert!(Arc::ptr_eq(&public.tls, &before.public.as_ref().unwrap().tls));
+    let public = published(&now);
+    assert!(public.service.normalization.merge_slashes && public.service.sanitize_forwarded_cert);
+    assert!(Arc::ptr_eq(&public.service.tls, &published(&before).service.tls));
     assert!(Arc::ptr_eq(&targets(&now, "db")[0], &targets(&before, "db")[0]));
 
     let tls = json!({"Incoming": {"TLSMinVersion": "TLSv1_3"}, "Outgoing": {"TLSMaxVersion": "TLSv1_2"}});
     stage.mesh(Some(json!({ "TLS": tls })));
     let strict = stage.publishes();
-    assert!(!Arc::ptr_eq(&strict.public.as_ref().unwrap().tls, &public.tls));
+    assert!(!Arc::ptr_eq(&published(&strict).service.tls, &public.service.tls));
     assert!(!Arc::ptr_eq(&targets(&strict, "db")[0].tls, &targets(&now, "db")[0].tls));
     stage.mesh(Some(json!({ "TLS": tls })));
     stage.publishes_nothing();

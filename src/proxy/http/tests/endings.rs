@@ -42,9 +42,9 @@ impl Watched {
 
 fn deny(pair: &Pair, protocol: Protocol, app: SocketAddr, intentions: Arc<Intentions>) {
     pair.server.snapshot.send_modify(|snapshot| {
-        let Bind::Tcp(mesh) = snapshot.as_ref().unwrap().public.as_ref().unwrap().bind else { unreachable!() };
-        let listener = PublicListener { intentions, ..public(protocol, mesh, app) };
-        *snapshot = Some(Arc::new(Snapshot { version: 2, ..with_public(listener) }));
+        let Some(Bind::Tcp(mesh)) = snapshot.as_ref().unwrap().inbound.keys().next().cloned() else { unreachable!() };
+        let service = Service { intentions, ..service(protocol, app) };
+        *snapshot = Some(Arc::new(Snapshot { version: 2, ..with_service(mesh, service) }));
     });
 }
 
@@ -160,13 +160,13 @@ async fn a_request_that_waits_for_its_answer_gets_a_refusal_when_it_is_denied() 
 /// Sidecars whose time for an answer is short on both sides.
 async fn hurried(protocol: Protocol, app: SocketAddr, time: Duration, idle: Duration) -> Pair {
     let (mesh, at) = (free(), free());
-    let mut listener = public(protocol, mesh, app);
-    (listener.local_request_timeout, listener.local_idle_timeout) = (Some(time), Some(idle));
-    let server = Sidecar::start(with_public(listener));
-    let upstream = routed(upstream(protocol, at, &[mesh]), |route| {
+    let mut service = service(protocol, app);
+    (service.local_request_timeout, service.local_idle_timeout) = (Some(time), Some(idle));
+    let server = Sidecar::start(with_service(mesh, service));
+    let upstream = routed(upstream(protocol, &[mesh]), |route| {
         (route.request_timeout, route.idle_timeout) = (Some(time), Some(idle));
     });
-    let client = Sidecar::start(with_upstream(upstream));
+    let client = Sidecar::start(with_upstream(at, upstream));
     listening(mesh).await;
     listening(at).await;
     Pair { server, client, at }

@@ -57,10 +57,8 @@ async fn the_observer_is_told_what_failed_and_at_which_limit() {
     let app = app(false, |_| async move { ok(text("x")) }).await;
     // Nobody listens there.
     let instance = free();
-    let gone = pair_with(Protocol::Http, app, |known| Upstream {
-        key: known.key,
-        ..upstream(Protocol::Http, free(), &[instance])
-    });
+    let gone =
+        pair_with(Protocol::Http, app, |known| Upstream { name: known.name, ..upstream(Protocol::Http, &[instance]) });
     let gone = gone.await;
     assert_eq!(Client::http1(gone.at).await.ask(get("/gone")).await.0, StatusCode::SERVICE_UNAVAILABLE);
     let failed = [
@@ -101,13 +99,12 @@ async fn the_observer_is_told_of_connections_of_bytes_and_of_their_denial() {
     observed(&pair.server, &served).await;
 
     let Some(Bind::Tcp(mesh)) =
-        pair.server.snapshot.borrow().as_ref().and_then(|now| now.public.as_ref()).map(|public| public.bind.clone())
+        pair.server.snapshot.borrow().as_ref().and_then(|now| now.inbound.keys().next().cloned())
     else {
         unreachable!("it has a public listener on TCP");
     };
-    let mut denying = public(Protocol::Tcp, mesh, app);
-    denying.intentions = allowing(Action::Deny);
-    pair.server.snapshot.send_replace(Some(Arc::new(Snapshot { version: 2, ..with_public(denying) })));
+    let denying = Service { intentions: allowing(Action::Deny), ..service(Protocol::Tcp, app) };
+    pair.server.snapshot.send_replace(Some(Arc::new(Snapshot { version: 2, ..with_service(mesh, denying) })));
     let denied = async {
         while !pair.server.observer.recorded().iter().any(|event| event == "connection Denied") {
             let mut asker = TcpStream::connect(pair.at).await.unwrap();
