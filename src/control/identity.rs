@@ -49,10 +49,10 @@ impl Identity {
     }
 
     /// Takes new roots; false if they are those that we have.
-    pub(super) fn set_roots(&mut self, roots: &api::CaRoots) -> bool {
-        let new = self.roots.as_deref() != Some(roots);
+    pub(super) fn set_roots(&mut self, roots: Arc<api::CaRoots>) -> bool {
+        let new = self.roots.as_ref() != Some(&roots);
         if new {
-            self.roots = Some(Arc::new(roots.clone()));
+            self.roots = Some(roots);
         }
         new
     }
@@ -103,12 +103,6 @@ impl Identity {
             )),
             _ => None,
         }
-    }
-
-    /// Drops all that is bound to the name of our service.
-    pub(super) fn forget_service(&mut self) {
-        self.leaf = None;
-        self.good = None;
     }
 
     /// Whether the newest leaf or roots were refused, which time alone may mend: a certificate of a host

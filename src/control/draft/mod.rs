@@ -38,7 +38,10 @@ pub(super) struct Draft {
     definition: Option<Definition>,
     /// `None` until the agent has said whether there is an entry.
     mesh: Option<MeshSettings>,
-    service: ServiceDraft,
+    aead: Aead,
+    roots: Option<Arc<api::CaRoots>>,
+    /// The services that the proxy stands for, by name: a sidecar's one.
+    services: BTreeMap<String, ServiceDraft>,
     upstreams: Upstreams,
     exposed: BTreeMap<Bind, Arc<Exposed>>,
     access_log: Option<Arc<access_log::Settings>>,
@@ -66,7 +69,8 @@ impl Draft {
 
     /// The same with `aead` to seal TLS records. To be said before any credentials are there.
     pub(super) fn sealed_by(mut self, aead: Aead) -> Self {
-        self.service.seal_by(aead);
+        self.aead = aead;
+        self.services.values_mut().for_each(|service| service.seal_by(aead));
         self
     }
 
@@ -89,7 +93,9 @@ impl Draft {
             tunnel: true,
             definition: None,
             mesh: None,
-            service: ServiceDraft::default(),
+            aead: Aead::default(),
+            roots: None,
+            services: BTreeMap::new(),
             upstreams: Upstreams::default(),
             exposed: BTreeMap::new(),
             access_log: None,
@@ -112,26 +118,37 @@ impl Draft {
                 self.define(definition);
             }
             Update::Roots(roots) => {
-                if self.service.set_roots(roots) {
+                if self.set_roots(roots) {
                     return self.refresh_identity(now);
                 }
             }
             Update::Leaf { service, leaf } => {
-                if self.service.set_leaf(service, leaf) {
+                if self.services.get_mut(service).is_some_and(|service| service.set_leaf(leaf)) {
                     return self.refresh_identity(now);
                 }
             }
-            Update::Intentions { service, list } => self.service.intentions(service, list, effects),
-            Update::DefaultPolicy { service, policy } => self.service.default_policy(service, policy, effects),
+            Update::Intentions { service, list } => {
+                self.services.get_mut(service).into_iter().for_each(|service| service.intentions(list, effects));
+            }
+            Update::DefaultPolicy { service, policy } => {
+                self.services.get_mut(service).into_iter().for_each(|service| service.default_policy(policy, effects));
+            }
             Update::Chain(query, wire) => return self.upstreams.chain(query, wire, self.enterprise, effects),
             Update::Endpoints { query, rows, filtered_by_acls } => {
                 self.upstreams.endpoints(&Query::Endpoints(query.clone()), rows, *filtered_by_acls, effects);
             }
             Update::PreparedQuery(query, result) => self.upstreams.prepared_query(query, result, effects),
             Update::Mesh(entry) => return self.mesh(entry.as_ref()),
-            Update::JwtProvider(name, entry) => return self.service.jwt_provider(name, entry.as_deref(), effects),
-            Update::Keys(source, fetched) => self.service.keys(source, fetched, effects),
-            Update::Failed(Query::JwtProvider(name)) => self.service.miss_provider(name, effects),
+            Update::JwtProvider(name, entry) => {
+                let mut services = self.services.values_mut();
+                return services.try_for_each(|service| service.jwt_provider(name, entry.as_deref(), effects));
+            }
+            Update::Keys(source, fetched) => {
+                self.services.values_mut().for_each(|service| service.keys(source, fetched, effects));
+            }
+            Update::Failed(Query::JwtProvider(name)) => {
+                self.services.values_mut().for_each(|service| service.miss_provider(name, effects));
+            }
             Update::Failed(query) => self.upstreams.failed(query, effects),
         }
         Ok(())
@@ -142,7 +159,10 @@ impl Draft {
     /// # Errors
     /// When they still can't be used.
     pub(super) fn retry(&mut self, now: SystemTime) -> Result<(), Bad> {
-        let is_behind = self.service.check_age(now, &mut self.effects.notes);
+        let mut is_behind = false;
+        for service in self.services.values_mut() {
+            is_behind |= service.check_age(now, &mut self.effects.notes);
+        }
         if is_behind { self.refresh_identity(now) } else { Ok(()) }
     }
 
@@ -172,13 +192,21 @@ impl Draft {
             return None;
         }
         self.effects.urgency = None;
-        if let Err(bad) = self.service.build(self.mesh.as_ref()?, &mut self.effects.notes) {
-            self.effects.notes.push(format!("public listener: {bad}"));
-            return None;
+        for service in self.services.values_mut() {
+            if let Err(bad) = service.build(self.mesh.as_ref()?, &mut self.effects.notes) {
+                self.effects.notes.push(format!("public listener: {bad}"));
+                return None;
+            }
         }
-        let credentials = Arc::clone(self.service.credentials()?);
+        let caller = self.services.get(&self.definition.as_ref()?.service)?;
+        let credentials = Arc::clone(caller.credentials()?);
         self.upstreams.build(&credentials, &mut self.effects.notes);
-        let (inbound, former_inbound) = self.service.published();
+        let (mut inbound, mut former_inbound) = (BTreeMap::new(), Vec::new());
+        for service in self.services.values() {
+            let (present, former) = service.published();
+            inbound.extend(present);
+            former_inbound.extend(former);
+        }
         let next = Snapshot {
             version: self.last.as_ref().map_or(1, |last| last.version + 1),
             inbound,
@@ -209,7 +237,9 @@ impl Draft {
 
     /// Whether all is known that anything is published with.
     fn is_whole(&self) -> bool {
-        self.definition.is_some() && self.mesh.is_some() && self.service.is_whole(self.last.is_some())
+        self.definition.is_some()
+            && self.mesh.is_some()
+            && self.services.values().all(|service| service.is_whole(self.last.is_some()))
     }
 
     fn define(&mut self, mut new: Definition) {
@@ -217,7 +247,7 @@ impl Draft {
         if self.definition.as_ref() == Some(&new) {
             return;
         }
-        self.service.define(&new, &mut self.effects);
+        self.define_service(&new);
         let is_same = |access_log: &Arc<access_log::Settings>| Some(&**access_log) == new.access_log.as_ref();
         if !self.access_log.as_ref().is_some_and(is_same) {
             self.access_log = new.access_log.clone().map(Arc::new);
@@ -235,8 +265,46 @@ impl Draft {
         self.effects.publish(Urgency::Soon);
     }
 
+    /// Makes the services those of a definition.
+    fn define_service(&mut self, new: &Definition) {
+        let gone: Vec<String> = self.services.keys().filter(|name| **name != new.service).cloned().collect();
+        for name in gone {
+            self.services.remove(&name).into_iter().for_each(|service| service.end(&mut self.effects));
+        }
+        let service = self.services.entry(new.service.clone()).or_insert_with_key(|name| {
+            let mut service = ServiceDraft::new(name.clone(), self.aead, &mut self.effects);
+            if let Some(mesh) = &self.mesh {
+                service.set_policy(mesh.tls.clone());
+            }
+            if let Some(roots) = &self.roots {
+                service.set_roots(Arc::clone(roots));
+            }
+            service
+        });
+        service.define(new.public.as_ref(), &mut self.effects);
+    }
+
+    /// Takes new roots; false if they are those that all services have.
+    fn set_roots(&mut self, roots: &api::CaRoots) -> bool {
+        if self.roots.as_deref() == Some(roots) {
+            return false;
+        }
+        let roots = Arc::new(roots.clone());
+        self.roots = Some(Arc::clone(&roots));
+        let mut new = false;
+        for service in self.services.values_mut() {
+            new |= service.set_roots(Arc::clone(&roots));
+        }
+        new
+    }
+
     fn refresh_identity(&mut self, now: SystemTime) -> Result<(), Bad> {
-        let (changed, refused) = self.service.refresh_identity(now);
+        let (mut changed, mut refused) = (false, Ok(()));
+        for service in self.services.values_mut() {
+            let (other, problem) = service.refresh_identity(now);
+            changed |= other;
+            refused = refused.and(problem);
+        }
         if changed {
             self.upstreams.change_all();
             self.effects.publish(Urgency::Now);
@@ -250,8 +318,10 @@ impl Draft {
         if self.mesh.as_ref() == Some(&settings) {
             return Ok(());
         }
-        if self.service.set_policy(settings.tls.clone()) {
-            self.upstreams.change_all();
+        for service in self.services.values_mut() {
+            if service.set_policy(settings.tls.clone()) {
+                self.upstreams.change_all();
+            }
         }
         self.mesh = Some(settings);
         self.effects.publish(Urgency::Now);

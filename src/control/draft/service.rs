@@ -1,4 +1,4 @@
-//! What belongs to the one service that the proxy stands for: its identity, its intentions, the providers of tokens that
+//! What belongs to one service that the proxy stands for: its identity, its intentions, the providers of tokens that
 //! these name, and the public listener that is built of them.
 
 use std::collections::BTreeMap;
@@ -9,7 +9,7 @@ use super::super::identity::Identity;
 use super::super::jwks_fetcher::{Fetched, KeySource};
 use super::super::query::Query;
 use super::super::tokens::Tokens;
-use super::super::translate::definition::{Definition, PublicPlan};
+use super::super::translate::definition::PublicPlan;
 use super::super::translate::mesh::MeshSettings;
 use super::super::translate::{Bad, Notes, intention, jwt};
 use super::rules::Rules;
@@ -21,9 +21,9 @@ use crate::tls::{self, Aead, Credentials, Policy};
 /// Application protocols that a server offers.
 type Alpn = &'static [&'static [u8]];
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct ServiceDraft {
-    name: Option<String>,
+    name: String,
     /// The plan of the public listener that the registration has now.
     plan: Option<PublicPlan>,
     /// The plan of the public listener that the registration no longer has. Connections that are still open on it follow
@@ -41,6 +41,29 @@ pub(super) struct ServiceDraft {
 }
 
 impl ServiceDraft {
+    /// The service of that name, of which nothing is known yet. `aead` is what its credentials seal TLS records with.
+    pub(super) fn new(name: String, aead: Aead, effects: &mut Effects) -> Self {
+        let draft = Self {
+            name,
+            plan: None,
+            former: None,
+            identity: Identity::new(aead),
+            rules: Rules::default(),
+            tokens: Tokens::default(),
+            server: None,
+            public: None,
+            changed: true,
+        };
+        effects.ask(&[], draft.queries());
+        draft
+    }
+
+    /// Asks nothing about it any more.
+    pub(super) fn end(self, effects: &mut Effects) {
+        effects.ask(&self.queries(), Vec::new());
+        effects.ask(&self.tokens.queries(), Vec::new());
+    }
+
     /// Chooses the library that seals TLS records. To be said before any credentials are there.
     pub(super) fn seal_by(&mut self, aead: Aead) {
         self.identity = Identity::new(aead);
@@ -67,23 +90,17 @@ impl ServiceDraft {
         }
     }
 
-    pub(super) fn define(&mut self, definition: &Definition, effects: &mut Effects) {
-        let renamed = self.name.as_ref().is_some_and(|name| *name != definition.service);
+    /// Takes what the registration says of its public listener.
+    pub(super) fn define(&mut self, plan: Option<&PublicPlan>, effects: &mut Effects) {
         let before = self.queries();
-        let is_same = self.name.as_ref() == Some(&definition.service) && self.plan == definition.public;
-        let plan = std::mem::replace(&mut self.plan, definition.public.clone());
-        if self.plan.is_some() || renamed {
+        let is_same = self.plan.as_ref() == plan;
+        let earlier = std::mem::replace(&mut self.plan, plan.cloned());
+        if self.plan.is_some() {
             self.former = None;
-        } else if plan.is_some() {
-            self.former = plan;
+        } else if earlier.is_some() {
+            self.former = earlier;
         }
-        self.name = Some(definition.service.clone());
         effects.ask(&before, self.queries());
-        if renamed {
-            self.identity.forget_service();
-            self.server = None;
-            self.rules = Rules::default();
-        }
         if self.open_plan().is_none() {
             // They are not kept up to date from here on.
             self.rules = Rules::default();
@@ -92,12 +109,12 @@ impl ServiceDraft {
         self.want_tokens(effects);
     }
 
-    pub(super) fn set_roots(&mut self, roots: &api::CaRoots) -> bool {
+    pub(super) fn set_roots(&mut self, roots: Arc<api::CaRoots>) -> bool {
         self.identity.set_roots(roots)
     }
 
-    pub(super) fn set_leaf(&mut self, service: &str, leaf: &api::Leaf) -> bool {
-        self.is_named(service) && self.identity.set_leaf(leaf)
+    pub(super) fn set_leaf(&mut self, leaf: &api::Leaf) -> bool {
+        self.identity.set_leaf(leaf)
     }
 
     /// Takes what the mesh asks of TLS; says whether that made other credentials of those that we have.
@@ -108,8 +125,7 @@ impl ServiceDraft {
 
     /// Makes credentials of the newest leaf and roots; says whether they changed, and what is wrong with the newest.
     pub(super) fn refresh_identity(&mut self, now: SystemTime) -> (bool, Result<(), Bad>) {
-        let Some(name) = &self.name else { return (false, Ok(())) };
-        let (changed, refused) = self.identity.refresh(name, now);
+        let (changed, refused) = self.identity.refresh(&self.name, now);
         self.changed |= changed;
         (changed, refused)
     }
@@ -122,17 +138,15 @@ impl ServiceDraft {
         self.identity.is_behind()
     }
 
-    pub(super) fn intentions(&mut self, service: &str, list: &[api::Intention], effects: &mut Effects) {
-        if self.is_named(service) {
-            let list = intention::intentions(list, &mut effects.notes);
-            if self.rules.set_list(list) {
-                self.refresh_rules(effects);
-            }
+    pub(super) fn intentions(&mut self, list: &[api::Intention], effects: &mut Effects) {
+        let list = intention::intentions(list, &mut effects.notes);
+        if self.rules.set_list(list) {
+            self.refresh_rules(effects);
         }
     }
 
-    pub(super) fn default_policy(&mut self, service: &str, policy: &DefaultPolicy, effects: &mut Effects) {
-        if self.is_named(service) && self.rules.set_default(policy.clone()) {
+    pub(super) fn default_policy(&mut self, policy: &DefaultPolicy, effects: &mut Effects) {
+        if self.rules.set_default(policy.clone()) {
             self.refresh_rules(effects);
         }
     }
@@ -192,15 +206,14 @@ impl ServiceDraft {
     }
 
     fn public_listener(&mut self, mesh: &MeshSettings, notes: &mut Notes) -> Result<Option<InboundListener>, Bad> {
-        let parts = self.open_plan().cloned().zip(self.name.clone());
-        let parts = parts.zip(self.rules.built().cloned()).zip(self.credentials().cloned());
-        let Some((((plan, service), intentions), credentials)) = parts else { return Ok(None) };
+        let parts = self.open_plan().cloned().zip(self.rules.built().cloned()).zip(self.credentials().cloned());
+        let Some(((plan, intentions), credentials)) = parts else { return Ok(None) };
         // One that runs goes on, as denials must not wait; requests that need a token are denied.
         if self.public.is_none() && self.tokens.have_refused() {
             return Ok(None);
         }
         let tls = self.tls_server(&credentials, server_alpn(plan.protocol, plan.tunnel), notes)?;
-        Ok(Some(listener(plan, service, tls, intentions, mesh, &self.tokens)))
+        Ok(Some(listener(plan, self.name.clone(), tls, intentions, mesh, &self.tokens)))
     }
 
     /// The TLS server that there is, or a new one where the credentials or the protocols changed.
@@ -254,7 +267,7 @@ impl ServiceDraft {
 
     /// What the service's name makes us ask. A service that has no public listener and had none needs no rules.
     fn queries(&self) -> Vec<Query> {
-        let Some(name) = &self.name else { return Vec::new() };
+        let name = &self.name;
         let rules = [Query::Intentions(name.clone()), Query::DefaultPolicy(name.clone())];
         let rules = rules.into_iter().filter(|_| self.open_plan().is_some());
         std::iter::once(Query::Leaf(name.clone())).chain(rules).collect()
@@ -263,10 +276,6 @@ impl ServiceDraft {
     /// The plan of the listener that connections may be open on.
     fn open_plan(&self) -> Option<&PublicPlan> {
         self.plan.as_ref().or(self.former.as_ref())
-    }
-
-    fn is_named(&self, service: &str) -> bool {
-        self.name.as_deref() == Some(service)
     }
 }
 
