@@ -1,0 +1,71 @@
+//! What a definition says, before anything is known of the mesh.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use crate::access_log::Settings as AccessLog;
+use crate::control::query::{ChainQuery, PreparedQuery};
+use crate::snapshot::{
+    Bind, Exposed, Limits, LocalApp, MetricsSettings, OutboundKey, PassiveHealthCheck, Protocol, RequestSettings,
+    Upgrades,
+};
+
+/// Consul's default for connecting to an upstream's instance.
+pub(in crate::control) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What the proxy is to do, before anything is known of the mesh.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(in crate::control) struct Definition {
+    /// The service that we stand in front of: its leaf and its intentions are ours.
+    pub(in crate::control) service: String,
+    pub(in crate::control) public: Option<PublicPlan>,
+    pub(in crate::control) upstreams: BTreeMap<OutboundKey, UpstreamPlan>,
+    pub(in crate::control) exposed: BTreeMap<Bind, Exposed>,
+    pub(in crate::control) access_log: Option<AccessLog>,
+    pub(in crate::control) metrics: MetricsSettings,
+}
+
+impl Definition {
+    /// Leaves the tunnel as it is, or turns it off everywhere.
+    pub(in crate::control) fn restrict_tunnel(&mut self, on: bool) {
+        self.public.iter_mut().for_each(|public| public.tunnel &= on);
+        self.upstreams.values_mut().for_each(|upstream| upstream.tunnel &= on);
+    }
+}
+
+/// The public listener but for credentials and intentions.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(in crate::control) struct PublicPlan {
+    pub(in crate::control) bind: Bind,
+    pub(in crate::control) protocol: Protocol,
+    pub(in crate::control) local_app: LocalApp,
+    pub(in crate::control) local_connect_timeout: Duration,
+    pub(in crate::control) local_request_timeout: Option<Duration>,
+    pub(in crate::control) local_idle_timeout: Option<Duration>,
+    pub(in crate::control) handshake_timeout: Duration,
+    pub(in crate::control) max_connections: Option<usize>,
+    /// Answers of ours say why in a header.
+    pub(in crate::control) expose_cause: bool,
+    pub(in crate::control) upgrades: Upgrades,
+    /// Whether the tunnel is agreed to, tcp only: `lictor_tunnel`.
+    pub(in crate::control) tunnel: bool,
+}
+
+/// An upstream but for its chain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(in crate::control) struct UpstreamPlan {
+    pub(in crate::control) name: String,
+    pub(in crate::control) source: Source,
+    pub(in crate::control) limits: Limits,
+    pub(in crate::control) passive_health_check: PassiveHealthCheck,
+    pub(in crate::control) requests: RequestSettings,
+    /// Whether the tunnel is offered, tcp only: `lictor_tunnel`, of the upstream or else of the proxy.
+    pub(in crate::control) tunnel: bool,
+}
+
+/// What tells an upstream's targets.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(in crate::control) enum Source {
+    Chain(ChainQuery),
+    PreparedQuery { query: PreparedQuery, protocol: Protocol, connect_timeout: Duration },
+}
