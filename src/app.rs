@@ -99,7 +99,8 @@ impl Host {
         let client = Client::new(agent)?;
         let workers = Arc::new(Workers::start(workers).context("can't start the data plane's threads")?);
         let sources = Sources::new(Watches::new(client));
-        Ok(Self { workers, sources, observer: Observer::default(), stats: Arc::default() })
+        let stats = Arc::<Registry>::default();
+        Ok(Self { workers, sources, observer: Observer::new(Arc::clone(&stats)), stats })
     }
 }
 

@@ -24,9 +24,9 @@ const LAYERS: [(&str, &[&str]); 21] = [
     ("config", &["consul", "telemetry", "tls"]),
     ("registration", &["config", "consul"]),
     ("snapshot", &["access_log", "fetch", "jwt", "operators", "tls"]),
-    ("observe", &["access_log", "jwt", "operators", "snapshot", "tls"]),
+    ("observe", &["access_log", "jwt", "operators", "snapshot", "stats", "tls"]),
     ("control", &["access_log", "config", "consul", "fetch", "jwt", "snapshot", "tls"]),
-    ("proxy", &["access_log", "drain", "jwt", "observe", "operators", "race", "resolve", "snapshot", "tls"]),
+    ("proxy", &["access_log", "drain", "jwt", "observe", "operators", "race", "resolve", "snapshot", "stats", "tls"]),
     ("admin", &["config", "drain", "proxy", "snapshot", "stats", "telemetry", "tls"]),
     (
         "app",

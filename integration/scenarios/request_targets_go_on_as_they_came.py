@@ -30,6 +30,7 @@ def http1(port, target):
     with dial(port, 10) as conn:
         conn.send(b"GET " + target + b" HTTP/1.1\r\nHost: shop\r\nConnection: close\r\n\r\n")
         head, _, body = conn.rest().partition(b"\r\n\r\n")
+    assert head, "the connection ended without an answer"
     return int(head.split()[1]), body
 
 

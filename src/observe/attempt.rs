@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::outcome::{Fault, Outcome};
 use crate::snapshot::{Address, LocalApp, Target};
+use crate::stats::ClusterStats;
 
 /// Where an attempt goes.
 #[derive(Debug, Clone)]
@@ -15,6 +16,8 @@ pub enum Destination {
     Instance {
         target: Arc<Target>,
         address: Address,
+        /// The numbers of the target.
+        stats: Arc<ClusterStats>,
     },
 }
 

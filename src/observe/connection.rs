@@ -9,6 +9,7 @@ use super::attempt::Attempts;
 use super::outcome::Outcome;
 use crate::access_log::Active;
 use crate::snapshot::{Bind, Exposed, InboundListener, OutboundListener};
+use crate::stats::ListenerStats;
 use crate::tls::SpiffeId;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,6 +69,8 @@ impl Listener {
 #[derive(Debug, Clone)]
 pub struct ConnectionInfo {
     pub listener: Listener,
+    /// The numbers of the listener.
+    pub stats: Arc<ListenerStats>,
     /// Of the downstream. `None` for a Unix socket.
     pub remote: Option<SocketAddr>,
     /// Of ours; known where an access log is on.

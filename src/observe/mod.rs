@@ -6,15 +6,21 @@
 
 mod access;
 mod attempt;
+mod clock;
 mod connect_error;
 mod connection;
+mod event;
+mod metrics;
 mod observer;
 mod outcome;
 mod request;
 
 pub use attempt::{Attempt, AttemptResult, Attempts, Destination};
+pub use clock::Clock;
 pub use connect_error::{ConnectError, LocalAppProblem};
 pub use connection::{ConnectionInfo, ConnectionRecord, Direction, Listener};
-pub use observer::{Event, Observer, Overflowed};
+pub use event::{Event, Overflowed};
+pub use metrics::{listener_name, target_name};
+pub use observer::Observer;
 pub use outcome::{Description, Fault, Outcome, Repeatable, Side};
 pub use request::{CopiedHeaders, RequestRecord};

@@ -1,71 +1,70 @@
 //! The one place that the data plane tells what happens.
 
 use std::sync::Arc;
-use std::time::Duration;
 
-use super::access;
-use super::attempt::{Attempt, Destination};
-use super::connect_error::ConnectError;
-use super::connection::{ConnectionInfo, ConnectionRecord, Direction};
-use super::request::RequestRecord;
+use super::clock::Clock;
+use super::connection::{ConnectionRecord, Direction};
+use super::event::Event;
+#[cfg(test)]
+use super::event::Overflowed;
+use super::{access, metrics};
 use crate::access_log::{AccessLog, Active};
-use crate::snapshot::{Address, Decision};
-use crate::tls::SpiffeId;
-
-/// Something that happens on the data path, told while it happens. Readers take from it what they count.
-#[derive(Debug)]
-pub enum Event<'a> {
-    /// A listener has accepted a connection, or the peer began another one on a session that was kept.
-    ConnectionAccepted(&'a ConnectionRecord),
-    /// The downstream's TLS handshake succeeded: [`ConnectionRecord::handshake`] is its time.
-    HandshakeFinished(&'a ConnectionRecord),
-    /// The downstream did not prove a mesh identity. `problem` is one clause.
-    HandshakeFailed { connection: &'a ConnectionRecord, problem: &'a str },
-    /// The connection is over. Told once for each that was accepted.
-    ConnectionFinished(&'a ConnectionRecord),
-    /// The head of a request is complete.
-    RequestReceived(&'a RequestRecord),
-    /// The head of its response was given to the downstream's codec.
-    ResponseStarted(&'a RequestRecord),
-    /// The request is over. Told once for each that was received.
-    RequestFinished(&'a RequestRecord),
-    /// A request is to be sent to a destination, on whatever connection.
-    AttemptStarted { connection: &'a ConnectionInfo, attempt: &'a Attempt },
-    /// What came of that is in [`Attempt::result`]. Not told of an attempt that is given up for another one.
-    AttemptEnded { connection: &'a ConnectionInfo, attempt: &'a Attempt },
-    /// A new connection to a destination is being made.
-    ConnectStarted(&'a Destination),
-    /// It was made, TLS included, or why it was not.
-    ConnectEnded { destination: &'a Destination, took: Duration, result: Result<(), &'a ConnectError> },
-    /// The intentions allow or deny a connection or a request.
-    Decided { service: &'a str, source: &'a SpiffeId, decision: &'a Decision<'a> },
-    /// A limit let something through no more.
-    Overflowed(Overflowed<'a>),
-    /// An instance of a target is ejected for its errors.
-    Ejected { target: &'a str, instance: &'a Address, time: Duration },
-}
-
-/// What was turned away.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Overflowed<'a> {
-    /// By `max_inbound_connections` of a service.
-    Inbound { service: &'a str },
-    /// By a limit of a target, which has Consul's name for it.
-    Target { target: &'a str, limit: &'static str },
-}
+use crate::stats::scope::Cluster;
+use crate::stats::{ClusterStats, Registry};
 
 /// Tells readers of events. Clones tell the same readers.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Observer(Arc<Readers>);
 
-#[derive(Debug, Default)]
+impl Default for Observer {
+    fn default() -> Self {
+        Self::new(Arc::default())
+    }
+}
+
+#[derive(Debug)]
 struct Readers {
     access_log: AccessLog,
+    stats: Arc<Registry>,
+    /// What is sent to the local app.
+    local_app: Arc<ClusterStats>,
+    clock: Clock,
     #[cfg(test)]
     events: std::sync::Mutex<Vec<String>>,
 }
 
 impl Observer {
+    /// One that counts in `stats`.
+    #[must_use]
+    pub fn new(stats: Arc<Registry>) -> Self {
+        Self(Arc::new(Readers {
+            access_log: AccessLog::default(),
+            local_app: stats.cluster(&Cluster::LocalApp),
+            stats,
+            clock: Clock::start(),
+            #[cfg(test)]
+            events: std::sync::Mutex::default(),
+        }))
+    }
+
+    /// Where numbers are counted.
+    #[must_use]
+    pub fn stats(&self) -> &Arc<Registry> {
+        &self.0.stats
+    }
+
+    /// The numbers of what is sent to the local app.
+    #[must_use]
+    pub fn local_app(&self) -> &Arc<ClusterStats> {
+        &self.0.local_app
+    }
+
+    /// For the states of instances that all threads share.
+    #[must_use]
+    pub fn clock(&self) -> Clock {
+        self.0.clock
+    }
+
     /// The access log, whose settings may be replaced.
     #[must_use]
     pub fn access_log(&self) -> &AccessLog {
@@ -82,6 +81,7 @@ impl Observer {
     pub fn observe(&self, event: Event<'_>) {
         #[cfg(test)]
         self.record(&event);
+        metrics::count(&event, &self.0.local_app);
         match event {
             Event::ConnectionFinished(record) => {
                 access::log_connection(record);
@@ -108,15 +108,21 @@ impl Observer {
             Event::RequestReceived(record) => format!("request {}", record.path()),
             Event::ResponseStarted(record) => format!("response {}", record.status),
             Event::RequestFinished(record) => format!("finished {}", record.outcome.name()),
-            Event::AttemptStarted { .. } => "attempt".into(),
-            Event::AttemptEnded { attempt, .. } => format!("attempt {:?}", attempt.result),
+            Event::RequestSent(_) => "sent".into(),
+            Event::Retried(_) => "retried".into(),
+            Event::RetryRefused(_) => "retry refused".into(),
+            Event::AnswerRetried { status, .. } => format!("answer {status} not passed on"),
+            Event::NoInstance(_) => "no instance".into(),
+            Event::AttemptStarted(_) => "attempt".into(),
+            Event::AttemptEnded(attempt) => format!("attempt {:?}", attempt.result),
             Event::ConnectStarted(to) => format!("connect {}", to.cluster()),
             Event::ConnectEnded { result, .. } => match result {
                 Ok(()) => "connected".into(),
                 Err(error) => format!("not connected: {error}"),
             },
             Event::Decided { decision, .. } => format!("decided {decision}"),
-            Event::Overflowed(what) => format!("{what:?}"),
+            Event::Overflowed(Overflowed::Inbound(_)) => "overflow of inbound connections".into(),
+            Event::Overflowed(Overflowed::Target { target, limit, .. }) => format!("overflow of {limit} of {target}"),
             Event::Ejected { target, .. } => format!("ejected {target}"),
         };
         self.0.events.lock().unwrap().push(text);

@@ -12,6 +12,7 @@ use super::connection::ConnectionInfo;
 use super::outcome::Outcome;
 use crate::access_log::Active;
 use crate::jwt::Providers;
+use crate::stats::ClusterStats;
 
 /// One request, from its head to the end of its response.
 #[derive(Debug)]
@@ -28,6 +29,10 @@ pub struct RequestRecord {
     pub host: Option<HeaderValue>,
     /// Of the service-router; `None` where there is none.
     pub route: Option<Arc<str>>,
+    /// The numbers of the target that it is for, or was sent to last.
+    pub cluster: Option<Arc<ClusterStats>>,
+    /// Retries that are configured, and were made.
+    pub retries: u32,
     /// Where it was sent, with what came of it.
     pub attempts: Attempts,
     /// From the start to the head of the response.
@@ -76,6 +81,8 @@ impl RequestRecord {
             uri: request.uri().clone(),
             host: if named { None } else { request.headers().get(HOST).cloned() },
             route: None,
+            cluster: None,
+            retries: 0,
             attempts: Attempts::default(),
             responded: None,
             status: 0,

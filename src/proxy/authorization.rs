@@ -14,7 +14,7 @@ use super::listener::ListenerState;
 use super::outcome::{Fault, Outcome};
 use crate::drain::Stage;
 use crate::jwt::Verified;
-use crate::observe::{Event, Observer};
+use crate::observe::{ConnectionInfo, Event, Observer};
 use crate::snapshot::{Decider, Decision, InboundListener, RequestView, Service};
 use crate::tls::{self, PeerError, SpiffeId};
 
@@ -126,9 +126,14 @@ pub(super) async fn revoked(live: &mut watch::Receiver<ListenerState<InboundList
 }
 
 /// Decides about a connection of bytes that the peer asks for. Why it may not have it, if it may not.
-pub(super) fn decide(service: &Service, peer: &SpiffeId, observer: &Observer) -> Option<String> {
+pub(super) fn decide(
+    service: &Service,
+    peer: &SpiffeId,
+    connection: &ConnectionInfo,
+    observer: &Observer,
+) -> Option<String> {
     let decision = service.intentions.decide(peer);
-    observer.observe(Event::Decided { service: &service.name, source: peer, decision: &decision });
+    observer.observe(Event::Decided { connection, source: peer, decision: &decision });
     reason(&decision)
 }
 

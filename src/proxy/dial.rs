@@ -89,7 +89,10 @@ async fn shake_hands(
     offer: Offer,
 ) -> Result<(Stream<Socket>, Arc<SpiffeId>), ConnectError> {
     let socket = match timeout_at(until, Socket::connect(&instance.address)).await {
-        Ok(connected) => connected.map_err(|error| ConnectError::Io(Arc::new(error)))?,
+        Ok(connected) => {
+            let socket = connected.map_err(|error| ConnectError::Io(Arc::new(error)))?;
+            socket.counted(instance.stats())
+        }
         Err(_) => return Err(ConnectError::TimedOut),
     };
     let bare = offer == Offer::Tunnel && instance.sessions().are_refused();

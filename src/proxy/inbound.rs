@@ -26,7 +26,8 @@ use super::tunnel::{self, MeshStream, Refusal, Role};
 use crate::drain::{self, Stage};
 use crate::observe::{Attempt, AttemptResult, ConnectionInfo, Destination, Event, Listener, Observer, Overflowed};
 use crate::snapshot::{InboundListener, Service};
-use crate::tls::{HandshakeError, Stream};
+use crate::stats::ListenerStats;
+use crate::tls::{HandshakeError, Refused, Stream};
 
 /// What the connections of the service's inbound listeners share, whatever address they came by.
 #[derive(Debug, Clone)]
@@ -90,6 +91,7 @@ struct Session {
     /// Of us, for the access log.
     local: Option<SocketAddr>,
     live: watch::Receiver<ListenerState<InboundListener>>,
+    stats: Arc<ListenerStats>,
     shared: Shared,
     _drain: drain::Watch,
 }
@@ -104,10 +106,16 @@ struct Connection {
 
 /// `None` also for a connection of requests, which has a task of its own by then.
 async fn establish(accepted: Accepted<InboundListener>, shared: Shared) -> Option<Connection> {
-    let Accepted { socket, remote, live, drain } = accepted;
+    let Accepted { socket, remote, live, drain, stats } = accepted;
     let local = if shared.observer.access_log().is_on() { socket.local_address() } else { None };
     let listener = Arc::clone(&live.borrow().config);
-    let info = ConnectionInfo { listener: Listener::Public(Arc::clone(&listener)), remote, local, peer: None };
+    let info = ConnectionInfo {
+        listener: Listener::Public(Arc::clone(&listener)),
+        stats: Arc::clone(&stats),
+        remote,
+        local,
+        peer: None,
+    };
     let mut record = Record::accepted(&shared.observer, info);
     if shared.is_full(listener.max_connections) {
         too_many(&listener, remote, record, &shared.log_limit);
@@ -150,7 +158,7 @@ async fn establish(accepted: Accepted<InboundListener>, shared: Shared) -> Optio
         return None;
     }
     let mesh = MeshStream::new(mesh, Role::Server);
-    Session { mesh, peer, remote, local, live, shared, _drain: drain }.first(record).await
+    Session { mesh, peer, remote, local, live, stats, shared, _drain: drain }.first(record).await
 }
 
 fn too_many(listener: &InboundListener, remote: Option<SocketAddr>, mut record: Record, log_limit: &LogLimit) {
@@ -159,7 +167,7 @@ fn too_many(listener: &InboundListener, remote: Option<SocketAddr>, mut record: 
         let limit = listener.max_connections;
         tracing::info!(target: "proxy.inbound", limit, src = %Shown(remote), "Connection closed: {PROBLEM}");
     }
-    record.observer().observe(Event::Overflowed(Overflowed::Inbound { service: &listener.service.name }));
+    record.observer().observe(Event::Overflowed(Overflowed::Inbound(record.info())));
     record.finish(Outcome::Overflow, "limit reached");
 }
 
@@ -205,7 +213,8 @@ impl Session {
             self.mesh.part();
             return None;
         }
-        if let Some(reason) = authorization::decide(&listener.service, &self.peer.id, record.observer()) {
+        if let Some(reason) = authorization::decide(&listener.service, &self.peer.id, record.info(), record.observer())
+        {
             self.log_denial("Connection denied", &listener.service, &reason);
             record.denied(&reason, "denied");
             return self.refuse(Refusal::Denied).await;
@@ -263,13 +272,14 @@ impl Session {
             &self.shared.observer,
             ConnectionInfo {
                 listener: Listener::Public(Arc::clone(&listener)),
+                stats: Arc::clone(&self.stats),
                 remote: self.remote,
                 local: self.local,
                 peer: Some(Arc::clone(&self.peer.id)),
             },
         );
         if let Err(problem) = self.peer.check(&listener.service, |act| act(self.mesh.tls.peer_certificates())) {
-            refuse(&record, &problem.to_string(), &self.shared.log_limit);
+            refuse(&record, problem.refused(), &problem.to_string(), &self.shared.log_limit);
             record.finish(Outcome::Unproved, "no longer proved");
             self.mesh.part();
             return None;
@@ -330,30 +340,30 @@ async fn shake(
         shaken = timeout(listener.handshake_timeout, handshake) => shaken,
         () = place.lost() => {
             let problem = format!("more than {} handshakes are in progress", shared.handshakes.limit());
-            refuse(record, &problem, &shared.log_limit);
+            refuse(record, Refused::Connection, &problem, &shared.log_limit);
             return None;
         }
     };
     drop(place);
-    let problem = match shaken {
+    let (refused, problem) = match shaken {
         Ok(Ok(mesh)) => match Peer::new(&listener.service, mesh.peer_certificates()) {
             Ok(peer) => return Some((mesh, peer)),
             Err(e) => {
                 relay::close_tls(mesh).await;
-                e.to_string()
+                (e.refused(), e.to_string())
             }
         },
         // Consul's own check of the port connects and leaves every 10 s.
         Ok(Err(HandshakeError::Silent)) => return None,
-        Ok(Err(e)) => e.to_string(),
-        Err(_) => format!("no TLS handshake within {:?}", listener.handshake_timeout),
+        Ok(Err(e)) => (e.refused(), e.to_string()),
+        Err(_) => (Refused::Connection, format!("no TLS handshake within {:?}", listener.handshake_timeout)),
     };
-    refuse(record, &problem, &shared.log_limit);
+    refuse(record, refused, &problem, &shared.log_limit);
     None
 }
 
-fn refuse(record: &Record, problem: &str, log_limit: &LogLimit) {
-    record.handshake_failed(problem);
+fn refuse(record: &Record, refused: Refused, problem: &str, log_limit: &LogLimit) {
+    record.handshake_failed(refused, problem);
     let remote = record.info().remote;
     if log_limit.is_first(Host(remote), problem) {
         tracing::info!(target: "proxy.inbound", src = %Shown(remote), problem, "Connection refused: the peer did not prove a mesh identity");

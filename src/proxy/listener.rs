@@ -17,6 +17,7 @@ use super::log_limit::Seldom;
 use super::socket::Socket;
 use crate::drain::{self, Stage};
 use crate::snapshot::Bind;
+use crate::stats::ListenerStats;
 
 /// What a running listener and its connections go by, replaced live.
 #[derive(Debug)]
@@ -33,6 +34,7 @@ pub(super) struct Accepted<P> {
     pub live: watch::Receiver<ListenerState<P>>,
     /// Dropped when the connection is done.
     pub drain: drain::Watch,
+    pub stats: Arc<ListenerStats>,
 }
 
 /// A listening socket that has not been given to a thread yet.
@@ -110,8 +112,13 @@ fn remove_stale(path: &Path) -> io::Result<()> {
 const BACKLOG: i32 = 4096;
 
 /// Accepts until the stage says otherwise, and has each connection served by a task of its own.
-pub(super) async fn run<P, S, F>(bound: Bound, live: watch::Receiver<ListenerState<P>>, drain: drain::Watch, serve: S)
-where
+pub(super) async fn run<P, S, F>(
+    bound: Bound,
+    live: watch::Receiver<ListenerState<P>>,
+    drain: drain::Watch,
+    stats: Arc<ListenerStats>,
+    serve: S,
+) where
     P: Send + Sync + 'static,
     S: Fn(Accepted<P>) -> F,
     F: Future<Output = ()> + Send + 'static,
@@ -138,7 +145,8 @@ where
         };
         match accepted {
             Ok((socket, remote)) => {
-                let accepted = Accepted { socket, remote, live: live.clone(), drain: drain.clone() };
+                let (live, drain, stats) = (live.clone(), drain.clone(), Arc::clone(&stats));
+                let accepted = Accepted { socket, remote, live, drain, stats };
                 tokio::spawn(serve(accepted));
             }
             Err(e) => pause_after(&e, &failures).await,
@@ -146,7 +154,8 @@ where
     }
     // Whoever the kernel has already greeted is served: closing the socket would reset them.
     while let Some((socket, remote)) = listener.accept_waiting().await {
-        tokio::spawn(serve(Accepted { socket, remote, live: live.clone(), drain: drain.clone() }));
+        let (live, drain, stats) = (live.clone(), drain.clone(), Arc::clone(&stats));
+        tokio::spawn(serve(Accepted { socket, remote, live, drain, stats }));
     }
 }
 
@@ -178,7 +187,7 @@ impl Listener {
     async fn accept(&self) -> io::Result<(Socket, Option<SocketAddr>)> {
         match self {
             Self::Tcp(listener) => listener.accept().await.map(|(stream, remote)| (Socket::tcp(stream), Some(remote))),
-            Self::Unix(listener) => listener.accept().await.map(|(stream, _)| (Socket::Unix(stream), None)),
+            Self::Unix(listener) => listener.accept().await.map(|(stream, _)| (Socket::unix(stream), None)),
         }
     }
 
@@ -191,7 +200,7 @@ impl Listener {
                     _ => None,
                 },
                 Self::Unix(listener) => match listener.poll_accept(cx) {
-                    Poll::Ready(Ok((stream, _))) => Some((Socket::Unix(stream), None)),
+                    Poll::Ready(Ok((stream, _))) => Some((Socket::unix(stream), None)),
                     _ => None,
                 },
             })

@@ -13,6 +13,7 @@ use super::workers::Workers;
 use crate::drain::{self, Stage};
 use crate::observe::Observer;
 use crate::snapshot::{Bind, Protocol};
+use crate::stats::{ListenerStats, scope};
 
 /// What the listeners of one kind and their connections go by, made of a part of the snapshot. See [`ListenerState`].
 pub(super) trait ListenerConfig: Sized + Send + Sync + 'static {
@@ -21,6 +22,9 @@ pub(super) trait ListenerConfig: Sized + Send + Sync + 'static {
 
     /// For the log.
     fn name(part: &Self::Part) -> &str;
+
+    /// For metrics; `datacenter` is our own.
+    fn scope(part: &Self::Part, datacenter: &str) -> scope::Listener;
 
     fn bind(part: &Self::Part) -> &Bind;
 
@@ -112,6 +116,7 @@ struct Running<L> {
     name: String,
     bind: Bind,
     live: watch::Sender<ListenerState<L>>,
+    stats: Arc<ListenerStats>,
     /// Removed when the listener stops.
     socket_file: Option<SocketFile>,
 }
@@ -125,6 +130,7 @@ impl<L: ListenerConfig> Running<L> {
         }
         let new = L::new(part, Some(&before), observer);
         let (before, now) = (before.protocol(), new.protocol());
+        self.stats.set_http(now.is_http());
         if before.is_http() != now.is_http() {
             tracing::info!(target: "proxy", listener = self.name, ?before, ?now, "The protocol has changed; open connections are ended, each after its answer");
         }
@@ -166,6 +172,8 @@ impl Drop for SocketFile {
 pub(super) struct Starter<'a> {
     workers: &'a Workers,
     observer: Observer,
+    /// Our own, once it is known.
+    datacenter: String,
     drain: drain::Watch,
     /// Binds that failed and are tried again.
     failed: BTreeMap<Bind, Failed>,
@@ -180,7 +188,13 @@ struct Failed {
 impl<'a> Starter<'a> {
     #[must_use]
     pub(super) fn new(workers: &'a Workers, observer: Observer, drain: drain::Watch) -> Self {
-        Self { workers, observer, drain, failed: BTreeMap::new() }
+        Self { workers, observer, datacenter: String::new(), drain, failed: BTreeMap::new() }
+    }
+
+    pub(super) fn set_datacenter(&mut self, datacenter: &str) {
+        if self.datacenter != datacenter {
+            datacenter.clone_into(&mut self.datacenter);
+        }
     }
 
     /// Tries no longer what is not wanted.
@@ -216,16 +230,20 @@ impl<'a> Starter<'a> {
         self.failed.remove(bind);
         tracing::info!(target: "proxy", listener = name, bind_addr = %bind, "Starting listener");
         let config = L::new(part, None, &self.observer);
+        let address = bind.to_string().replace(':', "_");
+        let scope = L::scope(part, &self.datacenter);
+        let stats = self.observer.stats().listener(scope, address, config.protocol().is_http());
         let (live, watched) = watch::channel(ListenerState { config, stage: Stage::Running });
         let serve = serve();
         for (worker, bound) in bound.into_iter().enumerate() {
-            self.workers.spawn(worker, listener::run(bound, watched.clone(), self.drain.clone(), serve.clone()));
+            let (live, drain, stats) = (watched.clone(), self.drain.clone(), Arc::clone(&stats));
+            self.workers.spawn(worker, listener::run(bound, live, drain, stats, serve.clone()));
         }
         let socket_file = match bind {
             Bind::Unix { path, .. } => Some(SocketFile(path.clone())),
             Bind::Tcp(_) => None,
         };
-        Some(Running { name: name.to_owned(), bind: bind.clone(), live, socket_file })
+        Some(Running { name: name.to_owned(), bind: bind.clone(), live, stats, socket_file })
     }
 
     fn bind_failed(&mut self, name: &str, bind: &Bind, error: &std::io::Error) {

@@ -31,5 +31,5 @@ pub(super) async fn connect_app(
         took: started.elapsed(),
         result: error.as_ref().map_or(Ok(()), Err),
     });
-    connected
+    connected.map(|socket| socket.counted(observer.local_app()))
 }

@@ -39,8 +39,9 @@ use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::drain::{self, Stage};
-use crate::observe::Observer;
+use crate::observe::{Observer, listener_name};
 use crate::snapshot::{Bind, Exposed, InboundListener, OutboundKey, OutboundListener, Protocol, Snapshot};
+use crate::stats::scope;
 use balance::{Clock, OutboundRuntime};
 use listeners::{ListenerConfig, Set, Starter};
 use log_limit::LogLimits;
@@ -105,7 +106,7 @@ impl<'a> Proxy<'a> {
         let log_limits = LogLimits::default();
         Self {
             starter: Starter::new(workers, observer.clone(), drain),
-            clock: Clock::start(),
+            clock: observer.clock(),
             inbound: inbound::Shared::new(observer.clone(), log_limits.inbound.clone()),
             log_limits,
             observer,
@@ -121,6 +122,9 @@ impl<'a> Proxy<'a> {
         };
         let (clock, observer) = (self.clock, &self.observer);
         observer.access_log().set(snapshot.access_log.as_ref());
+        if let Some(credentials) = &snapshot.credentials {
+            self.starter.set_datacenter(&credentials.id().datacenter);
+        }
         // First, so that another may bind where one was.
         self.listeners.retire(snapshot);
         self.starter.forget_all_but(|bind| is_bound(snapshot, bind));
@@ -207,6 +211,10 @@ impl ListenerConfig for InboundListener {
         "public listener"
     }
 
+    fn scope(_part: &Self::Part, _datacenter: &str) -> scope::Listener {
+        scope::Listener::Public
+    }
+
     fn bind(part: &Self) -> &Bind {
         &part.bind
     }
@@ -226,6 +234,10 @@ impl ListenerConfig for InboundListener {
 
 impl ListenerConfig for OutboundRuntime {
     type Part = OutboundListener;
+
+    fn scope(part: &OutboundListener, datacenter: &str) -> scope::Listener {
+        scope::Listener::Upstream(Arc::new(listener_name(&part.key.destination, datacenter)))
+    }
 
     fn name(part: &OutboundListener) -> &str {
         &part.key.destination
@@ -253,6 +265,13 @@ impl ListenerConfig for http::expose::Plan {
 
     fn name(_part: &Exposed) -> &str {
         "exposed paths"
+    }
+
+    fn scope(part: &Exposed, _datacenter: &str) -> scope::Listener {
+        scope::Listener::Exposed(match &part.bind {
+            Bind::Tcp(address) => address.port(),
+            Bind::Unix { .. } => 0,
+        })
     }
 
     fn bind(part: &Exposed) -> &Bind {

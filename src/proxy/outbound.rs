@@ -21,7 +21,7 @@ use super::relay::{self, Broken, Relay, Side};
 use super::socket::Socket;
 use super::tunnel::{MeshStream, Refusal};
 use crate::drain::{self, Stage};
-use crate::observe::{Attempt, AttemptResult, ConnectionInfo, Listener, Observer};
+use crate::observe::{Attempt, AttemptResult, ConnectionInfo, Event, Listener, Observer};
 use crate::race::{Next, Race};
 use crate::snapshot::Target;
 use crate::tls::{self, SpiffeId};
@@ -55,10 +55,10 @@ async fn establish(
     observer: Observer,
     log_limit: LogLimit,
 ) -> Option<Connection> {
-    let Accepted { socket: app, remote, live: mut state, drain } = accepted;
+    let Accepted { socket: app, remote, live: mut state, drain, stats } = accepted;
     let local = if observer.access_log().is_on() { app.local_address() } else { None };
     let listener = Listener::Upstream(Arc::clone(&state.borrow().config.listener));
-    let mut record = Record::accepted(&observer, ConnectionInfo { listener, remote, local, peer: None });
+    let mut record = Record::accepted(&observer, ConnectionInfo { listener, stats, remote, local, peer: None });
     let now = known(&mut state).await;
     let plan = &now.upstream;
     record.accepted_by(Listener::Upstream(Arc::clone(&now.listener)));
@@ -296,7 +296,10 @@ async fn connect_target(
             record.attempt(attempt);
             Ok(Connected { mesh, tls: Arc::clone(&target.tls), peer, instance, permit })
         }
-        (None, []) => Err(unusable(Fault::new(Outcome::NoInstance, balancer.no_endpoint_reason()))),
+        (None, []) => {
+            balancer.observer().observe(Event::NoInstance(balancer.stats()));
+            Err(unusable(Fault::new(Outcome::NoInstance, balancer.no_endpoint_reason())))
+        }
         (None, _) => {
             let cause = format!("no instance could be used: {}", reasons.join(", "));
             Err(Unusable { fault: Fault::new(Outcome::Unreachable, cause), denied })

@@ -8,7 +8,7 @@ use std::time::SystemTime;
 
 use super::outcome::{Fault, Outcome};
 use crate::observe::{Attempt, ConnectionInfo, ConnectionRecord, Event, Listener, Observer};
-use crate::tls::SpiffeId;
+use crate::tls::{Refused, SpiffeId};
 
 /// Tells the observer of one connection. One that is dropped unfinished is told as aborted.
 pub(super) struct Record {
@@ -47,8 +47,8 @@ impl Record {
         self.observer.observe(Event::HandshakeFinished(&self.record));
     }
 
-    pub(super) fn handshake_failed(&self, problem: &str) {
-        self.observer.observe(Event::HandshakeFailed { connection: &self.record, problem });
+    pub(super) fn handshake_failed(&self, refused: Refused, problem: &str) {
+        self.observer.observe(Event::HandshakeFailed { connection: &self.record, refused, problem });
     }
 
     /// It carries bytes from here on, and has a line in the access log, if one is on.

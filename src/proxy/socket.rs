@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -16,13 +17,14 @@ use tokio::time::timeout;
 
 use crate::resolve;
 use crate::snapshot::{Address, Host, LocalApp};
+use crate::stats::ClusterStats;
 use crate::tls::with_scratch;
 
 /// A connected TCP or Unix stream socket.
 #[derive(Debug)]
 pub enum Socket {
-    Tcp(TcpStream),
-    Unix(UnixStream),
+    Tcp(TcpStream, Option<Counted>),
+    Unix(UnixStream, Option<Counted>),
 }
 
 impl Socket {
@@ -50,7 +52,7 @@ impl Socket {
     }
 
     async fn connect_unix(path: &Path) -> io::Result<Self> {
-        UnixStream::connect(path).await.map(Self::Unix)
+        UnixStream::connect(path).await.map(Self::unix)
     }
 
     /// Takes over a TCP connection: no Nagle delay, and keep-alive so that a peer that vanished is noticed.
@@ -59,22 +61,37 @@ impl Socket {
     pub fn tcp(stream: TcpStream) -> Self {
         let _ = stream.set_nodelay(true);
         let _ = SockRef::from(&stream).set_tcp_keepalive(&KEEPALIVE);
-        Self::Tcp(stream)
+        Self::Tcp(stream, None)
+    }
+
+    #[must_use]
+    pub fn unix(stream: UnixStream) -> Self {
+        Self::Unix(stream, None)
+    }
+
+    /// The same, counted among the open connections of a cluster as long as it is there.
+    #[must_use]
+    pub fn counted(self, stats: &Arc<ClusterStats>) -> Self {
+        let counted = Some(Counted::new(stats));
+        match self {
+            Self::Tcp(stream, _) => Self::Tcp(stream, counted),
+            Self::Unix(stream, _) => Self::Unix(stream, counted),
+        }
     }
 
     /// Where it is bound; `None` for a Unix socket.
     #[must_use]
     pub fn local_address(&self) -> Option<SocketAddr> {
         match self {
-            Self::Tcp(stream) => stream.local_addr().ok(),
-            Self::Unix(_) => None,
+            Self::Tcp(stream, _) => stream.local_addr().ok(),
+            Self::Unix(..) => None,
         }
     }
 
     /// Ends the connection when what was sent has not been acknowledged for so long, or as the kernel sees fit. A socket
     /// that refuses still works.
     pub fn end_when_unacknowledged(&self, time: Option<Duration>) {
-        if let Self::Tcp(stream) = self {
+        if let Self::Tcp(stream, _) = self {
             let _ = SockRef::from(stream).set_tcp_user_timeout(time);
         }
     }
@@ -84,18 +101,18 @@ impl Socket {
     #[must_use]
     pub fn is_unacknowledged(&self, time: Duration) -> bool {
         match self {
-            Self::Tcp(stream) => tcp_info(stream).is_ok_and(|info| {
+            Self::Tcp(stream, _) => tcp_info(stream).is_ok_and(|info| {
                 info.tcpi_unacked > 0
                     && info.tcpi_retransmits > 0
                     && u128::from(info.tcpi_last_ack_recv) >= time.as_millis()
             }),
-            Self::Unix(_) => false,
+            Self::Unix(..) => false,
         }
     }
 
     /// Has a peer that vanished be noticed within seconds, or in the usual time. A socket that refuses still works.
     pub fn keep_alive(&self, closely: bool) {
-        if let Self::Tcp(stream) = self {
+        if let Self::Tcp(stream, _) = self {
             let _ = SockRef::from(stream).set_tcp_keepalive(if closely { &CLOSE_WATCH } else { &KEEPALIVE });
         }
     }
@@ -107,7 +124,7 @@ impl Socket {
 
     /// Whenever it is closed, the far end sees a reset instead of an end.
     pub fn end_with_reset(&self) {
-        if let Self::Tcp(stream) = self {
+        if let Self::Tcp(stream, _) = self {
             let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
         }
     }
@@ -116,8 +133,8 @@ impl Socket {
     #[must_use]
     pub fn take_error(&self) -> Option<io::Error> {
         let error = match self {
-            Self::Tcp(stream) => stream.take_error(),
-            Self::Unix(stream) => stream.take_error(),
+            Self::Tcp(stream, _) => stream.take_error(),
+            Self::Unix(stream, _) => stream.take_error(),
         };
         error.unwrap_or_else(Some)
     }
@@ -137,6 +154,23 @@ impl Socket {
             io::Result::Ok(())
         })
         .await;
+    }
+}
+
+/// Counts an open connection to a cluster until it is dropped.
+#[derive(Debug)]
+pub struct Counted(Arc<ClusterStats>);
+
+impl Counted {
+    fn new(stats: &Arc<ClusterStats>) -> Self {
+        stats.connections_active.increment();
+        Self(Arc::clone(stats))
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.connections_active.decrement();
     }
 }
 
@@ -177,8 +211,8 @@ const LINGER_BYTES: usize = 1024 * 1024;
 impl AsyncRead for Socket {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_read(cx, buffer),
-            Self::Unix(stream) => Pin::new(stream).poll_read(cx, buffer),
+            Self::Tcp(stream, _) => Pin::new(stream).poll_read(cx, buffer),
+            Self::Unix(stream, _) => Pin::new(stream).poll_read(cx, buffer),
         }
     }
 }
@@ -186,8 +220,8 @@ impl AsyncRead for Socket {
 impl AsyncWrite for Socket {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_write(cx, bytes),
-            Self::Unix(stream) => Pin::new(stream).poll_write(cx, bytes),
+            Self::Tcp(stream, _) => Pin::new(stream).poll_write(cx, bytes),
+            Self::Unix(stream, _) => Pin::new(stream).poll_write(cx, bytes),
         }
     }
 
@@ -197,8 +231,8 @@ impl AsyncWrite for Socket {
         bytes: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bytes),
-            Self::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bytes),
+            Self::Tcp(stream, _) => Pin::new(stream).poll_write_vectored(cx, bytes),
+            Self::Unix(stream, _) => Pin::new(stream).poll_write_vectored(cx, bytes),
         }
     }
 
@@ -212,8 +246,8 @@ impl AsyncWrite for Socket {
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
-            Self::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
+            Self::Tcp(stream, _) => Pin::new(stream).poll_shutdown(cx),
+            Self::Unix(stream, _) => Pin::new(stream).poll_shutdown(cx),
         }
     }
 }

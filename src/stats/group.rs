@@ -1,7 +1,8 @@
 //! The numbers of one listener, of one cluster, and of the process.
 
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError, Weak};
 
 use super::scope::{Cluster, Listener, Scope, Stat};
 use super::value::{Counter, Gauge, Histogram, Times};
@@ -134,8 +135,8 @@ pub struct ListenerStats {
     pub listener: Listener,
     /// As in `127.0.0.1_5000`.
     pub address: String,
-    /// Whether requests are looked into.
-    pub http: bool,
+    /// Whether requests are looked into. A registration may change that.
+    http: AtomicBool,
     pub connections: Counter,
     pub connections_active: Gauge,
     pub connection_time: Histogram,
@@ -169,7 +170,7 @@ impl ListenerStats {
         Self {
             listener,
             address,
-            http,
+            http: AtomicBool::new(http),
             connections: Counter::default(),
             connections_active: Gauge::default(),
             connection_time: Histogram::default(),
@@ -191,9 +192,18 @@ impl ListenerStats {
         }
     }
 
+    #[must_use]
+    pub fn is_http(&self) -> bool {
+        self.http.load(Ordering::Relaxed)
+    }
+
+    pub fn set_http(&self, http: bool) {
+        self.http.store(http, Ordering::Relaxed);
+    }
+
     /// Adds its numbers under Envoy's names.
     pub fn collect(&self, into: &mut Vec<Sample>) {
-        if self.http {
+        if self.is_http() {
             self.collect_http(into);
         } else {
             self.collect_tcp(into);
@@ -260,6 +270,55 @@ impl ListenerStats {
     }
 }
 
+/// Knows the instances of a cluster.
+pub trait Members: fmt::Debug + Send + Sync {
+    fn look(&self) -> MembersNow;
+}
+
+/// The instances of a cluster at one instant.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct MembersNow {
+    /// Instances in the catalog, those that fail their checks included.
+    pub registered: usize,
+    /// Those that may be used as far as the catalog goes.
+    pub usable: Vec<Member>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Member {
+    pub address: String,
+    pub weight: u32,
+    pub state: MemberState,
+    /// Connections of a TCP service, requests of an HTTP service.
+    pub in_flight: u32,
+    /// Microseconds that answers take of late; `None` before the first.
+    pub latency: Option<f32>,
+}
+
+/// The state of an instance's circuit breaker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MemberState {
+    Healthy,
+    /// Could not be reached, and comes last.
+    Unreachable,
+    /// Answers with errors, and gets nothing.
+    Ejected,
+    /// One connection or request alone finds out whether it is well again.
+    Probed,
+}
+
+impl MemberState {
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Healthy => "healthy",
+            Self::Unreachable => "unreachable",
+            Self::Ejected => "ejected",
+            Self::Probed => "probed",
+        }
+    }
+}
+
 /// What was sent to one target of a chain, or to the local app.
 #[derive(Debug)]
 pub struct ClusterStats {
@@ -299,6 +358,7 @@ pub struct ClusterStats {
     /// Wanted, but more than `max_ejection_percent`.
     pub ejections_refused: Counter,
     pub tls: Handshakes,
+    members: Mutex<Option<Weak<dyn Members>>>,
 }
 
 impl ClusterStats {
@@ -331,7 +391,20 @@ impl ClusterStats {
             ejections: Counter::default(),
             ejections_refused: Counter::default(),
             tls: Handshakes::default(),
+            members: Mutex::default(),
         }
+    }
+
+    /// Who knows of its instances from now on.
+    pub fn set_members(&self, members: Weak<dyn Members>) {
+        *self.members.lock().unwrap_or_else(PoisonError::into_inner) = Some(members);
+    }
+
+    /// Its instances as they are now; none for the local app.
+    #[must_use]
+    pub fn members(&self) -> MembersNow {
+        let members = self.members.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        members.and_then(|members| members.upgrade()).map(|members| members.look()).unwrap_or_default()
     }
 
     /// A final answer.
@@ -354,6 +427,11 @@ impl ClusterStats {
         samples.counter("upstream_cx_none_healthy", self.no_instance.get());
         samples.counter("upstream_cx_overflow", self.connection_overflows.get());
         if let Cluster::Target(_) = self.cluster {
+            let members = self.members();
+            let count = |state| members.usable.iter().filter(|member| member.state == state).count() as u64;
+            samples.gauge("membership_total", members.registered as u64);
+            samples.gauge("membership_healthy", members.usable.len() as u64 - count(MemberState::Ejected));
+            samples.gauge("outlier_detection.ejections_active", count(MemberState::Ejected));
             samples.counter("outlier_detection.ejections_enforced_total", self.ejections.get());
             samples.counter("outlier_detection.ejections_overflow", self.ejections_refused.get());
             self.tls.collect(&mut samples);

@@ -16,7 +16,7 @@ pub mod value;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-pub use self::group::{ClusterStats, ListenerStats, Sample, Samples, Value};
+pub use self::group::{ClusterStats, ListenerStats, Member, MemberState, Members, MembersNow, Sample, Samples, Value};
 use self::scope::{Cluster, Listener};
 
 /// All groups of a process. The lock is taken when the configuration changes and when somebody reads.
@@ -27,7 +27,7 @@ pub struct Registry {
 
 #[derive(Debug, Default)]
 struct Groups {
-    listeners: BTreeMap<(Listener, String, bool), Weak<ListenerStats>>,
+    listeners: BTreeMap<(Listener, String), Weak<ListenerStats>>,
     clusters: BTreeMap<Cluster, Weak<ClusterStats>>,
 }
 
@@ -35,9 +35,10 @@ impl Registry {
     /// The numbers of a listener; the same ones as long as anybody holds them.
     #[must_use]
     pub fn listener(&self, listener: Listener, address: String, http: bool) -> Arc<ListenerStats> {
-        let key = (listener, address, http);
+        let key = (listener, address);
         let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(stats) = groups.listeners.get(&key).and_then(Weak::upgrade) {
+            stats.set_http(http);
             return stats;
         }
         let stats = Arc::new(ListenerStats::new(key.0.clone(), key.1.clone(), http));

@@ -192,6 +192,7 @@ fn write_listener(writer: &mut Writer<'_>, family: &Family, stats: &ListenerStat
     let (direction, upstream) = match &stats.listener {
         Listener::Public => ("inbound", String::new()),
         Listener::Upstream(name) => ("outbound", name.to_string()),
+        Listener::Exposed(_) => ("exposed", String::new()),
     };
     let labels = [("direction", direction), ("upstream", &*upstream)];
     let is_public = stats.listener == Listener::Public;
@@ -203,11 +204,11 @@ fn write_listener(writer: &mut Writer<'_>, family: &Family, stats: &ListenerStat
         CONNECTION_DURATION => writer.times(family, &labels, &stats.connection_time.get()),
         RECEIVED => writer.value(family, &labels, stats.received.get()),
         SENT => writer.value(family, &labels, stats.sent.get()),
-        REQUESTS if stats.http => writer.value(family, &labels, stats.requests.get()),
-        REQUESTS_ACTIVE if stats.http => writer.value(family, &labels, stats.requests_active.get()),
-        REQUESTS_ABANDONED if stats.http => writer.value(family, &labels, stats.reset_by_asker.get()),
-        REQUEST_DURATION if stats.http => writer.times(family, &labels, &stats.request_time.get()),
-        RESPONSES if stats.http => {
+        REQUESTS if stats.is_http() => writer.value(family, &labels, stats.requests.get()),
+        REQUESTS_ACTIVE if stats.is_http() => writer.value(family, &labels, stats.requests_active.get()),
+        REQUESTS_ABANDONED if stats.is_http() => writer.value(family, &labels, stats.reset_by_asker.get()),
+        REQUEST_DURATION if stats.is_http() => writer.times(family, &labels, &stats.request_time.get()),
+        RESPONSES if stats.is_http() => {
             for (class, count) in CLASSES.into_iter().zip(stats.answers.get()) {
                 writer.value(family, &[labels[0], labels[1], ("code_class", class)], count);
             }

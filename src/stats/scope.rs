@@ -35,6 +35,8 @@ pub enum Scope {
 pub enum Listener {
     Public,
     Upstream(Arc<UpstreamName>),
+    /// Exposed paths, by the port.
+    Exposed(u16),
 }
 
 /// An upstream as the registration names it. What it leads to may be something else.
@@ -202,6 +204,7 @@ impl Listener {
     fn labels(&self, prefix: &'static str) -> Vec<Label> {
         match self {
             Self::Public => vec![(prefix, "public_listener".to_owned())],
+            Self::Exposed(port) => vec![(prefix, format!("exposed_path_{port}"))],
             Self::Upstream(name) => vec![
                 (prefix, "upstream".to_owned()),
                 ("consul_upstream_service", name.service.clone()),
@@ -230,6 +233,7 @@ impl fmt::Display for Listener {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Public => f.write_str("public_listener"),
+            Self::Exposed(port) => write!(f, "exposed_path_{port}"),
             Self::Upstream(name) => {
                 write!(f, "upstream.{}.{}.{}.{}", name.service, name.namespace, name.partition, name.datacenter)
             }

@@ -39,7 +39,7 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 pub use aead::{Aead, Implementation};
 pub use describe::{CertificateInfo, CredentialsInfo};
 pub use policy::{Parameters, Policy, Versions, is_known_suite};
-pub use refusal::{HandshakeError, PeerError};
+pub use refusal::{HandshakeError, PeerError, Refused};
 pub use sides::{Client, Server};
 pub use spiffe::{NotAService, SpiffeId};
 pub use stream::{ReadSide, Scratch, Stream, with_scratch};

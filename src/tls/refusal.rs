@@ -144,6 +144,44 @@ impl fmt::Display for HandshakeError {
 
 impl std::error::Error for HandshakeError {}
 
+/// What a handshake failed for, roughly.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refused {
+    /// It was broken off, was no TLS, or had nothing in common with us.
+    Connection,
+    NoCertificate,
+    /// No valid path leads from it to a root.
+    Certificate,
+    /// The certificate is good, and of somebody else.
+    Identity,
+}
+
+impl PeerError {
+    #[must_use]
+    pub fn refused(&self) -> Refused {
+        match self {
+            Self::NoCertificate => Refused::NoCertificate,
+            Self::NotOneUri(_) | Self::NotAService(_) | Self::TrustDomain(_) | Self::Unexpected { .. } => {
+                Refused::Identity
+            }
+            _ => Refused::Certificate,
+        }
+    }
+}
+
+impl HandshakeError {
+    #[must_use]
+    pub fn refused(&self) -> Refused {
+        match self {
+            Self::Tls(rustls::Error::NoCertificatesPresented) => Refused::NoCertificate,
+            Self::Tls(rustls::Error::InvalidCertificate(error)) => {
+                PeerError::of(error).map_or(Refused::Certificate, |error| error.refused())
+            }
+            Self::Tls(_) | Self::Io(_) | Self::Silent => Refused::Connection,
+        }
+    }
+}
+
 impl HandshakeError {
     pub(super) fn too_large() -> Self {
         Self::Tls(rustls::Error::General("the handshake is too large".into()))

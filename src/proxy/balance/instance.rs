@@ -10,6 +10,7 @@ use crate::proxy::codec::pool::Pool;
 use crate::proxy::log_limit::Seldom;
 use crate::proxy::tunnel::Sessions;
 use crate::snapshot::{Address, PassiveHealthCheck, Target};
+use crate::stats::{ClusterStats, Member, MemberState};
 
 /// An instance of a target, with what is remembered of it across snapshots.
 #[derive(Debug)]
@@ -17,6 +18,8 @@ pub struct Instance {
     pub address: Address,
     pub(super) weight: u32,
     pub(super) state: Arc<State>,
+    /// Of the target.
+    pub(super) stats: Arc<ClusterStats>,
 }
 
 /// Shared by all threads, without a lock. All times are milliseconds of the [`Clock`](super::Clock).
@@ -57,7 +60,35 @@ impl Instance {
     /// As a place to send something to.
     #[must_use]
     pub fn destination(&self, target: &Arc<Target>) -> Destination {
-        Destination::Instance { target: Arc::clone(target), address: self.address.clone() }
+        let (target, address, stats) = (Arc::clone(target), self.address.clone(), Arc::clone(&self.stats));
+        Destination::Instance { target, address, stats }
+    }
+
+    /// What it is like at `now`.
+    pub(super) fn look(&self, now: u64) -> Member {
+        let State { aside, circuit, .. } = &*self.state;
+        let state = if !circuit.lets_in(now) {
+            MemberState::Ejected
+        } else if !aside.lets_in(now) {
+            MemberState::Unreachable
+        } else if circuit.is_open() && aside.is_open() {
+            MemberState::Healthy
+        } else {
+            MemberState::Probed
+        };
+        Member {
+            address: self.address.to_string(),
+            weight: self.weight,
+            state,
+            in_flight: self.state.in_flight.load(Ordering::Relaxed),
+            latency: self.state.latency.estimate(now),
+        }
+    }
+
+    /// The numbers of its target.
+    #[must_use]
+    pub fn stats(&self) -> &Arc<ClusterStats> {
+        &self.stats
     }
 
     /// Connections to it that are kept for HTTP requests.
@@ -271,6 +302,11 @@ impl Gate {
         self.0.load(Ordering::Relaxed) <= now
     }
 
+    /// It was not shut, or what was sent through since came back well.
+    pub(super) fn is_open(&self) -> bool {
+        self.0.load(Ordering::Relaxed) == OPEN
+    }
+
     /// Goes in, as the only one if the gate is due; then `Some(true)`. `None`: another was faster.
     pub(super) fn enter(&self, now: u64) -> Option<bool> {
         match self.0.load(Ordering::Relaxed) {
@@ -441,7 +477,8 @@ mod tests {
     #[test]
     fn successes_widen_the_window_until_there_is_none() {
         let address = Address { host: crate::snapshot::Host::Ip([127, 0, 0, 1].into()), port: 1 };
-        let instance = Instance { address, weight: 2, state: Arc::new(State::newcomer()) };
+        let stats = Arc::new(ClusterStats::new(crate::stats::scope::Cluster::LocalApp));
+        let instance = Instance { address, weight: 2, state: Arc::new(State::newcomer()), stats };
         assert!(instance.is_full(2 * FIRST_WINDOW) && !instance.is_full(2 * FIRST_WINDOW - 1));
         (0..300).for_each(|_| instance.state.succeeded());
         assert!(!instance.is_full(1_000_000));

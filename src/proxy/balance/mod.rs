@@ -25,18 +25,19 @@ mod latency;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
-use tokio::time::Instant;
-
 use self::instance::State;
-use crate::observe::{Event, Observer, Overflowed};
+pub use crate::observe::Clock;
+use crate::observe::{Event, Observer, Overflowed, target_name};
 use crate::proxy::limits::{Counts, Limit, Overflow, Permit};
 use crate::snapshot::{
     Address, Endpoint, Endpoints, HashTable, Limits, OutboundListener, PassiveHealthCheck, Policy, Resolver, Target,
     Upstream,
 };
+use crate::stats::scope::Cluster;
+use crate::stats::{ClusterStats, Members, MembersNow};
 
 pub use budget::{Retry, RetryBudget};
 pub use instance::{InFlight, Instance};
@@ -95,7 +96,11 @@ impl Balancers {
         for (target, resolver) in primaries.chain(others) {
             if !by_target.contains_key(&target.id) {
                 let previous = previous.and_then(|balancers| balancers.by_target.get(&target.id));
-                let shared = || Arc::new(Shared::new(target.id.clone(), observer.clone()));
+                let shared = || {
+                    let cluster = Cluster::Target(Arc::new(target_name(target)));
+                    let stats = observer.stats().cluster(&cluster);
+                    Arc::new(Shared::new(target.id.clone(), stats, observer.clone()))
+                };
                 let shared = previous.map_or_else(shared, |previous| Arc::clone(&previous.shared));
                 let settings = Settings::new(upstream, resolver);
                 let balancer = Balancer::resume(&target.endpoints, settings, previous, shared);
@@ -164,6 +169,7 @@ pub struct Balancer {
 struct Shared {
     /// The target's id, and who is told of its limits and ejections.
     target: String,
+    stats: Arc<ClusterStats>,
     observer: Observer,
     counts: Arc<Counts>,
     /// Of round robin.
@@ -179,9 +185,10 @@ struct Shared {
 }
 
 impl Shared {
-    fn new(target: String, observer: Observer) -> Self {
+    fn new(target: String, stats: Arc<ClusterStats>, observer: Observer) -> Self {
         Self {
             target,
+            stats,
             observer,
             counts: Arc::default(),
             turn: AtomicU64::new(0),
@@ -190,6 +197,14 @@ impl Shared {
             answered: AtomicU64::new(NEVER),
             probes: Arc::default(),
         }
+    }
+}
+
+impl Members for Balancer {
+    fn look(&self) -> MembersNow {
+        let now = self.shared.observer.clock().now();
+        let usable = self.instances.iter().map(|instance| instance.look(now)).collect();
+        MembersNow { registered: self.endpoints.registered, usable }
     }
 }
 
@@ -229,7 +244,10 @@ impl Balancer {
     /// nobody is told of it.
     #[must_use]
     pub fn new(endpoints: &Arc<Endpoints>, settings: Settings, previous: Option<&Arc<Self>>) -> Arc<Self> {
-        let nobody = || Arc::new(Shared::new(String::new(), Observer::default()));
+        let nobody = || {
+            let stats = Arc::new(ClusterStats::new(Cluster::LocalApp));
+            Arc::new(Shared::new(String::new(), stats, Observer::default()))
+        };
         let shared = previous.map_or_else(nobody, |previous| Arc::clone(&previous.shared));
         Self::resume(endpoints, settings, previous, shared)
     }
@@ -250,11 +268,12 @@ impl Balancer {
         let new = || Arc::new(if known.is_empty() { State::default() } else { State::newcomer() });
         let instance = |endpoint: &Endpoint| {
             let state = known.get(&endpoint.address).map_or_else(new, |known| Arc::clone(&known.state));
-            Arc::new(Instance { address: endpoint.address.clone(), weight: endpoint.weight.max(1), state })
+            let (address, weight) = (endpoint.address.clone(), endpoint.weight.max(1));
+            Arc::new(Instance { address, weight, state, stats: Arc::clone(&shared.stats) })
         };
         let instances: Vec<Arc<Instance>> = endpoints.usable.iter().map(instance).collect();
         let cumulated = cumulated(&instances);
-        Arc::new(Self {
+        let balancer = Arc::new(Self {
             stride: cumulated.last().map_or(1, |total| stride(*total)),
             cumulated,
             instances,
@@ -262,7 +281,16 @@ impl Balancer {
             settings,
             endpoints: Arc::clone(endpoints),
             shared,
-        })
+        });
+        let weak: Weak<Self> = Arc::downgrade(&balancer);
+        balancer.shared.stats.set_members(weak);
+        balancer
+    }
+
+    /// The numbers of its target.
+    #[must_use]
+    pub fn stats(&self) -> &Arc<ClusterStats> {
+        &self.shared.stats
     }
 
     /// Who is told of what becomes of its instances.
@@ -312,9 +340,9 @@ impl Balancer {
     /// # Errors
     /// The limit is reached. Zero lets nothing through.
     pub fn admit(&self, limit: Limit) -> Result<Permit, Overflow> {
-        let Shared { counts, observer, target, .. } = &*self.shared;
+        let Shared { counts, observer, target, stats, .. } = &*self.shared;
         counts.admit(limit, &self.settings.limits).inspect_err(|overflow| {
-            observer.observe(Event::Overflowed(Overflowed::Target { target, limit: overflow.limit.name() }));
+            observer.observe(Event::Overflowed(Overflowed::Target { target, stats, limit: overflow.limit.name() }));
         })
     }
 
@@ -513,8 +541,8 @@ impl Balancer {
         }
         let time = instance.state.eject(now, &self.settings.passive_health_check, probe);
         tracing::warn!(target: "proxy.upstream", instance = %instance.address, seconds = time.as_secs(), "An instance is ejected for its errors");
-        let Shared { observer, target, .. } = &*self.shared;
-        observer.observe(Event::Ejected { target, instance: &instance.address, time });
+        let Shared { observer, target, stats, .. } = &*self.shared;
+        observer.observe(Event::Ejected { target, stats, instance: &instance.address, time });
     }
 
     /// Where nothing is said: as many as give no answer, but of those that answer with errors, which may be the requests'
@@ -714,22 +742,6 @@ const NOTED: u64 = 1_000;
 const NEVER: u64 = u64::MAX;
 /// Part in percent of the instances that may be ejected for errors where nothing is said; the default of Envoy.
 const EJECTED: u32 = 10;
-
-/// Milliseconds since it was made, for states that are shared between threads without a lock.
-#[derive(Debug, Clone, Copy)]
-pub struct Clock(Instant);
-
-impl Clock {
-    #[must_use]
-    pub fn start() -> Self {
-        Self(Instant::now())
-    }
-
-    #[must_use]
-    pub fn now(&self) -> u64 {
-        u64::try_from(self.0.elapsed().as_millis()).unwrap_or(u64::MAX)
-    }
-}
 
 #[cfg(test)]
 mod tests;

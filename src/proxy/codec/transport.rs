@@ -390,7 +390,7 @@ mod tests {
 
     fn pair() -> (UnixStream, Transport) {
         let (far, near) = UnixStream::pair().unwrap();
-        (far, Transport::new(Io::Plain(Socket::Unix(near))))
+        (far, Transport::new(Io::Plain(Socket::unix(near))))
     }
 
     async fn end_turn(transport: &mut Transport) {

@@ -456,7 +456,7 @@ mod tests {
         let (wire, _far) = (Wire::tls(near), far.unwrap());
         let seconds = |wire: &Wire| {
             let mut state = wire.state();
-            let Socket::Tcp(stream) = state.transport.socket() else { unreachable!("it is TCP") };
+            let Socket::Tcp(stream, _) = state.transport.socket() else { unreachable!("it is TCP") };
             let socket = SockRef::from(&*stream);
             let unacknowledged = socket.tcp_user_timeout().unwrap().map(|time| time.as_secs());
             (unacknowledged.unwrap_or(0), socket.tcp_keepalive_time().unwrap().as_secs())

@@ -54,6 +54,9 @@ impl App<'_> {
             // A stream of HTTP/2 can be refused, and then the app has not looked at the request.
             let again = (repeatable || pooled.version() == Version::Http2).then(|| head.clone());
             let request = head.into_request(pooled.version(), body)?;
+            if !anew {
+                record.sent(self.observer.local_app());
+            }
             match deadlines.run_until(pooled.send(request)).await? {
                 Ok((response, held)) => {
                     let mut rest = ResponseTail::new(held, None);

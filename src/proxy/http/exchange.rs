@@ -317,6 +317,7 @@ impl<'a> Exchange<'a> {
         let may_go_again = pooled.version() == Version::Http2 || self.retries > 0 || (reused && head.is_safe());
         let again = Again { head: may_go_again.then(|| head.clone()), upload };
         let request = head.into_request(pooled.version(), body)?;
+        self.record.sent(picked.instance().stats());
         let sent = Instant::now();
         let answered = deadlines.run_until(pooled.send(request)).await;
         let (latency, now) = (sent.elapsed(), self.clock.now());
@@ -331,6 +332,7 @@ impl<'a> Exchange<'a> {
                     && let Some((head, body)) = again.take()
                     && self.retry(in_flight.instance(), &format!("answered {}", response.status())).await
                 {
+                    self.record.answer_retried(in_flight.instance().stats(), response.status());
                     return Ok(Tried::Again(head, body));
                 }
                 Ok(Tried::Response(response, ResponseTail::new(held, Some((in_flight, permit)))))
@@ -427,6 +429,7 @@ impl<'a> Exchange<'a> {
         // The last one is over.
         self.retry = None;
         self.retry = self.plan.balancers.budget.retry(self.clock.now());
+        self.record.retried(self.retry.is_some());
         if self.retry.is_none() {
             return false;
         }

@@ -211,7 +211,7 @@ impl Inbound {
             "Request judged"
         );
         self.requests.observer.observe(Event::Decided {
-            service: &service.name,
+            connection: &self.requests.connection,
             source: &self.peer.id,
             decision: &decision,
         });

@@ -97,6 +97,10 @@ impl Outbound {
             .route(&head.view(), fastrand::u64(..))
             .ok_or_else(|| Fault::new(Outcome::NoRoute, "no route of the service-router matches"))?;
         record.routed(&routed);
+        let primary = routed.resolver.targets.first();
+        if let Some(balancer) = primary.and_then(|target| plan.balancers.get(&target.id)) {
+            record.meant_for(balancer.stats());
+        }
         let source = self.remote.map(|remote| remote.ip());
         let RequestHash { hash, set_cookies } =
             hash_request(routed.hash_policies, &head.view(), source, fastrand::u64(..));

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use http::{Request, Response};
+use http::{Request, Response, StatusCode};
 use http_body::Frame;
 
 use super::deadlines::TimedOut;
@@ -12,6 +12,7 @@ use crate::observe::{Attempt, AttemptResult, ConnectionInfo, Destination, Event,
 use crate::proxy::codec::replay_body::BodyProgress;
 use crate::proxy::outcome::{Fault, Outcome};
 use crate::snapshot::Routed;
+use crate::stats::ClusterStats;
 
 /// Begins the records of the requests of one connection.
 #[derive(Debug, Clone)]
@@ -52,6 +53,30 @@ impl RequestRecorder {
         self.record.route = routed.route.map(|route| Arc::clone(&route.name));
     }
 
+    /// The target that it is for, wherever it is sent to in the end.
+    pub(crate) fn meant_for(&mut self, cluster: &Arc<ClusterStats>) {
+        self.record.cluster = Some(Arc::clone(cluster));
+    }
+
+    /// It goes out on a connection.
+    pub(crate) fn sent(&mut self, cluster: &Arc<ClusterStats>) {
+        self.observer.observe(Event::RequestSent(cluster));
+        self.record.cluster = Some(Arc::clone(cluster));
+    }
+
+    /// It is sent again by a retry that is configured, or would be if it were `allowed` at this time.
+    pub(crate) fn retried(&mut self, allowed: bool) {
+        self.record.retries += u32::from(allowed);
+        if let Some(cluster) = &self.record.cluster {
+            self.observer.observe(if allowed { Event::Retried(cluster) } else { Event::RetryRefused(cluster) });
+        }
+    }
+
+    /// The answer is not passed on, as the request is sent again.
+    pub(crate) fn answer_retried(&self, cluster: &ClusterStats, status: StatusCode) {
+        self.observer.observe(Event::AnswerRetried { cluster, status: status.as_u16() });
+    }
+
     pub(crate) fn uploads(&mut self, upload: Option<&BodyProgress>) {
         self.upload = upload.cloned();
     }
@@ -59,7 +84,7 @@ impl RequestRecorder {
     /// Where it is sent now.
     pub(crate) fn attempt(&mut self, destination: Destination) {
         let attempt = Attempt::new(destination);
-        self.observer.observe(Event::AttemptStarted { connection: &self.record.connection, attempt: &attempt });
+        self.observer.observe(Event::AttemptStarted(&attempt));
         self.record.attempts.push(attempt);
     }
 
@@ -71,7 +96,7 @@ impl RequestRecorder {
     ) {
         let Some(attempt) = self.record.attempts.pending(matches) else { return };
         attempt.end(result());
-        self.observer.observe(Event::AttemptEnded { connection: &self.record.connection, attempt });
+        self.observer.observe(Event::AttemptEnded(attempt));
     }
 
     /// There is a response, which it goes with until that is over. An attempt that was not ended ends with it.

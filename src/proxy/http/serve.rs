@@ -584,7 +584,7 @@ mod tests {
         timeout(
             Duration::from_secs(60),
             serve(
-                Wire::plain(Socket::Unix(server)),
+                Wire::plain(Socket::unix(server)),
                 &Terms::new(state, TIMES, Arc::default(), None, None, LogLimit::default()),
                 answer,
             ),

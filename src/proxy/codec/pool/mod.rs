@@ -170,7 +170,7 @@ mod tests {
             }
             io::Result::Ok(())
         });
-        Ok(Dialled { wire: Wire::plain(Socket::Unix(near)), version: Version::Http1, open: pool.enter(None) })
+        Ok(Dialled { wire: Wire::plain(Socket::unix(near)), version: Version::Http1, open: pool.enter(None) })
     }
 
     async fn exchange(pooled: PooledConnection) {

@@ -75,7 +75,7 @@ async fn the_observer_is_told_what_failed_and_at_which_limit() {
     let limits = Limits { max_concurrent_requests: Some(0), ..Limits::default() };
     let limited = pair_with(Protocol::Http, app, |upstream| Upstream { limits, ..upstream }).await;
     assert_eq!(Client::http1(limited.at).await.ask(get("/limited")).await.0, StatusCode::SERVICE_UNAVAILABLE);
-    let overflow = "Target { target: \"db\", limit: \"max_concurrent_requests\" }";
+    let overflow = "overflow of max_concurrent_requests of db";
     observed(&limited.client, &["request /limited", overflow, "response 503", "finished Overflow"]).await;
 }
 

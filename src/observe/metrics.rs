@@ -1,0 +1,214 @@
+//! The reader that counts. What it adds to is in [`crate::stats`]; when each number moves follows Envoy 1.40 under Consul,
+//! where a name of Envoy's is given out for it.
+
+use super::attempt::{AttemptResult, Destination};
+use super::connection::ConnectionRecord;
+use super::event::{Event, Overflowed};
+use super::outcome::Outcome;
+use super::request::RequestRecord;
+use crate::snapshot::{Decision, Target};
+use crate::stats::ClusterStats;
+use crate::stats::scope::{TargetName, UpstreamName};
+use crate::tls::Refused;
+
+/// Counts one event. `local_app` is what is sent to the app.
+pub(super) fn count(event: &Event<'_>, local_app: &ClusterStats) {
+    match event {
+        Event::ConnectionAccepted(record) => {
+            let stats = &record.info.stats;
+            stats.connections.increment();
+            stats.connections_active.increment();
+        }
+        Event::HandshakeFinished(record) => {
+            let tls = &record.info.stats.tls;
+            tls.complete.increment();
+            if let Some(took) = record.handshake {
+                tls.time.observe(took);
+            }
+        }
+        Event::HandshakeFailed { connection, refused, .. } => {
+            let tls = &connection.info.stats.tls;
+            let counter = match refused {
+                Refused::Connection => &tls.connection_error,
+                Refused::NoCertificate => &tls.no_certificate,
+                Refused::Certificate => &tls.bad_certificate,
+                Refused::Identity => &tls.other_identity,
+            };
+            counter.increment();
+        }
+        Event::ConnectionFinished(record) => connection_finished(record, local_app),
+        Event::RequestReceived(record) => {
+            let stats = &record.connection.stats;
+            stats.requests.increment();
+            stats.requests_active.increment();
+        }
+        Event::ResponseStarted(record) => response_started(record),
+        Event::RequestFinished(record) => request_finished(record),
+        Event::RequestSent(cluster) => cluster.tries.increment(),
+        Event::Retried(cluster) => cluster.retries.increment(),
+        Event::RetryRefused(cluster) => cluster.retries_refused.increment(),
+        Event::AnswerRetried { cluster, status } => cluster.retried_answers.count(*status),
+        Event::NoInstance(cluster) => cluster.no_instance.increment(),
+        Event::ConnectStarted(to) => cluster(to, local_app).connections.increment(),
+        Event::ConnectEnded { destination, took, result } => {
+            let stats = cluster(destination, local_app);
+            match result {
+                Ok(()) => stats.connect_time.observe(*took),
+                Err(error) => {
+                    stats.connect_failures.increment();
+                    if error.is_timeout() {
+                        stats.connect_timeouts.increment();
+                    }
+                }
+            }
+        }
+        Event::Decided { connection, decision, .. } => {
+            let stats = &connection.stats;
+            if matches!(decision, Decision::Allow(_)) { stats.allowed.increment() } else { stats.denied.increment() }
+        }
+        Event::Overflowed(Overflowed::Inbound(connection)) => connection.stats.connections_limited.increment(),
+        Event::Overflowed(Overflowed::Target { stats, limit, .. }) => {
+            if *limit == "max_connections" {
+                stats.connection_overflows.increment();
+            } else {
+                stats.overflows.increment();
+            }
+        }
+        Event::Ejected { stats, .. } => stats.ejections.increment(),
+        Event::AttemptStarted(_) | Event::AttemptEnded(_) => {}
+    }
+}
+
+fn cluster<'a>(destination: &'a Destination, local_app: &'a ClusterStats) -> &'a ClusterStats {
+    match destination {
+        Destination::LocalApp(_) => local_app,
+        Destination::Instance { stats, .. } => stats,
+    }
+}
+
+fn connection_finished(record: &ConnectionRecord, local_app: &ClusterStats) {
+    let stats = &record.info.stats;
+    stats.connections_active.decrement();
+    stats.connection_time.observe(record.duration);
+    if record.outcome == Outcome::Denied && record.is_connected {
+        stats.revoked.increment();
+    }
+    stats.received.add(record.bytes_received);
+    stats.sent.add(record.bytes_sent);
+    let Some(last) = record.attempts.last() else { return };
+    let to = cluster(&last.destination, local_app);
+    if record.is_connected {
+        to.tries.increment();
+        to.sent.add(record.bytes_received);
+        to.received.add(record.bytes_sent);
+    }
+}
+
+fn response_started(record: &RequestRecord) {
+    record.connection.stats.answers.count(record.status);
+    let Some(cluster) = &record.cluster else { return };
+    cluster.answered(record.status);
+    match record.answer {
+        Some(Outcome::Timeout) => cluster.timeouts.increment(),
+        Some(Outcome::TryTimeout) => cluster.try_timeouts.increment(),
+        Some(Outcome::NoInstance) => cluster.no_instance.increment(),
+        _ => {}
+    }
+    if record.retries > 0 {
+        let good = record.answer == Some(Outcome::Ended) && record.status < 500;
+        if good { cluster.retries_successful.increment() } else { cluster.retries_exhausted.increment() }
+    }
+}
+
+fn request_finished(record: &RequestRecord) {
+    let stats = &record.connection.stats;
+    stats.requests_active.decrement();
+    if record.status > 0 {
+        stats.request_time.observe(record.duration);
+    }
+    stats.received.add(record.bytes_received);
+    stats.sent.add(record.bytes_sent);
+    match record.outcome {
+        Outcome::Aborted | Outcome::ClientReset | Outcome::BadRequest | Outcome::TooLarge => {
+            stats.reset_by_asker.increment();
+        }
+        Outcome::Idle | Outcome::IdleUpload => stats.idle_timeouts.increment(),
+        _ => {}
+    }
+    let (Some(cluster), Some(last)) = (&record.cluster, record.attempts.last()) else { return };
+    cluster.sent.add(record.bytes_received);
+    cluster.received.add(record.bytes_sent);
+    if record.answer == Some(Outcome::Ended) && matches!(last.result, AttemptResult::Responded(_)) {
+        cluster.answer_time.observe(last.started.elapsed());
+    }
+}
+
+/// The name of a target in metrics, of what its SNI says: `v1.db.default.dc1.internal.<trust domain>`.
+#[must_use]
+pub fn target_name(target: &Target) -> TargetName {
+    let sni = target.tls.name().to_str();
+    let unknown = || TargetName {
+        service: target.service.clone(),
+        datacenter: target.datacenter.clone(),
+        namespace: DEFAULT.to_owned(),
+        ..TargetName::default()
+    };
+    let Some((front, domain)) = sni.split_once(".internal.").or_else(|| sni.split_once(".internal-v1.")) else {
+        return unknown();
+    };
+    // The service may have dots in its name, and a subset stands before it.
+    let before_datacenter = front.strip_suffix(&*target.datacenter).and_then(|front| front.strip_suffix('.'));
+    let Some(before_datacenter) = before_datacenter else { return unknown() };
+    let found = before_datacenter.rfind(&format!("{}.", target.service));
+    let Some(at) = found else { return unknown() };
+    let (subset, rest) = before_datacenter.split_at(at);
+    let tenancy = &rest[target.service.len() + 1..];
+    let (namespace, partition) = tenancy.split_once('.').unwrap_or((tenancy, ""));
+    TargetName {
+        service: target.service.clone(),
+        subset: subset.trim_end_matches('.').to_owned(),
+        namespace: namespace.to_owned(),
+        partition: partition.to_owned(),
+        datacenter: target.datacenter.clone(),
+        trust_domain: domain.trim_end_matches(".consul").to_owned(),
+    }
+}
+
+/// The name of an upstream in metrics, of its destination as in `service:db?dc=dc2`; `datacenter` is our own.
+#[must_use]
+pub fn listener_name(destination: &str, datacenter: &str) -> UpstreamName {
+    let (name, query) = destination.split_once('?').unwrap_or((destination, ""));
+    let service = match name.split_once(':') {
+        Some(("query", name)) => format!("prepared_query_{name}"),
+        Some((_, name)) => name.to_owned(),
+        None => name.to_owned(),
+    };
+    let part = |key: &str, default: &str| {
+        let pairs = query.split('&').filter_map(|pair| pair.split_once('='));
+        pairs.filter(|(name, _)| *name == key).map(|(_, value)| value).next().unwrap_or(default).to_owned()
+    };
+    UpstreamName {
+        service,
+        namespace: part("ns", DEFAULT),
+        partition: part("partition", DEFAULT),
+        datacenter: part("dc", datacenter),
+    }
+}
+
+const DEFAULT: &str = "default";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn upstreams_are_called_as_by_envoy() {
+        let shown = |destination| {
+            let UpstreamName { service, namespace, partition, datacenter } = listener_name(destination, "dc1");
+            format!("{service}.{namespace}.{partition}.{datacenter}")
+        };
+        assert_eq!(shown("service:db"), "db.default.default.dc1");
+        assert_eq!(shown("service:db?dc=dc2&ns=x"), "db.x.default.dc2");
+        assert_eq!(shown("query:near"), "prepared_query_near.default.default.dc1");
+    }
+}
