@@ -60,7 +60,8 @@ pub async fn run(config: Config, level: LevelHandle) -> anyhow::Result<()> {
         proxy::run(snapshots, &workers, observed, drained).await;
         Ok(())
     });
-    tasks.spawn(async move { control::run(sources, &mode, aead, tunnel, publish).await });
+    let counted = Arc::clone(observer.stats());
+    tasks.spawn(async move { control::run(sources, &mode, aead, tunnel, counted, publish).await });
     if let Some(registration) = registration.clone() {
         tasks.spawn(async move {
             registration.keep().await;

@@ -25,9 +25,9 @@ const LAYERS: [(&str, &[&str]); 21] = [
     ("registration", &["config", "consul"]),
     ("snapshot", &["access_log", "fetch", "jwt", "operators", "tls"]),
     ("observe", &["access_log", "jwt", "operators", "snapshot", "stats", "tls"]),
-    ("control", &["access_log", "config", "consul", "fetch", "jwt", "snapshot", "tls"]),
+    ("control", &["access_log", "config", "consul", "fetch", "jwt", "snapshot", "stats", "tls"]),
     ("proxy", &["access_log", "drain", "jwt", "observe", "operators", "race", "resolve", "snapshot", "stats", "tls"]),
-    ("admin", &["config", "drain", "proxy", "snapshot", "stats", "telemetry", "tls"]),
+    ("admin", &["config", "drain", "observe", "proxy", "snapshot", "stats", "telemetry", "tls"]),
     (
         "app",
         &[

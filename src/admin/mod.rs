@@ -5,6 +5,7 @@
 //! dashboards read them; ours are `/livez`, `/readyz`, `/metrics`, `/status` and `/debug/watches`.
 
 mod certs;
+mod envoy;
 mod guard;
 mod listen;
 mod process;

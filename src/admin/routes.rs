@@ -10,7 +10,7 @@ use tracing::Level;
 use super::query::{self, Query};
 use super::reply::{self, Reply};
 use super::state::{Command, Serving, State};
-use super::{Scope, certs, guard, process, scrape, stats};
+use super::{Scope, certs, envoy, guard, process, scrape, stats};
 
 /// Answers one request.
 pub(super) async fn answer(
@@ -93,6 +93,17 @@ const PAGES: &[Page] = &[
         path: "/certs",
         about: "our certificate, its chain and the roots; never a key",
         give: Give::Read(certs::certs),
+    },
+    Page {
+        path: "/clusters",
+        about: "what is sent to, and its instances as they are now; format=json",
+        give: Give::Read(envoy::clusters),
+    },
+    Page { path: "/listeners", about: "what is listened on; format=json", give: Give::Read(envoy::listeners) },
+    Page {
+        path: "/config_dump",
+        about: "the configuration in Envoy's shape, without keys and tokens; include_eds",
+        give: Give::Read(envoy::config_dump),
     },
     Page { path: "/server_info", about: "version, state and uptime", give: Give::Read(server_info) },
     Page { path: "/memory", about: "memory of the process", give: Give::Read(memory) },

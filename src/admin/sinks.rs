@@ -25,6 +25,7 @@ pub(super) async fn follow(state: &Arc<State>) {
         // Before the first one nothing listens, as with Envoy: a scrape that is refused tells that it is not ready.
         let settings = snapshots.borrow_and_update().as_ref().map(|snapshot| Arc::clone(&snapshot.metrics));
         if let Some(settings) = settings {
+            state.note_published();
             sinks.apply(&settings, state);
         }
         if snapshots.changed().await.is_err() {

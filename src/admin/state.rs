@@ -1,7 +1,7 @@
 //! What the admin server reads and sets, handed to it by `app`.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Instant, SystemTime};
 
 use tokio::sync::{mpsc, watch};
@@ -36,6 +36,8 @@ pub struct State {
     /// Cleared by `POST /healthcheck/fail`.
     healthy: AtomicBool,
     address: OnceLock<String>,
+    /// When the newest snapshot was seen.
+    published: Mutex<SystemTime>,
 }
 
 /// Whether the sidecar serves, in Envoy's words.
@@ -81,6 +83,7 @@ impl State {
             started_at: SystemTime::now(),
             healthy: AtomicBool::new(true),
             address: OnceLock::new(),
+            published: Mutex::new(SystemTime::now()),
         }
     }
 
@@ -96,6 +99,15 @@ impl State {
 
     pub(super) fn set_healthy(&self, healthy: bool) {
         self.healthy.store(healthy, Ordering::Relaxed);
+    }
+
+    /// There is a newer snapshot.
+    pub(super) fn note_published(&self) {
+        *self.published.lock().unwrap_or_else(PoisonError::into_inner) = SystemTime::now();
+    }
+
+    pub(super) fn published_at(&self) -> SystemTime {
+        *self.published.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn set_admin_address(&self, address: String) {

@@ -1,5 +1,7 @@
 //! `/stats` in its forms, and the process's own numbers.
 
+use std::time::SystemTime;
+
 use http::StatusCode;
 
 use super::process;
@@ -90,12 +92,25 @@ pub(super) fn samples(state: &State) -> Vec<Sample> {
         },
     );
     server.gauge("uptime", state.started.elapsed().as_secs());
+    if let Some(days) = days_until_expiry(state, SystemTime::now()) {
+        server.gauge("days_until_first_cert_expiring", days);
+    }
     server.gauge("concurrency", state.workers as u64);
     let resident = process::resident_bytes();
     server.gauge("memory_allocated", resident);
     server.gauge("memory_heap_size", resident);
     server.gauge("memory_physical_size", resident);
+    let refused = &state.stats.refused;
+    Samples::of(Scope::ClusterManager, &mut samples).counter("cds.update_rejected", refused.upstreams.get());
+    Samples::of(Scope::ListenerManager, &mut samples).counter("lds.update_rejected", refused.others.get());
     samples
+}
+
+/// Whole days for which our certificate and all that it leads to are valid; 0 when it has expired.
+fn days_until_expiry(state: &State, now: SystemTime) -> Option<u64> {
+    let snapshot = state.snapshots.borrow();
+    let until = snapshot.as_ref()?.credentials.as_ref()?.not_after();
+    Some(until.duration_since(now).map_or(0, |left| left.as_secs() / (24 * 60 * 60)))
 }
 
 /// The labels that every series of ours has.

@@ -36,6 +36,7 @@ use self::sources::{News, Subscription, Told};
 use self::startup::{Registration, UnknownToken, resolve_proxy_id};
 use crate::config::Mode;
 use crate::snapshot::Snapshot;
+use crate::stats::Registry;
 use crate::tls::Aead;
 
 /// News on their way from the sources; those wait when there is no room.
@@ -44,7 +45,7 @@ const NEWS: usize = 256;
 const RETRY: Duration = Duration::from_secs(5);
 /// Keeps `publish` up to date with what the agent says, until nobody reads it any more. The value is `None`
 /// until the first whole snapshot. `aead` is what its credentials seal TLS records with. Without `tunnel` each
-/// connection has a TLS session of its own.
+/// connection has a TLS session of its own. `stats` counts the answers that can't be used.
 ///
 /// # Errors
 /// What [`resolve_proxy_id`] fails with, flags that define no proxy, and a token that the agent refuses before
@@ -54,6 +55,7 @@ pub async fn run(
     mode: &Mode,
     aead: Aead,
     tunnel: bool,
+    stats: Arc<Registry>,
     publish: watch::Sender<Option<Arc<Snapshot>>>,
 ) -> anyhow::Result<()> {
     let scope = sources.client().scope();
@@ -70,7 +72,8 @@ pub async fn run(
     .with_tunnel(tunnel);
     let (sender, news) = mpsc::channel(NEWS);
     let (registration, unknown_token) = (Registration::default(), UnknownToken::default());
-    let control = Control { sources, subscriptions: HashMap::new(), sender, draft, registration, unknown_token };
+    let subscriptions = HashMap::new();
+    let control = Control { sources, subscriptions, sender, draft, registration, unknown_token, stats };
     control.run(news, publish).await
 }
 
@@ -81,6 +84,7 @@ struct Control {
     draft: Draft,
     registration: Registration,
     unknown_token: UnknownToken,
+    stats: Arc<Registry>,
 }
 
 impl Control {
@@ -183,6 +187,9 @@ impl Control {
 
     fn apply(&mut self, update: &Update) {
         if let Err(bad) = self.draft.apply(update, SystemTime::now()) {
+            let refused = &self.stats.refused;
+            let count = if update.is_about_upstreams() { &refused.upstreams } else { &refused.others };
+            count.increment();
             tracing::error!("{}: the agent's answer can't be used, so nothing changes: {bad}", update.source());
         }
     }

@@ -49,7 +49,7 @@ fn start_with(sources: Sources, proxy_id: &str) -> (Running, Published) {
 
 fn start_over(sources: Sources, mode: Mode) -> (Running, Published) {
     let (publish, published) = watch::channel(None);
-    let control = tokio::spawn(async move { run(sources, &mode, Aead::detect(), true, publish).await });
+    let control = tokio::spawn(async move { run(sources, &mode, Aead::detect(), true, Arc::default(), publish).await });
     (control, published)
 }
 

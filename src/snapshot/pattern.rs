@@ -72,6 +72,13 @@ impl fmt::Debug for Pattern {
     }
 }
 
+/// As it was written.
+impl fmt::Display for Pattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
 /// Rewrites what RE2 and the `regex` crate read differently: the classes `\d`, `\w`, `\s` and `\b` are
 /// ASCII in RE2; inside brackets it knows no nesting (`[[a]`) and no set operations (`[a&&b]`); `\<` is a
 /// plain character, `\Q…\E` a literal, and `{` one too where no count follows.

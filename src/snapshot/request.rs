@@ -1,7 +1,7 @@
 //! An HTTP request as rules see it, and the tests of header values that routes and permissions share.
 
 use std::borrow::Cow;
-use std::iter;
+use std::{fmt, iter};
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
@@ -99,6 +99,27 @@ impl HeaderMatch {
         };
         let otherwise = test.otherwise(&name);
         Some(Self { name, test, otherwise, invert })
+    }
+
+    /// As Envoy calls it: a header's name in lower case, `:method`, `:path` or `:authority`.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        match &self.name {
+            Name::Method => ":method",
+            Name::Path => ":path",
+            Name::Authority => ":authority",
+            Name::Header(name) => name.as_str(),
+        }
+    }
+
+    #[must_use]
+    pub fn test(&self) -> &ValueTest {
+        &self.test
+    }
+
+    #[must_use]
+    pub fn is_inverted(&self) -> bool {
+        self.invert
     }
 
     /// As Envoy 1.40 routes: any line that passes, and inverted, none.
@@ -229,10 +250,21 @@ impl ValueTest {
     }
 }
 
+impl fmt::Display for Text {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&String::from_utf8_lossy(&self.bytes))
+    }
+}
+
 impl Text {
     #[must_use]
     pub fn new(text: &str, ignore_case: bool) -> Self {
         Self { bytes: text.as_bytes().to_vec(), ignore_case }
+    }
+
+    #[must_use]
+    pub fn ignores_case(&self) -> bool {
+        self.ignore_case
     }
 
     pub(super) fn equals(&self, value: &[u8]) -> bool {

@@ -18,11 +18,22 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 pub use self::group::{ClusterStats, ListenerStats, Member, MemberState, Members, MembersNow, Sample, Samples, Value};
 use self::scope::{Cluster, Listener};
+use self::value::Counter;
 
 /// All groups of a process. The lock is taken when the configuration changes and when somebody reads.
 #[derive(Debug, Default)]
 pub struct Registry {
     groups: Mutex<Groups>,
+    pub refused: RefusedUpdates,
+}
+
+/// Answers of the agent that could not be used, so that what was known stayed.
+#[derive(Debug, Default)]
+pub struct RefusedUpdates {
+    /// Chains, instances and prepared queries.
+    pub upstreams: Counter,
+    /// The registration, certificates, intentions and config entries.
+    pub others: Counter,
 }
 
 #[derive(Debug, Default)]

@@ -29,6 +29,10 @@ pub enum Scope {
     ConnectionLimit,
     /// The process.
     Server,
+    /// What is known of upstreams.
+    ClusterManager,
+    /// What else the agent tells.
+    ListenerManager,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -113,6 +117,8 @@ impl Scope {
             Self::Rbac => "connect_authz.rbac.".to_owned(),
             Self::ConnectionLimit => "connection_limit.inbound_connection_limit.".to_owned(),
             Self::Server => "server.".to_owned(),
+            Self::ClusterManager => "cluster_manager.".to_owned(),
+            Self::ListenerManager => "listener_manager.".to_owned(),
         }
     }
 
@@ -126,6 +132,8 @@ impl Scope {
             Self::Rbac => "rbac",
             Self::ConnectionLimit => "connection_limit",
             Self::Server => "server",
+            Self::ClusterManager => "cluster_manager",
+            Self::ListenerManager => "listener_manager",
         }
     }
 
@@ -139,7 +147,7 @@ impl Scope {
             Self::Cluster(cluster) => cluster.labels(),
             Self::Rbac => vec![("envoy_rbac_prefix", "connect_authz".to_owned())],
             Self::ConnectionLimit => vec![("envoy_connection_limit_prefix", "inbound_connection_limit".to_owned())],
-            Self::Server => Vec::new(),
+            Self::Server | Self::ClusterManager | Self::ListenerManager => Vec::new(),
         }
     }
 
