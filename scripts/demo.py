@@ -84,6 +84,7 @@ class Demo:
         self.upstream_ports = {"order": self.port(6001), "invoice": self.port(6002)}
         self.sidecar_ports = {name: self.port(port) for name, port in zip(SERVICES, (21000, 21001, 21002))}
         self.app_ports["tax-v2"], self.sidecar_ports["tax-v2"] = self.port(5003), self.port(21003)
+        self.admin_ports = {name: self.port(port) for name, port in zip((*SERVICES, "tax-v2"), range(19000, 19004))}
 
     def start_agent(self):
         self.step(f"Starting a Consul agent in development mode on port {self.http}, with the three services in service-defs/.")
@@ -111,8 +112,7 @@ class Demo:
     def start_sidecars(self):
         self.step("Starting a sidecar for each. They fetch their certificates, intentions and endpoints from the agent.")
         for name in SERVICES:
-            say(f"$ lictor connect proxy -sidecar-for {name}")
-            self.start(f"{name} sidecar", [LICTOR, "connect", "proxy", "-sidecar-for", name])
+            self.start_sidecar(name)
         for name in SERVICES:
             self.wait(f"the sidecar of {name} is ready", lambda: listens(self.sidecar_ports[name]), 20)
 
@@ -145,6 +145,21 @@ class Demo:
         say(body)
         self.wait("the sidecar of tax logs the denial", lambda: self.denial(), 5)
         say(f"the sidecar of tax says: {self.denial()}")
+        self.command_shown(f"curl localhost:{self.admin_ports['tax']}/status")
+        problem = self.wait("the sidecar of tax names the intention when it is asked", self.problem, 5)
+        say(f"who: {problem['who']}, reason: {problem['reason']}, cause: {problem['cause']}")
+        say(f"what to do: {problem['remedy']}")
+
+    def problem(self):
+        """The last thing that went wrong at tax, if that is the denial."""
+        _, body = self.ask(self.admin_ports["tax"], "/status")
+        problems = json.loads(body)["problems"]
+        return problems[0] if problems and "invoice => tax (deny" in problems[0]["cause"] else None
+
+    def start_sidecar(self, name):
+        admin = f"127.0.0.1:{self.admin_ports[name]}"
+        say(f"$ lictor connect proxy -sidecar-for {name} -admin-bind {admin}")
+        self.start(f"{name} sidecar", [LICTOR, "connect", "proxy", "-sidecar-for", name, "-admin-bind", admin])
 
     def delete_restores(self):
         self.step("Taking the intention back.")
@@ -162,8 +177,7 @@ class Demo:
         self.consul("services", "register", definition, shown="tax-v2.json")
         self.start("tax-v2 app", [sys.executable, TOP / "scripts/demo_app.py", "tax-v2", self.app_ports["tax-v2"]])
         self.wait("the tax-v2 app listens", lambda: listens(self.app_ports["tax-v2"]), 20)
-        say("$ lictor connect proxy -sidecar-for tax-v2")
-        self.start("tax-v2 sidecar", [LICTOR, "connect", "proxy", "-sidecar-for", "tax-v2"])
+        self.start_sidecar("tax-v2")
         self.wait("tax-v2 passes its health check", self.second_version_passes, 20)
         self.wait("tax v1 still answers", lambda: self.answered(200), 20)
 
@@ -195,6 +209,8 @@ class Demo:
             (f"kill {self.programs['consul agent'].pid}", "the agent goes away, traffic goes on"),
         ):
             print(f"  {command}\n      {what}")
+        for name, port in self.admin_ports.items():
+            print(f"  http://localhost:{port}/\n      the dashboard of {name}'s sidecar")
         print(f"The programs' logs: {self.directory}", flush=True)
         while True:
             signal.pause()

@@ -19,7 +19,6 @@ use crate::observe::Observer;
 use crate::proxy::Workers;
 use crate::registration::Registration;
 use crate::snapshot::Snapshot;
-use crate::stats::Registry;
 use crate::telemetry::LevelHandle;
 use crate::{control, proxy};
 
@@ -31,7 +30,7 @@ pub async fn run(config: Config, level: LevelHandle) -> anyhow::Result<()> {
     let Config { mode, agent, drain_time, workers, aead, tunnel, admin, .. } = config;
     tracing::info!(target: "proxy", aead = %aead, "TLS record encryption chosen for this processor");
     let mut signals = Signals::new().context("can't listen for signals")?;
-    let Host { workers, sources, observer, stats } = Host::start(&agent, workers)?;
+    let Host { workers, sources, observer } = Host::start(&agent, workers)?;
     let registration = match &mode {
         Mode::AdHoc(flags) => Registration::new(sources.client().clone(), flags).map(Arc::new),
         Mode::ProxyId(_) | Mode::SidecarFor(_) => None,
@@ -45,7 +44,7 @@ pub async fn run(config: Config, level: LevelHandle) -> anyhow::Result<()> {
     let state = admin::State::new(
         snapshots.clone(),
         trigger.stage(),
-        stats,
+        observer.clone(),
         level,
         commands,
         admin.prometheus.clone(),
@@ -92,7 +91,6 @@ struct Host {
     sources: Sources,
     /// Where connections and requests are told of, and with it the access log.
     observer: Observer,
-    stats: Arc<Registry>,
 }
 
 impl Host {
@@ -100,8 +98,7 @@ impl Host {
         let client = Client::new(agent)?;
         let workers = Arc::new(Workers::start(workers).context("can't start the data plane's threads")?);
         let sources = Sources::new(Watches::new(client));
-        let stats = Arc::<Registry>::default();
-        Ok(Self { workers, sources, observer: Observer::new(Arc::clone(&stats)), stats })
+        Ok(Self { workers, sources, observer: Observer::default() })
     }
 }
 

@@ -30,19 +30,7 @@ const LAYERS: [(&str, &[&str]); 21] = [
     ("admin", &["config", "drain", "observe", "proxy", "snapshot", "stats", "telemetry", "tls"]),
     (
         "app",
-        &[
-            "admin",
-            "config",
-            "consul",
-            "control",
-            "drain",
-            "observe",
-            "proxy",
-            "registration",
-            "snapshot",
-            "stats",
-            "telemetry",
-        ],
+        &["admin", "config", "consul", "control", "drain", "observe", "proxy", "registration", "snapshot", "telemetry"],
     ),
     // The root of the crate, and the program.
     ("lib", &[]),

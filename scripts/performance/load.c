@@ -127,7 +127,7 @@ static void fault(const char *why) { errors++; if (!*first_err) first_err = why;
 /* ================= origin ================= */
 enum { K_NEW, K_HTTP, K_H2, K_SRC, K_SINK };
 typedef struct oc {
-    int fd, kind, want_out;
+    int fd, kind, want_out, last; /* last: HTTP/1.0, whose answer ends with the connection */
     char *in; size_t inlen, incap;
     char *out; size_t outoff, outlen, outcap; /* pending output */
     const char *body; size_t bodyleft;        /* then this */
@@ -176,6 +176,7 @@ static int o_flush(oc *c) {
         c->outoff = c->outlen; u -= h;
         c->body += u; c->bodyleft -= u;
     }
+    if (c->last) { c->last = 0; shutdown(c->fd, SHUT_WR); }
     return 1;
 }
 static void h2hdr(unsigned char *p, size_t len, int type, int flags, uint32_t sid) {
@@ -311,7 +312,8 @@ static int o_http(oc *c) {
             continue;
         }
         char h[160]; int hl; size_t size = 0;
-        char *path = memchr(s, ' ', 16);
+        char *path = memchr(s, ' ', 16), *version = memmem(s, (size_t)(end - s), " HTTP/1.0", 9);
+        c->last = version != NULL;
         if (path && !strncmp(path, " /stats", 7)) {
             char b[256];
             int bl = snprintf(b, sizeof b, "{\"accepted\":%llu,\"requests\":%llu,\"bulk\":%llu,\"open\":%llu,\"bad\":%llu}",

@@ -5,9 +5,13 @@
 //! dashboards read them; ours are `/livez`, `/readyz`, `/metrics`, `/status` and `/debug/watches`.
 
 mod certs;
+#[cfg(test)]
+mod docs;
 mod envoy;
+mod explain;
 mod guard;
 mod listen;
+mod page;
 mod process;
 mod query;
 mod reply;
@@ -17,6 +21,7 @@ mod sinks;
 mod state;
 mod stats;
 mod statsd;
+mod status;
 
 use std::convert::Infallible;
 use std::sync::Arc;

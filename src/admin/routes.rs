@@ -10,7 +10,7 @@ use tracing::Level;
 use super::query::{self, Query};
 use super::reply::{self, Reply};
 use super::state::{Command, Serving, State};
-use super::{Scope, certs, envoy, guard, process, scrape, stats};
+use super::{Scope, certs, envoy, explain, guard, page, process, scrape, stats, status};
 
 /// Answers one request.
 pub(super) async fn answer(
@@ -40,6 +40,9 @@ pub(super) async fn answer(
         let paths = PAGES.iter().map(|page| format!("  {}: {}\n", page.path, page.about)).collect::<String>();
         return reply::status(StatusCode::NOT_FOUND, format!("There is no such path. There are:\n{paths}"));
     };
+    if path == "/events" {
+        return status::events(state);
+    }
     let is_post = request.method() == Method::POST;
     match page.give {
         // Envoy's readers take POST too, and `consul troubleshoot` sends it.
@@ -71,6 +74,14 @@ enum Give {
 }
 
 const PAGES: &[Page] = &[
+    Page { path: "/", about: "the dashboard, for a browser", give: Give::Read(page::dashboard) },
+    Page { path: "/status", about: "what this sidecar does, as JSON", give: Give::Read(status::status) },
+    Page { path: "/events", about: "the same each second, as server-sent events", give: Give::Read(status::status) },
+    Page {
+        path: "/explain",
+        about: "where a request goes: upstream=, method=, path=, header=",
+        give: Give::Read(explain::explain),
+    },
     Page { path: "/livez", about: "200 as long as the process answers", give: Give::Read(|_, _| reply::text("ok\n")) },
     Page {
         path: "/readyz",

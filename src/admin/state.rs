@@ -8,6 +8,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::config::Prometheus;
 use crate::drain::Stage;
+use crate::observe::Observer;
 use crate::snapshot::Snapshot;
 use crate::stats::Registry;
 use crate::telemetry::LevelHandle;
@@ -26,6 +27,7 @@ pub struct State {
     pub snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
     pub stage: watch::Receiver<Stage>,
     pub stats: Arc<Registry>,
+    pub observer: Observer,
     pub level: LevelHandle,
     pub commands: mpsc::Sender<Command>,
     pub prometheus: Prometheus,
@@ -65,7 +67,7 @@ impl State {
     pub fn new(
         snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
         stage: watch::Receiver<Stage>,
-        stats: Arc<Registry>,
+        observer: Observer,
         level: LevelHandle,
         commands: mpsc::Sender<Command>,
         prometheus: Prometheus,
@@ -74,7 +76,8 @@ impl State {
         Self {
             snapshots,
             stage,
-            stats,
+            stats: Arc::clone(observer.stats()),
+            observer,
             level,
             commands,
             prometheus,
@@ -108,6 +111,11 @@ impl State {
 
     pub(super) fn published_at(&self) -> SystemTime {
         *self.published.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where the admin server listens.
+    pub(super) fn admin_address(&self) -> Option<&str> {
+        self.address.get().map(String::as_str)
     }
 
     pub(super) fn set_admin_address(&self, address: String) {

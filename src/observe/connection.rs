@@ -9,7 +9,7 @@ use super::attempt::Attempts;
 use super::outcome::Outcome;
 use crate::access_log::Active;
 use crate::snapshot::{Bind, Exposed, InboundListener, OutboundListener};
-use crate::stats::ListenerStats;
+use crate::stats::{CallerStats, ListenerStats};
 use crate::tls::SpiffeId;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,6 +77,8 @@ pub struct ConnectionInfo {
     pub local: Option<SocketAddr>,
     /// Who the downstream is, where it has proved itself.
     pub peer: Option<Arc<SpiffeId>>,
+    /// The numbers of that service.
+    pub caller: Option<Arc<CallerStats>>,
 }
 
 /// One connection of the downstream, from its accept to its end. On a tunnel, each connection of a session is one.

@@ -63,8 +63,14 @@ pub(super) fn count(event: &Event<'_>, local_app: &ClusterStats) {
             }
         }
         Event::Decided { connection, decision, .. } => {
-            let stats = &connection.stats;
-            if matches!(decision, Decision::Allow(_)) { stats.allowed.increment() } else { stats.denied.increment() }
+            let (stats, caller) = (&connection.stats, &connection.caller);
+            if matches!(decision, Decision::Allow(_)) {
+                stats.allowed.increment();
+                caller.iter().for_each(|caller| caller.allowed.increment());
+            } else {
+                stats.denied.increment();
+                caller.iter().for_each(|caller| caller.denied.increment());
+            }
         }
         Event::Overflowed(Overflowed::Inbound(connection)) => connection.stats.connections_limited.increment(),
         Event::Overflowed(Overflowed::Target { stats, limit, .. }) => {

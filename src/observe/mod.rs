@@ -13,6 +13,7 @@ mod event;
 mod metrics;
 mod observer;
 mod outcome;
+mod problems;
 mod request;
 
 pub use attempt::{Attempt, AttemptResult, Attempts, Destination};
@@ -23,4 +24,5 @@ pub use event::{Event, Overflowed};
 pub use metrics::{listener_name, target_name};
 pub use observer::Observer;
 pub use outcome::{Description, Fault, Outcome, Repeatable, Side};
+pub use problems::{KEPT, Problem, Problems};
 pub use request::{CopiedHeaders, RequestRecord};

@@ -7,6 +7,7 @@ use super::connection::{ConnectionRecord, Direction};
 use super::event::Event;
 #[cfg(test)]
 use super::event::Overflowed;
+use super::problems::Problems;
 use super::{access, metrics};
 use crate::access_log::{AccessLog, Active};
 use crate::stats::scope::Cluster;
@@ -29,6 +30,7 @@ struct Readers {
     /// What is sent to the local app.
     local_app: Arc<ClusterStats>,
     clock: Clock,
+    problems: Problems,
     #[cfg(test)]
     events: std::sync::Mutex<Vec<String>>,
 }
@@ -42,6 +44,7 @@ impl Observer {
             local_app: stats.cluster(&Cluster::LocalApp),
             stats,
             clock: Clock::start(),
+            problems: Problems::default(),
             #[cfg(test)]
             events: std::sync::Mutex::default(),
         }))
@@ -57,6 +60,12 @@ impl Observer {
     #[must_use]
     pub fn local_app(&self) -> &Arc<ClusterStats> {
         &self.0.local_app
+    }
+
+    /// What went wrong of late.
+    #[must_use]
+    pub fn problems(&self) -> &Problems {
+        &self.0.problems
     }
 
     /// For the states of instances that all threads share.
@@ -84,10 +93,17 @@ impl Observer {
         metrics::count(&event, &self.0.local_app);
         match event {
             Event::ConnectionFinished(record) => {
+                self.0.problems.connection(record);
                 access::log_connection(record);
                 trace_connection(record);
             }
-            Event::RequestFinished(record) => access::log_request(record),
+            Event::RequestFinished(record) => {
+                self.0.problems.request(record);
+                access::log_request(record);
+            }
+            Event::HandshakeFailed { connection, problem, .. } => {
+                self.0.problems.handshake(&connection.info, problem);
+            }
             _ => {}
         }
     }

@@ -19,7 +19,8 @@ pub(super) async fn serve(accepted: Accepted<Plan>, observer: Observer, places: 
     let Accepted { socket, remote, live, drain, stats } = accepted;
     let local = if observer.access_log().is_on() { socket.local_address() } else { None };
     let listener = Listener::Exposed(Arc::clone(&live.borrow().config.exposed));
-    let mut record = Record::accepted(&observer, ConnectionInfo { listener, stats, remote, local, peer: None });
+    let mut record =
+        Record::accepted(&observer, ConnectionInfo { listener, stats, remote, local, peer: None, caller: None });
     let requests = RequestObserver { observer, connection: Arc::new(record.info().clone()) };
     let connection = Exposure { state: live, remote, requests, log_limit };
     let mut place = places.take();

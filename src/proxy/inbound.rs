@@ -26,7 +26,7 @@ use super::tunnel::{self, MeshStream, Refusal, Role};
 use crate::drain::{self, Stage};
 use crate::observe::{Attempt, AttemptResult, ConnectionInfo, Destination, Event, Listener, Observer, Overflowed};
 use crate::snapshot::{InboundListener, Service};
-use crate::stats::ListenerStats;
+use crate::stats::{CallerStats, ListenerStats};
 use crate::tls::{HandshakeError, Refused, Stream};
 
 /// What the connections of the service's inbound listeners share, whatever address they came by.
@@ -92,6 +92,7 @@ struct Session {
     local: Option<SocketAddr>,
     live: watch::Receiver<ListenerState<InboundListener>>,
     stats: Arc<ListenerStats>,
+    caller: Option<Arc<CallerStats>>,
     shared: Shared,
     _drain: drain::Watch,
 }
@@ -115,6 +116,7 @@ async fn establish(accepted: Accepted<InboundListener>, shared: Shared) -> Optio
         remote,
         local,
         peer: None,
+        caller: None,
     };
     let mut record = Record::accepted(&shared.observer, info);
     if shared.is_full(listener.max_connections) {
@@ -158,7 +160,8 @@ async fn establish(accepted: Accepted<InboundListener>, shared: Shared) -> Optio
         return None;
     }
     let mesh = MeshStream::new(mesh, Role::Server);
-    Session { mesh, peer, remote, local, live, stats, shared, _drain: drain }.first(record).await
+    let caller = record.info().caller.clone();
+    Session { mesh, peer, remote, local, live, stats, caller, shared, _drain: drain }.first(record).await
 }
 
 fn too_many(listener: &InboundListener, remote: Option<SocketAddr>, mut record: Record, log_limit: &LogLimit) {
@@ -276,6 +279,7 @@ impl Session {
                 remote: self.remote,
                 local: self.local,
                 peer: Some(Arc::clone(&self.peer.id)),
+                caller: self.caller.clone(),
             },
         );
         if let Err(problem) = self.peer.check(&listener.service, |act| act(self.mesh.tls.peer_certificates())) {

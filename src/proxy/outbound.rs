@@ -58,7 +58,8 @@ async fn establish(
     let Accepted { socket: app, remote, live: mut state, drain, stats } = accepted;
     let local = if observer.access_log().is_on() { app.local_address() } else { None };
     let listener = Listener::Upstream(Arc::clone(&state.borrow().config.listener));
-    let mut record = Record::accepted(&observer, ConnectionInfo { listener, stats, remote, local, peer: None });
+    let mut record =
+        Record::accepted(&observer, ConnectionInfo { listener, stats, remote, local, peer: None, caller: None });
     let now = known(&mut state).await;
     let plan = &now.upstream;
     record.accepted_by(Listener::Upstream(Arc::clone(&now.listener)));

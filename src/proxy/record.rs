@@ -44,6 +44,7 @@ impl Record {
     pub(super) fn handshake_finished(&mut self, peer: &Arc<SpiffeId>) {
         self.record.handshake = Some(self.record.started.elapsed());
         self.record.info.peer = Some(Arc::clone(peer));
+        self.record.info.caller = Some(self.observer.stats().caller(&peer.service));
         self.observer.observe(Event::HandshakeFinished(&self.record));
     }
 

@@ -144,6 +144,18 @@ impl Intentions {
         (decision, verified)
     }
 
+    /// In the order in which they decide.
+    #[must_use]
+    pub fn list(&self) -> &[Intention] {
+        &self.list
+    }
+
+    /// What decides where none of them matches.
+    #[must_use]
+    pub fn default_policy(&self) -> &DefaultPolicy {
+        &self.default
+    }
+
     /// Whether requests of any source are judged by what they are.
     #[must_use]
     pub fn judge_requests(&self) -> bool {

@@ -129,6 +129,14 @@ impl Handshakes {
     }
 }
 
+/// A service that connects to us, and what intentions said of it.
+#[derive(Debug, Default)]
+pub struct CallerStats {
+    pub service: String,
+    pub allowed: Counter,
+    pub denied: Counter,
+}
+
 /// What came to one listener.
 #[derive(Debug)]
 pub struct ListenerStats {

@@ -16,7 +16,9 @@ pub mod value;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-pub use self::group::{ClusterStats, ListenerStats, Member, MemberState, Members, MembersNow, Sample, Samples, Value};
+pub use self::group::{
+    CallerStats, ClusterStats, ListenerStats, Member, MemberState, Members, MembersNow, Sample, Samples, Value,
+};
 use self::scope::{Cluster, Listener};
 use self::value::Counter;
 
@@ -40,7 +42,13 @@ pub struct RefusedUpdates {
 struct Groups {
     listeners: BTreeMap<(Listener, String), Weak<ListenerStats>>,
     clusters: BTreeMap<Cluster, Weak<ClusterStats>>,
+    callers: BTreeMap<String, Arc<CallerStats>>,
 }
+
+/// Services that are counted one by one; what comes after them is counted together.
+const CALLERS: usize = 256;
+/// Stands for those.
+const OTHERS: &str = "(others)";
 
 impl Registry {
     /// The numbers of a listener; the same ones as long as anybody holds them.
@@ -67,6 +75,23 @@ impl Registry {
         let stats = Arc::new(ClusterStats::new(cluster.clone()));
         groups.clusters.insert(cluster.clone(), Arc::downgrade(&stats));
         stats
+    }
+
+    /// The numbers of a service that connects to us: looked up once for each session.
+    #[must_use]
+    pub fn caller(&self, service: &str) -> Arc<CallerStats> {
+        let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_counted = groups.callers.len() < CALLERS || groups.callers.contains_key(service);
+        let name = if is_counted { service } else { OTHERS };
+        let new = || Arc::new(CallerStats { service: name.to_owned(), ..CallerStats::default() });
+        Arc::clone(groups.callers.entry(name.to_owned()).or_insert_with(new))
+    }
+
+    /// All services that have connected to us.
+    #[must_use]
+    pub fn callers(&self) -> Vec<Arc<CallerStats>> {
+        let groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+        groups.callers.values().map(Arc::clone).collect()
     }
 
     /// Those that are held, in order. What is held no longer is forgotten.
