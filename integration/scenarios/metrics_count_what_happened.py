@@ -158,6 +158,37 @@ def test_connections_are_counted_on_both_sides(mesh):
     eventually_counts(evil, lambda now: grown(evil, now, "envoy_tcp_downstream_cx_total", **upstream) == 3)
 
 
+def test_bytes_are_counted_while_their_connection_is_open(mesh):
+    cache = mesh.service("cache")
+    web = mesh.service("web", [cache], app=None)
+    web.eventually_reaches()
+    public, upstream = {"envoy_tcp_prefix": "public_listener"}, {"envoy_tcp_prefix": "upstream", "consul_upstream_service": cache.name}
+    local_app, target = {"envoy_cluster_name": "local_app"}, {"consul_destination_service": cache.name}
+
+    def bytes_of(service, listener, cluster):
+        now = Metrics(service)
+        names = [(f"envoy_tcp_downstream_cx_{way}_bytes_total", listener) for way in ("rx", "tx")]
+        names += [(f"envoy_cluster_upstream_cx_{way}_bytes_total", cluster) for way in ("tx", "rx")]
+        return [now(name, **labels) or 0 for name, labels in names]
+
+    for service, labels in ((web, upstream), (cache, public)):
+        eventually(lambda service=service, labels=labels: Metrics(service)("envoy_tcp_downstream_cx_active", **labels) == 0)
+    before = {web: bytes_of(web, upstream, target), cache: bytes_of(cache, public, local_app)}
+
+    def grown(of):
+        eventually(lambda: bytes_of(web, upstream, target) == [count + of for count in before[web]])
+        eventually(lambda: bytes_of(cache, public, local_app) == [count + of for count in before[cache]])
+    with web.dial() as conn:
+        assert conn.ask(b"x" * 1000) == b"x" * 1000
+        grown(1000)
+        assert conn.ask(b"y" * 500) == b"y" * 500
+        grown(1500)
+    for service, labels in ((web, upstream), (cache, public)):
+        eventually(lambda service=service, labels=labels: Metrics(service)("envoy_tcp_downstream_cx_active", **labels) == 0)
+    # The end counts nothing twice.
+    grown(1500)
+
+
 def test_series_follow_the_registration_and_nothing_that_clients_say(mesh):
     db = mesh.web("db")
     web = mesh.service("web", [db], app=None)

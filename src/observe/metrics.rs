@@ -99,14 +99,9 @@ fn connection_finished(record: &ConnectionRecord, local_app: &ClusterStats) {
     if record.outcome == Outcome::Denied && record.is_connected {
         stats.revoked.increment();
     }
-    stats.received.add(record.bytes_received);
-    stats.sent.add(record.bytes_sent);
-    let Some(last) = record.attempts.last() else { return };
-    let to = cluster(&last.destination, local_app);
-    if record.is_connected {
-        to.tries.increment();
-        to.sent.add(record.bytes_received);
-        to.received.add(record.bytes_sent);
+    // The relay has counted its bytes while they moved.
+    if let Some(last) = record.attempts.last().filter(|_| record.is_connected) {
+        cluster(&last.destination, local_app).tries.increment();
     }
 }
 

@@ -20,7 +20,7 @@ use super::log_limit::LogLimit;
 use super::outcome::Outcome;
 use super::places::{Counted, Places};
 use super::record::{Host, Record, Shown};
-use super::relay::{self, Broken, Relay, Side};
+use super::relay::{self, Broken, Relay};
 use super::socket::Socket;
 use super::tunnel::{self, MeshStream, Refusal, Role};
 use crate::drain::{self, Stage};
@@ -101,6 +101,7 @@ struct Session {
 struct Connection {
     session: Session,
     app: Socket,
+    copy: Relay,
     record: Record,
     open: Counted,
 }
@@ -249,7 +250,8 @@ impl Session {
             record.finish(Outcome::ClientReset, error.to_string());
             return None;
         }
-        Some(Connection { session: self, app, record, open })
+        let copy = Relay::new(&self.stats, record.observer().local_app());
+        Some(Connection { session: self, app, copy, record, open })
     }
 
     async fn refuse(mut self, refusal: Refusal) -> Option<Connection> {
@@ -381,16 +383,15 @@ impl Connection {
     fn relay(mut self) -> impl Future<Output = ()> {
         async move {
             loop {
-                let mut copy = Relay::new();
                 let mut end = tokio::select! {
                     biased;
-                    ended = copy.run(&mut self.app, &mut self.session.mesh) => End::Relayed(ended),
+                    ended = self.copy.run(&mut self.session.mesh, &mut self.app) => End::Relayed(ended),
                     revoked = authorization::revoked(&mut self.session.live, &self.session.peer.id) => End::Revoked(revoked),
                 };
                 if matches!(end, End::Revoked(Revoked::CarriesRequests)) {
-                    end = Box::pin(self.rest(&mut copy)).await;
+                    end = Box::pin(self.rest()).await;
                 }
-                self.record.bytes(copy.opened, copy.sealed);
+                self.record.bytes(self.copy.received(), self.copy.sent());
                 // Boxed, for an open connection is to keep none of the memory that this takes.
                 match Box::pin(self.end(end)).await {
                     Some(next) => self = next,
@@ -401,12 +402,12 @@ impl Connection {
     }
 
     /// What it carries may be requests: the one that is under way gets its answer.
-    async fn rest(&mut self, copy: &mut Relay) -> End {
+    async fn rest(&mut self) -> End {
         let Session { mesh, live, peer, .. } = &mut self.session;
         tokio::select! {
             biased;
             revoked = authorization::revoked(live, &peer.id) => End::Revoked(revoked),
-            ended = copy.run_to_rest(&mut self.app, mesh, Side::Tls) => {
+            ended = self.copy.run_to_rest(mesh, &mut self.app) => {
                 ended.map_or(End::Revoked(Revoked::CarriesRequests), End::Relayed)
             }
         }
@@ -418,12 +419,12 @@ impl Connection {
             End::Relayed(Ok(())) => {
                 self.record.ended();
                 let session = self.session;
-                drop((self.app, self.open));
+                drop((self.app, self.copy, self.open));
                 return if session.mesh.is_free() { session.next().await } else { None };
             }
             End::Relayed(Err(broken)) => {
-                self.record.failed(broken.of(Side::Tls));
-                relay::abort(&broken, self.app, self.session.mesh.tls);
+                self.record.failed((&broken).into());
+                relay::abort(&broken, self.session.mesh.tls.io, self.app);
             }
             End::Revoked(revoked) => {
                 match &revoked {

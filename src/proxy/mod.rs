@@ -27,6 +27,7 @@ mod places;
 mod probe;
 mod record;
 mod relay;
+mod relayed;
 mod socket;
 mod tunnel;
 mod workers;

@@ -38,6 +38,7 @@ pub(super) async fn serve(accepted: Accepted<OutboundRuntime>, clock: Clock, obs
 struct Connection {
     app: Socket,
     mesh: MeshStream<Socket>,
+    copy: Relay,
     /// What `mesh` was made with.
     tls: Arc<tls::Client>,
     state: watch::Receiver<ListenerState<OutboundRuntime>>,
@@ -77,7 +78,8 @@ async fn establish(
     match connect(plan, clock, &state, &mut record).await {
         Ok(Connected { mesh, tls, peer, instance, permit }) => {
             record.connected(Some(peer));
-            Some(Connection { app, mesh, tls, state, record, instance, clock, _permit: permit, _drain: drain })
+            let copy = Relay::new(&record.info().stats, instance.get().stats());
+            Some(Connection { app, mesh, copy, tls, state, record, instance, clock, _permit: permit, _drain: drain })
         }
         Err(fault) => {
             if log_limit.is_first(&plan.upstream.name, &fault.cause) {
@@ -106,22 +108,21 @@ impl Connection {
     #[expect(clippy::manual_async_fn, reason = "the future of an async fn has room for `self` twice")]
     fn relay(mut self) -> impl Future<Output = ()> {
         async move {
-            let mut copy = Relay::new();
             let mut ended = None;
             if let Reached::Sidecar(_) = &self.instance {
-                (self, copy, ended) = Box::pin(self.begin(copy)).await;
+                (self, ended) = Box::pin(self.begin()).await;
             }
             if ended.is_none() {
                 ended = tokio::select! {
                     biased;
-                    ended = copy.run(&mut self.app, &mut self.mesh) => Some(ended),
+                    ended = self.copy.run(&mut self.app, &mut self.mesh) => Some(ended),
                     () = closing(&mut self.state) => None,
                 };
             }
             if ended.is_none() {
-                ended = Box::pin(self.rest(&mut copy)).await;
+                ended = Box::pin(self.rest()).await;
             }
-            self.record.bytes(copy.sealed, copy.opened);
+            self.record.bytes(self.copy.received(), self.copy.sent());
             // Boxed, for an open connection is to keep none of the memory that this takes.
             Box::pin(self.end(ended)).await;
         }
@@ -129,28 +130,29 @@ impl Connection {
 
     /// The first moment of a connection whose instance has yet to show that there is an app: from there on it counts as
     /// connected, or as failed.
-    async fn begin(mut self, mut copy: Relay) -> (Self, Relay, Option<Result<(), Broken>>) {
-        let ended = timeout(MOMENT, copy.run(&mut self.app, &mut self.mesh)).await.ok();
-        let broken = matches!(&ended, Some(Err(Broken { side: Side::Tls, .. }))) && copy.opened == 0;
+    async fn begin(mut self) -> (Self, Option<Result<(), Broken>>) {
+        let ended = timeout(MOMENT, self.copy.run(&mut self.app, &mut self.mesh)).await.ok();
+        let silent = self.copy.sent() == 0;
+        let broken = matches!(&ended, Some(Err(Broken { side: Side::Upstream, .. }))) && silent;
         if let Reached::Sidecar(picked) = self.instance {
             let now = self.clock.now();
             self.instance = Reached::App(match &ended {
-                Some(_) if broken || copy.was_left_unanswered => picked.closed_unanswered(now),
+                Some(_) if broken || self.copy.was_left_unanswered => picked.closed_unanswered(now),
                 // The app on our side has left before there was anything to see.
-                Some(_) if copy.opened == 0 => picked.without_result(),
+                Some(_) if silent => picked.without_result(),
                 _ => picked.connected(now),
             });
         }
-        (self, copy, ended)
+        (self, ended)
     }
 
     /// What it carries may be requests: the one that is under way gets its answer, unless the drain time is over.
-    async fn rest(&mut self, copy: &mut Relay) -> Option<Result<(), Broken>> {
-        let Self { app, mesh, state, .. } = self;
+    async fn rest(&mut self) -> Option<Result<(), Broken>> {
+        let Self { app, mesh, copy, state, .. } = self;
         tokio::select! {
             biased;
             _ = state.wait_for(|state| state.stage >= Stage::Closing) => None,
-            ended = copy.run_to_rest(app, mesh, Side::Plain) => ended,
+            ended = copy.run_to_rest(app, mesh) => ended,
         }
     }
 
@@ -164,8 +166,8 @@ impl Connection {
                 }
             }
             Some(Err(broken)) => {
-                self.record.failed(broken.of(Side::Plain));
-                relay::abort(&broken, self.app, self.mesh.tls);
+                self.record.failed((&broken).into());
+                relay::abort(&broken, self.app, self.mesh.tls.io);
             }
             None => {
                 let drained = self.state.borrow().stage >= Stage::Closing;

@@ -31,9 +31,10 @@ use std::time::{Duration, SystemTime};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::{Instant, timeout_at};
 
+use super::relayed::Relayed;
 use super::socket::Socket;
 use super::workers;
-use crate::tls::{Client, ReadSide, Scratch, SpiffeId, Stream, TUNNEL, TUNNEL_1, with_scratch};
+use crate::tls::{Client, Piece, ReadSide, Scratch, SpiffeId, Stream, TUNNEL, TUNNEL_1, with_scratch};
 
 /// Header of no data: the end of one direction of the connection.
 const END: u32 = 0;
@@ -84,23 +85,6 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> MeshStream<IO> {
         self.framing.as_ref().is_some_and(|framing| framing.asks)
     }
 
-    /// As [`Stream::poll_open`], with the connection's own bytes in [`Scratch::opened`].
-    ///
-    /// # Errors
-    /// Those of [`Stream::poll_open`], `InvalidData` for what is no tunnel, and `UnexpectedEof` for a session that broke
-    /// off before the connection's end.
-    pub fn poll_open(&mut self, cx: &mut Context<'_>, scratch: &mut Scratch) -> Poll<io::Result<()>> {
-        let Some(framing) = &mut self.framing else {
-            return self.tls.poll_open(cx, scratch);
-        };
-        if framing.incoming.phase != Phase::Carrying || !framing.early.is_empty() {
-            scratch.opened.clear();
-            scratch.opened.extend_from_slice(&std::mem::take(&mut framing.early));
-            return Poll::Ready(Ok(()));
-        }
-        framing.poll_open(&mut self.tls, cx, scratch)
-    }
-
     /// Whether nothing comes any more after what was opened last.
     #[must_use]
     pub fn has_ended(&self) -> bool {
@@ -108,53 +92,6 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> MeshStream<IO> {
             None => self.tls.read_side() != ReadSide::Open,
             // A session that broke off is an error of the next read.
             Some(framing) => framing.incoming.phase != Phase::Carrying || self.tls.read_side() == ReadSide::Closed,
-        }
-    }
-
-    /// As [`Stream::poll_seal_from`].
-    ///
-    /// # Errors
-    /// As there.
-    pub fn poll_seal_from<F: AsyncRead + Unpin>(
-        &mut self,
-        cx: &mut Context<'_>,
-        scratch: &mut Scratch,
-        from: &mut F,
-    ) -> Poll<io::Result<io::Result<usize>>> {
-        if self.framing.is_none() {
-            return self.tls.poll_seal_from(cx, scratch, from);
-        }
-        // What is read in one turn is far less than the number can say.
-        let header = |read: usize| u32::try_from(read).unwrap_or(START).to_be_bytes();
-        self.tls.poll_seal_headed_from(cx, scratch, from, header)
-    }
-
-    /// Ends our direction; [`MeshStream::poll_end`] sends that.
-    ///
-    /// # Errors
-    /// Those of the session.
-    pub fn end(&mut self, cx: &mut Context<'_>, scratch: &mut Scratch) -> io::Result<()> {
-        match &mut self.framing {
-            Some(framing) if self.tls.read_side() == ReadSide::Open => {
-                framing.ended = true;
-                self.tls.poll_seal(cx, scratch, &END.to_be_bytes())
-            }
-            _ => {
-                self.tls.close();
-                Ok(())
-            }
-        }
-    }
-
-    /// Sends what is outgoing up to the end of our direction.
-    ///
-    /// # Errors
-    /// Those of the socket.
-    pub fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        ready!(self.tls.poll_flush(cx))?;
-        match &self.framing {
-            Some(framing) if framing.ended => Poll::Ready(Ok(())),
-            _ => Pin::new(&mut self.tls.io).poll_shutdown(cx),
         }
     }
 
@@ -229,7 +166,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> MeshStream<IO> {
         poll_fn(|cx| Poll::Ready(with_scratch(|scratch| self.end(cx, scratch)))).await?;
         poll_fn(|cx| self.poll_end(cx)).await?;
         while !self.has_ended() {
-            poll_fn(|cx| with_scratch(|scratch| self.poll_open(cx, scratch))).await?;
+            poll_fn(|cx| with_scratch(|scratch| self.poll_piece(cx, scratch, 0))).await?;
         }
         Ok(())
     }
@@ -238,6 +175,75 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> MeshStream<IO> {
     pub fn part(mut self) {
         self.tls.close();
         let _ = self.tls.poll_flush(&mut Context::from_waker(Waker::noop()));
+    }
+}
+
+impl<IO: AsyncRead + AsyncWrite + Unpin> Relayed for MeshStream<IO> {
+    fn head(&self) -> usize {
+        if self.framing.is_some() { HEADER } else { 0 }
+    }
+
+    /// The connection's own bytes.
+    ///
+    /// # Errors
+    /// Those of [`Stream::poll_open`], `InvalidData` for what is no tunnel, and `UnexpectedEof` for a session that broke
+    /// off before the connection's end.
+    fn poll_piece(&mut self, cx: &mut Context<'_>, scratch: &mut Scratch, head: usize) -> Poll<io::Result<Piece>> {
+        let Some(framing) = &mut self.framing else {
+            return self.tls.poll_open_piece(cx, scratch, head, Vec::extend_from_slice);
+        };
+        if framing.incoming.phase != Phase::Carrying || !framing.early.is_empty() {
+            return Poll::Ready(Ok(scratch.put_opened(&std::mem::take(&mut framing.early), head)));
+        }
+        framing.poll_open(&mut self.tls, cx, scratch, head)
+    }
+
+    fn is_last(&self, _: Piece) -> bool {
+        self.has_ended()
+    }
+
+    fn is_blocked(&self, _: &[u8]) -> bool {
+        self.tls.is_blocked()
+    }
+
+    /// The session keeps what it has sealed.
+    fn poll_left(&mut self, cx: &mut Context<'_>, _: &mut Vec<u8>) -> Poll<io::Result<()>> {
+        self.tls.poll_flush(cx)
+    }
+
+    fn write_piece(
+        &mut self,
+        cx: &mut Context<'_>,
+        scratch: &mut Scratch,
+        piece: Piece,
+        _: &mut Vec<u8>,
+    ) -> io::Result<()> {
+        // What is read in one turn is far less than the number can say.
+        let header = u32::try_from(piece.len()).unwrap_or(START).to_be_bytes();
+        let head = self.head();
+        self.tls.poll_seal_piece(cx, scratch, piece, &header[..head])
+    }
+
+    /// With [`END`] where the session goes on.
+    fn end(&mut self, cx: &mut Context<'_>, scratch: &mut Scratch) -> io::Result<()> {
+        match &mut self.framing {
+            Some(framing) if self.tls.read_side() == ReadSide::Open => {
+                framing.ended = true;
+                self.tls.poll_seal(cx, scratch, &END.to_be_bytes())
+            }
+            _ => {
+                self.tls.close();
+                Ok(())
+            }
+        }
+    }
+
+    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.tls.poll_flush(cx))?;
+        match &self.framing {
+            Some(framing) if framing.ended => Poll::Ready(Ok(())),
+            _ => Pin::new(&mut self.tls.io).poll_shutdown(cx),
+        }
     }
 }
 
@@ -293,8 +299,10 @@ impl Framing {
         tls: &mut Stream<IO>,
         cx: &mut Context<'_>,
         scratch: &mut Scratch,
-    ) -> Poll<io::Result<()>> {
-        ready!(tls.poll_open_by(cx, scratch, |opened, payload| self.incoming.take(payload, opened)))?;
+        head: usize,
+    ) -> Poll<io::Result<Piece>> {
+        let take = |opened: &mut Vec<u8>, payload: &[u8]| self.incoming.take(payload, opened);
+        let piece = ready!(tls.poll_open_piece(cx, scratch, head, take))?;
         if self.incoming.phase == Phase::Broken {
             return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, "the peer speaks no tunnel")));
         }
@@ -302,7 +310,7 @@ impl Framing {
             let broken = "the session broke off before the end of the connection";
             return Poll::Ready(Err(io::Error::new(io::ErrorKind::UnexpectedEof, broken)));
         }
-        Poll::Ready(Ok(()))
+        Poll::Ready(Ok(piece))
     }
 
     /// Reads until the peer's direction has come to a phase that `will_do`.
@@ -320,8 +328,8 @@ impl Framing {
                     if tls.has_outgoing() {
                         let _ = tls.poll_flush(cx)?;
                     }
-                    ready!(self.poll_open(tls, cx, scratch))?;
-                    Poll::Ready(io::Result::Ok(scratch.opened.clone()))
+                    let piece = ready!(self.poll_open(tls, cx, scratch, 0))?;
+                    Poll::Ready(io::Result::Ok(scratch.plaintext(piece).to_vec()))
                 })
             });
             self.early = early.await?;

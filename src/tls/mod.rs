@@ -42,7 +42,7 @@ pub use policy::{Parameters, Policy, Versions, is_known_suite};
 pub use refusal::{HandshakeError, PeerError, Refused};
 pub use sides::{Client, Server};
 pub use spiffe::{NotAService, SpiffeId};
-pub use stream::{ReadSide, Scratch, Stream, with_scratch};
+pub use stream::{Piece, ReadSide, Scratch, Stream, with_scratch};
 pub use verify::Peer;
 
 use certificate::{Certificate, Validity};

@@ -26,12 +26,41 @@ const TURN: usize = 128 * 1024;
 pub struct Scratch {
     /// Ciphertext as it is read.
     wire: Box<[u8]>,
-    /// What [`Stream::poll_open`] opened.
+    /// What [`Stream::poll_open`] opened, behind room for a head where [`Stream::poll_open_piece`] was asked for it.
     pub opened: Vec<u8>,
     /// Plaintext as it is read, to be sealed.
     read: Box<[u8]>,
     /// Ciphertext about to be written.
     sealed: Box<[u8]>,
+}
+
+/// Plaintext that was read in this turn. It stands where it was read or opened, in the [`Scratch`], behind room for a head
+/// that goes with it.
+#[derive(Debug, Clone, Copy)]
+pub struct Piece {
+    buffer: Buffer,
+    /// Size of the room, in bytes.
+    head: usize,
+    end: usize,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Buffer {
+    Read,
+    Opened,
+}
+
+impl Piece {
+    /// Bytes of plaintext, without the head.
+    #[must_use]
+    pub fn len(self) -> usize {
+        self.end - self.head
+    }
+
+    #[must_use]
+    pub fn is_empty(self) -> bool {
+        self.len() == 0
+    }
 }
 
 /// Lends the thread's working memory. It must not be asked for again inside `act`.
@@ -48,6 +77,47 @@ pub fn with_scratch<T>(act: impl FnOnce(&mut Scratch) -> T) -> T {
 }
 
 impl Scratch {
+    /// Reads plaintext once from `io`, and leaves room for `head` bytes in front of it. An empty piece is the end.
+    ///
+    /// # Errors
+    /// Those of the read.
+    pub fn poll_read<IO: AsyncRead + Unpin>(
+        &mut self,
+        cx: &mut Context<'_>,
+        io: &mut IO,
+        head: usize,
+    ) -> Poll<io::Result<Piece>> {
+        let mut buffer = ReadBuf::new(&mut self.read[head..]);
+        ready!(Pin::new(io).poll_read(cx, &mut buffer))?;
+        Poll::Ready(Ok(Piece { buffer: Buffer::Read, head, end: head + buffer.filled().len() }))
+    }
+
+    /// Makes a piece of `plain`, as if that had been opened in this turn.
+    pub fn put_opened(&mut self, plain: &[u8], head: usize) -> Piece {
+        self.clear_opened(head);
+        self.opened.extend_from_slice(plain);
+        self.opened_piece(head)
+    }
+
+    /// The plaintext of a piece of this turn.
+    #[must_use]
+    pub fn plaintext(&self, piece: Piece) -> &[u8] {
+        let bytes = match piece.buffer {
+            Buffer::Read => &*self.read,
+            Buffer::Opened => &*self.opened,
+        };
+        &bytes[piece.head..piece.end]
+    }
+
+    fn clear_opened(&mut self, head: usize) {
+        self.opened.clear();
+        self.opened.resize(head, 0);
+    }
+
+    fn opened_piece(&self, head: usize) -> Piece {
+        Piece { buffer: Buffer::Opened, head, end: self.opened.len() }
+    }
+
     /// Reads once from `io` and throws away what came; zero is the end.
     ///
     /// # Errors
@@ -217,23 +287,25 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
     /// # Errors
     /// Those of the socket, and `InvalidData` for what is not good TLS.
     pub fn poll_open(&mut self, cx: &mut Context<'_>, scratch: &mut Scratch) -> Poll<io::Result<()>> {
-        self.poll_open_by(cx, scratch, Vec::extend_from_slice)
+        self.poll_open_piece(cx, scratch, 0, Vec::extend_from_slice).map_ok(|_| ())
     }
 
-    /// The same, with `take` to decide what of each piece of plaintext goes into [`Scratch::opened`].
+    /// The same, behind room for `head` bytes, and with `take` to decide what of each part of the plaintext is appended to
+    /// [`Scratch::opened`].
     ///
     /// # Errors
     /// As with [`Stream::poll_open`].
-    pub fn poll_open_by(
+    pub fn poll_open_piece(
         &mut self,
         cx: &mut Context<'_>,
         scratch: &mut Scratch,
+        head: usize,
         mut take: impl FnMut(&mut Vec<u8>, &[u8]),
-    ) -> Poll<io::Result<()>> {
-        scratch.opened.clear();
+    ) -> Poll<io::Result<Piece>> {
+        scratch.clear_opened(head);
         if !self.plain.is_empty() {
             take(&mut scratch.opened, &std::mem::take(&mut self.plain));
-            return Poll::Ready(Ok(()));
+            return Poll::Ready(Ok(scratch.opened_piece(head)));
         }
         let held = self.incoming.len();
         let mut buffer = ReadBuf::new(&mut scratch.wire[held..]);
@@ -241,14 +313,14 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
         let read = buffer.filled().len();
         if read == 0 {
             self.read = ReadSide::Truncated;
-            return Poll::Ready(Ok(()));
+            return Poll::Ready(Ok(scratch.opened_piece(head)));
         }
         let opened = self.open(read, scratch, take);
         if opened.is_err() {
             // The alert that says why: worth one try, not a wait.
             let _ = self.poll_flush(cx);
         }
-        Poll::Ready(opened)
+        Poll::Ready(opened.map(|()| scratch.opened_piece(head)))
     }
 
     /// Opens what is held back and the `read` bytes that stand behind its place in the scratch.
@@ -282,47 +354,28 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
         self.sent < self.outgoing.len()
     }
 
-    /// Reads once from `from`, seals what came and writes it, behind what is still outgoing. What the socket
-    /// does not take is kept; see [`Stream::is_blocked`], and do not call this while it is. Gives the
-    /// number of bytes read: zero is the end of `from`.
+    /// Seals a piece of this turn with `head`, for which it has to have as much room, and writes it, behind what is still
+    /// outgoing. What the socket does not take is kept; see [`Stream::is_blocked`], and do not call this while it is.
     ///
     /// # Errors
-    /// `Ok(Err(_))` is an error of `from`, `Err(_)` one of the TLS side.
-    pub fn poll_seal_from<F: AsyncRead + Unpin>(
+    /// Those of the session and of the socket.
+    pub fn poll_seal_piece(
         &mut self,
         cx: &mut Context<'_>,
         scratch: &mut Scratch,
-        from: &mut F,
-    ) -> Poll<io::Result<io::Result<usize>>> {
-        self.poll_seal_headed_from(cx, scratch, from, |_| [])
+        piece: Piece,
+        head: &[u8],
+    ) -> io::Result<()> {
+        let Scratch { opened, read, sealed, .. } = scratch;
+        let bytes: &mut [u8] = match piece.buffer {
+            Buffer::Read => read,
+            Buffer::Opened => opened,
+        };
+        bytes[..piece.head].copy_from_slice(head);
+        self.seal(cx, sealed, &bytes[..piece.end])
     }
 
-    /// The same, with the `head` that goes with so many bytes sealed in front of them.
-    ///
-    /// # Errors
-    /// As with [`Stream::poll_seal_from`].
-    pub fn poll_seal_headed_from<F: AsyncRead + Unpin, const HEAD: usize>(
-        &mut self,
-        cx: &mut Context<'_>,
-        scratch: &mut Scratch,
-        from: &mut F,
-        head: impl FnOnce(usize) -> [u8; HEAD],
-    ) -> Poll<io::Result<io::Result<usize>>> {
-        let (room, body) = scratch.read.split_at_mut(HEAD);
-        let mut buffer = ReadBuf::new(body);
-        if let Err(e) = ready!(Pin::new(from).poll_read(cx, &mut buffer)) {
-            return Poll::Ready(Ok(Err(e)));
-        }
-        let read = buffer.filled().len();
-        if read == 0 {
-            return Poll::Ready(Ok(Ok(0)));
-        }
-        room.copy_from_slice(&head(read));
-        self.seal(cx, &mut scratch.sealed, &scratch.read[..HEAD + read])?;
-        Poll::Ready(Ok(Ok(read)))
-    }
-
-    /// Seals `plain`, of at most 64 KiB, and writes it as [`Stream::poll_seal_from`] does what it reads.
+    /// Seals `plain`, of at most 64 KiB, and writes it as [`Stream::poll_seal_piece`] does.
     ///
     /// # Errors
     /// Those of the TLS side.
