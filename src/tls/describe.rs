@@ -24,12 +24,13 @@ pub struct CertificateInfo {
 pub struct CredentialsInfo {
     /// Our leaf first, then what the agent gave along with it.
     pub chain: Vec<CertificateInfo>,
+    /// Of every trust domain that is trusted.
     pub roots: Vec<CertificateInfo>,
 }
 
 /// Those that can be read.
-pub(super) fn describe(certificates: &[CertificateDer<'_>]) -> Vec<CertificateInfo> {
-    certificates.iter().filter_map(|der| certificate(der)).collect()
+pub(super) fn describe<'a>(certificates: impl Iterator<Item = &'a CertificateDer<'static>>) -> Vec<CertificateInfo> {
+    certificates.filter_map(|der| certificate(der)).collect()
 }
 
 fn certificate(der: &[u8]) -> Option<CertificateInfo> {

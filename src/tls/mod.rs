@@ -47,7 +47,7 @@ pub use verify::Peer;
 
 use certificate::{Certificate, Validity};
 use refusal::Purpose;
-use trust::Trust;
+use trust::{Trust, TrustStores};
 use verify::{ClientIdentity, Peers, ServerIdentity};
 
 /// The application protocol of two of ours for services that are not HTTP: the session carries one connection after
@@ -64,7 +64,8 @@ pub struct Credentials {
     id: SpiffeId,
     valid: Validity,
     key: Arc<CertifiedKey>,
-    trust: Arc<Trust>,
+    /// The roots of each trust domain: today of our own alone.
+    trust: Arc<TrustStores>,
     aead: Aead,
     /// With the cipher suites of `aead`.
     provider: Arc<CryptoProvider>,
@@ -88,7 +89,7 @@ impl Credentials {
     ) -> Result<Self, Error> {
         let aead = Aead::detect();
         let provider = Arc::new(policy::provider(aead));
-        let trust = Arc::new(trust(roots_pem, &provider, now)?);
+        let trust = trust(roots_pem, &provider, now)?;
         let chain = certificates(leaf_pem).map_err(|e| Error::new(format!("the leaf certificate is not PEM: {e}")))?;
         if chain.is_empty() {
             return Err(Error::new("the leaf certificate holds no certificate"));
@@ -117,6 +118,7 @@ impl Credentials {
         let valid = trust
             .verify(&key.cert, Purpose::Server, now)
             .map_err(|e| Error::new(format!("the leaf certificate: {e}")))?;
+        let trust = Arc::new(TrustStores::new(id.trust_domain.clone(), trust, Arc::clone(&provider)));
         Ok(Self { id, valid, key: Arc::new(key), trust, aead, provider, policy: Policy::default() })
     }
 
@@ -166,7 +168,8 @@ impl Credentials {
     /// The certificates, for people to read.
     #[must_use]
     pub fn describe(&self) -> CredentialsInfo {
-        CredentialsInfo { chain: describe::describe(&self.key.cert), roots: describe::describe(self.trust.roots()) }
+        let chain = describe::describe(self.key.cert.iter());
+        CredentialsInfo { chain, roots: describe::describe(self.trust.roots()) }
     }
 
     /// For a public listener: client certificates are required and chain to the roots. `alpn` is in order
@@ -194,8 +197,11 @@ impl Credentials {
     /// A name of more than 255 bytes is not sent.
     ///
     /// # Errors
-    /// When the TLS library refuses the settings.
+    /// When no roots are known of an expected identity's trust domain, or the TLS library refuses the settings.
     pub fn client(&self, sni: &str, expected: Vec<SpiffeId>, alpn: &[&[u8]]) -> Result<Arc<Client>, Error> {
+        if let Some(id) = expected.iter().find(|id| !self.trust.knows(&id.trust_domain)) {
+            return Err(Error::new(format!("no root certificate is known of the trust domain of {id}")));
+        }
         let expected: Arc<[SpiffeId]> = expected.into();
         let peers = Arc::new(Peers::new(self.trust.clone(), Purpose::Server));
         let verifier = ServerIdentity { peers: Arc::clone(&peers), expected: Arc::clone(&expected) };

@@ -1,8 +1,9 @@
-//! The mesh's roots, and the path from a certificate to one of them.
+//! The roots of each trust domain, and the path from a certificate to one of them.
 //!
 //! A peer may show more than the path needs: certificates that cross-sign a former root and have expired since, copies,
 //! foreign ones. Only what the path consists of counts, as with Go, OpenSSL and BoringSSL.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -19,7 +20,58 @@ use super::refusal::{MAX_CERTIFICATES, PeerError, Purpose};
 /// A root may have been made a moment ago on a host whose clock is a little ahead of ours.
 const CLOCK_SKEW: Duration = Duration::from_secs(60);
 
-/// Every root that the mesh lists, active or not.
+/// The roots by trust domain. Those of one trust domain vouch for no identity of another.
+#[derive(Debug, Clone)]
+pub(super) struct TrustStores {
+    /// Our own trust domain, in lower case as all of them.
+    own: String,
+    by_domain: BTreeMap<String, Arc<Trust>>,
+    provider: Arc<CryptoProvider>,
+}
+
+impl TrustStores {
+    /// Knows our own trust domain alone.
+    pub(super) fn new(own: String, roots: Trust, provider: Arc<CryptoProvider>) -> Self {
+        Self { by_domain: BTreeMap::from([(own.clone(), Arc::new(roots))]), own, provider }
+    }
+
+    /// Whether there are roots of this trust domain.
+    pub(super) fn knows(&self, trust_domain: &str) -> bool {
+        self.by_domain.contains_key(trust_domain)
+    }
+
+    /// The roots that a certificate has to lead to which claims to be of this trust domain. A claim to an unknown trust
+    /// domain, or to none, is checked against our own roots: their verdict tells a stranger from a peer of our mesh with
+    /// a wrong name. The caller then refuses the name.
+    pub(super) fn claimed(&self, trust_domain: Option<&str>) -> Option<&Trust> {
+        let known = trust_domain.and_then(|domain| self.by_domain.get(domain));
+        known.or_else(|| self.by_domain.get(&self.own)).map(|trust| &**trust)
+    }
+
+    /// The same with fewer roots of our own trust domain: those that are among `listed`. `None` if all are.
+    pub(super) fn only(&self, listed: &[CertificateDer<'_>]) -> Option<Self> {
+        let left = self.by_domain.get(&self.own)?.only(listed)?;
+        let mut stores = self.clone();
+        stores.by_domain.insert(self.own.clone(), Arc::new(left));
+        Some(stores)
+    }
+
+    /// The roots of all trust domains.
+    pub(super) fn roots(&self) -> impl Iterator<Item = &CertificateDer<'static>> {
+        self.by_domain.values().flat_map(|trust| &trust.roots)
+    }
+
+    /// The subjects of all roots.
+    pub(super) fn subjects(&self) -> Vec<DistinguishedName> {
+        self.by_domain.values().flat_map(|trust| trust.subjects()).collect()
+    }
+
+    pub(super) fn provider(&self) -> &CryptoProvider {
+        &self.provider
+    }
+}
+
+/// Every root that the mesh lists for one trust domain, active or not.
 pub(super) struct Trust {
     roots: Vec<CertificateDer<'static>>,
     provider: Arc<CryptoProvider>,
@@ -36,13 +88,9 @@ impl Trust {
     }
 
     /// Those of the roots that are also among `listed`; `None` if all are.
-    pub(super) fn only(&self, listed: &[CertificateDer<'_>]) -> Option<Self> {
+    fn only(&self, listed: &[CertificateDer<'_>]) -> Option<Self> {
         let left: Vec<_> = self.roots.iter().filter(|root| listed.contains(root)).cloned().collect();
         (left.len() < self.roots.len()).then(|| Self { roots: left, provider: Arc::clone(&self.provider) })
-    }
-
-    pub(super) fn roots(&self) -> &[CertificateDer<'static>] {
-        &self.roots
     }
 
     /// Whether any root is valid.
@@ -50,14 +98,9 @@ impl Trust {
         self.read().iter().any(|root| root.valid.holds(now))
     }
 
-    /// The subjects of the roots.
-    pub(super) fn subjects(&self) -> Vec<DistinguishedName> {
+    fn subjects(&self) -> Vec<DistinguishedName> {
         let subjects = self.read().into_iter().filter_map(|root| Der::only(root.subject, SEQUENCE));
         subjects.map(DistinguishedName::in_sequence).collect()
-    }
-
-    pub(super) fn provider(&self) -> &CryptoProvider {
-        &self.provider
     }
 
     /// Finds a path from the first certificate of `chain` to a root that is valid at `now`, by way of any of the others,

@@ -1,4 +1,5 @@
-//! Which service a certificate proves: its path to the mesh's roots, then its SPIFFE id instead of a host name.
+//! Which service a certificate proves: its path to the roots of the trust domain that it claims, then its SPIFFE id instead
+//! of a host name.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,7 +17,7 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 use super::certificate::{Certificate, Validity};
 use super::refusal::{PeerError, Purpose};
 use super::spiffe::SpiffeId;
-use super::trust::Trust;
+use super::trust::TrustStores;
 
 /// Who a peer is, as its certificates prove.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,11 +28,12 @@ pub struct Peer {
     pub until: SystemTime,
 }
 
-/// Verifies chains against the mesh's roots. The same few peers come again and again, so that a chain that was verified is
-/// looked up, and only the time is looked at again. What is known here is worth nothing to other roots.
+/// Verifies chains against the roots of the trust domain that their leaf claims. The same few peers come again and again,
+/// so that a chain that was verified is looked up, and only the time is looked at again. What is known here is worth
+/// nothing to other roots.
 #[derive(Debug)]
 pub(super) struct Peers {
-    trust: Arc<Trust>,
+    trust: Arc<TrustStores>,
     /// What the peers show their certificates for.
     purpose: Purpose,
     known: Mutex<HashMap<Vec<u8>, Known>>,
@@ -50,22 +52,27 @@ struct Known {
 const KNOWN: usize = 512;
 
 impl Peers {
-    pub(super) fn new(trust: Arc<Trust>, purpose: Purpose) -> Self {
+    pub(super) fn new(trust: Arc<TrustStores>, purpose: Purpose) -> Self {
         Self { trust, purpose, known: Mutex::default() }
     }
 
     /// The service that a chain, leaf first, proves at `now`.
     ///
     /// # Errors
-    /// When there is no path to a root that is valid at `now`, or the leaf does not name one service.
+    /// When there is no path to a root of the claimed trust domain that is valid at `now`, or the leaf does not name one
+    /// service.
     pub(super) fn identify(&self, chain: &[CertificateDer<'_>], now: SystemTime) -> Result<Peer, PeerError> {
         let (leaf, rest) = chain.split_first().ok_or(PeerError::NoCertificate)?;
         let fits = |known: &&Known| known.valid.holds(now) && known.has(rest);
         if let Some(known) = self.lock().get(leaf.as_ref()).filter(fits) {
             return Ok(Peer { id: Arc::clone(&known.id), until: known.valid.until });
         }
-        let valid = self.trust.verify(chain, self.purpose, now)?;
-        let id = Arc::new(uri(leaf)?);
+        // A claim so far, which chooses the roots that have to prove it.
+        let claimed = uri(leaf);
+        let trust_domain = claimed.as_ref().ok().map(|id| &*id.trust_domain);
+        let trust = self.trust.claimed(trust_domain).ok_or(PeerError::UnknownIssuer)?;
+        let valid = trust.verify(chain, self.purpose, now)?;
+        let id = Arc::new(claimed?);
         let rest = rest.iter().map(|certificate| certificate.to_vec()).collect();
         let mut known = self.lock();
         if known.len() >= KNOWN {

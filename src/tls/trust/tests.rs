@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::testing::ca::{Ca, Leaf, TRUST_DOMAIN, uri};
-use crate::tls::{Credentials, certificates};
+use crate::tls::{Credentials, SpiffeId, certificates};
 
 const HOUR: i64 = 3600;
 
@@ -166,4 +166,56 @@ fn our_own_leaf_needs_no_more_than_a_peers() {
     assert!(make(std::slice::from_ref(&new.pem), 0).is_ok());
     let error = make(&[old.pem], 0).unwrap_err().to_string();
     assert!(error.contains("has expired"), "{error}");
+}
+
+/// Those of our own trust domain, and those of another.
+fn two_domains(ours: &[&str], theirs: &[&str]) -> TrustStores {
+    let provider = Arc::new(crate::tls::policy::provider(crate::tls::Aead::detect()));
+    let mut stores = TrustStores::new(TRUST_DOMAIN.into(), trust(ours), provider);
+    stores.by_domain.insert("other.consul".into(), Arc::new(trust(theirs)));
+    stores
+}
+
+#[test]
+fn roots_vouch_for_identities_of_their_own_trust_domain_alone() {
+    const THERE: &str = "spiffe://other.consul/ns/default/dc/dc9/svc/web";
+    const NOWHERE: &str = "spiffe://unknown.consul/ns/default/dc/dc9/svc/web";
+    let (ours, theirs) = (Ca::new(), Ca::new());
+    let mut credentials = ours.credentials("db");
+    credentials.trust = Arc::new(two_domains(&[&ours.pem], &[&theirs.pem]));
+    let here = uri("web");
+    let client = |ids: &[&str]| {
+        let expected = ids.iter().map(|id| SpiffeId::parse(id).unwrap()).collect();
+        credentials.client("web.mesh", expected, &[])
+    };
+    let error = client(&[&here, NOWHERE]).unwrap_err().to_string();
+    assert!(error.contains("no root certificate is known of the trust domain of spiffe://unknown.consul/"), "{error}");
+    let client = client(&[&here, THERE]).unwrap();
+    let server = credentials.server(&[]).unwrap();
+    let shown = |ca: &Ca, id: &str| chain(&[&ca.leaf_with(&[id], -60, HOUR).cert_pem]);
+    for (ca, id, proves) in
+        [(&ours, &*here, true), (&theirs, THERE, true), (&theirs, &*here, false), (&ours, THERE, false)]
+    {
+        let found = client.authenticate(Some(&shown(ca, id)), SystemTime::now()).map(|peer| peer.id.to_string());
+        assert_eq!(found, if proves { Ok(id.to_owned()) } else { Err(PeerError::UnknownIssuer) }, "{id}");
+    }
+    // A claim to a trust domain without roots: our own say whether the peer is a stranger.
+    let refused = |ca: &Ca, id: &str| server.authenticate(Some(&shown(ca, id)), SystemTime::now()).unwrap_err();
+    let of_another_domain = |id: &str| PeerError::TrustDomain(Box::new(SpiffeId::parse(id).unwrap()));
+    assert_eq!(refused(&ours, NOWHERE), of_another_domain(NOWHERE));
+    assert_eq!(refused(&theirs, NOWHERE), PeerError::UnknownIssuer);
+    assert_eq!(refused(&theirs, &here), PeerError::UnknownIssuer);
+    assert_eq!(refused(&ours, THERE), PeerError::UnknownIssuer);
+    // To know the roots of another trust domain lets nobody of it in.
+    assert_eq!(refused(&theirs, THERE), of_another_domain(THERE));
+}
+
+#[test]
+fn our_own_roots_become_fewer_and_those_of_others_stay() {
+    let (old, new, theirs) = (Ca::new(), Ca::new(), Ca::new());
+    let stores = two_domains(&[&old.pem, &new.pem], &[&theirs.pem]);
+    let left = stores.only(&chain(&[&new.pem])).unwrap();
+    assert!(left.roots().eq(&chain(&[&new.pem, &theirs.pem])));
+    assert_eq!(left.subjects().len(), 2);
+    assert!(left.only(&chain(&[&new.pem])).is_none());
 }
