@@ -9,7 +9,7 @@ use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType}
 
 use lictor::snapshot::{
     Address, Bind, Chain, Endpoint, Endpoints, Host, Limits, Node, OutboundKey, OutboundListener, PassiveHealthCheck,
-    Protocol, RequestSettings, Resolver, Snapshot, Target, Upstream,
+    Protocol, RequestSettings, Resolver, Snapshot, Target, Transport, Upstream,
 };
 use lictor::tls::{Client, Credentials, Server, TUNNEL};
 
@@ -52,7 +52,7 @@ impl Mesh {
             id: "web.default.dc1".into(),
             service: "web".into(),
             datacenter: "dc1".into(),
-            tls: self.client(protocol)?,
+            transport: Transport::Mesh(self.client(protocol)?),
             connect_timeout: PATIENCE,
             endpoints: Arc::new(Endpoints { usable: vec![endpoint], registered: 1 }),
         };

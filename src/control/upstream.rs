@@ -10,7 +10,7 @@ use super::translate::definition::{Source, UpstreamPlan};
 use super::translate::endpoints::{self, Instance, View};
 use super::translate::{Bad, Notes};
 use crate::fetch::FetchRequests;
-use crate::snapshot::{Endpoints, OutboundKey, OutboundListener, Protocol, Target, Upstream};
+use crate::snapshot::{Endpoints, OutboundKey, OutboundListener, Protocol, Target, Transport, Upstream};
 use crate::tls::{self, Credentials, SpiffeId};
 
 /// What upstreams are built from, besides their own plans.
@@ -170,10 +170,10 @@ impl UpstreamDraft {
             let mut targets = built.chain.targets.iter().zip(&built.targets);
             targets.find(|(before, _)| *before == plan).map(|(_, target)| target)
         });
-        let before = before.filter(|target| target.tls.expected() == expected);
+        let before = before.filter(|target| target.tls().expected() == expected);
         match before {
             Some(target) if Arc::ptr_eq(&target.endpoints, &endpoints) => Ok(Arc::clone(target)),
-            Some(target) => Ok(Arc::new(new_target(plan, Arc::clone(&target.tls), endpoints))),
+            Some(target) => Ok(Arc::new(new_target(plan, Arc::clone(target.tls()), endpoints))),
             None => {
                 let tls = client(plan, expected.to_vec(), protocol, tunnel, credentials)?;
                 Ok(Arc::new(new_target(plan, tls, endpoints)))
@@ -294,7 +294,7 @@ fn new_target(plan: &TargetPlan, tls: Arc<tls::Client>, endpoints: Arc<Endpoints
         id: plan.id.clone(),
         service: plan.service.clone(),
         datacenter: plan.datacenter.clone(),
-        tls,
+        transport: Transport::Mesh(tls),
         connect_timeout: plan.connect_timeout,
         endpoints,
     }

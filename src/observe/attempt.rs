@@ -27,7 +27,7 @@ impl Destination {
     pub fn cluster(&self) -> Cow<'_, str> {
         match self {
             Self::LocalApp(_) => Cow::Borrowed("local_app"),
-            Self::Instance { target, .. } => target.tls.name().to_str(),
+            Self::Instance { target, .. } => target.tls().name().to_str(),
         }
     }
 

@@ -147,7 +147,7 @@ fn request_finished(record: &RequestRecord) {
 /// The name of a target in metrics, of what its SNI says: `v1.db.default.dc1.internal.<trust domain>`.
 #[must_use]
 pub fn target_name(target: &Target) -> TargetName {
-    let sni = target.tls.name().to_str();
+    let sni = target.tls().name().to_str();
     let unknown = || TargetName {
         service: target.service.clone(),
         datacenter: target.datacenter.clone(),

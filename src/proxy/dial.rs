@@ -10,8 +10,8 @@ use super::balance::{Balancer, Instance};
 use super::socket::Socket;
 use super::tunnel::{MeshStream, Refusal, Role};
 use crate::observe::{ConnectError, Event, Observer, Outcome};
-use crate::snapshot::Target;
-use crate::tls::{HandshakeError, SpiffeId, Stream};
+use crate::snapshot::{Target, Transport};
+use crate::tls::{self, HandshakeError, SpiffeId, Stream};
 
 /// The application protocols that a handshake is to offer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,7 +76,9 @@ pub(super) async fn attempt(
     let destination = instance.destination(target);
     observer.observe(Event::ConnectStarted(&destination));
     let started = Instant::now();
-    let result = shake_hands(target, instance, until, offer).await;
+    let result = match &target.transport {
+        Transport::Mesh(tls) => shake_hands(target, tls, instance, until, offer).await,
+    };
     let (took, connected) = (started.elapsed(), result.as_ref().map(drop));
     observer.observe(Event::ConnectEnded { destination: &destination, took, result: connected });
     result
@@ -84,6 +86,7 @@ pub(super) async fn attempt(
 
 async fn shake_hands(
     target: &Target,
+    tls: &tls::Client,
     instance: &Instance,
     until: Instant,
     offer: Offer,
@@ -98,19 +101,19 @@ async fn shake_hands(
     let bare = offer == Offer::Tunnel && instance.sessions().are_refused();
     let handshake = async {
         match offer {
-            Offer::Tunnel if bare => Stream::connect_without_alpn(socket, &target.tls).await,
-            Offer::All | Offer::Tunnel => Stream::connect(socket, &target.tls).await,
-            Offer::Http1 => Stream::connect(socket, &target.tls.offering(&[b"http/1.1"])).await,
+            Offer::Tunnel if bare => Stream::connect_without_alpn(socket, tls).await,
+            Offer::All | Offer::Tunnel => Stream::connect(socket, tls).await,
+            Offer::Http1 => Stream::connect(socket, &tls.offering(&[b"http/1.1"])).await,
         }
     };
     let error = match timeout_at(until, handshake).await {
-        Ok(Ok(mesh)) => match target.tls.authenticate(mesh.peer_certificates(), SystemTime::now()) {
+        Ok(Ok(mesh)) => match tls.authenticate(mesh.peer_certificates(), SystemTime::now()) {
             Ok(peer) => return Ok((mesh, peer.id)),
             Err(error) => ConnectError::Peer(Arc::new(error)),
         },
         Ok(Err(error)) if error.is_lack_of_protocol() && offer == Offer::Tunnel && !bare => {
             instance.sessions().refuse();
-            return Box::pin(shake_hands(target, instance, until, offer)).await;
+            return Box::pin(shake_hands(target, tls, instance, until, offer)).await;
         }
         Ok(Err(HandshakeError::Io(error))) => return Err(ConnectError::HandshakeBroken(Arc::new(error))),
         Ok(Err(error)) => ConnectError::Handshake(Arc::new(error)),
@@ -134,7 +137,7 @@ pub(super) async fn connect(
     until: Instant,
     observer: &Observer,
 ) -> Result<(MeshStream<Socket>, Arc<SpiffeId>), Unconnected> {
-    if let Some(begun) = instance.sessions().start(&target.tls, until).await {
+    if let Some(begun) = instance.sessions().start(target.tls(), until).await {
         return begun.map_err(Unconnected::Refused);
     }
     let (tls, peer) = attempt(target, instance, until, Offer::Tunnel, observer).await?;

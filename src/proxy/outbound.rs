@@ -290,14 +290,14 @@ async fn connect_target(
     if race.is_on() {
         let (state, target) = (state.clone(), Arc::clone(target));
         race.finish(move |ended| match ended {
-            Ok(Won { mesh, instance, .. }) => probe::spare(mesh, &target.tls, instance.get()),
+            Ok(Won { mesh, instance, .. }) => probe::spare(mesh, target.tls(), instance.get()),
             Err(Failure { instance, .. }) => probe::begin(&state, &target, &instance, clock),
         });
     }
     match (won, &reasons[..]) {
         (Some(Won { mesh, peer, instance, attempt }), _) => {
             record.attempt(attempt);
-            Ok(Connected { mesh, tls: Arc::clone(&target.tls), peer, instance, permit })
+            Ok(Connected { mesh, tls: Arc::clone(target.tls()), peer, instance, permit })
         }
         (None, []) => {
             balancer.observer().observe(Event::NoInstance(balancer.stats()));

@@ -79,7 +79,7 @@ fn probe(target: &Arc<Target>, balancer: &Balancer, instance: &Arc<Instance>, ht
         } else {
             match dial::connect(&target, &instance, until, &observer).await {
                 Ok((mesh, _)) => {
-                    spare(mesh, &target.tls, &instance);
+                    spare(mesh, target.tls(), &instance);
                     true
                 }
                 Err(Unconnected::Refused(refusal)) => refusal == Refusal::Denied,

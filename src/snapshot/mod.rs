@@ -41,7 +41,7 @@ pub use permission::{
 };
 pub use protocol::Protocol;
 pub use request::{HeaderMatch, RequestView, Text, ValueTest};
-pub use resolver::{REQUEST_TIMEOUT, Resolver, Target};
+pub use resolver::{REQUEST_TIMEOUT, Resolver, Target, Transport};
 pub use route::{
     BadEdit, Edits, Failure, IDLE_TIMEOUT, Leg, Next, Node, PathMatch, QueryMatch, QueryTest, RetryOn, RetryPolicy,
     Route, RouteMatch, Routed, Splitter,

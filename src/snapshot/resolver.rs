@@ -36,11 +36,30 @@ pub struct Target {
     pub id: String,
     pub service: String,
     pub datacenter: String,
-    /// Ready to shake hands as us with this target: our leaf, its SNI, the identities it may show.
-    pub tls: Arc<tls::Client>,
+    /// How its instances are reached.
+    pub transport: Transport,
     /// TCP and TLS connect, per endpoint; Consul's default is 5 s.
     pub connect_timeout: Duration,
     pub endpoints: Arc<Endpoints>,
+}
+
+impl Target {
+    /// Shakes hands with its instances. Its name, the SNI, is also what Envoy calls the cluster.
+    #[must_use]
+    pub fn tls(&self) -> &Arc<tls::Client> {
+        match &self.transport {
+            Transport::Mesh(tls) => tls,
+        }
+    }
+}
+
+/// How the instances of a target are reached. Another way to reach them (plain TCP, TLS that is not the mesh's) is another
+/// variant here, and another arm of `attempt` in `proxy/dial.rs`.
+#[derive(Debug, Clone)]
+pub enum Transport {
+    /// Mesh TLS, ready to shake hands as us: our leaf, the target's SNI, and the identities that its instances may show.
+    /// The trust domain of those identities says which roots vouch for them.
+    Mesh(Arc<tls::Client>),
 }
 
 /// For the log.

@@ -102,7 +102,7 @@ pub(super) fn message(name: &str, cluster: &Cluster<'_>) -> Value {
 }
 
 fn target_fields(target: &Target, upstream: &Upstream) -> Value {
-    let names = target.tls.expected().iter();
+    let names = target.tls().expected().iter();
     let names = names.map(|id| json!({ "san_type": "URI", "matcher": { "exact": id.to_string() } }));
     let health = &upstream.passive_health_check;
     let mut outliers = json!({
@@ -124,7 +124,7 @@ fn target_fields(target: &Target, upstream: &Upstream) -> Value {
             "name": "tls",
             "typed_config": {
                 "@type": format!("{TYPES}extensions.transport_sockets.tls.v3.UpstreamTlsContext"),
-                "sni": target.tls.name().to_str(),
+                "sni": target.tls().name().to_str(),
                 "common_tls_context": {
                     "tls_certificates": [{ "private_key": { "inline_string": "[redacted]" } }],
                     "validation_context": { "match_typed_subject_alt_names": names.collect::<Vec<_>>() },

@@ -460,7 +460,7 @@ impl<'a> Current<'a> {
 
     /// A connection that is there.
     fn reuse(&self, picked: &Picked) -> Option<PooledConnection> {
-        picked.instance().pool().reuse(&PoolKey::Mesh(Arc::clone(&self.target.tls)))
+        picked.instance().pool().reuse(&PoolKey::Mesh(Arc::clone(self.target.tls())))
     }
 
     /// Counts the request among those that wait for a connection.

@@ -53,7 +53,7 @@ impl Dial {
             let (mesh, _) = attempt(&self.target, instance, self.until, Offer::Http1, self.balancer.observer()).await?;
             return Pool::connect_once(Wire::tls(mesh), open).await;
         }
-        let pool_key = PoolKey::Mesh(Arc::clone(&self.target.tls));
+        let pool_key = PoolKey::Mesh(Arc::clone(self.target.tls()));
         match instance.pool().connect(&pool_key, self.dial(instance, || permit().map(Some))).await {
             // As in Envoy, requests wait for one of the connections, and each instance may have one.
             Err(NoConnection::Overflow(_)) if self.may_wait => match instance.pool().borrow(&pool_key).await {

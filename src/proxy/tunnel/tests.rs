@@ -10,7 +10,9 @@ use tokio::time::timeout;
 use super::*;
 use crate::drain::Stage;
 use crate::proxy::fixture::*;
-use crate::snapshot::{Action, InboundListener, LocalApp, Node, Protocol, Resolver, Service, Target, Upstream};
+use crate::snapshot::{
+    Action, InboundListener, LocalApp, Node, Protocol, Resolver, Service, Target, Transport, Upstream,
+};
 use crate::testing::ca::{TRUST_DOMAIN, uri};
 use crate::tls::{Credentials, Parameters, Policy, TUNNELS, Versions};
 
@@ -468,7 +470,7 @@ fn change_target(upstream: &mut Upstream, change: impl FnOnce(&mut Target)) {
         id: old.id.clone(),
         service: old.service.clone(),
         datacenter: old.datacenter.clone(),
-        tls: Arc::clone(&old.tls),
+        transport: old.transport.clone(),
         connect_timeout: old.connect_timeout,
         endpoints: Arc::clone(&old.endpoints),
     };
@@ -486,7 +488,7 @@ async fn a_certificate_that_has_expired_opens_nothing_more() {
     let mut expiring = upstream(Protocol::Tcp, &[pair.gate.at]);
     let expected = vec![SpiffeId::parse(&uri("db")).unwrap()];
     let tls = credentials.client("db.x.consul", expected, TUNNELS).unwrap();
-    change_target(&mut expiring, |target| target.tls = tls);
+    change_target(&mut expiring, |target| target.transport = Transport::Mesh(tls));
     pair.gate.count();
     pair.client.snapshot.send_replace(Some(Arc::new(with_upstream(pair.at, expiring))));
     eventually("its sessions are in use", async || pair.reaches().await && pair.gate.count() > 0).await;

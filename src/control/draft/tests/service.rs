@@ -65,8 +65,8 @@ fn rotation_replaces_credentials_and_keeps_all_else() {
     stage.leaf("web", new.leaf("web")).unwrap();
     let after = stage.publishes();
     let (before, both, after) = (targets(&before, "db"), targets(&both, "db"), targets(&after, "db"));
-    assert!(!Arc::ptr_eq(&before[0].tls, &both[0].tls));
-    assert!(!Arc::ptr_eq(&both[0].tls, &after[0].tls));
+    assert!(!Arc::ptr_eq(before[0].tls(), both[0].tls()));
+    assert!(!Arc::ptr_eq(both[0].tls(), after[0].tls()));
     assert!(Arc::ptr_eq(&before[0].endpoints, &after[0].endpoints));
 }
 

@@ -40,7 +40,7 @@ fn a_change_of_endpoints_changes_nothing_else() {
     assert!(Arc::ptr_eq(upstream(&before, "cache").unwrap(), upstream(&after, "cache").unwrap()));
     let (before, after) = (targets(&before, "db"), targets(&after, "db"));
     assert!(!Arc::ptr_eq(&before[0], &after[0]));
-    assert!(Arc::ptr_eq(&before[0].tls, &after[0].tls));
+    assert!(Arc::ptr_eq(before[0].tls(), after[0].tls()));
     assert!(Arc::ptr_eq(&before[1], &after[1]));
     assert_eq!(addresses(&after[0]), ["10.0.0.5:21001", "10.0.0.6:21001"]);
 
@@ -171,7 +171,7 @@ fn a_service_may_show_the_name_that_its_instances_were_registered_with() {
         let snapshot = stage.publishes();
         let upstream = &snapshot.outbound.values().next().unwrap().upstream;
         let target = upstream.chain.targets().next().unwrap();
-        target.tls.expected().iter().map(|id| id.service.clone()).collect::<Vec<_>>()
+        target.tls().expected().iter().map(|id| id.service.clone()).collect::<Vec<_>>()
     };
     assert_eq!(expected(&mut stage, &["PayApi", "PAYAPI", "payapi"]), ["payapi", "PAYAPI", "PayApi"]);
     assert_eq!(expected(&mut stage, &["PayApi", "payapi2", "other", ""]), ["payapi", "PayApi"]);
@@ -235,7 +235,7 @@ fn a_prepared_query_is_one_target_wherever_its_rows_are() {
     stage.apply(answer(&[instance], "dc2")).unwrap();
     let far = only(&stage.publishes());
     assert_eq!(addresses(&far), ["203.0.113.5:443"]);
-    assert!(!Arc::ptr_eq(&near.tls, &far.tls));
+    assert!(!Arc::ptr_eq(near.tls(), far.tls()));
     stage.apply(Update::Failed(Query::PreparedQuery(query.clone()))).unwrap();
     stage.publishes_nothing();
 }
@@ -255,5 +255,5 @@ fn without_the_tunnel_upstreams_that_flags_define_offer_none() {
     stage.apply(Update::Chain(query, Box::new(read(chain(&["db.dc1"]))))).unwrap();
     stage.endpoints("db.dc1", &[row("10.0.0.5", 21001)]);
     let snapshot = stage.publishes();
-    assert_eq!(targets(&snapshot, "db")[0].tls.config().alpn_protocols, Vec::<Vec<u8>>::new());
+    assert_eq!(targets(&snapshot, "db")[0].tls().config().alpn_protocols, Vec::<Vec<u8>>::new());
 }

@@ -74,7 +74,7 @@ fn nothing_is_published_before_the_mesh_entry_is_known_and_its_changes_are() {
     stage.mesh(Some(json!({ "TLS": tls })));
     let strict = stage.publishes();
     assert!(!Arc::ptr_eq(&published(&strict).service.tls, &public.service.tls));
-    assert!(!Arc::ptr_eq(&targets(&strict, "db")[0].tls, &targets(&now, "db")[0].tls));
+    assert!(!Arc::ptr_eq(targets(&strict, "db")[0].tls(), targets(&now, "db")[0].tls()));
     stage.mesh(Some(json!({ "TLS": tls })));
     stage.publishes_nothing();
     // A rotation keeps to it.
