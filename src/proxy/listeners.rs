@@ -268,3 +268,115 @@ const RETRY_FIRST: Duration = Duration::from_millis(10);
 const RETRY_LAST: Duration = Duration::from_secs(5);
 /// Together some 150 ms.
 const QUIET_ATTEMPTS: u32 = 5;
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::*;
+
+    /// A listener by its port, in one of its versions.
+    #[derive(Debug)]
+    struct Plain {
+        bind: Bind,
+        version: u32,
+    }
+
+    impl ListenerConfig for Plain {
+        type Part = Self;
+
+        fn name(_: &Self) -> &str {
+            "plain"
+        }
+
+        fn scope(_: &Self, _: &str) -> scope::Listener {
+            scope::Listener::Public
+        }
+
+        fn bind(part: &Self) -> &Bind {
+            &part.bind
+        }
+
+        fn new(part: &Arc<Self>, _: Option<&Self>, _: &Observer) -> Arc<Self> {
+            Arc::clone(part)
+        }
+
+        fn is_made_of(&self, part: &Arc<Self>) -> bool {
+            std::ptr::eq(self, &raw const **part)
+        }
+
+        fn protocol(&self) -> Protocol {
+            Protocol::Tcp
+        }
+    }
+
+    fn plain(port: u16, version: u32) -> Arc<Plain> {
+        Arc::new(Plain { bind: Bind::Tcp((Ipv4Addr::LOCALHOST, port).into()), version })
+    }
+
+    fn wanted(listeners: &[&Arc<Plain>]) -> BTreeMap<Bind, Arc<Plain>> {
+        listeners.iter().map(|listener| (listener.bind.clone(), Arc::clone(listener))).collect()
+    }
+
+    /// A connection of a running listener.
+    type Connection = watch::Receiver<ListenerState<Plain>>;
+
+    /// A set whose listeners run, though nothing is bound, with one connection of each.
+    fn running<const N: usize>(listeners: [&Arc<Plain>; N]) -> (Set<Bind, Plain>, [Connection; N]) {
+        let mut set = Set::default();
+        let connections = listeners.map(|listener| {
+            let (live, connection) =
+                watch::channel(ListenerState { config: Arc::clone(listener), stage: Stage::Running });
+            let bind = listener.bind.clone();
+            let stats = Arc::new(ListenerStats::new(scope::Listener::Public, bind.to_string(), false));
+            let running = Running { name: "plain".into(), bind: bind.clone(), live, stats, socket_file: None };
+            set.running.insert(bind, running);
+            connection
+        });
+        (set, connections)
+    }
+
+    fn goes_by(connection: &Connection, config: &Arc<Plain>, stage: Stage) -> bool {
+        let state = connection.borrow();
+        Arc::ptr_eq(&state.config, config) && state.stage == stage
+    }
+
+    #[test]
+    fn retired_listeners_follow_what_comes_after_them_until_their_connections_end() {
+        let (stays, goes) = (plain(1, 1), plain(2, 1));
+        let (mut set, [of_stays, mut of_goes]) = running([&stays, &goes]);
+        set.retire(&wanted(&[&stays]));
+        assert!(goes_by(&of_stays, &stays, Stage::Running) && goes_by(&of_goes, &goes, Stage::Draining));
+        // Another takes its place. It is asked for those alone that have retired.
+        let after = plain(3, 2);
+        set.update_retired(|retired| (retired.version == 1).then_some(&after));
+        assert!(goes_by(&of_stays, &stays, Stage::Running) && goes_by(&of_goes, &after, Stage::Draining));
+        of_goes.mark_unchanged();
+        // Nothing follows, or the same again: that concerns no connection.
+        set.update_retired(|_| None);
+        set.update_retired(|_| Some(&after));
+        assert!(!of_goes.has_changed().unwrap() && goes_by(&of_goes, &after, Stage::Draining));
+        assert_eq!((set.users(), set.retired.len()), (2, 1));
+        drop(of_goes);
+        set.retire(&wanted(&[&stays]));
+        assert_eq!((set.users(), set.retired.len()), (1, 0));
+    }
+
+    #[test]
+    fn all_listeners_follow_once_all_have_retired_and_none_starts_again() {
+        let (one, two) = (plain(1, 1), plain(2, 1));
+        let (mut set, [of_one, of_two]) = running([&one, &two]);
+        set.advance(Stage::Draining);
+        set.retire_all();
+        let (next_one, next_two) = (plain(1, 2), plain(2, 2));
+        let next = wanted(&[&next_one, &next_two]);
+        set.update_retired(|retired| next.get(&retired.bind));
+        assert!(goes_by(&of_one, &next_one, Stage::Draining) && goes_by(&of_two, &next_two, Stage::Draining));
+        set.advance(Stage::Closing);
+        assert!(goes_by(&of_one, &next_one, Stage::Closing) && goes_by(&of_two, &next_two, Stage::Closing));
+        // A stage never goes back.
+        set.advance(Stage::Draining);
+        assert!(goes_by(&of_two, &next_two, Stage::Closing));
+        assert!(set.running.is_empty());
+    }
+}

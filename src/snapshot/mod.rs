@@ -232,3 +232,58 @@ impl Default for PassiveHealthCheck {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::ca::Ca;
+
+    fn listener(tls: &Arc<tls::Server>, service: &str, port: u16) -> Arc<InboundListener> {
+        let loopback = std::net::Ipv4Addr::LOCALHOST;
+        let service = Service {
+            name: service.into(),
+            protocol: Protocol::Tcp,
+            tls: Arc::clone(tls),
+            intentions: Arc::new(Intentions::new(
+                vec![],
+                DefaultPolicy { action: Action::Deny, source: "test".into() },
+            )),
+            local_app: LocalApp::Tcp(Address { host: Host::Ip(loopback.into()), port: 80 }),
+            local_connect_timeout: Duration::from_secs(5),
+            local_request_timeout: None,
+            local_idle_timeout: None,
+            normalization: Normalization::default(),
+            upgrades: Upgrades::default(),
+            sanitize_forwarded_cert: false,
+            expose_cause: false,
+            token_providers: Arc::default(),
+        };
+        Arc::new(InboundListener {
+            bind: Bind::Tcp((loopback, port).into()),
+            handshake_timeout: Duration::from_secs(10),
+            max_connections: None,
+            service: Arc::new(service),
+        })
+    }
+
+    #[test]
+    fn connections_of_a_stopped_listener_go_by_what_holds_for_their_service() {
+        let tls = Ca::new().credentials("web").server(&[]).unwrap();
+        let listener = |service: &str, port| listener(&tls, service, port);
+        let (web, api, former) = (listener("web", 1), listener("api", 2), listener("former", 3));
+        let both = Snapshot {
+            inbound: [&api, &web].map(|listener| (listener.bind.clone(), Arc::clone(listener))).into(),
+            former_inbound: vec![Arc::clone(&former)],
+            ..Snapshot::default()
+        };
+        // Each listener was elsewhere before.
+        for (retired, now) in [("web", &web), ("api", &api), ("former", &former)] {
+            let successor = both.successor(&listener(retired, 9)).unwrap();
+            assert!(Arc::ptr_eq(successor, now), "{retired}: {successor:?}");
+        }
+        // The service that stands alone has another name now.
+        let renamed = Snapshot { former_inbound: vec![Arc::clone(&web)], ..Snapshot::default() };
+        assert!(Arc::ptr_eq(renamed.successor(&api).unwrap(), &web));
+        assert!(Snapshot::default().successor(&api).is_none());
+    }
+}
