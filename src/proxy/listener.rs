@@ -27,6 +27,11 @@ pub(super) struct ListenerState<P> {
 }
 
 /// A connection that was accepted, and what it goes by.
+///
+/// A listener that the kernel redirects connections to (`iptables -j REDIRECT`) needs the address that the app dialled:
+/// `SO_ORIGINAL_DST` of the accepted socket, which `socket2::SockRef` reads (`original_dst_v4`, `original_dst_v6`). The
+/// `serve` of that kind of listener is to read it, before the first byte. No other kind has one, so that it is no field
+/// here and costs no other listener a system call.
 pub(super) struct Accepted<P> {
     pub socket: Socket,
     /// `None` for a Unix socket.
