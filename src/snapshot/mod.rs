@@ -6,7 +6,10 @@
 mod address;
 mod authority;
 mod chain;
+mod edits;
 mod exposed;
+#[cfg(test)]
+mod fixture;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod hash;
@@ -18,7 +21,9 @@ mod permission;
 mod protocol;
 mod request;
 mod resolver;
+mod retry;
 mod route;
+mod route_match;
 mod upgrade;
 
 use std::collections::BTreeMap;
@@ -27,6 +32,7 @@ use std::time::Duration;
 
 pub use address::{Address, Bind, Endpoint, Endpoints, Host, LocalApp};
 pub use chain::Chain;
+pub use edits::{BadEdit, Edits};
 pub use exposed::{Exposed, ExposedPath};
 pub use hash::{
     CookieAttributes, CookieSource, HashPolicy, HashSource, HashTable, LoadBalancer, MAXIMUM_RING, MINIMUM_RING,
@@ -42,10 +48,9 @@ pub use permission::{
 pub use protocol::Protocol;
 pub use request::{HeaderMatch, RequestView, Text, ValueTest};
 pub use resolver::{REQUEST_TIMEOUT, Resolver, Target, Transport};
-pub use route::{
-    BadEdit, Edits, Failure, IDLE_TIMEOUT, Leg, Next, Node, PathMatch, QueryMatch, QueryTest, RetryOn, RetryPolicy,
-    Route, RouteMatch, Routed, Splitter,
-};
+pub use retry::{Failure, RetryOn, RetryPolicy};
+pub use route::{IDLE_TIMEOUT, Leg, Next, Node, Route, Routed, Splitter};
+pub use route_match::{PathMatch, QueryMatch, QueryTest, RouteMatch};
 pub use upgrade::Upgrades;
 
 use crate::fetch::FetchRequest;
