@@ -180,7 +180,7 @@ impl Session {
     async fn first(mut self, mut record: Record) -> Option<Connection> {
         if self.mesh.is_free() {
             // As a rule it is asked for together with the end of the handshake.
-            match timeout(FIRST_TIME, self.mesh.asked()).await {
+            match timeout(FIRST_TIME, self.mesh.requested()).await {
                 Ok(Ok(())) => {}
                 Ok(Err(_)) => {
                     record.finish(Outcome::Unused, "no connection was asked for");
@@ -314,7 +314,7 @@ impl Session {
         tokio::select! {
             biased;
             () = unfit(live, peer) => false,
-            asked = timeout(tunnel::SERVER_IDLE_TIME, mesh.asked()) => matches!(asked, Ok(Ok(()))),
+            requested = timeout(tunnel::SERVER_IDLE_TIME, mesh.requested()) => matches!(requested, Ok(Ok(()))),
         }
     }
 }

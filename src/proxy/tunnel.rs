@@ -98,7 +98,8 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> MeshStream<IO> {
     /// Whether the connection has ended cleanly in both directions and the session may carry another.
     #[must_use]
     pub fn is_free(&self) -> bool {
-        let free = |framing: &Framing| framing.ended && matches!(framing.incoming.phase, Phase::Ended | Phase::Asked);
+        let free =
+            |framing: &Framing| framing.ended && matches!(framing.incoming.phase, Phase::Ended | Phase::Requested);
         self.tls.read_side() == ReadSide::Open && self.framing.as_ref().is_some_and(free)
     }
 
@@ -122,11 +123,11 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> MeshStream<IO> {
         Ok(Ok(()))
     }
 
-    /// Waits until the client asks for another connection on a session that is free.
+    /// Waits until the client requests another connection on a session that is free.
     ///
     /// # Errors
     /// The session is of no use any more, for which the end of it is the usual reason.
-    pub async fn asked(&mut self) -> io::Result<()> {
+    pub async fn requested(&mut self) -> io::Result<()> {
         let Self { tls, framing: Some(framing) } = self else { return Err(io::ErrorKind::Unsupported.into()) };
         framing.read_until(tls, |phase| phase != Phase::Ended).await
     }
@@ -137,7 +138,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> MeshStream<IO> {
     /// Those of the session.
     pub async fn accept(&mut self) -> io::Result<()> {
         match &mut self.framing {
-            Some(framing) if framing.incoming.phase == Phase::Asked => {
+            Some(framing) if framing.incoming.phase == Phase::Requested => {
                 framing.ended = false;
                 framing.incoming.phase = Phase::Carrying;
                 send(&mut self.tls, &START.to_be_bytes()).await
@@ -149,7 +150,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> MeshStream<IO> {
     /// Answers why the connection that was asked for does not begin, where the client's version knows of that. The
     /// caller closes the session.
     pub async fn refuse(&mut self, refusal: Refusal) {
-        if let Some(Framing { asks: true, incoming: Incoming { phase: Phase::Asked, .. }, .. }) = self.framing {
+        if let Some(Framing { asks: true, incoming: Incoming { phase: Phase::Requested, .. }, .. }) = self.framing {
             let mut answer = [REFUSED.to_be_bytes(), 1_u32.to_be_bytes()].concat();
             answer.push(refusal.code());
             // A client that it does not reach makes do with the end of the session.
@@ -360,7 +361,7 @@ enum Phase {
     /// Of the connection, and no other has begun.
     Ended,
     /// At the server: the client wants another connection and waits for the answer.
-    Asked,
+    Requested,
     /// At the client: it waits for the answer.
     Awaiting,
     /// At the client: none begins, and the reason follows.
@@ -421,7 +422,7 @@ impl Incoming {
     fn turn(&mut self, header: u32) {
         self.phase = match (self.phase, header) {
             (Phase::Carrying, END) => Phase::Ended,
-            (Phase::Ended, START) if self.role == Role::Server => Phase::Asked,
+            (Phase::Ended, START) if self.role == Role::Server => Phase::Requested,
             (Phase::Awaiting, START) => Phase::Carrying,
             (Phase::Awaiting, REFUSED) if self.asks => Phase::Refusing,
             (Phase::Refusing, length @ 1..=REASON) => {

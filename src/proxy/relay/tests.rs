@@ -67,7 +67,7 @@ async fn session<T: AsyncRead + AsyncWrite + Unpin>(role: Role, alpn: &[&[u8]], 
         match role {
             Role::Client => mesh.start().await.unwrap().unwrap(),
             Role::Server => {
-                mesh.asked().await.unwrap();
+                mesh.requested().await.unwrap();
                 mesh.accept().await.unwrap();
             }
         }

@@ -52,7 +52,7 @@ impl Peer {
 /// Our side begins the next connection as soon as it can: the server answers, the client asks.
 fn another(role: Role, phase: Phase) -> Phase {
     match (role, phase) {
-        (Role::Server, Phase::Asked) => Phase::Carrying,
+        (Role::Server, Phase::Requested) => Phase::Carrying,
         (Role::Client, Phase::Ended) => Phase::Awaiting,
         _ => phase,
     }
@@ -96,7 +96,7 @@ impl Reference {
         let may_ask = self.role == Role::Server && self.phase == Phase::Ended;
         let is_answer = self.phase == Phase::Awaiting;
         self.phase = match number {
-            START if may_ask => Phase::Asked,
+            START if may_ask => Phase::Requested,
             START if is_answer => Phase::Carrying,
             REFUSED if is_answer && self.asks => Phase::Refusing,
             END if self.phase == Phase::Carrying => Phase::Ended,

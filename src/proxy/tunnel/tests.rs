@@ -33,11 +33,11 @@ fn pieces_are_put_together_however_they_are_cut() {
         let (mut incoming, mut opened) = (Incoming::new(Role::Server, asks), Vec::new());
         if asks {
             start.chunks(cut).for_each(|part| incoming.take(part, &mut opened));
-            assert!(incoming.phase == Phase::Asked && opened.is_empty(), "cut at {cut}");
+            assert!(incoming.phase == Phase::Requested && opened.is_empty(), "cut at {cut}");
             incoming.phase = Phase::Carrying;
         }
         first.chunks(cut).for_each(|part| incoming.take(part, &mut opened));
-        assert!(incoming.phase == Phase::Asked && opened == [b"a", &long[..], b"bc"].concat(), "cut at {cut}");
+        assert!(incoming.phase == Phase::Requested && opened == [b"a", &long[..], b"bc"].concat(), "cut at {cut}");
         (incoming.phase, opened) = (Phase::Carrying, Vec::new());
         second.chunks(cut).for_each(|part| incoming.take(part, &mut opened));
         assert!(incoming.phase == Phase::Ended && opened == b"second", "cut at {cut}");
