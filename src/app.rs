@@ -109,7 +109,7 @@ async fn told_to_end(signals: &mut Signals, commands: &mut mpsc::Receiver<Comman
             () = signals.next() => return,
             Some(command) = commands.recv() => match command {
                 Command::Quit => return,
-                Command::Drain { .. } => trigger.advance(Stage::Draining),
+                Command::Drain => trigger.advance(Stage::Draining),
             },
         }
     }

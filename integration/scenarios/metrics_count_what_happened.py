@@ -98,6 +98,7 @@ def test_requests_are_counted_on_both_sides(mesh):
         assert of("envoy_cluster_retry_upstream_rq_xx", envoy_response_code_class="5", **cluster) == 4
         assert (of("envoy_cluster_upstream_rq_retry", **cluster), of("envoy_cluster_upstream_rq_retry_success", **cluster)) == (4, 2)
         assert of("envoy_cluster_upstream_rq_timeout", **cluster) == 2
+        assert now("envoy_cluster_ssl_handshake", **cluster) >= 1
         assert (now("envoy_http_downstream_rq_active", **upstream), now("envoy_cluster_membership_healthy", **cluster)) == (0, 1)
     eventually_counts(web, on_web)
 

@@ -30,6 +30,8 @@ def test_probes_and_the_level_of_the_log_are_set_by_post_alone(mesh):
     assert web.admin("/healthcheck/fail", "POST").body == b"OK\n"
     assert (web.admin("/ready").status, web.admin("/ready").body) == (503, b"DRAINING\n")
     web.admin("/healthcheck/ok", "POST")
+    # It would stop the app's own connections, too.
+    assert web.admin("/drain_listeners?inboundonly&graceful", "POST").status == 501 and is_listening(web.public)
     assert web.admin("/ready").status == 200
     assert web.admin("/logging", "POST").body == b"active loggers:\n  lictor: info\n"
     assert web.admin("/logging?level=debug", "POST").body == b"active loggers:\n  lictor: debug\n"

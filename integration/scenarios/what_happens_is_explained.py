@@ -4,6 +4,7 @@ import hashlib
 import base64
 import json
 import re
+import socket
 
 from mesh import ask, eventually
 from mesh.service import admin_port
@@ -89,3 +90,22 @@ def test_the_state_is_told_each_second(mesh):
             if line.startswith(b"data: "):
                 states.append(json.loads(line[6:]))
     assert states[0]["sidecar"]["service"] == web.name and states[1]["time"] > states[0]["time"]
+
+
+def test_those_who_look_on_leave_room_for_probes(mesh):
+    web = mesh.service("web")
+    port = admin_port(web.process)
+    looking = [mesh.keep(socket.create_connection(("127.0.0.1", port))) for _ in range(16)]
+    for each in looking:
+        each.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert b"200" in each.recv(100)
+    assert ask(port, "/events").status == 503 and ask(port, "/ready").status == 200
+    for each in looking:
+        each.close()
+    eventually(lambda: b"200" in first_bytes(port))
+
+
+def first_bytes(port):
+    with socket.create_connection(("127.0.0.1", port)) as one:
+        one.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        return one.recv(100)

@@ -3,21 +3,21 @@
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
-use std::task::{Context, Poll};
 
 use anyhow::Context as _;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio_util::either::Either;
 
-use super::guard;
 use crate::config::AdminBind;
 
 /// How many ports after a default one that is taken are tried.
 const NEXT_PORTS: u16 = 1_000;
 
+/// A connection to the admin server.
+pub(super) type Connection = Either<TcpStream, UnixStream>;
+
 pub(super) enum Listener {
-    Tcp { listener: TcpListener, host: Option<String> },
+    Tcp(TcpListener),
     Unix { listener: UnixListener, path: SocketFile },
 }
 
@@ -73,7 +73,7 @@ pub(super) fn tcp(address: SocketAddr) -> anyhow::Result<Listener> {
         TcpListener::from_std(listener)
     });
     let listener = listener.with_context(|| format!("can't listen on {address} for the admin server"))?;
-    Ok(Listener::Tcp { listener, host: None })
+    Ok(Listener::Tcp(listener))
 }
 
 fn unix(path: &Path) -> anyhow::Result<Listener> {
@@ -92,66 +92,19 @@ impl Listener {
     /// As it is written in `-admin-bind`.
     pub(super) fn address(&self) -> String {
         match self {
-            Self::Tcp { listener, .. } => listener.local_addr().map_or_else(|_| String::new(), |at| at.to_string()),
+            Self::Tcp(listener) => listener.local_addr().map_or_else(|_| String::new(), |at| at.to_string()),
             Self::Unix { path, .. } => format!("unix://{}", path.0.display()),
         }
     }
 
     pub(super) async fn accept(&mut self) -> io::Result<Connection> {
         match self {
-            Self::Tcp { listener, host } => {
+            Self::Tcp(listener) => {
                 let (stream, _) = listener.accept().await?;
                 let _ = stream.set_nodelay(true);
-                Ok(Connection::Tcp { stream, host: host.clone() })
+                Ok(Either::Left(stream))
             }
-            Self::Unix { listener, .. } => Ok(Connection::Unix { stream: listener.accept().await?.0 }),
-        }
-    }
-}
-
-pub(super) enum Connection {
-    Tcp { stream: TcpStream, host: Option<String> },
-    Unix { stream: UnixStream },
-}
-
-impl Connection {
-    /// The host that requests may name beside addresses, for [`guard::check`].
-    pub(super) fn own_host(&self) -> Option<String> {
-        match self {
-            Self::Tcp { host, .. } => host.clone(),
-            Self::Unix { .. } => Some(guard::ANY_HOST.to_owned()),
-        }
-    }
-}
-
-impl AsyncRead for Connection {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Tcp { stream, .. } => Pin::new(stream).poll_read(cx, buf),
-            Self::Unix { stream } => Pin::new(stream).poll_read(cx, buf),
-        }
-    }
-}
-
-impl AsyncWrite for Connection {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Self::Tcp { stream, .. } => Pin::new(stream).poll_write(cx, buf),
-            Self::Unix { stream } => Pin::new(stream).poll_write(cx, buf),
-        }
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Tcp { stream, .. } => Pin::new(stream).poll_flush(cx),
-            Self::Unix { stream } => Pin::new(stream).poll_flush(cx),
-        }
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Tcp { stream, .. } => Pin::new(stream).poll_shutdown(cx),
-            Self::Unix { stream } => Pin::new(stream).poll_shutdown(cx),
+            Self::Unix { listener, .. } => Ok(Either::Right(listener.accept().await?.0)),
         }
     }
 }

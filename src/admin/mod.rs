@@ -2,7 +2,7 @@
 //!
 //! It looks on, and is above the data plane: `app` hands it what it reads ([`State`]). What only reads is GET; what
 //! changes something is POST. Envoy's paths answer in Envoy's shapes, as probes, `consul troubleshoot` and
-//! dashboards read them; ours are `/livez`, `/readyz`, `/metrics`, `/status` and `/debug/watches`.
+//! dashboards read them; ours are `/livez`, `/readyz`, `/metrics`, `/status` and `/explain`.
 
 mod certs;
 #[cfg(test)]
@@ -32,7 +32,9 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
+use tokio_util::either::Either;
 
+use self::guard::Hosts;
 use self::listen::Listener;
 use self::scrape::Tls;
 pub use self::state::{Command, State};
@@ -98,13 +100,16 @@ async fn serve(mut listener: Listener, scope: Scope, mut tls: Option<Tls>, state
             }
         };
         let state = Arc::clone(&state);
-        let own_host = connection.own_host();
+        let hosts = match (scope, &connection) {
+            (Scope::Admin, Either::Left(_)) => Hosts::Own,
+            _ => Hosts::Any,
+        };
         let acceptor = tls.as_mut().and_then(Tls::acceptor);
         tokio::spawn(async move {
             match acceptor {
-                None => serve_connection(connection, own_host, scope, state).await,
+                None => serve_connection(connection, hosts, scope, state).await,
                 Some(acceptor) => match timeout(HEAD_TIMEOUT, acceptor.accept(connection)).await {
-                    Ok(Ok(stream)) => serve_connection(stream, own_host, scope, state).await,
+                    Ok(Ok(stream)) => serve_connection(stream, hosts, scope, state).await,
                     Ok(Err(error)) => tracing::debug!(target: "admin", %error, "A scraper's TLS handshake failed"),
                     Err(_) => tracing::debug!(target: "admin", "A scraper's TLS handshake took too long"),
                 },
@@ -114,13 +119,13 @@ async fn serve(mut listener: Listener, scope: Scope, mut tls: Option<Tls>, state
     }
 }
 
-async fn serve_connection<S>(connection: S, own_host: Option<String>, scope: Scope, state: Arc<State>)
+async fn serve_connection<S>(connection: S, hosts: Hosts, scope: Scope, state: Arc<State>)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send,
 {
     let service = service_fn(|request| {
-        let (state, own_host) = (Arc::clone(&state), own_host.clone());
-        async move { Ok::<_, Infallible>(routes::answer(request, scope, own_host.as_deref(), &state).await) }
+        let state = Arc::clone(&state);
+        async move { Ok::<_, Infallible>(routes::answer(request, scope, hosts, &state).await) }
     });
     let mut http = hyper::server::conn::http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(64 * 1024);

@@ -7,21 +7,15 @@ use hyper::body::Incoming;
 use serde_json::json;
 use tracing::Level;
 
+use super::guard::Hosts;
 use super::query::{self, Query};
 use super::reply::{self, Reply};
 use super::state::{Command, Serving, State};
 use super::{Scope, certs, envoy, explain, guard, page, process, scrape, stats, status};
 
 /// Answers one request.
-pub(super) async fn answer(
-    request: Request<Incoming>,
-    scope: Scope,
-    own_host: Option<&str>,
-    state: &Arc<State>,
-) -> Reply {
-    // Metrics are scraped by whatever name a scraper has for this host, and there is nothing else to be had.
-    let own_host = if scope == Scope::Admin { own_host } else { Some(guard::ANY_HOST) };
-    if let Err(refusal) = guard::check(&request, own_host) {
+pub(super) async fn answer(request: Request<Incoming>, scope: Scope, hosts: Hosts, state: &Arc<State>) -> Reply {
+    if let Err(refusal) = guard::check(&request, hosts) {
         return reply::status(StatusCode::FORBIDDEN, refusal);
     }
     let path = request.uri().path();
@@ -40,15 +34,13 @@ pub(super) async fn answer(
         let paths = PAGES.iter().map(|page| format!("  {}: {}\n", page.path, page.about)).collect::<String>();
         return reply::status(StatusCode::NOT_FOUND, format!("There is no such path. There are:\n{paths}"));
     };
-    if path == "/events" {
-        return status::events(state);
-    }
     let is_post = request.method() == Method::POST;
     match page.give {
         // Envoy's readers take POST too, and `consul troubleshoot` sends it.
         Give::Read(read) if is_post || matches!(*request.method(), Method::GET | Method::HEAD) => read(state, &query),
+        Give::Stream(stream) if request.method() == Method::GET => stream(state),
         Give::Change(change) if is_post => change(state, &query),
-        Give::Read(_) => reply::method_not_allowed("GET"),
+        Give::Read(_) | Give::Stream(_) => reply::method_not_allowed("GET"),
         Give::Change(_) => reply::method_not_allowed("POST"),
     }
 }
@@ -70,13 +62,15 @@ struct Page {
 
 enum Give {
     Read(fn(&State, &Query) -> Reply),
+    /// Goes on without end.
+    Stream(fn(&Arc<State>) -> Reply),
     Change(fn(&State, &Query) -> Reply),
 }
 
 const PAGES: &[Page] = &[
     Page { path: "/", about: "the dashboard, for a browser", give: Give::Read(page::dashboard) },
     Page { path: "/status", about: "what this sidecar does, as JSON", give: Give::Read(status::status) },
-    Page { path: "/events", about: "the same each second, as server-sent events", give: Give::Read(status::status) },
+    Page { path: "/events", about: "the same each second, as server-sent events", give: Give::Stream(status::events) },
     Page {
         path: "/explain",
         about: "where a request goes: upstream=, method=, path=, header=",
@@ -133,7 +127,11 @@ const PAGES: &[Page] = &[
         about: "/ready answers 200 again",
         give: Give::Change(|state, _| healthy(state, true)),
     },
-    Page { path: "/drain_listeners", about: "accepts nothing new; inboundonly", give: Give::Change(drain) },
+    Page {
+        path: "/drain_listeners",
+        about: "accepts nothing new and lets open connections go on",
+        give: Give::Change(drain),
+    },
     Page { path: "/quitquitquit", about: "ends the process as SIGTERM does", give: Give::Change(quit) },
 ];
 
@@ -153,7 +151,7 @@ fn readyz(state: &State, query: &Query) -> Reply {
         text = format!(
             "[{}]configuration {}\n[{}]serving {}\n",
             sign(configured),
-            if configured { "ok" } else { "not complete: see /debug/watches for what the agent has not answered" },
+            if configured { "ok" } else { "not complete: the log says what the agent has not answered" },
             sign(serving == Serving::Live),
             serving.word(),
         );
@@ -208,7 +206,14 @@ fn healthy(state: &State, healthy: bool) -> Reply {
 }
 
 fn drain(state: &State, query: &Query) -> Reply {
-    command(state, Command::Drain { inbound_only: query.contains_key("inboundonly") })
+    if query.contains_key("inboundonly") {
+        // To stop the app's own connections as well would be more than was asked for.
+        return reply::status(
+            StatusCode::NOT_IMPLEMENTED,
+            "inboundonly is not supported: without it all listeners stop\n",
+        );
+    }
+    command(state, Command::Drain)
 }
 
 fn quit(state: &State, _: &Query) -> Reply {

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Instant, SystemTime};
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 
 use crate::config::Prometheus;
 use crate::drain::Stage;
@@ -17,10 +17,13 @@ use crate::telemetry::LevelHandle;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Command {
     /// Stop accepting and let open connections go on; the process does not end by it.
-    Drain { inbound_only: bool },
+    Drain,
     /// As the first SIGTERM does.
     Quit,
 }
+
+/// Who may look on at one time.
+const STREAMS: usize = 16;
 
 /// What the admin server reads and sets.
 pub struct State {
@@ -37,6 +40,8 @@ pub struct State {
     pub started_at: SystemTime,
     /// Cleared by `POST /healthcheck/fail`.
     healthy: AtomicBool,
+    /// Places for `/events`, fewer than connections: probes are answered whoever looks on.
+    pub(super) streams: Arc<Semaphore>,
     address: OnceLock<String>,
     /// When the newest snapshot was seen.
     published: Mutex<SystemTime>,
@@ -85,6 +90,7 @@ impl State {
             started: Instant::now(),
             started_at: SystemTime::now(),
             healthy: AtomicBool::new(true),
+            streams: Arc::new(Semaphore::new(STREAMS)),
             address: OnceLock::new(),
             published: Mutex::new(SystemTime::now()),
         }

@@ -6,11 +6,12 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use http::HeaderValue;
 use http::header::CONTENT_TYPE;
+use http::{HeaderValue, StatusCode};
 use http_body::Frame;
 use http_body_util::BodyExt as _;
 use serde_json::{Value, json};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Interval, MissedTickBehavior};
 
 use super::process;
@@ -31,9 +32,12 @@ pub(super) fn status(state: &State, _: &Query) -> Reply {
 
 /// The state now and then each second, as server-sent events (HTML, section 9.2).
 pub(super) fn events(state: &Arc<State>) -> Reply {
+    let Ok(place) = Arc::clone(&state.streams).try_acquire_owned() else {
+        return reply::status(StatusCode::SERVICE_UNAVAILABLE, "as many look on as may: close another page\n");
+    };
     let mut ticks = tokio::time::interval(PERIOD);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let body = Events { state: Arc::clone(state), ticks };
+    let body = Events { state: Arc::clone(state), ticks, _place: place };
     let mut reply = reply::text("").map(|_| body.boxed());
     reply.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     reply
@@ -42,6 +46,7 @@ pub(super) fn events(state: &Arc<State>) -> Reply {
 struct Events {
     state: Arc<State>,
     ticks: Interval,
+    _place: OwnedSemaphorePermit,
 }
 
 impl http_body::Body for Events {

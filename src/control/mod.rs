@@ -32,7 +32,7 @@ use self::draft::{Draft, Update, Want};
 use self::pace::Pace;
 use self::query::Query;
 pub use self::sources::Sources;
-use self::sources::{News, Subscription, Told};
+use self::sources::{News, QueryResult, Subscription};
 use self::startup::{Registration, UnknownToken, resolve_proxy_id};
 use crate::config::Mode;
 use crate::snapshot::Snapshot;
@@ -149,11 +149,11 @@ impl Control {
 
     /// `starting`: there was no snapshot yet, so that a token which the agent refuses is an error.
     fn take_burst(&mut self, burst: impl Iterator<Item = News>, starting: bool) -> anyhow::Result<()> {
-        for News { query, subscription, told } in burst.take(NEWS) {
+        for News { query, subscription, result } in burst.take(NEWS) {
             if self.subscriptions.get(&query).is_none_or(|current| current.number != subscription) {
                 continue;
             }
-            if let Told::Failed(error) = &told
+            if let QueryResult::Failed(error) = &result
                 && starting
                 && query.is_essential()
                 && error.is_forbidden()
@@ -161,22 +161,22 @@ impl Control {
             {
                 bail!("the agent refuses the token: {error}");
             }
-            self.take(query, &told);
+            self.take(query, &result);
             // At once, as the next news may be about what is not wanted any more.
             self.ask_for_what_is_wanted();
         }
         Ok(())
     }
 
-    fn take(&mut self, query: Query, told: &Told) {
-        match told {
-            Told::Update(update) => {
+    fn take(&mut self, query: Query, result: &QueryResult) {
+        match result {
+            QueryResult::Update(update) => {
                 if matches!(**update, Update::Service(_)) {
                     self.registration = Registration::Known;
                 }
                 self.apply(update);
             }
-            Told::Failed(error) => {
+            QueryResult::Failed(error) => {
                 if let Query::Service(id) = &query {
                     self.registration.failed(id, error);
                 }
@@ -201,8 +201,8 @@ impl Control {
             for want in self.draft.wants() {
                 match want {
                     Want::Start(query) => {
-                        let (subscription, told) = self.sources.subscribe(&query, self.sender.clone());
-                        known.extend(told.map(|told| (query.clone(), told)));
+                        let (subscription, result) = self.sources.subscribe(&query, self.sender.clone());
+                        known.extend(result.map(|result| (query.clone(), result)));
                         self.subscriptions.insert(query, subscription);
                     }
                     Want::Stop(query) => drop(self.subscriptions.remove(&query)),
@@ -211,9 +211,9 @@ impl Control {
             if known.is_empty() {
                 return;
             }
-            for (query, told) in known {
+            for (query, result) in known {
                 if self.subscriptions.contains_key(&query) {
-                    self.take(query, &told);
+                    self.take(query, &result);
                 }
             }
         }

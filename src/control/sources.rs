@@ -17,14 +17,14 @@ use crate::consul::{self, Client};
 use crate::snapshot::{Action, DefaultPolicy};
 
 /// What queries said that is not passed on yet; they wait when there is no room.
-const HEARD: usize = 256;
+const EVENTS: usize = 256;
 
 /// The queries of one scope. Clones share everything, and those of another scope ask over the same transport.
 #[derive(Clone)]
 pub struct Sources {
     watches: Watches,
     running: Arc<Mutex<Running>>,
-    heard: mpsc::Sender<Heard>,
+    events: mpsc::Sender<SourceEvent>,
 }
 
 #[derive(Default)]
@@ -49,7 +49,7 @@ struct Source {
     /// By the number of the subscription.
     users: BTreeMap<u64, mpsc::Sender<News>>,
     /// The last answer, or the last failure where there was no answer yet. State on disk would start here.
-    last: Option<Told>,
+    last: Option<QueryResult>,
 }
 
 /// What keeps a source up to date until it is dropped.
@@ -60,17 +60,17 @@ enum Asking {
 
 /// What a query has to say.
 #[derive(Debug, Clone)]
-pub(super) enum Told {
+pub(super) enum QueryResult {
     Update(Arc<Update>),
     /// The query goes on, and what it said before is as good as it was.
     Failed(consul::Error),
 }
 
 /// What a source said, on its way to its users.
-struct Heard {
+struct SourceEvent {
     key: Key,
     source: u64,
-    told: Told,
+    result: QueryResult,
 }
 
 /// What a subscriber is told.
@@ -79,7 +79,7 @@ pub(super) struct News {
     pub(super) query: Query,
     /// The subscription that it is for, which may have ended meanwhile.
     pub(super) subscription: u64,
-    pub(super) told: Told,
+    pub(super) result: QueryResult,
 }
 
 /// A use of a query, until it is dropped.
@@ -95,10 +95,10 @@ impl Sources {
     #[must_use]
     pub fn new(watches: Watches) -> Self {
         let running = Arc::<Mutex<Running>>::default();
-        let (heard, all) = mpsc::channel(HEARD);
+        let (events, all) = mpsc::channel(EVENTS);
         // It ends with the last of those that can send.
         tokio::spawn(pass_on(all, Arc::clone(&running)));
-        Self { watches, running, heard }
+        Self { watches, running, events }
     }
 
     /// The queries of another scope.
@@ -121,7 +121,7 @@ impl Sources {
     }
 
     /// Sends `news` what the query says from now on. What is known of it already is given at once.
-    pub(super) fn subscribe(&self, query: &Query, news: mpsc::Sender<News>) -> (Subscription, Option<Told>) {
+    pub(super) fn subscribe(&self, query: &Query, news: mpsc::Sender<News>) -> (Subscription, Option<QueryResult>) {
         let scope = if matches!(query, Query::Keys(_)) { None } else { Some(self.watches.scope_id()) };
         let key = Key { scope, query: query.clone() };
         let mut running = lock(&self.running);
@@ -177,9 +177,9 @@ impl Sources {
             Query::Keys(set) => {
                 let Ask { key, source, .. } = ask;
                 let named = set.clone();
-                let keeper = jwks_fetcher::keep(set, self.heard.clone(), move |fetched| {
-                    let told = Told::Update(Arc::new(Update::Keys(named.clone(), fetched)));
-                    Heard { key: key.clone(), source, told }
+                let keeper = jwks_fetcher::keep(set, self.events.clone(), move |fetched| {
+                    let result = QueryResult::Update(Arc::new(Update::Keys(named.clone(), fetched)));
+                    SourceEvent { key: key.clone(), source, result }
                 });
                 Asking::Keys { _keeper: keeper }
             }
@@ -201,12 +201,12 @@ impl Ask<'_> {
         F: Fn(consul::Answer<T>) -> Update + Send + 'static,
     {
         let Self { sources, key, source } = self;
-        Asking::Agent(sources.watches.watch(asked, sources.heard.clone(), move |event| {
-            let told = match event {
-                Event::Value(answer) => Told::Update(Arc::new(update(answer))),
-                Event::Failed(error) => Told::Failed(error),
+        Asking::Agent(sources.watches.watch(asked, sources.events.clone(), move |event| {
+            let result = match event {
+                Event::Value(answer) => QueryResult::Update(Arc::new(update(answer))),
+                Event::Failed(error) => QueryResult::Failed(error),
             };
-            Heard { key: key.clone(), source, told }
+            SourceEvent { key: key.clone(), source, result }
         }))
     }
 }
@@ -233,26 +233,26 @@ impl Drop for Subscription {
 
 impl Running {
     /// Keeps what a source said; those that are to be told.
-    fn keep(&mut self, heard: &Heard) -> Vec<(u64, mpsc::Sender<News>)> {
+    fn keep(&mut self, event: &SourceEvent) -> Vec<(u64, mpsc::Sender<News>)> {
         // One that has ended may have had something on its way.
-        let Some(source) = self.sources.get_mut(&heard.key).filter(|source| source.number == heard.source) else {
+        let Some(source) = self.sources.get_mut(&event.key).filter(|source| source.number == event.source) else {
             return Vec::new();
         };
-        if matches!(heard.told, Told::Update(_)) || !matches!(source.last, Some(Told::Update(_))) {
-            source.last = Some(heard.told.clone());
+        if matches!(event.result, QueryResult::Update(_)) || !matches!(source.last, Some(QueryResult::Update(_))) {
+            source.last = Some(event.result.clone());
         }
         source.users.iter().map(|(number, news)| (*number, news.clone())).collect()
     }
 }
 
-/// Tells all users what is heard, in order.
-async fn pass_on(mut all: mpsc::Receiver<Heard>, running: Arc<Mutex<Running>>) {
-    while let Some(heard) = all.recv().await {
-        let users = lock(&running).keep(&heard);
+/// Passes events on to all users, in order.
+async fn pass_on(mut all: mpsc::Receiver<SourceEvent>, running: Arc<Mutex<Running>>) {
+    while let Some(event) = all.recv().await {
+        let users = lock(&running).keep(&event);
         for (subscription, news) in users {
-            let (query, told) = (heard.key.query.clone(), heard.told.clone());
+            let (query, result) = (event.key.query.clone(), event.result.clone());
             // A user that is gone needs no news.
-            let _ = news.send(News { query, subscription, told }).await;
+            let _ = news.send(News { query, subscription, result }).await;
         }
     }
 }
@@ -289,7 +289,7 @@ mod tests {
     struct User {
         news: mpsc::Receiver<News>,
         subscription: Subscription,
-        known: Option<Told>,
+        known: Option<QueryResult>,
     }
 
     impl User {
@@ -299,10 +299,10 @@ mod tests {
             Self { news, subscription, known }
         }
 
-        async fn next(&mut self) -> Told {
+        async fn next(&mut self) -> QueryResult {
             let news = tokio::time::timeout(SOON, self.news.recv()).await.expect("news come soon").expect("it runs");
             assert_eq!(news.subscription, self.subscription.number);
-            news.told
+            news.result
         }
     }
 
@@ -313,14 +313,14 @@ mod tests {
         let sources = sources(&agent);
         let mut first = User::of(&sources, &Query::Roots);
         assert!(first.known.is_none());
-        assert!(matches!(first.next().await, Told::Update(_)));
+        assert!(matches!(first.next().await, QueryResult::Update(_)));
         let mut second = User::of(&sources, &Query::Roots);
-        assert!(matches!(&second.known, Some(Told::Update(update)) if matches!(**update, Update::Roots(_))));
+        assert!(matches!(&second.known, Some(QueryResult::Update(update)) if matches!(**update, Update::Roots(_))));
         assert_eq!(agent.count(|seen| seen.path == ROOTS && seen.param("index").is_none()), 1);
 
         drop(first);
         agent.set(ROOTS, roots(&[&Ca::new()]));
-        assert!(matches!(second.next().await, Told::Update(_)));
+        assert!(matches!(second.next().await, QueryResult::Update(_)));
         drop(second);
         assert!(sources.asked().is_empty());
         assert!(User::of(&sources, &Query::Roots).known.is_none(), "nothing old is told again");
@@ -335,13 +335,13 @@ mod tests {
         let [mut first, mut second] = [(); 2].map(|()| User::of(&sources, &query));
         second.subscription.hurry();
         for user in [&mut first, &mut second] {
-            assert!(matches!(user.next().await, Told::Failed(_)));
+            assert!(matches!(user.next().await, QueryResult::Failed(_)));
         }
-        assert!(matches!(User::of(&sources, &query).known, Some(Told::Failed(_))));
+        assert!(matches!(User::of(&sources, &query).known, Some(QueryResult::Failed(_))));
         agent.set("/v1/config/jwt-provider/okta", json!({ "Name": "okta" }));
         agent.fault(None);
-        while matches!(first.next().await, Told::Failed(_)) {}
-        assert!(matches!(User::of(&sources, &query).known, Some(Told::Update(_))));
+        while matches!(first.next().await, QueryResult::Failed(_)) {}
+        assert!(matches!(User::of(&sources, &query).known, Some(QueryResult::Update(_))));
     }
 
     #[tokio::test]
@@ -355,11 +355,11 @@ mod tests {
         let keys = Query::Keys(KeySource::File(file.path().into()));
         for query in [Query::Roots, keys.clone()] {
             let mut user = User::of(&sources, &query);
-            assert!(matches!(user.next().await, Told::Update(_)));
+            assert!(matches!(user.next().await, QueryResult::Update(_)));
             let mut other = User::of(&others, &query);
             assert_eq!(other.known.is_some(), query == keys);
             if query == Query::Roots {
-                assert!(matches!(other.next().await, Told::Update(_)));
+                assert!(matches!(other.next().await, QueryResult::Update(_)));
                 assert_eq!(
                     agent.requests(ROOTS).last().and_then(|seen| seen.token().map(str::to_owned)).as_deref(),
                     Some("secret")

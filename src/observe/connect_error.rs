@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::snapshot::LocalApp;
-use crate::tls::{HandshakeError, PeerError};
+use crate::tls::{HandshakeError, PeerError, Refused};
 
 /// Why no connection to a destination could be made. All that waited for the same connection share it.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -79,6 +79,17 @@ impl ConnectError {
                 | Self::TunnelTimedOut
                 | Self::LocalApp { problem: LocalAppProblem::TimedOut(_), .. }
         )
+    }
+
+    /// What a handshake with the destination failed for; `None` where there was none, or the time was over.
+    #[must_use]
+    pub fn refused(&self) -> Option<Refused> {
+        match self {
+            Self::Handshake(error) => Some(error.refused()),
+            Self::Peer(error) => Some(error.refused()),
+            Self::HandshakeBroken(_) => Some(Refused::Connection),
+            _ => None,
+        }
     }
 
     /// TLS with the destination failed; for `%UPSTREAM_TRANSPORT_FAILURE_REASON%`.

@@ -7,8 +7,8 @@ use super::event::{Event, Overflowed};
 use super::outcome::Outcome;
 use super::request::RequestRecord;
 use crate::snapshot::{Decision, Target};
-use crate::stats::ClusterStats;
 use crate::stats::scope::{TargetName, UpstreamName};
+use crate::stats::{ClusterStats, Handshakes};
 use crate::tls::Refused;
 
 /// Counts one event. `local_app` is what is sent to the app.
@@ -27,14 +27,7 @@ pub(super) fn count(event: &Event<'_>, local_app: &ClusterStats) {
             }
         }
         Event::HandshakeFailed { connection, refused, .. } => {
-            let tls = &connection.info.stats.tls;
-            let counter = match refused {
-                Refused::Connection => &tls.connection_error,
-                Refused::NoCertificate => &tls.no_certificate,
-                Refused::Certificate => &tls.bad_certificate,
-                Refused::Identity => &tls.other_identity,
-            };
-            counter.increment();
+            handshake_failed(&connection.info.stats.tls, *refused);
         }
         Event::ConnectionFinished(record) => connection_finished(record, local_app),
         Event::RequestReceived(record) => {
@@ -53,11 +46,17 @@ pub(super) fn count(event: &Event<'_>, local_app: &ClusterStats) {
         Event::ConnectEnded { destination, took, result } => {
             let stats = cluster(destination, local_app);
             match result {
-                Ok(()) => stats.connect_time.observe(*took),
+                Ok(()) => {
+                    stats.connect_time.observe(*took);
+                    stats.tls.complete.increment();
+                }
                 Err(error) => {
                     stats.connect_failures.increment();
                     if error.is_timeout() {
                         stats.connect_timeouts.increment();
+                    }
+                    if let Some(refused) = error.refused() {
+                        handshake_failed(&stats.tls, refused);
                     }
                 }
             }
@@ -83,6 +82,16 @@ pub(super) fn count(event: &Event<'_>, local_app: &ClusterStats) {
         Event::Ejected { stats, .. } => stats.ejections.increment(),
         Event::AttemptStarted(_) | Event::AttemptEnded(_) => {}
     }
+}
+
+fn handshake_failed(tls: &Handshakes, refused: Refused) {
+    let counter = match refused {
+        Refused::Connection => &tls.connection_error,
+        Refused::NoCertificate => &tls.no_certificate,
+        Refused::Certificate => &tls.bad_certificate,
+        Refused::Identity => &tls.other_identity,
+    };
+    counter.increment();
 }
 
 fn cluster<'a>(destination: &'a Destination, local_app: &'a ClusterStats) -> &'a ClusterStats {

@@ -105,8 +105,6 @@ impl Codes {
 #[derive(Debug, Default)]
 pub struct Handshakes {
     pub complete: Counter,
-    /// Of these, those that resumed an earlier session.
-    pub resumed: Counter,
     /// Broken off, or not TLS.
     pub connection_error: Counter,
     /// No client certificate came.
@@ -121,7 +119,6 @@ pub struct Handshakes {
 impl Handshakes {
     fn collect(&self, samples: &mut Samples<'_>) {
         samples.counter("ssl.handshake", self.complete.get());
-        samples.counter("ssl.session_reused", self.resumed.get());
         samples.counter("ssl.connection_error", self.connection_error.get());
         samples.counter("ssl.fail_verify_no_cert", self.no_certificate.get());
         samples.counter("ssl.fail_verify_error", self.bad_certificate.get());
@@ -160,10 +157,7 @@ pub struct ListenerStats {
     pub request_time: Histogram,
     /// The asker left or reset before the end, or its request could not be read.
     pub reset_by_asker: Counter,
-    /// We ended it before the end.
-    pub reset_by_us: Counter,
     pub idle_timeouts: Counter,
-    pub upgrades_active: Gauge,
     /// Connections of a TCP service, requests of an HTTP service, that intentions allowed or denied.
     pub allowed: Counter,
     pub denied: Counter,
@@ -190,9 +184,7 @@ impl ListenerStats {
             answers: Classes::default(),
             request_time: Histogram::default(),
             reset_by_asker: Counter::default(),
-            reset_by_us: Counter::default(),
             idle_timeouts: Counter::default(),
-            upgrades_active: Gauge::default(),
             allowed: Counter::default(),
             denied: Counter::default(),
             revoked: Counter::default(),
@@ -228,9 +220,7 @@ impl ListenerStats {
         http.times("downstream_rq_time", &self.request_time);
         http.gauge("downstream_rq_active", self.requests_active.get());
         http.counter("downstream_rq_rx_reset", self.reset_by_asker.get());
-        http.counter("downstream_rq_tx_reset", self.reset_by_us.get());
         http.counter("downstream_rq_idle_timeout", self.idle_timeouts.get());
-        http.gauge("downstream_cx_upgrades_active", self.upgrades_active.get());
         if self.listener == Listener::Public {
             http.counter("rbac.allowed", self.allowed.get());
             http.counter("rbac.denied", self.denied.get());
@@ -333,7 +323,6 @@ pub struct ClusterStats {
     pub cluster: Cluster,
     /// Tries that a connection took, and TCP connections that got through.
     pub tries: Counter,
-    pub tries_active: Gauge,
     /// Final answers, our own included.
     pub answers: Classes,
     pub codes: Codes,
@@ -363,8 +352,6 @@ pub struct ClusterStats {
     pub received: Counter,
     pub sent: Counter,
     pub ejections: Counter,
-    /// Wanted, but more than `max_ejection_percent`.
-    pub ejections_refused: Counter,
     pub tls: Handshakes,
     members: Mutex<Option<Weak<dyn Members>>>,
 }
@@ -375,7 +362,6 @@ impl ClusterStats {
         Self {
             cluster,
             tries: Counter::default(),
-            tries_active: Gauge::default(),
             answers: Classes::default(),
             codes: Codes::default(),
             retried_answers: Classes::default(),
@@ -397,7 +383,6 @@ impl ClusterStats {
             received: Counter::default(),
             sent: Counter::default(),
             ejections: Counter::default(),
-            ejections_refused: Counter::default(),
             tls: Handshakes::default(),
             members: Mutex::default(),
         }
@@ -441,14 +426,12 @@ impl ClusterStats {
             samples.gauge("membership_healthy", members.usable.len() as u64 - count(MemberState::Ejected));
             samples.gauge("outlier_detection.ejections_active", count(MemberState::Ejected));
             samples.counter("outlier_detection.ejections_enforced_total", self.ejections.get());
-            samples.counter("outlier_detection.ejections_overflow", self.ejections_refused.get());
             self.tls.collect(&mut samples);
         }
     }
 
     fn collect_requests(&self, samples: &mut Samples<'_>) {
         samples.counter("upstream_rq_total", self.tries.get());
-        samples.gauge("upstream_rq_active", self.tries_active.get());
         samples.counter("upstream_rq_completed", self.answers.total());
         samples.classes("upstream_rq", &self.answers);
         for (code, count) in self.codes.get() {

@@ -17,7 +17,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 pub use self::group::{
-    CallerStats, ClusterStats, ListenerStats, Member, MemberState, Members, MembersNow, Sample, Samples, Value,
+    CallerStats, ClusterStats, Handshakes, ListenerStats, Member, MemberState, Members, MembersNow, Sample, Samples,
+    Value,
 };
 use self::scope::{Cluster, Listener};
 use self::value::Counter;
@@ -60,6 +61,7 @@ impl Registry {
             stats.set_http(http);
             return stats;
         }
+        groups.listeners.retain(|_, stats| stats.strong_count() > 0);
         let stats = Arc::new(ListenerStats::new(key.0.clone(), key.1.clone(), http));
         groups.listeners.insert(key, Arc::downgrade(&stats));
         stats
@@ -72,6 +74,8 @@ impl Registry {
         if let Some(stats) = groups.clusters.get(cluster).and_then(Weak::upgrade) {
             return stats;
         }
+        // A group that is gone leaves its memory with its last `Weak`.
+        groups.clusters.retain(|_, stats| stats.strong_count() > 0);
         let stats = Arc::new(ClusterStats::new(cluster.clone()));
         groups.clusters.insert(cluster.clone(), Arc::downgrade(&stats));
         stats

@@ -190,18 +190,16 @@ impl Scope {
 }
 
 impl Scope {
-    /// The name with dots but for what are labels, as dogstatsd shows it; `family` is what [`Self::labelled`] gives.
+    /// The name with dots but for what are labels, as dogstatsd shows it.
     #[must_use]
-    pub fn without_labels(&self, stat: Stat, family: &str) -> String {
+    pub fn without_labels(&self, stat: Stat) -> String {
+        let levels = if let Self::SocketHttp(_) = self { "listener.http" } else { self.family() };
         let own = match stat {
             Stat::Plain(plain) => plain.to_owned(),
             Stat::Class(of, _) => format!("{of}_xx"),
             Stat::Code(of, _) => of.to_owned(),
             Stat::TlsVersion(_) => "ssl.versions".to_owned(),
         };
-        let rest = own.replace('.', "_");
-        let levels = family.trim_start_matches("envoy_").trim_end_matches(&rest).trim_end_matches('_');
-        let levels = if levels == "listener_http" { "listener.http" } else { levels };
         format!("{levels}.{own}")
     }
 }

@@ -38,12 +38,15 @@ impl Writer {
     /// values sends its upper bound once, with the sample rate that stands for how many there were.
     pub fn packets(&mut self, samples: &[Sample], common: &[(String, String)]) -> Vec<String> {
         let mut packets = Packets::default();
+        // What is not there any more is forgotten.
+        let (counters, times_before) = (std::mem::take(&mut self.counters), std::mem::take(&mut self.times));
         for sample in samples {
             let key = sample.scope.dotted(sample.stat);
             let (name, tags) = self.name(sample, &key, common);
             match sample.value {
                 Value::Counter(value) => {
-                    let before = self.counters.insert(key, value).unwrap_or(0);
+                    let before = counters.get(&key).copied().unwrap_or(0);
+                    self.counters.insert(key, value);
                     // One that starts anew, with its upstream, starts from zero.
                     let added = value.checked_sub(before).unwrap_or(value);
                     if value > 0 {
@@ -52,7 +55,8 @@ impl Writer {
                 }
                 Value::Gauge(value) => packets.push(&format!("{name}:{value}|g{tags}")),
                 Value::Times(times) => {
-                    let before = self.times.insert(key, times).unwrap_or_default();
+                    let before = times_before.get(&key).copied().unwrap_or_default();
+                    self.times.insert(key, times);
                     let added = times.since(&before);
                     let kind = if self.dialect == Dialect::Statsd { "ms" } else { "h" };
                     for line in values(&added) {
@@ -69,9 +73,8 @@ impl Writer {
             // What stands in the way of the format cannot be in a service's name that Consul takes, but in others.
             return (format!("envoy.{}", sound(dotted)), String::new());
         }
-        let (family, labels) = sample.scope.labelled(sample.stat);
-        // Only the part that says what it is about is a level of its own.
-        let name = format!("envoy.{}", sample.scope.without_labels(sample.stat, &family));
+        let (_, labels) = sample.scope.labelled(sample.stat);
+        let name = format!("envoy.{}", sample.scope.without_labels(sample.stat));
         let labels = labels.iter().map(|(name, value)| (dotted_label(name), &**value));
         let common = common.iter().map(|(name, value)| (dotted_label(name), &**value));
         let tags: Vec<String> = common

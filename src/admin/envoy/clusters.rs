@@ -208,7 +208,6 @@ fn hosts(cluster: &Cluster<'_>, stats: &[Arc<ClusterStats>]) -> Vec<HostNow> {
                     ("cx_active", GAUGE, stats.connections_active.get()),
                     ("cx_connect_fail", COUNTER, stats.connect_failures.get()),
                     ("cx_total", COUNTER, stats.connections.get()),
-                    ("rq_active", GAUGE, stats.tries_active.get()),
                     ("rq_timeout", COUNTER, stats.timeouts.get()),
                     ("rq_total", COUNTER, stats.tries.get()),
                 ]
