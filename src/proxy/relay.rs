@@ -177,6 +177,7 @@ impl Relay {
     }
 
     /// Counts what has just moved.
+    #[inline]
     fn count(&self, received: u64, sent: u64) {
         if received > 0 {
             self.listener.received.add(received);
@@ -221,6 +222,7 @@ impl Direction {
     }
 
     /// One turn. Ready means that another turn may find something to do.
+    #[inline(always)]
     fn poll<F: Relayed, T: Relayed>(
         &mut self,
         cx: &mut Context<'_>,

@@ -64,6 +64,7 @@ pub(super) trait Relayed {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Relayed for S {
+    #[inline]
     fn poll_piece(&mut self, cx: &mut Context<'_>, scratch: &mut Scratch, head: usize) -> Poll<io::Result<Piece>> {
         scratch.poll_read(cx, self, head)
     }
@@ -76,6 +77,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Relayed for S {
         !left.is_empty()
     }
 
+    #[inline]
     fn poll_left(&mut self, cx: &mut Context<'_>, left: &mut Vec<u8>) -> Poll<io::Result<()>> {
         let sent = poll_write_all(cx, self, left)?;
         if sent < left.len() {
@@ -86,6 +88,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Relayed for S {
         Pin::new(self).poll_flush(cx)
     }
 
+    #[inline]
     fn write_piece(
         &mut self,
         cx: &mut Context<'_>,
@@ -105,6 +108,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Relayed for S {
 }
 
 /// Writes as much as the stream takes now.
+#[inline]
 fn poll_write_all<W: AsyncWrite + Unpin>(cx: &mut Context<'_>, to: &mut W, bytes: &[u8]) -> io::Result<usize> {
     let mut sent = 0;
     while sent < bytes.len() {

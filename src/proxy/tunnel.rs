@@ -189,14 +189,17 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Relayed for MeshStream<IO> {
     /// # Errors
     /// Those of [`Stream::poll_open`], `InvalidData` for what is no tunnel, and `UnexpectedEof` for a session that broke
     /// off before the connection's end.
+    #[inline]
     fn poll_piece(&mut self, cx: &mut Context<'_>, scratch: &mut Scratch, head: usize) -> Poll<io::Result<Piece>> {
         let Some(framing) = &mut self.framing else {
-            return self.tls.poll_open_piece(cx, scratch, head, Vec::extend_from_slice);
+            ready!(self.tls.poll_open_by(cx, scratch, head, Vec::extend_from_slice))?;
+            return Poll::Ready(Ok(scratch.opened_piece(head)));
         };
         if framing.incoming.phase != Phase::Carrying || !framing.early.is_empty() {
             return Poll::Ready(Ok(scratch.put_opened(&std::mem::take(&mut framing.early), head)));
         }
-        framing.poll_open(&mut self.tls, cx, scratch, head)
+        ready!(framing.poll_open(&mut self.tls, cx, scratch, head))?;
+        Poll::Ready(Ok(scratch.opened_piece(head)))
     }
 
     fn is_last(&self, _: Piece) -> bool {
@@ -208,10 +211,12 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Relayed for MeshStream<IO> {
     }
 
     /// The session keeps what it has sealed.
+    #[inline]
     fn poll_left(&mut self, cx: &mut Context<'_>, _: &mut Vec<u8>) -> Poll<io::Result<()>> {
         self.tls.poll_flush(cx)
     }
 
+    #[inline]
     fn write_piece(
         &mut self,
         cx: &mut Context<'_>,
@@ -301,9 +306,8 @@ impl Framing {
         cx: &mut Context<'_>,
         scratch: &mut Scratch,
         head: usize,
-    ) -> Poll<io::Result<Piece>> {
-        let take = |opened: &mut Vec<u8>, payload: &[u8]| self.incoming.take(payload, opened);
-        let piece = ready!(tls.poll_open_piece(cx, scratch, head, take))?;
+    ) -> Poll<io::Result<()>> {
+        ready!(tls.poll_open_by(cx, scratch, head, |opened, payload| self.incoming.take(payload, opened)))?;
         if self.incoming.phase == Phase::Broken {
             return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, "the peer speaks no tunnel")));
         }
@@ -311,7 +315,7 @@ impl Framing {
             let broken = "the session broke off before the end of the connection";
             return Poll::Ready(Err(io::Error::new(io::ErrorKind::UnexpectedEof, broken)));
         }
-        Poll::Ready(Ok(piece))
+        Poll::Ready(Ok(()))
     }
 
     /// Reads until the peer's direction has come to a phase that `will_do`.
@@ -329,8 +333,8 @@ impl Framing {
                     if tls.has_outgoing() {
                         let _ = tls.poll_flush(cx)?;
                     }
-                    let piece = ready!(self.poll_open(tls, cx, scratch, 0))?;
-                    Poll::Ready(io::Result::Ok(scratch.plaintext(piece).to_vec()))
+                    ready!(self.poll_open(tls, cx, scratch, 0))?;
+                    Poll::Ready(io::Result::Ok(scratch.opened.clone()))
                 })
             });
             self.early = early.await?;

@@ -26,7 +26,7 @@ const TURN: usize = 128 * 1024;
 pub struct Scratch {
     /// Ciphertext as it is read.
     wire: Box<[u8]>,
-    /// What [`Stream::poll_open`] opened, behind room for a head where [`Stream::poll_open_piece`] was asked for it.
+    /// What [`Stream::poll_open`] opened, behind room for a head where [`Stream::poll_open_by`] was asked for it.
     pub opened: Vec<u8>,
     /// Plaintext as it is read, to be sealed.
     read: Box<[u8]>,
@@ -109,12 +109,18 @@ impl Scratch {
         &bytes[piece.head..piece.end]
     }
 
+    #[inline]
     fn clear_opened(&mut self, head: usize) {
         self.opened.clear();
-        self.opened.resize(head, 0);
+        if head > 0 {
+            self.opened.resize(head, 0);
+        }
     }
 
-    fn opened_piece(&self, head: usize) -> Piece {
+    /// What was opened in this turn behind room for `head` bytes.
+    #[must_use]
+    #[inline]
+    pub fn opened_piece(&self, head: usize) -> Piece {
         Piece { buffer: Buffer::Opened, head, end: self.opened.len() }
     }
 
@@ -287,7 +293,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
     /// # Errors
     /// Those of the socket, and `InvalidData` for what is not good TLS.
     pub fn poll_open(&mut self, cx: &mut Context<'_>, scratch: &mut Scratch) -> Poll<io::Result<()>> {
-        self.poll_open_piece(cx, scratch, 0, Vec::extend_from_slice).map_ok(|_| ())
+        self.poll_open_by(cx, scratch, 0, Vec::extend_from_slice)
     }
 
     /// The same, behind room for `head` bytes, and with `take` to decide what of each part of the plaintext is appended to
@@ -295,17 +301,17 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
     ///
     /// # Errors
     /// As with [`Stream::poll_open`].
-    pub fn poll_open_piece(
+    pub fn poll_open_by(
         &mut self,
         cx: &mut Context<'_>,
         scratch: &mut Scratch,
         head: usize,
         mut take: impl FnMut(&mut Vec<u8>, &[u8]),
-    ) -> Poll<io::Result<Piece>> {
+    ) -> Poll<io::Result<()>> {
         scratch.clear_opened(head);
         if !self.plain.is_empty() {
             take(&mut scratch.opened, &std::mem::take(&mut self.plain));
-            return Poll::Ready(Ok(scratch.opened_piece(head)));
+            return Poll::Ready(Ok(()));
         }
         let held = self.incoming.len();
         let mut buffer = ReadBuf::new(&mut scratch.wire[held..]);
@@ -313,14 +319,14 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
         let read = buffer.filled().len();
         if read == 0 {
             self.read = ReadSide::Truncated;
-            return Poll::Ready(Ok(scratch.opened_piece(head)));
+            return Poll::Ready(Ok(()));
         }
         let opened = self.open(read, scratch, take);
         if opened.is_err() {
             // The alert that says why: worth one try, not a wait.
             let _ = self.poll_flush(cx);
         }
-        Poll::Ready(opened.map(|()| scratch.opened_piece(head)))
+        Poll::Ready(opened)
     }
 
     /// Opens what is held back and the `read` bytes that stand behind its place in the scratch.
