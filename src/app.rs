@@ -9,7 +9,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use crate::admin::{self, Command};
+use crate::admin::{self, Command, Started};
 use crate::config::{Config, Mode};
 use crate::consul::watches::Watches;
 use crate::consul::{self, Client};
@@ -47,8 +47,7 @@ pub async fn run(config: Config, level: LevelHandle) -> anyhow::Result<()> {
         observer.clone(),
         level,
         commands,
-        admin.prometheus.clone(),
-        workers.count(),
+        Started { of: mode.id().to_owned(), workers: workers.count(), prometheus: admin.prometheus.clone() },
     );
     let state = Arc::new(state);
 

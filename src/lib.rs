@@ -19,6 +19,7 @@
 //! * [`control`] is the only writer of snapshots: it gathers the agent's answers and publishes whole ones.
 //! * [`proxy`] is the data plane. It reads snapshots and never calls the agent.
 //! * [`stats`] keeps the numbers of the data path; [`admin`] gives them out, with all else that people and probes ask.
+//! * [`cli`] is the commands that ask a running sidecar, by its admin server.
 //! * [`app`] builds, wires, waits and drains. Only `main` and tests know it.
 //!
 //! # Invariants
@@ -32,6 +33,7 @@
 pub mod access_log;
 pub mod admin;
 pub mod app;
+pub mod cli;
 pub mod config;
 pub mod consul;
 pub mod control;

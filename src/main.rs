@@ -1,15 +1,20 @@
 //! The program: arguments, logs, runtime, exit code.
 
+use std::ffi::OsString;
 use std::io::{self, Write as _};
 use std::process::ExitCode;
 
 use anyhow::Context as _;
 use lictor::config::{self, Config, Invocation};
-use lictor::{app, telemetry};
+use lictor::{app, cli, telemetry};
 use tracing::{info, warn};
 
 fn main() -> ExitCode {
-    match run() {
+    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    if let Some(exit) = cli::run(&arguments) {
+        return exit;
+    }
+    match run(arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // The causes may hold what an agent said, and a terminal is not to be written to by it.
@@ -20,8 +25,12 @@ fn main() -> ExitCode {
     }
 }
 
-fn run() -> anyhow::Result<()> {
-    match config::read(std::env::args_os().skip(1), |name| std::env::var_os(name))? {
+fn run(arguments: Vec<OsString>) -> anyhow::Result<()> {
+    match config::read(arguments, |name| std::env::var_os(name))? {
+        Invocation::Help => {
+            print(&config::help(&cli::list()));
+            Ok(())
+        }
         Invocation::Print(text) => {
             print(&text);
             Ok(())

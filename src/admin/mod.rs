@@ -4,6 +4,7 @@
 //! changes something is POST. Envoy's paths answer in Envoy's shapes, as probes, `consul troubleshoot` and
 //! dashboards read them; ours are `/livez`, `/readyz`, `/metrics`, `/status` and `/explain`.
 
+mod announce;
 mod certs;
 #[cfg(test)]
 mod docs;
@@ -34,10 +35,11 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tokio_util::either::Either;
 
+pub use self::announce::{Announced, announced};
 use self::guard::Hosts;
 use self::listen::Listener;
 use self::scrape::Tls;
-pub use self::state::{Command, State};
+pub use self::state::{Command, Started, State};
 use crate::config::AdminSettings;
 
 /// Connections that are served at one time by one listener: a stranger may hold no more.
@@ -71,7 +73,10 @@ pub async fn run(settings: &AdminSettings, state: Arc<State>) -> anyhow::Result<
     let ready = settings.ready.map(listen::tcp).transpose()?;
     let admin = async {
         match admin {
-            Some(listener) => serve(listener, Scope::Admin, None, Arc::clone(&state)).await,
+            Some(listener) => {
+                let address = listener.address();
+                tokio::join!(serve(listener, Scope::Admin, None, Arc::clone(&state)), announce::serve(&address));
+            }
             None => std::future::pending().await,
         }
     };

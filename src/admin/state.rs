@@ -22,6 +22,15 @@ pub enum Command {
     Quit,
 }
 
+/// How the process was started.
+pub struct Started {
+    /// The id or name that says which proxy to run.
+    pub of: String,
+    /// Threads of the data plane.
+    pub workers: usize,
+    pub prometheus: Prometheus,
+}
+
 /// Who may look on at one time.
 const STREAMS: usize = 16;
 
@@ -34,6 +43,8 @@ pub struct State {
     pub level: LevelHandle,
     pub commands: mpsc::Sender<Command>,
     pub prometheus: Prometheus,
+    /// The id or name that the process was started with.
+    pub started_for: String,
     /// Threads of the data plane.
     pub workers: usize,
     pub started: Instant,
@@ -75,8 +86,7 @@ impl State {
         observer: Observer,
         level: LevelHandle,
         commands: mpsc::Sender<Command>,
-        prometheus: Prometheus,
-        workers: usize,
+        started: Started,
     ) -> Self {
         Self {
             snapshots,
@@ -85,8 +95,9 @@ impl State {
             observer,
             level,
             commands,
-            prometheus,
-            workers,
+            prometheus: started.prometheus,
+            started_for: started.of,
+            workers: started.workers,
             started: Instant::now(),
             started_at: SystemTime::now(),
             healthy: AtomicBool::new(true),

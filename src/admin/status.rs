@@ -83,6 +83,7 @@ pub(super) fn value(state: &State) -> Value {
         "time": milliseconds(SystemTime::now()),
         "sidecar": {
             "service": id.as_ref().map(|id| &id.service),
+            "started_for": state.started_for,
             "datacenter": datacenter,
             "namespace": id.as_ref().map(|id| &id.namespace),
             "partition": id.as_ref().map(|id| &id.partition),

@@ -1,17 +1,14 @@
 //! The flags and how they are written.
 //!
-//! Consul is a Go program, and people's unit files hold what Go's `flag` package reads: `-x v`, `-x=v` and the same
-//! with two dashes, values that begin with a dash, and booleans that take a value by `=` alone. That is rewritten
-//! to `--x=v` here, so that the structs below have only one form to read.
+//! What Go's `flag` package reads (`line.rs`) is rewritten to `--x=v` here, so that the structs below have only one form
+//! to read.
 
 use std::collections::BTreeSet;
-use std::fmt::Write as _;
 
 use anyhow::{Context as _, bail};
-use clap::builder::ValueParser;
 use clap::{Arg, ArgAction, Args, CommandFactory as _, Parser};
 
-use super::values;
+use super::line::{self, is_switch, split, switch};
 
 #[derive(Debug, Parser)]
 #[command(no_binary_name = true, disable_help_flag = true, disable_version_flag = true, args_override_self = true)]
@@ -278,21 +275,7 @@ pub(super) fn read(arguments: &[String]) -> anyhow::Result<Line> {
 /// The text of `lictor connect proxy -help`.
 pub(super) fn help() -> String {
     let mut text = String::from(HELP);
-    let mut group = None;
-    for flag in Flags::command().get_arguments() {
-        let heading = flag.get_help_heading();
-        if heading != group {
-            // A string takes whatever is written to it.
-            let _ = writeln!(text, "\n{}\n", heading.unwrap_or_default());
-            group = heading;
-        }
-        let name = flag.get_long().unwrap_or_default();
-        let value = flag.get_value_names().and_then(<[_]>::first).filter(|_| !is_switch(flag));
-        let _ = writeln!(text, "  -{name}{}", value.map(|value| format!("=<{value}>")).unwrap_or_default());
-        let about = flag.get_help().map(ToString::to_string).unwrap_or_default();
-        let variable = variable_of(name).map(|variable| format!(" [{variable}]")).unwrap_or_default();
-        wrap(&mut text, &format!("{}.{variable}", about.trim_end_matches('.')));
-    }
+    line::list(&mut text, &Flags::command(), variable_of);
     text.push_str(HELP_END);
     text
 }
@@ -334,16 +317,6 @@ More variables of the environment
   here are accepted with a warning.
 ";
 
-/// Splits `-name` or `-name=value`; `None` when it is no flag at all.
-fn split(argument: &str) -> anyhow::Result<Option<(&str, Option<&str>)>> {
-    let Some(flag) = argument.strip_prefix('-').filter(|rest| !rest.is_empty()) else { return Ok(None) };
-    let flag = flag.strip_prefix('-').unwrap_or(flag);
-    if flag.is_empty() || flag.starts_with(['-', '=']) {
-        bail!("bad flag syntax: {argument}");
-    }
-    Ok(Some(flag.split_once('=').map_or((flag, None), |(name, value)| (name, Some(value)))))
-}
-
 fn no_other(argument: Option<&String>) -> anyhow::Result<()> {
     match argument {
         Some(argument) => bail!("Should have no non-flag arguments. Remove {argument:?}, or put its flag before it."),
@@ -351,58 +324,11 @@ fn no_other(argument: Option<&String>) -> anyhow::Result<()> {
     }
 }
 
-fn is_switch(flag: &Arg) -> bool {
-    flag.get_value_parser().type_id() == ValueParser::bool().type_id()
-}
-
-fn switch(name: &str, value: Option<&str>) -> anyhow::Result<bool> {
-    let Some(value) = value else { return Ok(true) };
-    values::boolean(value)
-        .with_context(|| format!("invalid boolean value {value:?} for -{name}: write -{name}=true or -{name}=false"))
-}
-
 fn unknown<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> anyhow::Error {
     if let Some((_, why)) = REFUSED.iter().find(|(refused, _)| *refused == name) {
         return anyhow::anyhow!("the flag -{name} is not supported: {why}");
     }
-    let known = known.chain(WITHOUT_MEANING.iter().map(|(known, _)| *known));
-    let nearest = known.map(|known| (distance(name, known), known)).min();
-    match nearest {
-        Some((steps, known)) if steps <= 1 + name.len() / 4 => {
-            anyhow::anyhow!("flag provided but not defined: -{name} (did you mean -{known}?)")
-        }
-        _ => anyhow::anyhow!("flag provided but not defined: -{name} (`lictor connect proxy -help` lists the flags)"),
-    }
-}
-
-/// Levenshtein's distance in bytes.
-fn distance(a: &str, b: &str) -> usize {
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.bytes().enumerate() {
-        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
-        for (j, y) in b.bytes().enumerate() {
-            let best = (diagonal + usize::from(x != y)).min(row[j] + 1).min(row[j + 1] + 1);
-            diagonal = std::mem::replace(&mut row[j + 1], best);
-        }
-    }
-    row[b.len()]
-}
-
-/// Adds a paragraph, indented by five and at most 80 wide.
-fn wrap(text: &mut String, paragraph: &str) {
-    let mut width = 0;
-    for word in paragraph.split_whitespace() {
-        if width == 0 || width + 1 + word.len() > 80 {
-            text.push_str(if width == 0 { "     " } else { "\n     " });
-            width = 5;
-        } else {
-            text.push(' ');
-            width += 1;
-        }
-        text.push_str(word);
-        width += word.len();
-    }
-    text.push('\n');
+    line::unknown(name, known.chain(WITHOUT_MEANING.iter().map(|(known, _)| *known)), "lictor connect proxy")
 }
 
 #[cfg(test)]

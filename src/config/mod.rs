@@ -6,6 +6,7 @@
 
 mod admin;
 mod flags;
+pub(crate) mod line;
 mod reader;
 mod values;
 
@@ -79,6 +80,8 @@ pub enum Invocation {
     Run(Box<Config>),
     /// Print this, and that was all.
     Print(String),
+    /// Print [`help`] with the commands that are none of ours.
+    Help,
 }
 
 /// Reads the arguments (without the program's name) and the environment.
@@ -97,7 +100,7 @@ pub fn read(
         ["connect", "proxy", ..] => &arguments[2..],
         ["proxy", ..] => &arguments[1..],
         ["version" | "-version" | "--version" | "-v", ..] => return Ok(Invocation::Print(version())),
-        ["help" | "-h" | "-help" | "--help", ..] => return Ok(Invocation::Print(HELP.to_owned())),
+        ["help" | "-h" | "-help" | "--help", ..] => return Ok(Invocation::Help),
         ["connect", "help" | "-h" | "-help" | "--help", ..] => return Ok(Invocation::Print(CONNECT_HELP.to_owned())),
         [] | ["connect"] => bail!("no command given: run `lictor connect proxy -sidecar-for <service id>`; see {SEE}"),
         ["connect", "envoy", ..] => bail!("there is no Envoy here: use `lictor connect proxy` with the same flags"),
@@ -111,6 +114,17 @@ pub fn read(
         Line::Flags(flags, ignored) => {
             let reader = Reader::new(&environment, ignored);
             Ok(Invocation::Run(Box::new(reader.config(*flags)?)))
+        }
+    }
+}
+
+impl Mode {
+    /// The id or name that says which proxy to run.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        match self {
+            Self::ProxyId(id) | Self::SidecarFor(id) => id,
+            Self::AdHoc(ad_hoc) => &ad_hoc.service,
         }
     }
 }
@@ -137,20 +151,29 @@ impl Config {
 
 const SEE: &str = "`lictor --help`";
 
-const HELP: &str = "\
+/// What `lictor help` prints; `asking` has a line for each command that asks a running sidecar.
+#[must_use]
+pub fn help(asking: &str) -> String {
+    format!(
+        "\
 Usage: lictor <command>
 
   Lictor is a sidecar proxy for Consul's service mesh, driven by nothing but the
   agent's HTTP API.
 
-Commands
+Commands that run a sidecar
 
-  connect proxy   Run a sidecar, with the flags of `consul connect proxy`
-  proxy           The same
-  version         Print the version
+  connect proxy        Run a sidecar, with the flags of `consul connect proxy`
+  proxy                The same
+  version              Print the version
 
-  `lictor connect proxy --help` lists the flags.
-";
+Commands that ask a running sidecar
+
+{asking}
+  `lictor <command> -help` lists the flags of each.
+"
+    )
+}
 
 const CONNECT_HELP: &str = "\
 Usage: lictor connect <command>

@@ -35,6 +35,7 @@ fn error(flags: &str, variables: &str) -> String {
 fn commands() {
     let printed = |line| match read_line(line, "") {
         Ok(Invocation::Print(text)) => text,
+        Ok(Invocation::Help) => help(""),
         other => panic!("{line}: {other:?}"),
     };
     for line in ["version", "--version", "-version", "-v"] {
