@@ -91,7 +91,7 @@ consul_binary() {
     if command -v consul; then
         return
     fi
-    [ -x "$cache/consul/usr/bin/consul" ] || fetch_consul ||
+    [ -x "$cache/consul/usr/bin/consul" ] || fetch_package consul bullseye ||
         die "No Consul was found: install the package \"consul\" of Debian 11 (main), or Consul 1.8.7 or newer from HashiCorp, so that it is on the PATH, or name its binary in CONSUL_BIN."
     printf '%s\n' "$cache/consul/usr/bin/consul"
 }
@@ -115,15 +115,30 @@ program() {
     printf '%s\n' "$(cd "$(dirname "$1")" && pwd)/$(basename "$1")"
 }
 
-# Debian 12 has no Consul, Debian 11 has. Its package is taken from the mirror that apt is set up with, with
-# lists of our own, so that the system's sources and package lists stay as they are; it is unpacked in the
-# cache and not installed.
-fetch_consul() {
+# Prints the path of a program of Prometheus (prometheus, promtool): the variable's, the PATH's, or Debian 12's, fetched once.
+# prometheus_program NAME VARIABLE
+prometheus_program() {
+    local name=$1 variable=$2 fetched=$cache/prometheus/usr/bin/$1
+    if [ -n "${!variable:-}" ]; then
+        program "${!variable}" "$variable"
+        return
+    fi
+    if command -v "$name"; then
+        return
+    fi
+    [ -x "$fetched" ] || fetch_package prometheus bookworm || return 1
+    printf '%s\n' "$fetched"
+}
+
+# Takes a package from the mirror that apt is set up with, with lists of our own, so that the system's sources and package
+# lists stay as they are; it is unpacked in the cache and not installed. (Debian 12 has no Consul, Debian 11 has.)
+# fetch_package PACKAGE RELEASE
+fetch_package() {
     command -v apt-get >/dev/null && command -v dpkg >/dev/null || return 1
-    local keyring=/usr/share/keyrings/debian-archive-keyring.gpg work=$cache/apt mirror
+    local package=$1 release=$2 keyring=/usr/share/keyrings/debian-archive-keyring.gpg work=$cache/apt mirror
     [ -e "$keyring" ] || return 1
-    say "Fetching Consul (Debian 11's package, through apt's mirror) ..."
-    rm -rf "$work" "$cache/consul"
+    say "Fetching $package (Debian's package in $release, through apt's mirror) ..."
+    rm -rf "$work" "${cache:?}/$package"
     mkdir -p "$work/lists/partial" "$work/archives/partial"
     local -a own
     own=(
@@ -132,10 +147,10 @@ fetch_consul() {
     )
     # shellcheck disable=SC2016 # apt fills that in
     while read -r mirror; do
-        printf 'deb [signed-by=%s] %s bullseye main\n' "$keyring" "$mirror" >"$work/sources.list"
+        printf 'deb [signed-by=%s] %s %s main\n' "$keyring" "$mirror" "$release" >"$work/sources.list"
         if apt-get "${own[@]}" update >"$work/log" 2>&1 &&
-            (cd "$work" && apt-get "${own[@]}" download consul) >>"$work/log" 2>&1 &&
-            dpkg -x "$work"/consul_*.deb "$cache/consul"; then
+            (cd "$work" && apt-get "${own[@]}" download "$package") >>"$work/log" 2>&1 &&
+            dpkg -x "$work/${package}"_*.deb "$cache/$package"; then
             return 0
         fi
     done < <(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 2>/dev/null | grep -v security | sort -u)

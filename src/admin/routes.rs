@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use http::{Method, Request, StatusCode};
+use http::{HeaderMap, Method, Request, StatusCode};
 use hyper::body::Incoming;
 use serde_json::json;
 use tracing::Level;
@@ -27,6 +27,7 @@ pub(super) async fn answer(request: Request<Incoming>, scope: Scope, hosts: Host
         // Envoy answers any method here, and so do those who stand in for it.
         return match state.prometheus.backend_port {
             Some(port) => scrape::backend(port, request.uri().path_and_query().map_or("/", |path| path.as_str())).await,
+            None if query.get("names").is_some_and(|names| names == "lictor") => stats::own(state, request.headers()),
             None => stats::prometheus(state, &query),
         };
     }
@@ -35,12 +36,14 @@ pub(super) async fn answer(request: Request<Incoming>, scope: Scope, hosts: Host
         return reply::status(StatusCode::NOT_FOUND, format!("There is no such path. There are:\n{paths}"));
     };
     let is_post = request.method() == Method::POST;
+    let is_get = matches!(*request.method(), Method::GET | Method::HEAD);
     match page.give {
         // Envoy's readers take POST too, and `consul troubleshoot` sends it.
-        Give::Read(read) if is_post || matches!(*request.method(), Method::GET | Method::HEAD) => read(state, &query),
+        Give::Read(read) if is_post || is_get => read(state, &query),
+        Give::Negotiated(read) if is_post || is_get => read(state, request.headers()),
         Give::Stream(stream) if request.method() == Method::GET => stream(state),
         Give::Change(change) if is_post => change(state, &query),
-        Give::Read(_) | Give::Stream(_) => reply::method_not_allowed("GET"),
+        Give::Read(_) | Give::Negotiated(_) | Give::Stream(_) => reply::method_not_allowed("GET"),
         Give::Change(_) => reply::method_not_allowed("POST"),
     }
 }
@@ -62,6 +65,8 @@ struct Page {
 
 enum Give {
     Read(fn(&State, &Query) -> Reply),
+    /// In the form that the asker accepts.
+    Negotiated(fn(&State, &HeaderMap) -> Reply),
     /// Goes on without end.
     Stream(fn(&Arc<State>) -> Reply),
     Change(fn(&State, &Query) -> Reply),
@@ -86,8 +91,8 @@ const PAGES: &[Page] = &[
     Page { path: "/stats", about: "all numbers; filter=, usedonly, type=, format=", give: Give::Read(stats::stats) },
     Page {
         path: "/metrics",
-        about: "all numbers for Prometheus, by our own names (OpenMetrics)",
-        give: Give::Read(stats::openmetrics),
+        about: "all numbers for Prometheus, by our own names (OpenMetrics for those who accept it)",
+        give: Give::Negotiated(stats::own),
     },
     Page {
         path: "/stats/prometheus",

@@ -2,7 +2,8 @@
 
 use std::time::SystemTime;
 
-use http::StatusCode;
+use http::header::{ACCEPT, VARY};
+use http::{HeaderMap, HeaderValue, StatusCode};
 
 use super::process;
 use super::query::Query;
@@ -10,7 +11,7 @@ use super::reply::{self, Reply};
 use super::state::{Serving, State};
 use crate::stats::scope::Scope;
 use crate::stats::text::{Selection, Type};
-use crate::stats::{Sample, Samples, openmetrics, prometheus as exposition, text};
+use crate::stats::{Sample, Samples, openmetrics, plain, prometheus as exposition, text};
 
 const USAGE: &str = "usage: /stats?format=text|json|prometheus\n";
 
@@ -39,7 +40,19 @@ fn encode(state: &State, selection: &Selection) -> Reply {
     reply::of(exposition::CONTENT_TYPE, exposition::encode(&samples, &common_labels(state)))
 }
 
-pub(super) fn openmetrics(state: &State, _: &Query) -> Reply {
+/// By our own names: in OpenMetrics for those who ask for that, else in the text format that every reader knows.
+pub(super) fn own(state: &State, headers: &HeaderMap) -> Reply {
+    let text = openmetrics(state);
+    let accepts = headers.get_all(ACCEPT).iter().filter_map(|accept| accept.to_str().ok());
+    let mut reply = match accepts.into_iter().any(|accept| accept.contains("application/openmetrics-text")) {
+        true => reply::of(openmetrics::CONTENT_TYPE, text),
+        false => reply::of(exposition::CONTENT_TYPE, plain::of(&text)),
+    };
+    reply.headers_mut().insert(VARY, HeaderValue::from_static("accept"));
+    reply
+}
+
+fn openmetrics(state: &State) -> String {
     let (listeners, clusters) = state.stats.groups();
     let (configuration, certificate_expiry) = state.snapshots.borrow().as_ref().map_or((0, None), |snapshot| {
         let expiry = snapshot.credentials.as_ref().map(|credentials| process::unix_seconds(credentials.not_after()));
@@ -55,8 +68,7 @@ pub(super) fn openmetrics(state: &State, _: &Query) -> Reply {
         configuration,
         certificate_expiry,
     };
-    let text = openmetrics::encode(&process, &listeners, &clusters, &own_labels(state));
-    reply::of(openmetrics::CONTENT_TYPE, text)
+    openmetrics::encode(&process, &listeners, &clusters, &own_labels(state))
 }
 
 /// # Errors

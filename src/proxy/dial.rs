@@ -138,6 +138,8 @@ pub(super) async fn connect(
     observer: &Observer,
 ) -> Result<(MeshStream<Socket>, Arc<SpiffeId>), Unconnected> {
     if let Some(begun) = instance.sessions().start(target.tls(), until).await {
+        // One more for those who count connections of apps, as Consul's UI does, though none is made.
+        instance.stats().connections.increment();
         return begun.map_err(Unconnected::Refused);
     }
     let (tls, peer) = attempt(target, instance, until, Offer::Tunnel, observer).await?;

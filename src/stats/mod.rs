@@ -7,6 +7,7 @@
 
 pub mod group;
 pub mod openmetrics;
+pub mod plain;
 pub mod prometheus;
 pub mod scope;
 pub mod statsd;
