@@ -240,6 +240,7 @@ fn server_side(tls: Arc<Server>, protocol: Protocol, public: u16, app: u16) -> S
         upgrades: Upgrades::default(),
         sanitize_forwarded_cert: false,
         expose_cause: false,
+        audit: false,
         token_providers: Arc::new(Providers::default()),
     };
     let bind = local(public);

@@ -14,6 +14,7 @@ pub struct Format {
     shape: Shape,
     unknown: Vec<String>,
     names: HeaderNames,
+    is_default: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -71,7 +72,8 @@ const DEFAULT: [(&str, &str); 24] = [
 impl Default for Format {
     fn default() -> Self {
         let node = |(key, text): (&str, &str)| (key.to_owned(), Node::Text(Template::read(text).unwrap_or_default()));
-        Self::new(Shape::Json(Node::Object(DEFAULT.map(node).into())), Vec::new())
+        let format = Self::new(Shape::Json(Node::Object(DEFAULT.map(node).into())), Vec::new());
+        Self { is_default: true, ..format }
     }
 }
 
@@ -82,7 +84,7 @@ impl Format {
             Shape::Text(template) => name_headers(template, &mut names),
             Shape::Json(node) => node.name_headers(&mut names),
         }
-        Self { shape, unknown, names }
+        Self { shape, unknown, names, is_default: false }
     }
 
     /// The headers and trailers that lines may show; no others are looked at.
@@ -123,7 +125,16 @@ impl Format {
     pub fn line(&self, record: &Record<'_>, secrets: Secrets<'_>) -> String {
         let mut line = match &self.shape {
             Shape::Text(template) => text(template, record, secrets, telemetry::escape),
-            Shape::Json(node) => node.value(record, secrets).to_string(),
+            Shape::Json(node) => {
+                let mut line = node.value(record, secrets);
+                // The default format has no operator for it, and nobody is to miss it.
+                if let (Some(rule), true, Json::Object(members)) =
+                    (record.would_be_denied_by, self.is_default, &mut line)
+                {
+                    members.insert("would_be_denied_by".to_owned(), rule.into());
+                }
+                line.to_string()
+            }
         };
         line.push('\n');
         line

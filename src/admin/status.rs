@@ -106,15 +106,22 @@ pub(super) fn value(state: &State) -> Value {
 fn inbound(state: &State, listener: &InboundListener, stats: Option<&Arc<ListenerStats>>) -> Value {
     let service = &listener.service;
     let callers = state.stats.callers();
-    let callers = callers.iter().map(
-        |caller| json!({ "service": caller.service, "allowed": caller.allowed.get(), "denied": caller.denied.get() }),
-    );
+    let callers = callers.iter().map(|caller| {
+        json!({
+            "service": caller.service,
+            "allowed": caller.allowed.get(),
+            "denied": caller.denied.get(),
+            "would_deny": caller.would_deny.get(),
+        })
+    });
     let mut about = counts(stats);
     about["service"] = json!(service.name);
     about["bind"] = json!(listener.bind.to_string());
     about["protocol"] = json!(format!("{:?}", service.protocol).to_lowercase());
     about["http"] = json!(service.protocol.is_http());
+    about["audit"] = json!(service.audit);
     about["default"] = json!(service.intentions.default_policy().to_string());
+    about["default_action"] = json!(service.intentions.default_policy().action.to_string());
     about["intentions"] = service.intentions.list().iter().map(intention).collect();
     about["callers"] = callers.collect();
     about
@@ -127,6 +134,9 @@ fn intention(intention: &Intention) -> Value {
     };
     json!({
         "source": intention.source,
+        "namespace": intention.source_namespace,
+        "partition": intention.source_partition,
+        "permissions": intention.action.is_none(),
         "destination": intention.destination,
         "action": action,
         "precedence": intention.precedence,
@@ -184,7 +194,8 @@ fn counts(stats: Option<&Arc<ListenerStats>>) -> Value {
     let Some(stats) = stats else {
         return json!({
             "connections": 0, "connections_active": 0, "received": 0, "sent": 0, "requests": 0, "requests_active": 0,
-            "classes": [0, 0, 0, 0, 0], "p50_ms": null, "p99_ms": null, "allowed": 0, "denied": 0, "revoked": 0,
+            "classes": [0, 0, 0, 0, 0], "p50_ms": null, "p99_ms": null, "allowed": 0, "denied": 0, "would_deny": 0,
+            "revoked": 0,
         });
     };
     let times = stats.request_time.get();
@@ -201,6 +212,7 @@ fn counts(stats: Option<&Arc<ListenerStats>>) -> Value {
         "p99_ms": quantile(0.99),
         "allowed": stats.allowed.get(),
         "denied": stats.denied.get(),
+        "would_deny": stats.would_deny.get(),
         "revoked": stats.revoked.get(),
     })
 }

@@ -3,6 +3,7 @@
 //! [`run`] is one task. News come to it through one channel; each goes through `translate` into the
 //! [`Draft`], which says what to ask next; when it is whole and has changed, a snapshot is published.
 
+mod audit;
 mod draft;
 #[cfg(test)]
 mod fixture;
@@ -28,6 +29,7 @@ use anyhow::bail;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
+use self::audit::AuditWarning;
 use self::draft::{Draft, Update, Want};
 use self::pace::Pace;
 use self::query::Query;
@@ -93,7 +95,7 @@ impl Control {
         mut news: mpsc::Receiver<News>,
         publish: watch::Sender<Option<Arc<Snapshot>>>,
     ) -> anyhow::Result<()> {
-        let mut pace = Pace::default();
+        let (mut pace, mut audit) = (Pace::default(), AuditWarning::default());
         let fetch_requests = self.draft.fetch_requests();
         let mut requested = false;
         let mut retry = tokio::time::interval(RETRY);
@@ -108,6 +110,7 @@ impl Control {
             let due = pace.due;
             if due.is_some_and(|due| due <= Instant::now()) {
                 self.publish(&publish);
+                audit.look(publish.borrow().as_deref(), Instant::now());
                 pace.published(Instant::now());
                 continue;
             }
@@ -125,6 +128,7 @@ impl Control {
                 }
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => continue,
                 _ = retry.tick() => {
+                    audit.look(publish.borrow().as_deref(), Instant::now());
                     if let Err(bad) = self.draft.retry(SystemTime::now()) {
                         tracing::debug!("leaf or roots are still refused: {bad}");
                     }

@@ -23,6 +23,8 @@ pub(super) enum Query {
     PreparedQuery(PreparedQuery),
     /// The config entry of that name.
     Mesh,
+    /// The config entry of that name, `global`.
+    ProxyDefaults,
     /// A config entry, by its name.
     JwtProvider(String),
     /// A key set that is not in its config entry; not asked of the agent.
@@ -58,6 +60,7 @@ impl fmt::Display for Query {
             }
             Self::PreparedQuery(query) => write!(f, "prepared query {}", query.name),
             Self::Mesh => f.write_str("mesh config entry"),
+            Self::ProxyDefaults => f.write_str("proxy-defaults config entry"),
             Self::JwtProvider(name) => write!(f, "jwt-provider {name}"),
             Self::Keys(source) => write!(f, "key set of {source}"),
         }

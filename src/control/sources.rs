@@ -171,6 +171,9 @@ impl Sources {
                 ask.agent(asked, move |answer| Update::PreparedQuery(prepared.clone(), Box::new(answer.value)))
             }
             Query::Mesh => ask.agent(consul::Query::mesh_config(), |answer| Update::Mesh(answer.value)),
+            Query::ProxyDefaults => {
+                ask.agent(consul::Query::proxy_defaults(), |answer| Update::ProxyDefaults(answer.value.map(Box::new)))
+            }
             Query::JwtProvider(name) => ask.agent(consul::Query::jwt_provider(&name), move |answer| {
                 Update::JwtProvider(name.clone(), answer.value.map(Box::new))
             }),

@@ -31,6 +31,7 @@ pub(super) fn log_connection(record: &ConnectionRecord) {
         downstream_local: record.info.local,
         downstream_remote: record.info.remote,
         peer: record.info.peer.as_deref(),
+        would_be_denied_by: record.would_be_denied_by.as_deref(),
         ..Record::new(*start)
     };
     log.log(&line, Secrets::default());
@@ -63,6 +64,7 @@ pub(super) fn log_request(record: &RequestRecord) {
         downstream_local: record.connection.local,
         downstream_remote: record.connection.remote,
         peer: record.connection.peer.as_deref(),
+        would_be_denied_by: record.would_be_denied_by.as_deref(),
         ..Record::new(record.start)
     };
     copied.log.log(&line, Secrets { providers: record.providers.as_deref() });

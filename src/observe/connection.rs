@@ -104,6 +104,8 @@ pub struct ConnectionRecord {
     pub cause: Cow<'static, str>,
     /// The rule that denied it, in words.
     pub denied_by: Option<Box<str>>,
+    /// The rule that would have, where audit mode let it through.
+    pub would_be_denied_by: Option<Box<str>>,
     /// The access log that was on when it began to carry bytes, and when that was.
     pub access_log: Option<(Arc<Active>, SystemTime)>,
 }
@@ -125,6 +127,7 @@ impl ConnectionRecord {
             outcome: Outcome::Aborted,
             cause: Cow::Borrowed("aborted"),
             denied_by: None,
+            would_be_denied_by: None,
             access_log: None,
         }
     }

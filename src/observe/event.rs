@@ -45,6 +45,9 @@ pub enum Event<'a> {
     ConnectStarted(&'a Destination),
     /// It was made, TLS included, or why it was not.
     ConnectEnded { destination: &'a Destination, took: Duration, result: Result<(), &'a ConnectError> },
+    /// The intentions deny a connection or a request, which is let through as the service is in audit mode. `request` is its
+    /// method and path. `reason` is one clause.
+    WouldDeny { connection: &'a ConnectionInfo, request: Option<(&'a str, &'a str)>, reason: &'a str },
     /// The intentions allow or deny a connection or a request.
     Decided { connection: &'a ConnectionInfo, source: &'a SpiffeId, decision: &'a Decision<'a> },
     /// A limit let something through no more.

@@ -71,6 +71,10 @@ pub(super) fn count(event: &Event<'_>, local_app: &ClusterStats) {
                 caller.iter().for_each(|caller| caller.denied.increment());
             }
         }
+        Event::WouldDeny { connection, .. } => {
+            connection.stats.would_deny.increment();
+            connection.caller.iter().for_each(|caller| caller.would_deny.increment());
+        }
         Event::Overflowed(Overflowed::Inbound(connection)) => connection.stats.connections_limited.increment(),
         Event::Overflowed(Overflowed::Target { stats, limit, .. }) => {
             if *limit == "max_connections" {

@@ -104,6 +104,7 @@ impl Observer {
             Event::HandshakeFailed { connection, problem, .. } => {
                 self.0.problems.handshake(&connection.info, problem);
             }
+            Event::WouldDeny { connection, request, reason } => self.0.problems.would_deny(connection, request, reason),
             _ => {}
         }
     }
@@ -137,6 +138,7 @@ impl Observer {
                 Err(error) => format!("not connected: {error}"),
             },
             Event::Decided { decision, .. } => format!("decided {decision}"),
+            Event::WouldDeny { reason, .. } => format!("would deny: {reason}"),
             Event::Overflowed(Overflowed::Inbound(_)) => "overflow of inbound connections".into(),
             Event::Overflowed(Overflowed::Target { target, limit, .. }) => format!("overflow of {limit} of {target}"),
             Event::Ejected { target, .. } => format!("ejected {target}"),

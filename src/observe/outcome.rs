@@ -95,6 +95,8 @@ outcomes! {
     /// CONNECT.
     Method,
     Denied,
+    /// Let through in audit mode. Nothing ends so: it is told beside how it ended.
+    WouldDeny,
     /// To where the same path is spelt with plain slashes, which is the cause.
     Redirect,
     NoRoute,
@@ -157,9 +159,13 @@ impl Outcome {
             | Self::OtherProtocol
             | Self::Drained
             | Self::Displaced => self.describe_end(),
-            Self::BadRequest | Self::TooLarge | Self::Method | Self::Denied | Self::Redirect | Self::NoRoute => {
-                self.describe_refusal()
-            }
+            Self::BadRequest
+            | Self::TooLarge
+            | Self::Method
+            | Self::Denied
+            | Self::WouldDeny
+            | Self::Redirect
+            | Self::NoRoute => self.describe_refusal(),
             Self::NoInstance | Self::Unreachable | Self::Overflow => self.describe_unsent(),
             Self::Reset | Self::BadResponse | Self::LargeResponse => self.describe_response(),
             Self::Timeout | Self::TryTimeout | Self::Idle | Self::IdleUpload => self.describe_timeout(),
@@ -230,6 +236,10 @@ impl Outcome {
             Self::NoRoute => answered("NR", Side::Us, NO, StatusCode::NOT_FOUND, "route_not_found", "").means(
                 "No route of the service-router matches, or the path is not exposed.",
                 "Compare the request with the service-router's routes or the exposed paths.",
+            ),
+            Self::WouldDeny => silent("", Side::Us, NO).means(
+                "The intentions do not allow this source, or not this request; it was let through, as the service is in audit mode.",
+                "Allow it in the service-intentions of the destination, if it should be, before lictor_intentions_audit is turned off.",
             ),
             // Denied.
             _ => answered(

@@ -71,9 +71,19 @@ impl Problems {
         self.push(info, Outcome::Unproved, None, format!("the peer did not prove a mesh identity: {problem}"));
     }
 
+    /// Told once for each source and reason while it is among the newest: one busy caller would push out all else.
+    pub(super) fn would_deny(&self, info: &ConnectionInfo, request: Option<(&str, &str)>, reason: &str) {
+        let who = who(info);
+        let is_same =
+            |known: &Problem| known.outcome == Outcome::WouldDeny && known.who == who && known.cause == reason;
+        if !self.lock().list.iter().any(is_same) {
+            let what = request.map(|(method, path)| format!("{method} {path}"));
+            self.push(info, Outcome::WouldDeny, what, reason.to_owned());
+        }
+    }
+
     fn push(&self, info: &ConnectionInfo, outcome: Outcome, what: Option<String>, cause: String) {
-        let address = || info.remote.as_ref().map_or_else(|| "unix".to_owned(), SocketAddr::to_string);
-        let who = info.peer.as_ref().map_or_else(address, |peer| peer.service.clone());
+        let who = who(info);
         let direction = match info.listener {
             Listener::Public(_) => "inbound",
             Listener::Upstream(_) => "outbound",
@@ -94,10 +104,17 @@ impl Problems {
     }
 }
 
+/// The identity of the downstream, or its address.
+fn who(info: &ConnectionInfo) -> String {
+    let address = || info.remote.as_ref().map_or_else(|| "unix".to_owned(), SocketAddr::to_string);
+    info.peer.as_ref().map_or_else(address, |peer| peer.service.clone())
+}
+
 /// Something that an operator may want to know of. What a client ends by itself, and what ends in order, is none.
 fn is_problem(outcome: Outcome) -> bool {
     match outcome {
         Outcome::Denied
+        | Outcome::WouldDeny
         | Outcome::BadRequest
         | Outcome::TooLarge
         | Outcome::Method

@@ -45,6 +45,8 @@ pub struct RequestRecord {
     pub outcome: Outcome,
     /// Why it has a response of ours: one sentence for logs, which may hold a location with its query.
     pub cause: Option<Cow<'static, str>>,
+    /// The rule that would have denied it, where audit mode let it through.
+    pub would_be_denied_by: Option<Box<str>>,
     /// Bytes of bodies, from the downstream and to it. The first is known at the end.
     pub bytes_received: u64,
     pub bytes_sent: u64,
@@ -89,6 +91,7 @@ impl RequestRecord {
             answer: None,
             outcome: Outcome::Ended,
             cause: None,
+            would_be_denied_by: None,
             bytes_received: 0,
             bytes_sent: 0,
             is_complete: false,

@@ -35,6 +35,7 @@ enum Kind {
     Response(Name, Option<Name>),
     Trailer(HeaderName),
     Peer(PeerPart),
+    Audit(AuditPart),
     GrpcStatus,
     GrpcStatusNumber,
     Simple(Simple),
@@ -58,6 +59,13 @@ enum PeerPart {
     Namespace,
     Datacenter,
     Service,
+}
+
+/// What is told of a decision that audit mode did not enforce.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum AuditPart {
+    Result,
+    Rule,
 }
 
 /// Those without arguments.
@@ -233,7 +241,7 @@ impl Operator {
                 names.response.push(GRPC_STATUS);
                 names.trailers.push(GRPC_STATUS);
             }
-            Kind::StartTime(_) | Kind::Peer(_) | Kind::Simple(_) => {}
+            Kind::StartTime(_) | Kind::Peer(_) | Kind::Audit(_) | Kind::Simple(_) => {}
         }
     }
 
@@ -270,7 +278,9 @@ impl Kind {
             "RESP" => names(argument).map(|(main, other)| Self::Response(main, other)),
             "TRAILER" => argument.parse().ok().map(Self::Trailer),
             "GRPC_STATUS" => Some(Self::GrpcStatus),
-            "DYNAMIC_METADATA" => PeerPart::read(argument).map(Self::Peer),
+            "DYNAMIC_METADATA" => {
+                PeerPart::read(argument).map(Self::Peer).or_else(|| AuditPart::read(argument).map(Self::Audit))
+            }
             _ => None,
         }
     }
@@ -288,6 +298,8 @@ impl Kind {
             Self::Response(main, other) => text(first(main, other.as_ref(), |name| name.in_response(record))?),
             Self::Trailer(name) => text(header(record.response.as_ref()?.trailers?, name)?),
             Self::Peer(part) => text(part.of(record)?),
+            Self::Audit(AuditPart::Result) => record.would_be_denied_by.map(|_| Value::Text("denied".into())),
+            Self::Audit(AuditPart::Rule) => record.would_be_denied_by.map(|rule| Value::Text(rule.into())),
             Self::GrpcStatus => text(grpc_name(grpc_status(record)?).into()),
             Self::GrpcStatusNumber => Some(Value::Number(grpc_status(record)?)),
             Self::Simple(simple) => simple.value(record),
@@ -398,6 +410,18 @@ impl PeerPart {
             Self::Datacenter => peer.datacenter.as_str().into(),
             Self::Service => peer.service.as_str().into(),
         })
+    }
+}
+
+impl AuditPart {
+    /// What Envoy's RBAC filters keep of their shadow rules.
+    fn read(argument: &str) -> Option<Self> {
+        let filters = ["envoy.filters.http.rbac:", "envoy.filters.network.rbac:"];
+        match filters.iter().find_map(|filter| argument.strip_prefix(filter))? {
+            "shadow_engine_result" => Some(Self::Result),
+            "shadow_effective_policy_id" => Some(Self::Rule),
+            _ => None,
+        }
     }
 }
 

@@ -36,6 +36,8 @@ pub struct Record<'a> {
     pub requested_server_name: Option<Cow<'a, str>>,
     /// Who is at the other end, where it has proved itself.
     pub peer: Option<&'a SpiffeId>,
+    /// The rule that would have denied it, where audit mode let it through.
+    pub would_be_denied_by: Option<&'a str>,
 }
 
 #[derive(Debug, Clone)]
@@ -91,6 +93,7 @@ impl Record<'_> {
             downstream_remote: None,
             requested_server_name: None,
             peer: None,
+            would_be_denied_by: None,
         }
     }
 }

@@ -11,6 +11,7 @@ use rustls_pki_types::CertificateDer;
 use tokio::sync::watch;
 
 use super::listener::ListenerState;
+use super::log_limit::Audited;
 use super::outcome::{Fault, Outcome};
 use crate::drain::Stage;
 use crate::jwt::Verified;
@@ -103,8 +104,12 @@ pub(super) fn drained() -> Fault {
     Fault::new(Outcome::Drained, "closed at the end of the drain time")
 }
 
-/// Ends when an open connection must.
-pub(super) async fn revoked(live: &mut watch::Receiver<ListenerState<InboundListener>>, peer: &SpiffeId) -> Revoked {
+/// Ends when an open connection must. `audited` is told of what audit mode lets go on, and why it would not.
+pub(super) async fn revoked(
+    live: &mut watch::Receiver<ListenerState<InboundListener>>,
+    peer: &SpiffeId,
+    audited: &Audited,
+) -> Revoked {
     loop {
         if live.changed().await.is_err() {
             return Revoked::Drained;
@@ -116,8 +121,10 @@ pub(super) async fn revoked(live: &mut watch::Receiver<ListenerState<InboundList
         if stage >= Stage::Closing {
             return Revoked::Drained;
         }
-        if let Some(reason) = denial(&service, peer) {
-            return Revoked::Denied(service, reason);
+        match verdict(&service, &service.intentions.decide(peer)) {
+            Verdict::Allowed => {}
+            Verdict::WouldDeny(reason) => audited.log(peer, &service.name, "open connection", &reason),
+            Verdict::Denied(reason) => return Revoked::Denied(service, reason),
         }
         if service.protocol.is_http() {
             return Revoked::CarriesRequests;
@@ -125,21 +132,39 @@ pub(super) async fn revoked(live: &mut watch::Receiver<ListenerState<InboundList
     }
 }
 
-/// Decides about a connection of bytes that the peer asks for. Why it may not have it, if it may not.
-pub(super) fn decide(
-    service: &Service,
-    peer: &SpiffeId,
-    connection: &ConnectionInfo,
-    observer: &Observer,
-) -> Option<String> {
+/// What becomes of a connection of bytes, with the reason of a denial.
+pub(super) enum Verdict {
+    Allowed,
+    /// It is let through, as the service is in audit mode.
+    WouldDeny(String),
+    Denied(String),
+}
+
+/// Decides about a connection of bytes that the peer asks for.
+pub(super) fn decide(service: &Service, peer: &SpiffeId, connection: &ConnectionInfo, observer: &Observer) -> Verdict {
     let decision = service.intentions.decide(peer);
-    observer.observe(Event::Decided { connection, source: peer, decision: &decision });
-    reason(&decision)
+    let verdict = verdict(service, &decision);
+    observer.observe(match &verdict {
+        Verdict::WouldDeny(reason) => Event::WouldDeny { connection, request: None, reason },
+        Verdict::Allowed | Verdict::Denied(_) => Event::Decided { connection, source: peer, decision: &decision },
+    });
+    verdict
 }
 
 /// Why the peer may not have a connection of bytes any more, if it may not.
 pub(super) fn denial(service: &Service, peer: &SpiffeId) -> Option<String> {
-    reason(&service.intentions.decide(peer))
+    match verdict(service, &service.intentions.decide(peer)) {
+        Verdict::Denied(reason) => Some(reason),
+        Verdict::Allowed | Verdict::WouldDeny(_) => None,
+    }
+}
+
+fn verdict(service: &Service, decision: &Decision<'_>) -> Verdict {
+    match reason(decision) {
+        None => Verdict::Allowed,
+        Some(reason) if service.audit => Verdict::WouldDeny(reason),
+        Some(reason) => Verdict::Denied(reason),
+    }
 }
 
 fn reason(decision: &Decision<'_>) -> Option<String> {
@@ -164,7 +189,7 @@ pub(super) struct Judged {
     pub headers: bool,
 }
 
-/// Why a request that is under way may not go on, if it may not.
+/// Why a request that is under way may not go on, if it may not by the intentions. Audit mode is for the caller to mind.
 pub(super) fn request_denial(
     service: &Service,
     peer: &SpiffeId,

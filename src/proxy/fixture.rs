@@ -90,6 +90,7 @@ pub(super) fn service(protocol: Protocol, app: SocketAddr) -> Service {
         upgrades: Upgrades::new(["echo".to_owned()]),
         sanitize_forwarded_cert: false,
         expose_cause: false,
+        audit: false,
         token_providers: Arc::new(Providers::default()),
     }
 }

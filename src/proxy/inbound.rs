@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-use super::authorization::{self, Peer, Revoked, denial};
+use super::authorization::{self, Peer, Revoked, Verdict, denial};
 use super::codec::pool::Pool;
 use super::http::certificate;
 use super::http::inbound::Inbound;
@@ -16,7 +16,7 @@ use super::http::ongoing::Open;
 use super::http::request_record::RequestObserver;
 use super::listener::{Accepted, ListenerState};
 use super::local_app::connect_app;
-use super::log_limit::LogLimit;
+use super::log_limit::{Audited, LogLimit, LogLimits};
 use super::outcome::Outcome;
 use super::places::{Counted, Places};
 use super::record::{Host, Record, Shown};
@@ -42,13 +42,22 @@ pub(super) struct Shared {
     app: Arc<Pool>,
     observer: Observer,
     log_limit: LogLimit,
+    /// What audit mode lets through.
+    audited: Audited,
 }
 
 impl Shared {
     #[must_use]
-    pub(super) fn new(observer: Observer, log_limit: LogLimit) -> Self {
-        let handshakes = Places::new(HANDSHAKES);
-        Self { handshakes, open: Arc::default(), waiting: Arc::default(), app: Arc::default(), observer, log_limit }
+    pub(super) fn new(observer: Observer, limits: &LogLimits) -> Self {
+        Self {
+            handshakes: Places::new(HANDSHAKES),
+            open: Arc::default(),
+            waiting: Arc::default(),
+            app: Arc::default(),
+            observer,
+            log_limit: limits.inbound.clone(),
+            audited: limits.audited.clone(),
+        }
     }
 
     /// Whether `limit` connections are open.
@@ -139,8 +148,7 @@ async fn establish(accepted: Accepted<InboundListener>, shared: Shared) -> Optio
         // Each request is judged, so that a refused one gets an answer.
         let certificate = certificate::element(listener.service.tls.id(), mesh.peer_certificates().unwrap_or_default());
         let requests = RequestObserver { observer: shared.observer, connection: Arc::new(record.info().clone()) };
-        let (app, log_limit, upgrades) = (shared.app, shared.log_limit, listener.service.upgrades.clone());
-        let under_way = Open::default();
+        let (app, upgrades) = (shared.app, listener.service.upgrades.clone());
         let connection = Inbound {
             peer,
             remote,
@@ -150,8 +158,9 @@ async fn establish(accepted: Accepted<InboundListener>, shared: Shared) -> Optio
             certificate,
             upgrades,
             requests,
-            log_limit,
-            open: under_way,
+            log_limit: shared.log_limit,
+            audited: shared.audited,
+            open: Open::default(),
             _counted: open,
         };
         tokio::spawn(async move {
@@ -217,11 +226,17 @@ impl Session {
             self.mesh.part();
             return None;
         }
-        if let Some(reason) = authorization::decide(&listener.service, &self.peer.id, record.info(), record.observer())
-        {
-            self.log_denial("Connection denied", &listener.service, &reason);
-            record.denied(&reason, "denied");
-            return self.refuse(Refusal::Denied).await;
+        match authorization::decide(&listener.service, &self.peer.id, record.info(), record.observer()) {
+            Verdict::Allowed => {}
+            Verdict::WouldDeny(reason) => {
+                self.shared.audited.log(&self.peer.id, &listener.service.name, "connection", &reason);
+                record.audited(reason);
+            }
+            Verdict::Denied(reason) => {
+                self.log_denial("Connection denied", &listener.service, &reason);
+                record.denied(&reason, "denied");
+                return self.refuse(Refusal::Denied).await;
+            }
         }
         let mut attempt = Attempt::new(Destination::LocalApp(listener.service.local_app.clone()));
         let connected =
@@ -383,10 +398,11 @@ impl Connection {
     fn relay(mut self) -> impl Future<Output = ()> {
         async move {
             loop {
+                let Session { mesh, live, peer, shared, .. } = &mut self.session;
                 let mut end = tokio::select! {
                     biased;
-                    ended = self.copy.run(&mut self.session.mesh, &mut self.app) => End::Relayed(ended),
-                    revoked = authorization::revoked(&mut self.session.live, &self.session.peer.id) => End::Revoked(revoked),
+                    ended = self.copy.run(mesh, &mut self.app) => End::Relayed(ended),
+                    revoked = authorization::revoked(live, &peer.id, &shared.audited) => End::Revoked(revoked),
                 };
                 if matches!(end, End::Revoked(Revoked::CarriesRequests)) {
                     end = Box::pin(self.rest()).await;
@@ -403,10 +419,10 @@ impl Connection {
 
     /// What it carries may be requests: the one that is under way gets its answer.
     async fn rest(&mut self) -> End {
-        let Session { mesh, live, peer, .. } = &mut self.session;
+        let Session { mesh, live, peer, shared, .. } = &mut self.session;
         tokio::select! {
             biased;
-            revoked = authorization::revoked(live, &peer.id) => End::Revoked(revoked),
+            revoked = authorization::revoked(live, &peer.id, &shared.audited) => End::Revoked(revoked),
             ended = self.copy.run_to_rest(mesh, &mut self.app) => {
                 ended.map_or(End::Revoked(Revoked::CarriesRequests), End::Relayed)
             }

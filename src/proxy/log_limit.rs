@@ -15,8 +15,13 @@ pub(super) struct LogLimit(Arc<Mutex<Lines>>);
 #[derive(Debug, Clone, Default)]
 pub(super) struct LogLimits {
     pub inbound: LogLimit,
+    pub audited: Audited,
     pub upstream: LogLimit,
 }
+
+/// Lines about what intentions deny and audit mode lets through.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Audited(LogLimit);
 
 /// A line of one kind about one thing: written at once, and then every few seconds at most.
 #[derive(Debug, Default)]
@@ -45,6 +50,9 @@ impl LogLimits {
         for ((source, reason), count) in self.inbound.due(now) {
             tracing::info!(target: "proxy.inbound", source, reason, count, "Refused again, in the last {PERIOD:?}");
         }
+        for ((source, reason), count) in self.audited.0.due(now) {
+            tracing::warn!(target: "proxy.inbound", source, reason, count, "Audit mode: would deny again, in the last {PERIOD:?}");
+        }
         for ((source, reason), count) in self.upstream.due(now) {
             tracing::warn!(target: "proxy.upstream", source, reason, count, "Failed again, in the last {PERIOD:?}");
         }
@@ -61,6 +69,15 @@ impl Seldom {
                 None
             }
             last => last.replace((now, 0)).map_or(Some(0), |(_, again)| Some(again)),
+        }
+    }
+}
+
+impl Audited {
+    /// `what` is what was let through.
+    pub(super) fn log(&self, source: impl fmt::Display, destination: &str, what: &str, reason: &str) {
+        if self.0.is_first(&source, reason) {
+            tracing::warn!(target: "proxy.inbound", %source, destination, reason, "Audit mode: would deny this {what}, and lets it through");
         }
     }
 }

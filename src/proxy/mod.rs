@@ -108,7 +108,7 @@ impl<'a> Proxy<'a> {
         Self {
             starter: Starter::new(workers, observer.clone(), drain),
             clock: observer.clock(),
-            inbound: inbound::Shared::new(observer.clone(), log_limits.inbound.clone()),
+            inbound: inbound::Shared::new(observer.clone(), &log_limits),
             log_limits,
             observer,
             listeners: Listeners::default(),

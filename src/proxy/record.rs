@@ -74,6 +74,11 @@ impl Record {
         self.record.bytes_sent = sent;
     }
 
+    /// Audit mode lets it through; `rule` says what would have denied it.
+    pub(super) fn audited(&mut self, rule: String) {
+        self.record.would_be_denied_by = Some(rule.into());
+    }
+
     /// Finishes a connection that is denied; `rule` says by what.
     pub(super) fn denied(&mut self, rule: &str, cause: &'static str) {
         self.record.denied_by = Some(rule.into());

@@ -125,6 +125,9 @@ pub struct Service {
     pub sanitize_forwarded_cert: bool,
     /// Answers of ours say why in a header, HTTP only: `lictor_expose_cause`.
     pub expose_cause: bool,
+    /// Audit mode: what the intentions deny is told and let through, `lictor_intentions_audit`. It is about identities that
+    /// were proved and messages that are sound; whatever else is refused stays refused.
+    pub audit: bool,
     /// Those that the intentions name, HTTP only. One that is not here has no valid token.
     pub token_providers: Arc<jwt::Providers>,
 }
@@ -261,6 +264,7 @@ mod tests {
             upgrades: Upgrades::default(),
             sanitize_forwarded_cert: false,
             expose_cause: false,
+            audit: false,
             token_providers: Arc::default(),
         };
         Arc::new(InboundListener {

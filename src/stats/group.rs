@@ -132,6 +132,8 @@ pub struct CallerStats {
     pub service: String,
     pub allowed: Counter,
     pub denied: Counter,
+    /// Denied and let through, in audit mode.
+    pub would_deny: Counter,
 }
 
 /// What came to one listener.
@@ -161,6 +163,8 @@ pub struct ListenerStats {
     /// Connections of a TCP service, requests of an HTTP service, that intentions allowed or denied.
     pub allowed: Counter,
     pub denied: Counter,
+    /// Denied and let through, in audit mode. None of them is in the other two.
+    pub would_deny: Counter,
     /// Open connections that a newer intention ended.
     pub revoked: Counter,
     pub tls: Handshakes,
@@ -187,6 +191,7 @@ impl ListenerStats {
             idle_timeouts: Counter::default(),
             allowed: Counter::default(),
             denied: Counter::default(),
+            would_deny: Counter::default(),
             revoked: Counter::default(),
             tls: Handshakes::default(),
         }
@@ -224,6 +229,7 @@ impl ListenerStats {
         if self.listener == Listener::Public {
             http.counter("rbac.allowed", self.allowed.get());
             http.counter("rbac.denied", self.denied.get());
+            http.counter("rbac.shadow_denied", self.would_deny.get());
             let mut socket = Samples::of(Scope::SocketHttp(self.address.clone()), into);
             socket.counter("downstream_rq_completed", self.answers.total());
             socket.classes("downstream_rq", &self.answers);
@@ -241,6 +247,7 @@ impl ListenerStats {
             let mut rbac = Samples::of(Scope::Rbac, into);
             rbac.counter("allowed", self.allowed.get());
             rbac.counter("denied", self.denied.get());
+            rbac.counter("shadow_denied", self.would_deny.get());
         }
     }
 

@@ -74,7 +74,7 @@ families! {
     RESPONSES "lictor_responses" Counter ["direction, upstream, code_class"] "Responses whose head was sent, whoever made them.";
     REQUEST_DURATION "lictor_request_duration_seconds" Histogram ["direction, upstream"] "Whole requests that were answered.";
     REQUESTS_ABANDONED "lictor_requests_abandoned" Counter ["direction, upstream"] "Requests whose client left before the end.";
-    DECISIONS "lictor_intention_decisions" Counter ["decision"] "What intentions said of connections (tcp) and of requests (http).";
+    DECISIONS "lictor_intention_decisions" Counter ["decision"] "What intentions said of connections (tcp) and of requests (http): allowed, denied, or would_deny for what audit mode let through.";
     HANDSHAKES "lictor_tls_handshakes" Counter ["side, result"] "TLS handshakes with other sidecars: side is server for ours, client for those that we began.";
     HANDSHAKE_DURATION "lictor_tls_handshake_duration_seconds" Histogram ["side"] "TLS handshakes that succeeded.";
     ATTEMPTS "lictor_upstream_attempts" Counter ["destination"] "Tries that were sent on a connection, and TCP connections that got through.";
@@ -216,6 +216,7 @@ fn write_listener(writer: &mut Writer<'_>, family: &Family, stats: &ListenerStat
         DECISIONS if is_public => {
             writer.value(family, &[("decision", "allowed")], stats.allowed.get());
             writer.value(family, &[("decision", "denied")], stats.denied.get());
+            writer.value(family, &[("decision", "would_deny")], stats.would_deny.get());
         }
         HANDSHAKES if is_public => write_handshakes(writer, family, "server", &[], &stats.tls),
         HANDSHAKE_DURATION if is_public => writer.times(family, &[("side", "server")], &stats.tls.time.get()),

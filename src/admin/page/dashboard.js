@@ -80,16 +80,20 @@ function show(status) {
     make('p', { class: left !== null && left < 3600 ? 'bad' : 'soft' }, expiry),
     make('p', { class: 'soft' }, `${bytes(sidecar.memory)} memory`));
   put('callers', inbound.length ? inbound.map(entry => [
-    make('h3', null, `${entry.service} at ${entry.bind} (${entry.protocol})`), figures('inbound', 'bind', entry, seconds),
+    make('h3', null, `${entry.service} at ${entry.bind} (${entry.protocol})`),
+    entry.audit ? make('p', { class: 'badge' }, 'Audit mode: what intentions deny is let through') : null,
+    figures('inbound', 'bind', entry, seconds),
     make('ul', { class: 'figures' },
       make('li', null, make('span', { class: 'soft' }, 'allowed '), make('b', { class: 'good' }, count(entry.allowed))),
       make('li', null, make('span', { class: 'soft' }, 'denied '), make('b', { class: entry.denied ? 'bad' : null }, count(entry.denied))),
+      entry.audit || entry.would_deny ? make('li', null, make('span', { class: 'soft' }, 'would deny '), make('b', { class: entry.would_deny ? 'warn' : null }, count(entry.would_deny))) : null,
       make('li', null, make('span', { class: 'soft' }, 'open '), make('b', null, count(entry.connections_active)))),
     table('Callers', [
       { name: 'Caller', cell: caller => caller.service },
       { name: 'Allowed', number: true, cell: caller => count(caller.allowed) },
-      { name: 'Denied', number: true, cell: caller => count(caller.denied) }], entry.callers),
-  ]) : make('p', { class: 'soft' }, 'No public listener.'));
+      { name: 'Denied', number: true, cell: caller => count(caller.denied) },
+      ...(entry.audit || entry.would_deny ? [{ name: 'Would deny', number: true, cell: caller => count(caller.would_deny) }] : [])], entry.callers),
+  ].filter(Boolean)) : make('p', { class: 'soft' }, 'No public listener.'));
   put('called', status.outbound.length ? status.outbound.map(entry =>
     [make('h3', null, `${entry.name} at ${entry.bind}`), figures('outbound', 'key', entry, seconds)]) : make('p', { class: 'soft' }, 'No upstreams.'));
   put('upstreams', status.outbound.length ? status.outbound.map(upstream) : make('p', { class: 'soft' }, 'None.'));

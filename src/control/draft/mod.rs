@@ -20,7 +20,7 @@ use self::service::ServiceDraft;
 use self::update::Effects;
 use self::upstreams::Upstreams;
 use super::query::Query;
-use super::translate::definition::Definition;
+use super::translate::definition::{Definition, PublicPlan};
 use super::translate::mesh::MeshSettings;
 use super::translate::{Bad, definition, mesh};
 use crate::access_log;
@@ -38,6 +38,9 @@ pub(super) struct Draft {
     definition: Option<Definition>,
     /// `None` until the agent has said whether there is an entry.
     mesh: Option<MeshSettings>,
+    /// Whether proxy-defaults turns audit mode on for the whole mesh. `None` until the agent has said; it is asked where the
+    /// registration turns it on.
+    audits_all: Option<bool>,
     aead: Aead,
     roots: Option<Arc<api::CaRoots>>,
     /// The services that the proxy stands for, by name: a sidecar's one.
@@ -93,6 +96,7 @@ impl Draft {
             tunnel: true,
             definition: None,
             mesh: None,
+            audits_all: None,
             aead: Aead::default(),
             roots: None,
             services: BTreeMap::new(),
@@ -139,6 +143,13 @@ impl Draft {
             }
             Update::PreparedQuery(query, result) => self.upstreams.prepared_query(query, result, effects),
             Update::Mesh(entry) => return self.mesh(entry.as_ref()),
+            Update::ProxyDefaults(entry) => {
+                let audits_all = entry.as_deref().is_some_and(definition::audits_all);
+                if audits_all {
+                    effects.notes.push(AUDITS_ALL.into());
+                }
+                self.set_audits_all(audits_all);
+            }
             Update::JwtProvider(name, entry) => {
                 let mut services = self.services.values_mut();
                 return services.try_for_each(|service| service.jwt_provider(name, entry.as_deref(), effects));
@@ -148,6 +159,11 @@ impl Draft {
             }
             Update::Failed(Query::JwtProvider(name)) => {
                 self.services.values_mut().for_each(|service| service.miss_provider(name, effects));
+            }
+            // Before it is known, nothing is let through.
+            Update::Failed(Query::ProxyDefaults) => {
+                let audits_all = self.audits_all.unwrap_or(true);
+                self.set_audits_all(audits_all);
             }
             Update::Failed(query) => self.upstreams.failed(query, effects),
         }
@@ -237,8 +253,10 @@ impl Draft {
 
     /// Whether all is known that anything is published with.
     fn is_whole(&self) -> bool {
+        let knows_audit = !self.asks_for_audit() || self.audits_all.is_some() || self.last.is_some();
         self.definition.is_some()
             && self.mesh.is_some()
+            && knows_audit
             && self.services.values().all(|service| service.is_whole(self.last.is_some()))
     }
 
@@ -246,6 +264,12 @@ impl Draft {
         new.restrict_tunnel(self.tunnel);
         if self.definition.as_ref() == Some(&new) {
             return;
+        }
+        let asked = |audit: bool| if audit { vec![Query::ProxyDefaults] } else { Vec::new() };
+        self.effects.ask(&asked(self.asks_for_audit()), asked(new.asks_for_audit()));
+        if !new.asks_for_audit() {
+            // It is not kept up to date from here on.
+            self.audits_all = None;
         }
         self.define_service(&new);
         let is_same = |access_log: &Arc<access_log::Settings>| Some(&**access_log) == new.access_log.as_ref();
@@ -281,7 +305,26 @@ impl Draft {
             }
             service
         });
-        service.define(new.public.as_ref(), &mut self.effects);
+        let may_audit = self.audits_all == Some(false);
+        let public = new.public.as_ref().map(|plan| PublicPlan { audit: plan.audit && may_audit, ..plan.clone() });
+        service.define(public.as_ref(), &mut self.effects);
+    }
+
+    fn asks_for_audit(&self) -> bool {
+        self.definition.as_ref().is_some_and(Definition::asks_for_audit)
+    }
+
+    /// Audit mode is for a service that says so by itself. What the agent merges cannot be told apart, so that an entry for
+    /// all turns it off.
+    fn set_audits_all(&mut self, audits_all: bool) {
+        if self.audits_all.replace(audits_all) == Some(audits_all) {
+            return;
+        }
+        if let Some(definition) = self.definition.take() {
+            self.define_service(&definition);
+            self.definition = Some(definition);
+        }
+        self.effects.publish(Urgency::Now);
     }
 
     /// Takes new roots; false if they are those that all services have.
@@ -328,6 +371,10 @@ impl Draft {
         Ok(())
     }
 }
+
+const AUDITS_ALL: &str = "proxy-defaults sets lictor_intentions_audit, which would let through what intentions deny in the \
+                          whole mesh: it is not followed, and intentions are enforced; set it in the registration of \
+                          each service that is to be audited";
 
 /// Whether two snapshots have the same parts. Those that did not change kept their `Arc`.
 fn same(a: &Snapshot, b: &Snapshot) -> bool {

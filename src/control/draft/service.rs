@@ -98,7 +98,8 @@ impl ServiceDraft {
         if self.plan.is_some() {
             self.former = None;
         } else if earlier.is_some() {
-            self.former = earlier;
+            // A registration that is gone has no service in audit mode.
+            self.former = earlier.map(|plan| PublicPlan { audit: false, ..plan });
         }
         effects.ask(&before, self.queries());
         if self.open_plan().is_none() {
@@ -300,6 +301,7 @@ fn listener(
         upgrades: plan.upgrades,
         sanitize_forwarded_cert: mesh.sanitize_forwarded_cert,
         expose_cause: plan.expose_cause,
+        audit: plan.audit,
         token_providers: Arc::clone(tokens.built()),
     };
     InboundListener {

@@ -31,6 +31,7 @@ pub(in crate::control) enum Update {
     },
     PreparedQuery(PreparedQuery, Box<api::PreparedQueryResult>),
     Mesh(Option<api::MeshConfig>),
+    ProxyDefaults(Option<Box<api::ProxyDefaults>>),
     JwtProvider(String, Option<Box<api::JwtProvider>>),
     Keys(KeySource, Fetched),
     /// The query could not be answered; it goes on.
@@ -55,6 +56,7 @@ impl Update {
             Self::Endpoints { query, .. } => Query::Endpoints(query.clone()),
             Self::PreparedQuery(query, _) => Query::PreparedQuery(query.clone()),
             Self::Mesh(_) => Query::Mesh,
+            Self::ProxyDefaults(_) => Query::ProxyDefaults,
             Self::JwtProvider(name, _) => Query::JwtProvider(name.clone()),
             Self::Keys(source, _) => Query::Keys(source.clone()),
             Self::Failed(query) => query.clone(),

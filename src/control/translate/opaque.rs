@@ -51,6 +51,24 @@ impl<'a> Opaque<'a> {
         number
     }
 
+    /// True or false, as a bool, as text, or as 1 or 0.
+    pub(super) fn switch(&self, key: &str, notes: &mut Notes) -> Option<bool> {
+        let value = self.value(key)?;
+        let switch = match value {
+            Value::String(text) if text.eq_ignore_ascii_case("true") => Some(true),
+            Value::String(text) if text.eq_ignore_ascii_case("false") => Some(false),
+            value => match integer(value) {
+                Some(0) => Some(false),
+                Some(1) => Some(true),
+                _ => None,
+            },
+        };
+        if switch.is_none() {
+            self.bad(key, "true or false", notes);
+        }
+        switch
+    }
+
     /// A count of milliseconds; 0 is a value.
     pub(super) fn milliseconds(&self, key: &str, notes: &mut Notes) -> Option<Duration> {
         self.count(key, notes).map(Duration::from_millis)

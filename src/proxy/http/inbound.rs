@@ -27,12 +27,12 @@ use crate::proxy::codec::pool::Pool;
 use crate::proxy::codec::replay_body::ReplayBody;
 use crate::proxy::codec::wire::Wire;
 use crate::proxy::listener::ListenerState;
-use crate::proxy::log_limit::LogLimit;
+use crate::proxy::log_limit::{Audited, LogLimit};
 use crate::proxy::outcome::{Fault, Outcome};
 use crate::proxy::places::Counted;
 use crate::proxy::record::Shown;
 use crate::proxy::socket::Socket;
-use crate::snapshot::{Decision, InboundListener, Protocol, Service, Upgrades};
+use crate::snapshot::{Decider, Decision, InboundListener, Protocol, Service, Upgrades};
 use crate::tls::{PeerError, Stream};
 
 /// One connection from the mesh.
@@ -49,6 +49,8 @@ pub(crate) struct Inbound {
     pub upgrades: Upgrades,
     pub requests: RequestObserver,
     pub log_limit: LogLimit,
+    /// What audit mode lets through.
+    pub audited: Audited,
     /// Requests under way.
     pub open: Open,
     /// Counts towards `max_inbound_connections`, also when it is a connection of requests no more.
@@ -96,6 +98,7 @@ impl Inbound {
             let service = Arc::clone(&state.borrow_and_update().config.service);
             if !Arc::ptr_eq(&judged.intentions, &service.intentions)
                 || !Arc::ptr_eq(&judged.token_providers, &service.token_providers)
+                || judged.audit != service.audit
             {
                 self.open.judge(|case| self.is_denied(&service, case));
             }
@@ -114,11 +117,15 @@ impl Inbound {
     }
 
     fn is_denied(&self, service: &Service, case: &Case) -> bool {
-        let denied = request_denial(service, &self.peer.id, &case.head.view(), &case.judged);
-        if let Some(reason) = &denied {
+        let Some(reason) = request_denial(service, &self.peer.id, &case.head.view(), &case.judged) else {
+            return false;
+        };
+        if service.audit {
+            self.log_audited(service, &reason);
+        } else {
             self.log(service, &Fault::new(Outcome::Denied, format!("under way, and denied now: {reason}")));
         }
-        denied.is_some()
+        !service.audit
     }
 
     async fn answer(self: Arc<Self>, mut request: Request<ReplayBody>, ongoing: Ongoing, wire: Wire) -> Response<Body> {
@@ -153,7 +160,7 @@ impl Inbound {
         // What is added is judged too: the decision is about what the app receives.
         self.annotate(service, &mut head);
         let began = SystemTime::now();
-        let verified = self.decide(service, &head, began)?;
+        let verified = self.decide(service, &head, began, record)?;
         head.check_method()?;
         // To be judged again whenever the intentions change, for as long as it is under way.
         let (upgrades, headers) = (head.upgrades(), service.intentions.judge_requests() || head.upgrades());
@@ -194,7 +201,13 @@ impl Inbound {
         }
     }
 
-    fn decide(&self, service: &Service, head: &Head, now: SystemTime) -> Result<Verified, Fault> {
+    fn decide(
+        &self,
+        service: &Service,
+        head: &Head,
+        now: SystemTime,
+        record: &mut RequestRecorder,
+    ) -> Result<Verified, Fault> {
         let providers = &service.token_providers;
         let view = head.view();
         let (decision, verified) = service.intentions.verify_and_decide(&self.peer.id, &view, providers, now);
@@ -210,17 +223,18 @@ impl Inbound {
             %decision,
             "Request judged"
         );
-        self.requests.observer.observe(Event::Decided {
-            connection: &self.requests.connection,
-            source: &self.peer.id,
-            decision: &decision,
-        });
+        let RequestObserver { observer, connection } = &self.requests;
+        if let (Decision::Deny(decider), true) = (&decision, service.audit) {
+            let reason = with_refusals(decider, &verified);
+            observer.observe(Event::WouldDeny { connection, request: Some((view.method, view.path)), reason: &reason });
+            self.log_audited(service, &reason);
+            record.audited(reason);
+            return Ok(verified);
+        }
+        observer.observe(Event::Decided { connection, source: &self.peer.id, decision: &decision });
         match decision {
             Decision::Allow(_) => Ok(verified),
-            Decision::Deny(decider) => {
-                let tokens = verified.refusals().map(|(provider, fault)| format!("; token of {provider}: {fault}"));
-                Err(Fault::new(Outcome::Denied, format!("{decider}{}", tokens.collect::<String>())))
-            }
+            Decision::Deny(decider) => Err(Fault::new(Outcome::Denied, with_refusals(&decider, &verified))),
             // Requests are judged by what it asks of each.
             Decision::EachRequest(intention) => Err(Fault::new(Outcome::Denied, format!("{intention} was not judged"))),
         }
@@ -235,6 +249,10 @@ impl Inbound {
             }
             _ => drop(head.headers.remove(X_FORWARDED_CLIENT_CERT)),
         }
+    }
+
+    fn log_audited(&self, service: &Service, reason: &str) {
+        self.audited.log(&self.peer.id, &service.name, "request", reason);
     }
 
     fn log(&self, service: &Service, fault: &Fault) {
@@ -254,6 +272,12 @@ impl Inbound {
             "Request refused"
         );
     }
+}
+
+/// What denies a request, and why its tokens are no good.
+fn with_refusals(decider: &Decider<'_>, verified: &Verified) -> String {
+    let tokens = verified.refusals().map(|(provider, fault)| format!("; token of {provider}: {fault}"));
+    format!("{decider}{}", tokens.collect::<String>())
 }
 
 impl Part for InboundListener {

@@ -49,6 +49,11 @@ impl RequestRecorder {
         self.record.providers = Some(Arc::clone(providers));
     }
 
+    /// Audit mode lets it through; `rule` says what would have denied it.
+    pub(crate) fn audited(&mut self, rule: String) {
+        self.record.would_be_denied_by = Some(rule.into());
+    }
+
     pub(crate) fn routed(&mut self, routed: &Routed<'_>) {
         self.record.route = routed.route.map(|route| Arc::clone(&route.name));
     }

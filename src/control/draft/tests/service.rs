@@ -336,3 +336,78 @@ fn demands_that_are_not_known_keep_the_public_listener_from_starting() {
     assert!(stage.apply(provider("x")).is_err() && stage.apply(Update::Mesh(entry())).is_err());
     stage.publishes_nothing();
 }
+
+/// The registration of `web` with audit mode on, by itself or as the agent merges it.
+fn audited() -> Value {
+    let mut registration = registration(&[]);
+    registration["Proxy"]["Config"] = json!({"lictor_intentions_audit": true});
+    registration
+}
+
+fn proxy_defaults(stage: &mut Stage, entry: Option<Value>) {
+    stage.apply(Update::ProxyDefaults(entry.map(|entry| Box::new(read(entry))))).unwrap();
+}
+
+#[test]
+fn audit_mode_is_followed_both_ways_and_begins_once_it_is_known_not_to_be_for_all() {
+    let ca = Ca::new();
+    let mut stage = Stage::ready(&ca);
+    stage.service(audited());
+    stage.wants(&with_public(&["proxy-defaults config entry"]));
+    stage.publishes_nothing();
+    proxy_defaults(&mut stage, None);
+    assert_eq!(stage.draft.urgency(), Some(Urgency::Now));
+    assert!(published(&stage.publishes()).service.audit);
+    stage.service(registration(&[]));
+    stage.wants(&PUBLIC);
+    assert!(!published(&stage.publishes()).service.audit);
+    stage.service(audited());
+    stage.publishes_nothing();
+}
+
+#[test]
+fn audit_mode_for_the_whole_mesh_is_not_followed_and_said() {
+    let ca = Ca::new();
+    let mut stage = Stage::ready(&ca);
+    stage.service(audited());
+    let for_all = json!({"Config": {"LictorIntentionsAudit": "true"}});
+    for entry in [for_all.clone(), json!({"Config": {"lictor_intentions_audit": false}})] {
+        proxy_defaults(&mut stage, Some(entry));
+        stage.publishes_nothing();
+    }
+    assert!(stage.draft.notes().iter().any(|note| note.contains("it is not followed")));
+    proxy_defaults(&mut stage, Some(json!({"Config": {"protocol": "http"}})));
+    assert!(published(&stage.publishes()).service.audit);
+    stage.apply(Update::Failed(Query::ProxyDefaults)).unwrap();
+    stage.publishes_nothing();
+    proxy_defaults(&mut stage, Some(for_all));
+    assert!(!published(&stage.publishes()).service.audit);
+}
+
+#[test]
+fn audit_mode_is_known_before_the_first_connection_is_decided_and_off_where_that_cannot_be_asked() {
+    let ca = Ca::new();
+    let mut stage = Stage::new();
+    stage.service(audited());
+    stage.mesh(None);
+    stage.roots(&[&ca]).unwrap();
+    stage.leaf("web", ca.leaf("web")).unwrap();
+    stage.intentions(json!([]));
+    stage.default_policy(Action::Deny);
+    stage.publishes_nothing();
+    stage.apply(Update::Failed(Query::ProxyDefaults)).unwrap();
+    assert!(!published(&stage.publishes()).service.audit);
+}
+
+#[test]
+fn what_is_open_on_a_listener_that_is_gone_is_audited_no_more() {
+    let ca = Ca::new();
+    let mut stage = Stage::ready(&ca);
+    stage.service(audited());
+    proxy_defaults(&mut stage, None);
+    assert!(published(&stage.publishes()).service.audit);
+    let mut without_port = audited();
+    without_port["Port"] = 0.into();
+    stage.service(without_port);
+    assert!(!stage.publishes().former_inbound[0].service.audit);
+}

@@ -11,6 +11,7 @@ mod upstreams;
 
 pub(in crate::control) use self::ad_hoc::ad_hoc;
 use self::exposed::exposed;
+pub(in crate::control) use self::options::audits_all;
 pub(in crate::control) use self::plan::{CONNECT_TIMEOUT, Definition, PublicPlan, Source, UpstreamPlan};
 use self::public::public;
 use self::upstreams::upstreams;

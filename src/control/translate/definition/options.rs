@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::super::opaque::Opaque;
 use super::super::{Notes, ip};
+use crate::consul::api;
 use crate::snapshot::{Limits, PassiveHealthCheck, Upgrades};
 
 /// Off by default: a cause names addresses of instances and rules.
@@ -12,6 +13,19 @@ pub(super) fn expose_cause(config: Opaque<'_>, notes: &mut Notes) -> bool {
     let set = config.count("lictor_expose_cause", notes);
     // The older spelling of the key.
     set.or_else(|| config.count("lictor_tell_cause", notes)).is_some_and(|on| on > 0)
+}
+
+/// The key of the proxy's `Config` that turns audit mode on.
+const AUDIT: &str = "lictor_intentions_audit";
+
+/// Whether proxy-defaults has the key, which the agent merges into every registration.
+pub(in crate::control) fn audits_all(entry: &api::ProxyDefaults) -> bool {
+    Opaque::new(Some(&entry.config), "proxy-defaults").has(AUDIT)
+}
+
+/// Whether denials by intentions are told and let through. Whatever is not plainly true is false.
+pub(super) fn audit(config: Opaque<'_>, notes: &mut Notes) -> bool {
+    config.switch(AUDIT, notes).unwrap_or(false)
 }
 
 /// What connections may be upgraded to beside `websocket`.

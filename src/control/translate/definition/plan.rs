@@ -26,6 +26,11 @@ pub(in crate::control) struct Definition {
 }
 
 impl Definition {
+    /// Whether the registration turns audit mode on, by itself or as proxy-defaults is merged into it.
+    pub(in crate::control) fn asks_for_audit(&self) -> bool {
+        self.public.as_ref().is_some_and(|public| public.audit)
+    }
+
     /// Leaves the tunnel as it is, or turns it off everywhere.
     pub(in crate::control) fn restrict_tunnel(&mut self, on: bool) {
         self.public.iter_mut().for_each(|public| public.tunnel &= on);
@@ -46,6 +51,8 @@ pub(in crate::control) struct PublicPlan {
     pub(in crate::control) max_connections: Option<usize>,
     /// Answers of ours say why in a header.
     pub(in crate::control) expose_cause: bool,
+    /// What intentions deny is told and let through: `lictor_intentions_audit`.
+    pub(in crate::control) audit: bool,
     pub(in crate::control) upgrades: Upgrades,
     /// Whether the tunnel is agreed to, tcp only: `lictor_tunnel`.
     pub(in crate::control) tunnel: bool,

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::super::opaque::Opaque;
 use super::super::{Notes, host};
-use super::options::{above_zero, bind_ip, expose_cause, saturate, tunnel, upgrades};
+use super::options::{above_zero, audit, bind_ip, expose_cause, saturate, tunnel, upgrades};
 use super::plan::PublicPlan;
 use crate::consul::api;
 use crate::snapshot::{Address, Bind, LocalApp, Protocol, Upgrades};
@@ -46,6 +46,7 @@ pub(super) fn public(service: &api::AgentService, proxy: &api::Proxy, notes: &mu
             .unwrap_or(plain.handshake_timeout),
         max_connections: config.count("max_inbound_connections", notes).filter(|max| *max > 0).map(saturate),
         expose_cause: expose_cause(config, notes),
+        audit: audit(config, notes),
         upgrades: upgrades(config, notes),
         tunnel: tunnel(config, notes).unwrap_or(true),
         ..plain
@@ -63,6 +64,7 @@ pub(super) fn plain_public(bind: Bind, local_app: LocalApp) -> PublicPlan {
         handshake_timeout: HANDSHAKE_TIMEOUT,
         max_connections: None,
         expose_cause: false,
+        audit: false,
         upgrades: Upgrades::default(),
         tunnel: true,
     }
@@ -192,6 +194,25 @@ mod tests {
             ..public
         };
         assert_eq!(given.unwrap(), expected);
+    }
+
+    #[test]
+    fn audit_mode_is_on_where_it_is_plainly_said_and_off_otherwise() {
+        for (value, expected, noted) in [
+            (json!(true), true, 0),
+            (json!("true"), true, 0),
+            (json!(1), true, 0),
+            (json!(false), false, 0),
+            (json!("false"), false, 0),
+            (json!(null), false, 0),
+            (json!(2), false, 1),
+            (json!("yes"), false, 1),
+            (json!({"on": true}), false, 1),
+        ] {
+            let (public, notes) = public_of(json!({}), json!({"Config": {"lictor_intentions_audit": value}}));
+            assert_eq!((public.unwrap().audit, notes.len()), (expected, noted), "{value} {notes:?}");
+        }
+        assert!(!public_of(json!({}), json!({})).0.unwrap().audit);
     }
 
     #[test]

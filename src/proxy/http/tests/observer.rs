@@ -114,4 +114,18 @@ async fn the_observer_is_told_of_connections_of_bytes_and_of_their_denial() {
     };
     timeout(PATIENCE, denied).await.expect("it is denied in time");
     observed(&pair.server, &["accepted Inbound", "decided ", "connection Denied"]).await;
+    // The same in audit mode, and enforced again.
+    let audited = Service { intentions: allowing(Action::Deny), audit: true, ..service(Protocol::Tcp, app) };
+    pair.server.snapshot.send_replace(Some(Arc::new(Snapshot { version: 3, ..with_service(mesh, audited) })));
+    let let_through = async {
+        let mut answer = Vec::new();
+        while answer != b"hello" {
+            answer.clear();
+            let mut asker = TcpStream::connect(pair.at).await.unwrap();
+            let _ = asker.shutdown().await;
+            let _ = asker.read_to_end(&mut answer).await;
+        }
+    };
+    timeout(PATIENCE, let_through).await.expect("it is let through in time");
+    observed(&pair.server, &["accepted Inbound", "would deny: ", "connect local_app", "connection Ended"]).await;
 }
