@@ -173,13 +173,16 @@ fn route_by_the_last_route(bencher: Bencher<'_, '_>, count: usize) {
             prefix_rewrite: None,
             request_timeout: Some(REQUEST_TIMEOUT),
             idle_timeout: Some(IDLE_TIMEOUT),
+            sets_request_timeout: false,
+            sets_idle_timeout: false,
             retries: None,
             request_edits: Edits::default(),
             response_edits: Edits::default(),
             next: Next::Resolver(Arc::clone(&resolver)),
         }
     };
-    let chain = Chain { protocol: Protocol::Http, start: Node::Router((0..count).map(route).collect()) };
+    let start = Node::Router((0..count).map(route).collect());
+    let chain = Chain { service: "api".into(), protocol: Protocol::Http, start };
     let (headers, path) = (headers(), format!("/api/{}/things/7", count - 1));
     let request = request_for(&path, &headers);
     bencher.bench(|| chain.route(black_box(&request), 7).is_some());

@@ -27,7 +27,7 @@ const LAYERS: [(&str, &[&str]); 22] = [
     ("observe", &["access_log", "jwt", "operators", "snapshot", "stats", "tls"]),
     ("control", &["access_log", "config", "consul", "fetch", "jwt", "snapshot", "stats", "tls"]),
     ("proxy", &["access_log", "drain", "jwt", "observe", "operators", "race", "resolve", "snapshot", "stats", "tls"]),
-    ("admin", &["config", "drain", "observe", "snapshot", "stats", "telemetry", "tls"]),
+    ("admin", &["config", "drain", "observe", "proxy", "snapshot", "stats", "telemetry", "tls"]),
     ("cli", &["admin", "config", "telemetry"]),
     (
         "app",

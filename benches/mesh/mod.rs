@@ -9,7 +9,7 @@ use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType}
 
 use lictor::snapshot::{
     Address, Bind, Chain, Endpoint, Endpoints, Host, Limits, Node, OutboundKey, OutboundListener, PassiveHealthCheck,
-    Protocol, RequestSettings, Resolver, Snapshot, Target, Transport, Upstream,
+    Protocol, RequestSettings, Resolver, Snapshot, Target, Transport, Upstream, UpstreamSettings,
 };
 use lictor::tls::{Client, Credentials, Server, TUNNEL};
 
@@ -59,7 +59,12 @@ impl Mesh {
         let key = OutboundKey { destination: "service:web".into(), bind: local(port) };
         let upstream = Upstream {
             name: "web".into(),
-            chain: Chain { protocol, start: Node::Resolver(Arc::new(Resolver::new(vec![Arc::new(target)]))) },
+            chain: Chain {
+                service: "web".into(),
+                protocol,
+                start: Node::Resolver(Arc::new(Resolver::new(vec![Arc::new(target)]))),
+            },
+            settings: UpstreamSettings::default(),
             limits: Limits::default(),
             passive_health_check: PassiveHealthCheck::default(),
             requests: RequestSettings::default(),

@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 
+from mesh import Upstream, ask, eventually
 from mesh.service import admin_port
 
 FINE, WRONG, UNKNOWN = 0, 1, 2
@@ -13,7 +14,7 @@ FINE, WRONG, UNKNOWN = 0, 1, 2
 
 @pytest.fixture
 def lictor(binaries):
-    """Runs a command of the program, which is to exit with `exit`; gives what it printed."""
+    """Runs a command of the program, which is to exit with `exit` and to say a sentence if that is UNKNOWN; gives what it printed."""
     def run(*words, exit=FINE, env=None):
         environment = {"PATH": os.environ["PATH"], **(env or {})}
         ended = subprocess.run([binaries["lictor"], *map(str, words)], env=environment, text=True, timeout=60, capture_output=True)
@@ -36,7 +37,7 @@ def test_the_sidecars_of_this_host_are_found(mesh, lictor, tmp_path):
     assert web.name in lictor("status", "-admin", admin_port(web.process))
     assert web.name in lictor("status", env={"LICTOR_ADMIN": f"127.0.0.1:{admin_port(web.process)}"})
     everything = lictor("status", "--json", "--service=" + web.name)
-    assert [each["sidecar"]["service"] for each in json.loads(everything)] == [web.name]
+    assert [each["sidecar"]["service"] for each in json.loads(everything)["sidecars"]] == [web.name]
     # A sidecar that is gone is found no more.
     with_socket.stop()
     assert f'no sidecar of "{api.name}" was found' in lictor("status", "-service", api.name, exit=UNKNOWN)
@@ -60,3 +61,147 @@ def test_wrong_lines_and_addresses_are_one_sentence(mesh, lictor):
     }.items():
         assert sentence in lictor(*words, exit=UNKNOWN)
     assert "Exit codes" in lictor("status", "-help") and "  status " in lictor("help")
+
+
+def test_status_shows_who_calls_whom_and_what_failed(mesh, lictor):
+    db = mesh.web("db")
+    web = mesh.service("web", [db], app=None)
+    port = web.port_to(db)
+    eventually(lambda: ask(port).status == 200)
+    mesh.deny(web, db)
+    eventually(lambda: ask(port, "/secret?token=x").status == 403)
+    eventually(lambda: "Denied from " + web.name in lictor("status", "-service", db.name))
+    text = lictor("status", "-service", db.name)
+    assert f"{db.name} (127.0.0.1:{admin_port(db.process)}): ready" in text and "days left" in text and "token=x" not in text
+    assert f"{web.name} => {db.name} (deny, precedence 9)" in text and "    do: " in text and f"from {web.name}: " in text
+    text = lictor("status", "-service", web.name)
+    assert f"upstream {db.name} at 127.0.0.1:{port} (http): " in text and "1 of 1 endpoints up" in text
+    [status] = json.loads(lictor("status", "-service", web.name, "-json"))["sidecars"]
+    assert status["wrong"] == [] and status["address"] == f"127.0.0.1:{admin_port(web.process)}"
+
+
+def test_a_sidecar_that_is_not_ready_is_told(own_mesh, lictor):
+    """It has no name yet but the one that it was started with."""
+    mesh = own_mesh(start=False)
+    name = f"web-{os.urandom(4).hex()}"
+    process = mesh.proxy("-sidecar-for", name)
+    port = admin_port(process)
+    text = lictor("status", "-service", name, exit=WRONG)
+    assert f"{name} (127.0.0.1:{port}): NOT WELL" in text and "the agent has not told all that is needed" in text
+    [status] = json.loads(lictor("status", "-admin", port, "-json", exit=WRONG))["sidecars"]
+    assert status["sidecar"]["service"] is None and len(status["wrong"]) == 1
+    assert "no upstream" in lictor("explain", "-admin", port, "-upstream", "db", exit=UNKNOWN)
+    assert "has no public listener yet" in lictor("intentions", "check", "-from", "x", "-admin", port, exit=UNKNOWN)
+    # Told to fail its health check, it is not ready either.
+    ask(port, "/healthcheck/fail", "POST")
+    assert "not ready" in lictor("status", "-admin", port, exit=WRONG)
+
+
+def test_explain_names_the_config_entry_of_each_step(mesh, lictor):
+    old, new = mesh.web("old"), mesh.web("new")
+    mesh.agent.write("service-resolver", old.name, ConnectTimeout="3s")
+    mesh.agent.write("service-splitter", new.name, Splits=[{"Weight": 75, "Service": new.name}, {"Weight": 25, "Service": old.name}])
+    mesh.agent.write("service-router", old.name, Routes=[
+        {"Match": {"HTTP": {"PathPrefix": "/new", "Header": [{"Name": "x-beta", "Exact": "1"}]}},
+         "Destination": {"Service": new.name, "RequestTimeout": "3s", "PrefixRewrite": "/"}},
+        {"Match": {"HTTP": {"PathPrefix": "/old", "Methods": ["PUT"]}}, "Destination": {"NumRetries": 2, "RetryOnStatusCodes": [503]}}])
+    web = mesh.service("web", [old], app=None)
+    router = f"service-router/{old.name}"
+    eventually(lambda: ask(web.port_to(old), "/new", headers={"x-beta": "1"}).status == 200)
+    eventually(lambda: router + ", route 1" in lictor("explain", "-upstream", old.name, "/new/x", "-H", "x-beta: 1"))
+
+    text = lictor("explain", "-upstream", old.name, "GET", "/new/x?y", "-H", "x-beta: 1")
+    for line in (
+        f"sidecar {web.name} (127.0.0.1:{admin_port(web.process)})",
+        "request GET /new/x?y",
+        f'  router: route 1 of 3 is the first that matches: path begins with "/new", header x-beta is "1" ({router}, route 1)',
+        f"  router: the path becomes //x?y ({router}, route 1)",
+        f"  splitter: each request draws one of 2 ways by weight (service-splitter/{new.name})",
+        f"  request timeout 3s ({router}, route 1)",
+        "  idle timeout 300s (default)",
+        "  75.00 % of the requests", "  25.00 % of the requests",
+        f'  resolver: service "{new.name}" in dc1 (there is no service-resolver/{new.name})',
+        f'  resolver: service "{old.name}" in dc1 (service-resolver/{old.name})',
+        "  balancer: of two random instances the one with less in flight (default)",
+        "=> it leads to instances that are used",
+    ):
+        assert line in text.splitlines(), (line, text)
+    # Where a newer agent merges it in is not to be told.
+    assert f"  protocol http (" in text and f"service-defaults/{old.name}" in text
+    assert f"connect timeout 3s (service-resolver/{old.name})" in text and "connect timeout 5s (default)" in text
+    assert f"    127.0.0.1:{new.public} healthy, weight 1, " in text
+    text = lictor("explain", "-upstream", old.name, "PUT", "/old")
+    assert f'path begins with "/old", method PUT ({router}, route 2)' in text and f"  retries 2 ({router}, route 2)" in text
+    assert "  request timeout 15s (default)" in text
+    told = json.loads(lictor("explain", "-upstream", old.name, "/", "--json"))
+    assert told["steps"][0]["from"] == f"{router}, route 3" and told["fault"] is None and told["ways"][0]["share"] == 100
+    # Of the upstream, where nothing but its registration says it.
+    assert "no upstream" in lictor("explain", "-upstream", "nobody", "-service", web.name, exit=UNKNOWN)
+    assert "write name: value" in lictor("explain", "-upstream", old.name, "-H", "nonsense", exit=UNKNOWN)
+    assert "write a method and a path" in lictor("explain", "-upstream", old.name, "GET", "x", exit=UNKNOWN)
+
+
+def test_explain_says_when_nothing_is_reached(mesh, lictor):
+    db = mesh.service("db")
+    own = {"Config": {"connect_timeout_ms": 700, "limits": {"max_connections": 9}}}
+    web = mesh.service("web", [Upstream(db.name, mesh.ports.take(), own)], app=None)
+    eventually(lambda: "healthy, weight 1" in web.admin(f"/explain?upstream={db.name}").body.decode())
+    text = lictor("explain", "-upstream", db.name)
+    assert "connect timeout 700ms (connect_timeout_ms of the upstream's config)" in text and "  max_connections 9 (limits of the upstream's config)" in text
+    assert "protocol tcp" in text and "request timeout" not in text and "=> it leads to instances that are used" in text
+    db.passing("fail")
+    eventually(lambda: "no usable instance of 1 registered" in web.admin(f"/explain?upstream={db.name}").body.decode())
+    assert "=> it leads to no usable instance" in lictor("explain", "-upstream", db.name, exit=WRONG)
+    assert json.loads(lictor("explain", "-upstream", db.name, "-json", exit=WRONG))["fault"]
+
+
+def test_intentions_check_names_the_rule(mesh, lictor):
+    db, web = mesh.service("db"), mesh.name("web")
+
+    def check(*words, **how):
+        return lictor("intentions", "check", "-service", db.name, "-from", web, *words, **how)
+    text = check()
+    assert text.startswith(f"{web} => {db.name}: allowed\n") and "allowed by " in text and "(allow)" in text
+    mesh.deny(web, db)
+    rule = f"denied by intention {web} => {db.name} (deny, precedence 9)"
+    eventually(lambda: rule in json.loads(db.admin(f"/intentions/check?from={web}").body)["why"])
+    assert check(exit=WRONG) == f"{web} => {db.name}: denied\n  {rule}\n"
+    told = json.loads(check("-json", exit=WRONG))
+    assert told["rule"]["intention"] == {
+        "source": web, "source_namespace": "default", "source_partition": "default", "destination": db.name, "action": "deny",
+        "precedence": 9, "permissions": 0, "token_of": None}
+    # Others, and the same name elsewhere, are none of its business.
+    assert "allowed" in lictor("intentions", "check", "-service", db.name, "-from", "somebody")
+    assert "allowed" in lictor("intentions", "check", "-service", db.name, "-from", f"team/{web}")
+    assert "requests are not looked into" in check("GET", "/x", exit=WRONG)
+    mesh.deny("*", db)
+    eventually(lambda: "* => " in json.loads(db.admin("/intentions/check?from=somebody").body)["why"])
+    assert f"denied by intention * => {db.name} (deny, precedence 8)" in lictor("intentions", "check", "-service", db.name, "-from", "somebody", exit=WRONG)
+    assert "say who calls" in lictor("intentions", "check", "-service", db.name, exit=UNKNOWN)
+    assert "is no source" in lictor("intentions", "check", "-service", db.name, "-from", "*", exit=UNKNOWN)
+    assert "`lictor intentions check`" in lictor("intentions", exit=UNKNOWN)
+
+
+def test_intentions_check_judges_a_request_as_the_sidecar_does(mesh, lictor, binaries):
+    mesh.agent.needs((1, 9), "permissions")
+    db = mesh.web("db")
+    web = mesh.service("web", [db], app=None)
+    mesh.agent.write("service-intentions", db.name, Sources=[{"Name": web.name, "Permissions": [
+        {"Action": "deny", "HTTP": {"PathPrefix": "/admin"}},
+        {"Action": "allow", "HTTP": {"PathPrefix": "/", "Methods": ["GET"]}}]}])
+    port = web.port_to(db)
+    eventually(lambda: (ask(port, "/x").status, ask(port, "/admin").status) == (200, 403))
+
+    def check(*words, **how):
+        return lictor("intentions", "check", "-service", db.name, "-from", web.name, *words, **how)
+    assert f"allowed by permission 2 (allow) of intention {web.name} => {db.name} (permissions, precedence 9)" in check("GET", "/x")
+    # Spelt in another way, the path is the same to the sidecar and here.
+    assert ask(port, "/x/../%61dmin/y").status == 403
+    text = check("GET", "/x/../%61dmin/y", exit=WRONG)
+    assert "denied by permission 1 (deny)" in text and 'permission 1 is for: path begins with "/admin"' in text
+    told = json.loads(check("PUT", "/x", "-json"))
+    # The default policy of this agent allows.
+    assert told["rule"]["kind"] == "no_permission" and told["rule"]["default"]["action"] == "allow"
+    # Without a request it depends.
+    text = subprocess.run([binaries["lictor"], "intentions", "check", "-service", db.name, "-from", web.name], text=True, capture_output=True)
+    assert text.returncode == UNKNOWN and "it depends on the request" in text.stdout and not text.stderr

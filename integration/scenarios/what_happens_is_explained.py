@@ -60,7 +60,7 @@ def test_where_a_request_goes(mesh):
         assert answer.status == 200, answer.body
         return answer.body.decode()
     beta = explained("path=/new/x&header=x-beta:%201")
-    assert "service-router: route 1 of" in beta and f'service "{new.name}"' in beta and "request timeout 3s (service-router)" in beta
+    assert "router: route 1 of" in beta and f'service "{new.name}"' in beta and f"request timeout 3s (service-router/{old.name}, route 1)" in beta
     assert f"127.0.0.1:{new.public} healthy" in beta
     assert f'service "{old.name}"' in explained("path=/new/x") and f'service "{old.name}"' in explained("path=/")
     assert web.admin("/explain?upstream=nobody").status == 404

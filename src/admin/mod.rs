@@ -10,7 +10,9 @@ mod certs;
 mod docs;
 mod envoy;
 mod explain;
+mod explanation;
 mod guard;
+mod intentions;
 mod listen;
 mod page;
 mod process;
@@ -36,6 +38,7 @@ use tokio::time::timeout;
 use tokio_util::either::Either;
 
 pub use self::announce::{Announced, announced};
+pub use self::explanation::Explanation;
 use self::guard::Hosts;
 use self::listen::Listener;
 use self::scrape::Tls;

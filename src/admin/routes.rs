@@ -11,7 +11,7 @@ use super::guard::Hosts;
 use super::query::{self, Query};
 use super::reply::{self, Reply};
 use super::state::{Command, Serving, State};
-use super::{Scope, certs, envoy, explain, guard, page, process, scrape, stats, status};
+use super::{Scope, certs, envoy, explain, guard, intentions, page, process, scrape, stats, status};
 
 /// Answers one request.
 pub(super) async fn answer(request: Request<Incoming>, scope: Scope, hosts: Hosts, state: &Arc<State>) -> Reply {
@@ -78,8 +78,13 @@ const PAGES: &[Page] = &[
     Page { path: "/events", about: "the same each second, as server-sent events", give: Give::Stream(status::events) },
     Page {
         path: "/explain",
-        about: "where a request goes: upstream=, method=, path=, header=",
+        about: "where a request goes: upstream=, method=, path=, header=, format=json",
         give: Give::Read(explain::explain),
+    },
+    Page {
+        path: "/intentions/check",
+        about: "whether a source may reach us, and by which rule: from=, method=, path=, header=",
+        give: Give::Read(intentions::check),
     },
     Page { path: "/livez", about: "200 as long as the process answers", give: Give::Read(|_, _| reply::text("ok\n")) },
     Page {

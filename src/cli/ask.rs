@@ -160,7 +160,6 @@ impl Answer {
 }
 
 /// A path with its query.
-#[allow(dead_code, reason = "for commands to come")]
 pub(super) fn url(path: &str, query: &[(&str, &str)]) -> String {
     const KEPT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~').remove(b'/');
     let pairs = query.iter().map(|(name, value)| format!("{name}={}", utf8_percent_encode(value, KEPT)));

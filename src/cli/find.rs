@@ -77,9 +77,19 @@ impl Target {
     ///
     /// # Errors
     /// When there is none, or several: a sentence that says what to do next.
-    #[allow(dead_code, reason = "for commands to come")]
     pub(super) fn one(&self) -> anyhow::Result<Sidecar> {
+        self.one_that(|_| true)
+    }
+
+    /// The one that the flags speak of; where these are several, the one of them that the question fits.
+    ///
+    /// # Errors
+    /// As of [`Self::one`].
+    pub(super) fn one_that(&self, fits: impl Fn(&Sidecar) -> bool) -> anyhow::Result<Sidecar> {
         let mut found = self.all()?.sidecars;
+        if found.iter().any(&fits) {
+            found.retain(fits);
+        }
         if found.len() > 1 {
             let all: Vec<String> = found.iter().map(Sidecar::title).collect();
             bail!("several sidecars were found: choose one by -service or -admin; there are: {}", all.join(", "));
@@ -148,7 +158,6 @@ impl Sidecar {
     ///
     /// # Errors
     /// When there is no answer; a sentence that says what to do next.
-    #[allow(dead_code, reason = "for commands to come")]
     pub(super) fn get(&self, path: &str) -> anyhow::Result<Answer> {
         self.address.get(path)
     }

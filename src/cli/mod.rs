@@ -5,9 +5,13 @@
 //! `telemetry::escape` before it reaches a terminal.
 
 mod ask;
+mod explain;
 mod find;
 mod flags;
+mod intentions;
+mod request;
 mod status;
+mod view;
 
 use std::ffi::OsString;
 use std::io::{self, Write as _};
@@ -18,7 +22,7 @@ use serde_json::Value;
 use crate::telemetry::escape;
 
 /// In the order of their help.
-const COMMANDS: &[Command] = &[status::COMMAND];
+const COMMANDS: &[Command] = &[status::COMMAND, explain::COMMAND, intentions::CHECK];
 
 /// How to read and run one command.
 pub(crate) struct Command {

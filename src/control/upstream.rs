@@ -10,7 +10,9 @@ use super::translate::definition::{Source, UpstreamPlan};
 use super::translate::endpoints::{self, Instance, View};
 use super::translate::{Bad, Notes};
 use crate::fetch::FetchRequests;
-use crate::snapshot::{Endpoints, OutboundKey, OutboundListener, Protocol, Target, Transport, Upstream};
+use crate::snapshot::{
+    Endpoints, OutboundKey, OutboundListener, Protocol, Target, Transport, Upstream, UpstreamSettings,
+};
 use crate::tls::{self, Credentials, SpiffeId};
 
 /// What upstreams are built from, besides their own plans.
@@ -129,6 +131,7 @@ impl UpstreamDraft {
         let upstream = Arc::new(Upstream {
             name: self.plan.name.clone(),
             chain: chain.build(&targets),
+            settings: self.settings(),
             limits: self.plan.limits,
             passive_health_check: self.plan.passive_health_check,
             requests: self.plan.requests.clone(),
@@ -137,6 +140,18 @@ impl UpstreamDraft {
         let listener = Arc::new(OutboundListener { key: key.clone(), upstream });
         let (plan, credentials) = (self.plan.clone(), Arc::clone(mesh.credentials));
         self.state = State::Built(Box::new(Built { listener, plan, chain, credentials, targets }));
+    }
+
+    fn settings(&self) -> UpstreamSettings {
+        match &self.plan.source {
+            Source::Chain(ChainQuery { overrides, .. }) => UpstreamSettings {
+                is_query: false,
+                protocol: overrides.protocol.is_some(),
+                connect_timeout: overrides.connect_timeout.is_some(),
+            },
+            // Nothing else can say it.
+            Source::PreparedQuery { .. } => UpstreamSettings { is_query: true, protocol: true, connect_timeout: true },
+        }
     }
 
     fn chain(&self, mesh: &Mesh<'_>) -> Option<Arc<ChainPlan>> {

@@ -167,7 +167,8 @@ fn verdict(service: &Service, decision: &Decision<'_>) -> Verdict {
     }
 }
 
-fn reason(decision: &Decision<'_>) -> Option<String> {
+/// Why a connection of bytes may not be had, if it may not.
+pub(super) fn reason(decision: &Decision<'_>) -> Option<String> {
     match decision {
         Decision::Allow(_) => None,
         Decision::Deny(decider) => Some(decider.to_string()),

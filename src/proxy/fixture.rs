@@ -124,7 +124,8 @@ pub(super) fn upstream(protocol: Protocol, instances: &[SocketAddr]) -> Upstream
     let resolver = Arc::new(Resolver::new(vec![target]));
     Upstream {
         name: "db".into(),
-        chain: Chain { protocol, start: Node::Resolver(resolver) },
+        settings: UpstreamSettings::default(),
+        chain: Chain { service: "db".into(), protocol, start: Node::Resolver(resolver) },
         limits: Limits::default(),
         passive_health_check: PassiveHealthCheck::default(),
         requests: RequestSettings { upgrades: Upgrades::new(["echo".to_owned()]), ..RequestSettings::default() },

@@ -26,6 +26,7 @@ mod outcome;
 mod places;
 mod probe;
 mod record;
+mod rehearsal;
 mod relay;
 mod relayed;
 mod socket;
@@ -49,6 +50,7 @@ use log_limit::LogLimits;
 use memory::Memory;
 use places::Places;
 
+pub use rehearsal::{Rehearsed, rehearse};
 pub use workers::Workers;
 
 /// Runs the data plane until every listener and connection is done after a drain.

@@ -10,6 +10,8 @@ use super::route::{Next, Node, Routed, Splitter};
 /// A compiled discovery chain, checked: walking it always ends at a resolver.
 #[derive(Debug)]
 pub struct Chain {
+    /// Whose chain it is, or the prepared query's name: whose config entries decide.
+    pub service: String,
     pub protocol: Protocol,
     /// For `tcp`: a resolver. (Routers and splitters need an HTTP-like protocol.)
     pub start: Node,

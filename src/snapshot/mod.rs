@@ -163,6 +163,7 @@ pub struct Upstream {
     /// The name that the registration gives it, for logs.
     pub name: String,
     pub chain: Chain,
+    pub settings: UpstreamSettings,
     /// Connections open to one target at a time, `limits.max_connections`; `None` is no limit.
     pub limits: Limits,
     pub passive_health_check: PassiveHealthCheck,
@@ -178,14 +179,25 @@ impl Upstream {
     pub fn unknown(name: String, awaited: Option<Arc<FetchRequest>>) -> Self {
         let start = Node::Resolver(Arc::new(Resolver::new(Vec::new())));
         Self {
+            chain: Chain { service: name.clone(), protocol: Protocol::Tcp, start },
             name,
-            chain: Chain { protocol: Protocol::Tcp, start },
+            settings: UpstreamSettings::default(),
             limits: Limits::default(),
             passive_health_check: PassiveHealthCheck::default(),
             requests: RequestSettings::default(),
             awaited,
         }
     }
+}
+
+/// Which settings are the upstream's own, rather than those of the config entries behind its chain: for `explain` alone.
+/// An agent merges `service-defaults` of the local service in, and `proxy-defaults`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct UpstreamSettings {
+    /// There is no chain, but a prepared query.
+    pub is_query: bool,
+    pub protocol: bool,
+    pub connect_timeout: bool,
 }
 
 /// Settings of our own, HTTP only.

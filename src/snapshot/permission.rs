@@ -1,5 +1,7 @@
 //! L7 permissions: which requests of a source an intention allows.
 
+use std::fmt;
+
 use super::path::{LaxPath, canonical_rule, lax};
 use super::pattern::{BadPattern, Pattern};
 use super::request::{HeaderMatch, Lines, RequestView};
@@ -120,6 +122,27 @@ impl Conditions {
         (self.methods.is_empty() || self.methods.iter().any(is_method))
             && self.path.as_ref().is_none_or(|path| path.matches(subject, action))
             && self.headers.iter().all(|header| header.permits(subject.request, lines))
+    }
+}
+
+/// For people: `path begins with "/admin", method GET`.
+impl fmt::Display for Conditions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let path = self.path.iter().map(ToString::to_string);
+        let methods = (!self.methods.is_empty()).then(|| format!("method {}", self.methods.join(" or ")));
+        let all: Vec<String> = path.chain(methods).chain(self.headers.iter().map(ToString::to_string)).collect();
+        f.write_str(if all.is_empty() { "any request" } else { "" })?;
+        f.write_str(&all.join(", "))
+    }
+}
+
+impl fmt::Display for PathRule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Rule::Exact(path) => write!(f, "path is {:?}", path.written),
+            Rule::Prefix(path) => write!(f, "path begins with {:?}", path.written),
+            Rule::Regex(_, pattern) => write!(f, "path matches {:?}", pattern.to_string()),
+        }
     }
 }
 

@@ -256,6 +256,22 @@ impl fmt::Display for Text {
     }
 }
 
+/// For people: `header x-beta is "1"`.
+impl fmt::Display for HeaderMatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let not = if self.invert { "not: " } else { "" };
+        write!(f, "{not}header {} ", self.name())?;
+        match &self.test {
+            ValueTest::Present => f.write_str("is there"),
+            ValueTest::Exact(text) => write!(f, "is {:?}", text.to_string()),
+            ValueTest::Prefix(text) => write!(f, "begins with {:?}", text.to_string()),
+            ValueTest::Suffix(text) => write!(f, "ends with {:?}", text.to_string()),
+            ValueTest::Contains(text) => write!(f, "contains {:?}", text.to_string()),
+            ValueTest::Regex(pattern) => write!(f, "matches {:?}", pattern.to_string()),
+        }
+    }
+}
+
 impl Text {
     #[must_use]
     pub fn new(text: &str, ignore_case: bool) -> Self {

@@ -19,13 +19,23 @@ pub struct Resolver {
     pub load_balancer: LoadBalancer,
     /// The whole request, HTTP only, where the chain starts with this node; `None` is no limit.
     pub request_timeout: Option<Duration>,
+    /// There is a `service-resolver`: for `explain` alone.
+    pub is_configured: bool,
+    /// It says what the request timeout is: for `explain` alone.
+    pub sets_request_timeout: bool,
 }
 
 impl Resolver {
     /// With what holds where nothing is set.
     #[must_use]
     pub fn new(targets: Vec<Arc<Target>>) -> Self {
-        Self { targets, load_balancer: LoadBalancer::default(), request_timeout: Some(REQUEST_TIMEOUT) }
+        Self {
+            targets,
+            load_balancer: LoadBalancer::default(),
+            request_timeout: Some(REQUEST_TIMEOUT),
+            is_configured: false,
+            sets_request_timeout: false,
+        }
     }
 }
 

@@ -34,6 +34,10 @@ pub struct Route<R = Arc<Resolver>> {
     pub request_timeout: Option<Duration>,
     /// `None` is no limit.
     pub idle_timeout: Option<Duration>,
+    /// The router sets it itself: for `explain` alone.
+    pub sets_request_timeout: bool,
+    /// The same of the idle timeout.
+    pub sets_idle_timeout: bool,
     pub retries: Option<RetryPolicy>,
     pub request_edits: Edits,
     pub response_edits: Edits,
@@ -50,6 +54,8 @@ pub enum Next<R = Arc<Resolver>> {
 /// Shares requests out by weight.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Splitter<R = Arc<Resolver>> {
+    /// The service whose `service-splitter` it is.
+    pub service: String,
     legs: Vec<Leg<R>>,
     total: u64,
     /// Of the splitter's own load balancer: for all of its legs, as in Envoy.
@@ -153,6 +159,8 @@ impl<R> Route<R> {
             prefix_rewrite: self.prefix_rewrite.clone(),
             request_timeout: self.request_timeout,
             idle_timeout: self.idle_timeout,
+            sets_request_timeout: self.sets_request_timeout,
+            sets_idle_timeout: self.sets_idle_timeout,
             retries: self.retries.clone(),
             request_edits: self.request_edits.clone(),
             response_edits: self.response_edits.clone(),
@@ -167,9 +175,9 @@ impl<R> Route<R> {
 impl<R> Splitter<R> {
     /// `None` when there is no leg with a weight.
     #[must_use]
-    pub fn new(legs: Vec<Leg<R>>, hash_policies: Vec<HashPolicy>) -> Option<Self> {
+    pub fn new(service: String, legs: Vec<Leg<R>>, hash_policies: Vec<HashPolicy>) -> Option<Self> {
         let total = legs.iter().try_fold(0u64, |sum, leg| sum.checked_add(leg.weight))?;
-        (total > 0).then_some(Self { legs, total, hash_policies })
+        (total > 0).then_some(Self { service, legs, total, hash_policies })
     }
 
     #[must_use]
@@ -185,6 +193,7 @@ impl<R> Splitter<R> {
             resolver: resolver(&leg.resolver),
         };
         Splitter {
+            service: self.service.clone(),
             legs: self.legs.iter().map(leg).collect(),
             total: self.total,
             hash_policies: self.hash_policies.clone(),
@@ -231,7 +240,7 @@ mod tests {
     }
 
     fn chain(start: Node) -> Chain {
-        Chain { protocol: Protocol::Http, start }
+        Chain { service: "web".into(), protocol: Protocol::Http, start }
     }
 
     fn route(name: &str, matches: RouteMatch) -> Route {
@@ -241,6 +250,8 @@ mod tests {
             prefix_rewrite: None,
             request_timeout: None,
             idle_timeout: None,
+            sets_request_timeout: false,
+            sets_idle_timeout: false,
             retries: None,
             request_edits: Edits::default(),
             response_edits: Edits::default(),
@@ -285,7 +296,7 @@ mod tests {
         assert_eq!(timeout(Node::Resolver(resolver())), Some(Some(REQUEST_TIMEOUT)));
         let leg =
             |resolver| Leg { weight: 1, request_edits: Edits::default(), response_edits: Edits::default(), resolver };
-        let splitter = Splitter::new(vec![leg(Arc::clone(&slow))], Vec::new()).unwrap();
+        let splitter = Splitter::new("web".into(), vec![leg(Arc::clone(&slow))], Vec::new()).unwrap();
         assert_eq!(timeout(Node::Splitter(splitter)), Some(Some(REQUEST_TIMEOUT)));
         let second = Some(Duration::from_secs(1));
         let routed = Route { request_timeout: second, next: Next::Resolver(slow), ..route("x", RouteMatch::default()) };
@@ -301,7 +312,7 @@ mod tests {
                 response_edits: Edits::default(),
                 resolver: resolver(),
             };
-            Splitter::new(vec![leg(8999), leg(1), leg(0), leg(1000)], Vec::new()).unwrap()
+            Splitter::new("web".into(), vec![leg(8999), leg(1), leg(0), leg(1000)], Vec::new()).unwrap()
         };
         let (splitter, reread) = (build(), build());
         let pick = |splitter: &Splitter, random| {
@@ -317,7 +328,7 @@ mod tests {
         }
         assert_eq!(counts, [8999, 1, 0, 1000]);
         assert_eq!((pick(&splitter, 0), pick(&splitter, u64::MAX)), (0, 3));
-        assert!(Splitter::<Arc<Resolver>>::new(Vec::new(), Vec::new()).is_none());
+        assert!(Splitter::<Arc<Resolver>>::new(String::new(), Vec::new(), Vec::new()).is_none());
     }
 
     #[test]
@@ -325,7 +336,7 @@ mod tests {
         let add = |value| Edits::new([], [("x-by", value)], []).unwrap();
         let hash = HashPolicy { source: HashSource::SourceIp, terminal: false };
         let leg = Leg { weight: 1, request_edits: add("leg"), response_edits: add("leg"), resolver: resolver() };
-        let splitter = Splitter::new(vec![leg], vec![hash.clone()]).unwrap();
+        let splitter = Splitter::new("web".into(), vec![leg], vec![hash.clone()]).unwrap();
         let chain = chain(Node::Router(vec![Route {
             request_edits: add("route"),
             response_edits: add("route"),

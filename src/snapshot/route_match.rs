@@ -1,5 +1,7 @@
 //! Which requests a route is for.
 
+use std::fmt;
+
 use super::pattern::Pattern;
 use super::request::{HeaderMatch, RequestView, Text};
 
@@ -70,6 +72,30 @@ impl PathMatch {
         match request.query {
             Some(query) => [to, rest, "?", query].concat(),
             None => [to, rest].concat(),
+        }
+    }
+}
+
+/// For people: `path begins with "/v2"`.
+impl fmt::Display for PathMatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Any => f.write_str("any path"),
+            Self::Exact(text) => write!(f, "path is {:?}", text.to_string()),
+            Self::Prefix(text) => write!(f, "path begins with {:?}", text.to_string()),
+            Self::Regex(pattern) => write!(f, "path matches {:?}", pattern.to_string()),
+        }
+    }
+}
+
+/// For people: `query q is "x"`.
+impl fmt::Display for QueryMatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "query {:?} ", self.name)?;
+        match &self.test {
+            QueryTest::Present => f.write_str("is there"),
+            QueryTest::Exact(text) => write!(f, "is {text:?}"),
+            QueryTest::Regex(pattern) => write!(f, "matches {:?}", pattern.to_string()),
         }
     }
 }

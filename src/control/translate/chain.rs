@@ -15,6 +15,7 @@ use crate::snapshot::{
 /// A chain but for the credentials and the endpoints of its targets.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::control) struct ChainPlan {
+    service: String,
     pub(in crate::control) protocol: Protocol,
     /// Its resolvers are places in `resolvers`.
     start: Node<usize>,
@@ -29,6 +30,8 @@ struct ResolverPlan {
     targets: Vec<usize>,
     load_balancer: LoadBalancer,
     request_timeout: Option<Duration>,
+    is_configured: bool,
+    sets_request_timeout: bool,
 }
 
 /// What there is to know of a target from the chain alone.
@@ -98,8 +101,16 @@ impl ChainPlan {
             targets: vec![0],
             load_balancer: LoadBalancer::default(),
             request_timeout: Some(REQUEST_TIMEOUT),
+            is_configured: false,
+            sets_request_timeout: false,
         };
-        Self { protocol, start: Node::Resolver(0), resolvers: vec![resolver], targets: vec![target] }
+        Self {
+            service: query.name.clone(),
+            protocol,
+            start: Node::Resolver(0),
+            resolvers: vec![resolver],
+            targets: vec![target],
+        }
     }
 
     /// The chain, with a target for each of the plan's, in their order.
@@ -110,11 +121,13 @@ impl ChainPlan {
                 targets: plan.targets.iter().filter_map(pick).collect(),
                 load_balancer: plan.load_balancer.clone(),
                 request_timeout: plan.request_timeout,
+                is_configured: plan.is_configured,
+                sets_request_timeout: plan.sets_request_timeout,
             })
         };
         let resolvers: Vec<Arc<Resolver>> = self.resolvers.iter().map(resolver).collect();
         let start = self.start.map(&|place: &usize| Arc::clone(&resolvers[*place]));
-        Chain { protocol: self.protocol, start }
+        Chain { service: self.service.clone(), protocol: self.protocol, start }
     }
 }
 
@@ -142,7 +155,7 @@ pub(in crate::control) fn plan(
     if !protocol.is_http() && !matches!(start, Node::Resolver(_)) {
         return Err(Bad(format!("it routes requests, but its protocol is {:?}", wire.protocol)));
     }
-    Ok(ChainPlan { protocol, start, resolvers, targets })
+    Ok(ChainPlan { service: wire.service_name.clone(), protocol, start, resolvers, targets })
 }
 
 /// Splitters that lead to splitters, at most; Consul's compiler leaves none.
@@ -214,7 +227,9 @@ impl<'a> Walk<'a> {
         let scaled = |FoundLeg { leg, depth: own }| Leg { weight: leg.weight * 10_000_u64.pow(depth - own), ..leg };
         let legs = found.into_iter().map(scaled).collect();
         let hash_policies = route::load_balancer(node.load_balancer.as_ref(), self.notes)?.hash_policies;
-        Splitter::new(legs, hash_policies).ok_or_else(|| Bad(format!("its splitter {:?} has no weights", node.name)))
+        let service = service_of(&node.name, &self.wire.partition).to_owned();
+        Splitter::new(service, legs, hash_policies)
+            .ok_or_else(|| Bad(format!("its splitter {:?} has no weights", node.name)))
     }
 
     /// Finds the legs of a splitter that is itself behind the leg `outer`.
@@ -254,6 +269,8 @@ impl<'a> Walk<'a> {
             targets: ids.map(|id| self.target(id, resolver)).collect::<Result<_, _>>()?,
             load_balancer: route::load_balancer(node.load_balancer.as_ref(), self.notes)?,
             request_timeout: route::timeout(resolver.request_timeout, REQUEST_TIMEOUT),
+            is_configured: !resolver.is_default,
+            sets_request_timeout: resolver.request_timeout.nanoseconds() != 0,
         };
         let place = self.resolvers.len();
         self.resolvers.push(plan);
@@ -325,6 +342,13 @@ impl<'a> Walk<'a> {
             }),
         })
     }
+}
+
+/// The service that a router or splitter is named after: its namespace follows, and since Consul 1.11 its partition, which
+/// chains then have as well.
+fn service_of<'a>(node: &'a str, partition: &str) -> &'a str {
+    let without_last = |name: &'a str| name.rsplit_once('.').map_or(name, |(rest, _)| rest);
+    if partition.is_empty() { without_last(node) } else { without_last(without_last(node)) }
 }
 
 /// A leg of a nested splitter: a part of the outer leg's share, with its edits inside the outer ones.

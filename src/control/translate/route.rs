@@ -30,6 +30,8 @@ pub(super) fn route<R>(
         prefix_rewrite: rewrite(&destination.prefix_rewrite),
         request_timeout: timeout(destination.request_timeout, REQUEST_TIMEOUT),
         idle_timeout: timeout(destination.idle_timeout, IDLE_TIMEOUT),
+        sets_request_timeout: destination.request_timeout.nanoseconds() != 0,
+        sets_idle_timeout: destination.idle_timeout.nanoseconds() != 0,
         retries: retries(destination, &name, notes),
         request_edits: edits(destination.request_headers.as_ref(), notes).map_err(in_route)?,
         response_edits: edits(destination.response_headers.as_ref(), notes).map_err(in_route)?,

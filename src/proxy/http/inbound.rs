@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use http::request::Parts;
 use http::{HeaderValue, Request, Response, StatusCode};
 use hyper::upgrade::OnUpgrade;
 use tokio::sync::watch;
@@ -33,7 +34,7 @@ use crate::proxy::places::Counted;
 use crate::proxy::record::Shown;
 use crate::proxy::socket::Socket;
 use crate::snapshot::{Decider, Decision, InboundListener, Protocol, Service, Upgrades};
-use crate::tls::{PeerError, Stream};
+use crate::tls::{PeerError, SpiffeId, Stream};
 
 /// One connection from the mesh.
 pub(crate) struct Inbound {
@@ -288,6 +289,26 @@ impl Part for InboundListener {
     fn name(&self) -> String {
         format!("public listener of {}", self.service.name)
     }
+}
+
+/// Decides about a request as [`Inbound`] does, but for what the app would learn of the peer's certificate.
+///
+/// # Errors
+/// The request is answered so, whoever sends it.
+pub(crate) fn rehearse<'a>(
+    service: &'a Service,
+    peer: &SpiffeId,
+    request: Parts,
+    now: SystemTime,
+) -> Result<(Decision<'a>, Verified), Fault> {
+    let intake = Intake { normalization: &service.normalization, upgrades: &service.upgrades, service: &service.name };
+    let mut head = Head::check(request, intake)?;
+    message::annotate(&mut head.headers);
+    let judged = service.intentions.verify_and_decide(peer, &head.view(), &service.token_providers, now);
+    if matches!(judged.0, Decision::Allow(_)) {
+        head.check_method()?;
+    }
+    Ok(judged)
 }
 
 fn unproved(problem: &PeerError) -> Fault {

@@ -45,6 +45,8 @@ fn routed(mut upstream: Upstream, change: impl FnOnce(&mut Route)) -> Upstream {
         prefix_rewrite: None,
         request_timeout: Some(REQUEST_TIMEOUT),
         idle_timeout: Some(IDLE_TIMEOUT),
+        sets_request_timeout: false,
+        sets_idle_timeout: false,
         retries: None,
         request_edits: Edits::default(),
         response_edits: Edits::default(),
