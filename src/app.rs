@@ -19,7 +19,9 @@ use crate::observe::Observer;
 use crate::proxy::Workers;
 use crate::registration::Registration;
 use crate::snapshot::Snapshot;
+use crate::stats::Registry;
 use crate::telemetry::LevelHandle;
+use crate::trace::{self, Tracer};
 use crate::{control, proxy};
 
 /// Runs the proxy until it is told to stop: the first SIGINT or SIGTERM drains it, the second ends it at once.
@@ -27,10 +29,10 @@ use crate::{control, proxy};
 /// # Errors
 /// When the proxy can't start: settings that can't be used, or a refusal of the agent that is final.
 pub async fn run(config: Config, level: LevelHandle) -> anyhow::Result<()> {
-    let Config { mode, agent, drain_time, workers, aead, tunnel, admin, .. } = config;
+    let Config { mode, agent, drain_time, workers, aead, tunnel, admin, traces, .. } = config;
     tracing::info!(target: "proxy", aead = %aead, "TLS record encryption chosen for this processor");
     let mut signals = Signals::new().context("can't listen for signals")?;
-    let Host { workers, sources, observer } = Host::start(&agent, workers)?;
+    let Host { workers, sources, observer } = Host::start(&agent, workers, traces)?;
     let registration = match &mode {
         Mode::AdHoc(flags) => Registration::new(sources.client().clone(), flags).map(Arc::new),
         Mode::ProxyId(_) | Mode::SidecarFor(_) => None,
@@ -75,7 +77,7 @@ pub async fn run(config: Config, level: LevelHandle) -> anyhow::Result<()> {
         error = first_error(&mut tasks) => Err(error),
     };
     drop(tasks);
-    observer.access_log().close(CLOSE_TIME).await;
+    tokio::join!(observer.access_log().close(CLOSE_TIME), observer.tracer().close(CLOSE_TIME));
     if let Some(registration) = registration {
         registration.end().await;
     }
@@ -93,11 +95,13 @@ struct Host {
 }
 
 impl Host {
-    fn start(agent: &consul::Settings, workers: usize) -> anyhow::Result<Self> {
+    fn start(agent: &consul::Settings, workers: usize, traces: trace::Environment) -> anyhow::Result<Self> {
         let client = Client::new(agent)?;
         let workers = Arc::new(Workers::start(workers).context("can't start the data plane's threads")?);
         let sources = Sources::new(Watches::new(client));
-        Ok(Self { workers, sources, observer: Observer::default() })
+        let stats = Arc::<Registry>::default();
+        let tracer = Tracer::new(traces, Arc::clone(&stats.spans));
+        Ok(Self { workers, sources, observer: Observer::new(stats, tracer) })
     }
 }
 
@@ -136,7 +140,7 @@ async fn drain(trigger: drain::Trigger, time: Duration, signals: &mut Signals) {
     let _ = timeout(CLOSE_TIME, trigger.drained()).await;
 }
 
-/// For connections to say goodbye once they must, and for the access log to be written.
+/// For connections to say goodbye once they must, and for the access log to be written and spans to be sent.
 const CLOSE_TIME: Duration = Duration::from_millis(1500);
 
 /// Waits for the first task that fails; one that ends well leaves the others to go on.

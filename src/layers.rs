@@ -9,29 +9,43 @@ use std::{fmt, fs};
 
 /// Each module of the crate, lowest first, with the modules that it may import. A module imports none that stands below it in this table,
 /// so the table itself has no cycle.
-const LAYERS: [(&str, &[&str]); 22] = [
+const LAYERS: [(&str, &[&str]); 23] = [
     ("fetch", &[]),
     ("drain", &[]),
     ("race", &[]),
     ("stats", &[]),
     ("telemetry", &[]),
+    ("trace", &["stats"]),
     ("tls", &[]),
     ("jwt", &[]),
     ("resolve", &["race"]),
     ("consul", &["resolve"]),
     ("operators", &["tls"]),
     ("access_log", &["jwt", "operators", "telemetry"]),
-    ("config", &["consul", "telemetry", "tls"]),
+    ("config", &["consul", "telemetry", "tls", "trace"]),
     ("registration", &["config", "consul"]),
-    ("snapshot", &["access_log", "fetch", "jwt", "operators", "tls"]),
-    ("observe", &["access_log", "jwt", "operators", "snapshot", "stats", "tls"]),
-    ("control", &["access_log", "config", "consul", "fetch", "jwt", "snapshot", "stats", "tls"]),
+    ("snapshot", &["access_log", "fetch", "jwt", "operators", "tls", "trace"]),
+    ("observe", &["access_log", "jwt", "operators", "snapshot", "stats", "tls", "trace"]),
+    ("control", &["access_log", "config", "consul", "fetch", "jwt", "snapshot", "stats", "tls", "trace"]),
     ("proxy", &["access_log", "drain", "jwt", "observe", "operators", "race", "resolve", "snapshot", "stats", "tls"]),
     ("admin", &["config", "drain", "observe", "proxy", "snapshot", "stats", "telemetry", "tls"]),
     ("cli", &["admin", "config", "telemetry"]),
     (
         "app",
-        &["admin", "config", "consul", "control", "drain", "observe", "proxy", "registration", "snapshot", "telemetry"],
+        &[
+            "admin",
+            "config",
+            "consul",
+            "control",
+            "drain",
+            "observe",
+            "proxy",
+            "registration",
+            "snapshot",
+            "stats",
+            "telemetry",
+            "trace",
+        ],
     ),
     // The root of the crate, and the program.
     ("lib", &[]),
@@ -134,7 +148,7 @@ fn faults_are_told_with_file_line_and_rule() {
         layer_faults(&sources)
     };
     assert_eq!(of("snapshot", "use crate::tls::Sni;\n// crate::control\nfn f() { \"crate::control\"; 'c'; }"), [""; 0]);
-    let expected = "src/snapshot.rs:2: snapshot imports control::draft, and may import only access_log, fetch, jwt, operators, tls \
+    let expected = "src/snapshot.rs:2: snapshot imports control::draft, and may import only access_log, fetch, jwt, operators, tls, trace \
                     (LAYERS in src/layers.rs)";
     assert_eq!(of("snapshot", "\nuse crate::{tls::{self, Sni}, control::draft::Draft};"), [expected]);
     assert_eq!(of("snapshot", "\nfn f<'a>(x: &'a u8) { crate::control::draft::f() }"), [expected]);

@@ -13,6 +13,7 @@
 //! * [`operators`] fills in Envoy's `%…%`, for access logs and edits of headers.
 //! * [`access_log`] turns requests that are over into lines, and writes them.
 //! * `race` runs attempts of which one is to succeed; `resolve` finds and connects to what host names stand for.
+//! * [`trace`] reads and writes the headers of traces, and sends spans.
 //! * [`snapshot`] holds what the data plane knows at one instant. Values only: no IO, no clock, no
 //!   randomness. Routing and intention decisions are pure functions here.
 //! * [`observe`] is what is known of each connection and request, and the one place where the data plane tells it.
@@ -50,6 +51,7 @@ pub mod snapshot;
 pub mod stats;
 pub mod telemetry;
 pub mod tls;
+pub mod trace;
 
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;

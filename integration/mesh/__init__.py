@@ -2,6 +2,7 @@
 
 from .agent import Agent, ApiError
 from .apps import Blackhole, Conn, Echo, HalfCloser, Resetter, Silent, dial
+from .collector import Collector, GrpcCollector
 from .envoy import Envoy
 from .gate import Gate
 from .identity import Authority, Identity, mtls_connect, mtls_server
@@ -13,7 +14,7 @@ from .web import Answer, Browser, Web, ask, who
 from .wait import eventually, stays, NotInTime
 
 __all__ = [
-    "Agent", "Answer", "ApiError", "Authority", "Blackhole", "Browser", "Caller", "Churn", "Conn", "Echo", "Envoy", "Gate", "HalfCloser", "Identity", "Mesh",
+    "Agent", "Answer", "ApiError", "Authority", "Blackhole", "Browser", "Caller", "Churn", "Collector", "Conn", "Echo", "Envoy", "Gate", "GrpcCollector", "HalfCloser", "Identity", "Mesh",
     "NotInTime", "Process", "Resetter", "Rpc", "Service", "Silent", "Upstream", "Web", "ask", "dial", "eventually", "mtls_connect",
     "mtls_server", "rotate_root_under", "stays", "who",
 ]

@@ -22,23 +22,30 @@ def envoy_binary():
 
 
 class Envoy(Process):
-    """The sidecar of `service`: its public listener (with denied sources) and its upstreams to fixed endpoints."""
+    """The sidecar of `service`: its public listener (with denied sources) and its upstreams to fixed endpoints.
 
-    def __init__(self, service, directory, denied=(), endpoints=None, tls=None, protocol="tcp"):
+    `zipkin`: the port of a collector that it sends spans to, as Consul has Envoy trace.
+    """
+
+    def __init__(self, service, directory, denied=(), endpoints=None, tls=None, protocol="tcp", zipkin=None):
         agent = service.mesh.agent
         self._agent, self._leaf, self._tls, self._protocol = agent, agent.leaf(service.name), tls, protocol
         listeners, clusters = [], []
         if service.public:
-            listeners.append(self._listener("public", service.public, filters("app", protocol, denied), self._server_tls()))
+            listeners.append(self._listener("public", service.public, filters("app", protocol, denied, zipkin), self._server_tls()))
             clusters.append(cluster("app", [service.port], protocol=protocol))
         for upstream in service.upstreams:
             name, ports = upstream.to, (endpoints or {}).get(upstream.to)
-            listeners.append(self._listener(name, upstream.port, filters(name, protocol)))
+            listeners.append(self._listener(name, upstream.port, filters(name, protocol, zipkin=zipkin)))
             clusters.append(cluster(name, ports, self._client_tls(name), protocol))
+        if zipkin:
+            clusters.append(cluster("zipkin", [zipkin]))
         file = directory / f"envoy-{service.name}.json"
         file.write_text(json.dumps({
             "node": {"id": service.name, "cluster": service.name},
             "static_resources": {"listeners": listeners, "clusters": clusters},
+            # A span is sent as soon as it is there.
+            "layered_runtime": {"layers": [{"name": "here", "static_layer": {"tracing.zipkin.min_flush_spans": 1}}]},
         }))
         # Envoy changes its user when it is root only if told so; a hot restart id would clash between sidecars.
         super().__init__([envoy_binary(), "-c", file, "--concurrency", "1", "--disable-hot-restart", "-l", "warning"],
@@ -67,7 +74,9 @@ class Envoy(Process):
         chain = {"filters": filters}
         if tls:
             chain["transport_socket"] = {"name": "tls", "typed_config": tls}
-        return {"name": name, "address": {"socket_address": {"address": "127.0.0.1", "port_value": port}}, "filter_chains": [chain]}
+        # It says whether a span is a server's.
+        direction = "INBOUND" if name == "public" else "OUTBOUND"
+        return {"name": name, "traffic_direction": direction, "address": {"socket_address": {"address": "127.0.0.1", "port_value": port}}, "filter_chains": [chain]}
 
 
 def cluster(name, ports, tls=None, protocol="tcp"):
@@ -82,8 +91,8 @@ def cluster(name, ports, tls=None, protocol="tcp"):
     return made
 
 
-def filters(name, protocol, denied=None):
-    """What carries to the cluster of this name; with `denied`, after the intentions."""
+def filters(name, protocol, denied=None, zipkin=None):
+    """What carries to the cluster of this name; with `denied`, after the intentions; with `zipkin`, traced."""
     if protocol == "tcp":
         return [*([] if denied is None else [network_rbac(denied)]), tcp_proxy(name)]
     http = [] if protocol != "grpc" else [
@@ -97,6 +106,10 @@ def filters(name, protocol, denied=None):
     hosts = [{"name": name, "domains": ["*"], "routes": [{"match": {"prefix": "/"}, "route": {"cluster": name}}]}]
     manager = {"@type": TYPES + "filters.network.http_connection_manager.v3.HttpConnectionManager", "stat_prefix": name, "codec_type": "AUTO",
                "upgrade_configs": [{"upgrade_type": "websocket"}], "http_filters": http, "route_config": {"name": name, "virtual_hosts": hosts}}
+    if zipkin:
+        manager["tracing"] = {"random_sampling": {"value": 0}, "provider": {"name": "envoy.tracers.zipkin", "typed_config": {
+            "@type": "type.googleapis.com/envoy.config.trace.v3.ZipkinConfig", "collector_cluster": "zipkin", "collector_endpoint": "/api/v2/spans",
+            "collector_endpoint_version": "HTTP_JSON", "shared_span_context": False, "trace_id_128bit": True}}}
     return [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]
 
 

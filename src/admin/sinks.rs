@@ -1,4 +1,4 @@
-//! What the registration asks for: listeners for metrics, and packets to statsd. They follow it.
+//! What the registration asks for: listeners for metrics, packets to statsd, and spans. They follow it.
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -23,10 +23,11 @@ pub(super) async fn follow(state: &Arc<State>) {
     let mut sinks = Sinks::default();
     loop {
         // Before the first one nothing listens, as with Envoy: a scrape that is refused tells that it is not ready.
-        let settings = snapshots.borrow_and_update().as_ref().map(|snapshot| Arc::clone(&snapshot.metrics));
-        if let Some(settings) = settings {
+        let snapshot = snapshots.borrow_and_update().clone();
+        if let Some(snapshot) = snapshot {
             state.note_published();
-            sinks.apply(&settings, state);
+            sinks.apply(&snapshot.metrics, state);
+            state.observer.tracer().follow(&snapshot.traces);
         }
         if snapshots.changed().await.is_err() {
             // The sidecar drains; what runs goes on until the process ends.

@@ -67,6 +67,8 @@ fn openmetrics(state: &State) -> String {
         is_ready: state.serving() == Serving::Live,
         configuration,
         certificate_expiry,
+        spans_sent: state.stats.spans.sent.get(),
+        spans_dropped: state.stats.spans.dropped.get(),
     };
     openmetrics::encode(&process, &listeners, &clusters, &own_labels(state))
 }

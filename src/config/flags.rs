@@ -312,6 +312,9 @@ More variables of the environment
      Boolean: use https.
   CONSUL_HTTP_SSL_VERIFY
      Boolean: false accepts any certificate of the agent. The default is true.
+  OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_TRACES_EXPORTER, OTEL_TRACES_SAMPLER, …
+     Where spans of traces go, and of which requests they are made, as
+     OpenTelemetry specifies. Without them envoy_tracing_json says it.
 
   Flags of `consul connect proxy` and `consul connect envoy` that have no meaning
   here are accepted with a warning.

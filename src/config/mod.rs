@@ -23,7 +23,7 @@ pub use self::admin::{AdminBind, AdminSettings, Prometheus, PrometheusTls};
 use self::reader::{Given, Reader, readable, readable_directory, unreadable};
 pub use self::values::AdHocUpstream;
 use crate::tls::{Aead, Implementation};
-use crate::{consul, telemetry};
+use crate::{consul, telemetry, trace};
 use flags::{AdHocFlags, AgentFlags, Line, ModeFlags, ProcessFlags};
 
 /// What the process was asked to do.
@@ -41,6 +41,8 @@ pub struct Config {
     /// Whether TLS sessions with other sidecars of ours carry one TCP connection after another; default true.
     pub tunnel: bool,
     pub admin: AdminSettings,
+    /// What `OTEL_…` say of traces.
+    pub traces: trace::Environment,
     /// What was given in vain, each a sentence for the log.
     pub warnings: Vec<String>,
 }
@@ -216,7 +218,10 @@ impl Reader<'_> {
         let agent = self.agent(flags.agent, max_connections).context("Error connecting to Consul agent")?;
         let mode = self.mode(flags.mode, flags.ad_hoc).context("Error preparing configuration")?;
         let Process { log, drain_time, workers, aead, tunnel } = process;
-        Ok(Config { mode, agent, log, drain_time, workers, aead, tunnel, admin, warnings: self.warnings })
+        let environment = self.environment;
+        let variable = |name: &str| environment(name).and_then(|value| value.into_string().ok());
+        let traces = trace::Environment::read(&variable, &mut self.warnings);
+        Ok(Config { mode, agent, log, drain_time, workers, aead, tunnel, admin, traces, warnings: self.warnings })
     }
 
     fn process(&mut self, flags: ProcessFlags) -> anyhow::Result<Process> {

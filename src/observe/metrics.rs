@@ -139,6 +139,9 @@ fn request_finished(record: &RequestRecord) {
     stats.requests_active.decrement();
     if record.status > 0 {
         stats.request_time.observe(record.duration);
+        if let Some(traced) = record.traced.as_ref().filter(|traced| traced.is_sampled()) {
+            stats.exemplars.keep(record.duration, traced.trace_id());
+        }
     }
     stats.received.add(record.bytes_received);
     stats.sent.add(record.bytes_sent);

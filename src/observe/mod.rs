@@ -15,6 +15,7 @@ mod observer;
 mod outcome;
 mod problems;
 mod request;
+mod spans;
 
 pub use attempt::{Attempt, AttemptResult, Attempts, Destination};
 pub use clock::Clock;

@@ -2,16 +2,19 @@
 
 use std::sync::Arc;
 
+use http::HeaderMap;
+
 use super::clock::Clock;
-use super::connection::{ConnectionRecord, Direction};
+use super::connection::{ConnectionInfo, ConnectionRecord, Direction, Listener};
 use super::event::Event;
 #[cfg(test)]
 use super::event::Overflowed;
 use super::problems::Problems;
-use super::{access, metrics};
+use super::{access, metrics, spans};
 use crate::access_log::{AccessLog, Active};
 use crate::stats::scope::Cluster;
 use crate::stats::{ClusterStats, Registry};
+use crate::trace::{Kind, Traced, Tracer};
 
 /// Tells readers of events. Clones tell the same readers.
 #[derive(Debug, Clone)]
@@ -19,13 +22,14 @@ pub struct Observer(Arc<Readers>);
 
 impl Default for Observer {
     fn default() -> Self {
-        Self::new(Arc::default())
+        Self::new(Arc::default(), Tracer::default())
     }
 }
 
 #[derive(Debug)]
 struct Readers {
     access_log: AccessLog,
+    tracer: Tracer,
     stats: Arc<Registry>,
     /// What is sent to the local app.
     local_app: Arc<ClusterStats>,
@@ -36,11 +40,12 @@ struct Readers {
 }
 
 impl Observer {
-    /// One that counts in `stats`.
+    /// One that counts in `stats` and traces through `tracer`.
     #[must_use]
-    pub fn new(stats: Arc<Registry>) -> Self {
+    pub fn new(stats: Arc<Registry>, tracer: Tracer) -> Self {
         Self(Arc::new(Readers {
             access_log: AccessLog::default(),
+            tracer,
             local_app: stats.cluster(&Cluster::LocalApp),
             stats,
             clock: Clock::start(),
@@ -86,6 +91,24 @@ impl Observer {
         self.0.access_log.active()
     }
 
+    /// The tracer, whose settings may be replaced.
+    #[must_use]
+    pub fn tracer(&self) -> &Tracer {
+        &self.0.tracer
+    }
+
+    /// What is traced of a request that has come on a connection; `None`: nothing. Exposed paths are for those who are
+    /// outside of the mesh.
+    #[must_use]
+    pub fn begin_trace(&self, connection: &ConnectionInfo, headers: &HeaderMap) -> Option<Box<Traced>> {
+        let kind = match connection.listener {
+            Listener::Upstream(_) => Kind::Client,
+            Listener::Public(_) => Kind::Server,
+            Listener::Exposed(_) => return None,
+        };
+        self.0.tracer.begin(kind, headers)
+    }
+
     /// Tells all readers. Never waits.
     pub fn observe(&self, event: Event<'_>) {
         #[cfg(test)]
@@ -95,11 +118,13 @@ impl Observer {
             Event::ConnectionFinished(record) => {
                 self.0.problems.connection(record);
                 access::log_connection(record);
+                spans::end_connection(record, &self.0.tracer);
                 trace_connection(record);
             }
             Event::RequestFinished(record) => {
                 self.0.problems.request(record);
                 access::log_request(record);
+                spans::end_request(record);
             }
             Event::HandshakeFailed { connection, problem, .. } => {
                 self.0.problems.handshake(&connection.info, problem);

@@ -13,6 +13,7 @@ use super::outcome::Outcome;
 use crate::access_log::Active;
 use crate::jwt::Providers;
 use crate::stats::ClusterStats;
+use crate::trace::Traced;
 
 /// One request, from its head to the end of its response.
 #[derive(Debug)]
@@ -58,6 +59,8 @@ pub struct RequestRecord {
     pub providers: Option<Arc<Providers>>,
     /// For the access log that was on when it began.
     pub access_log: Option<Box<CopiedHeaders>>,
+    /// The trace that it belongs to; `None`: it is not traced.
+    pub traced: Option<Box<Traced>>,
 }
 
 /// The headers that the format of an access log names, and the log.
@@ -97,6 +100,7 @@ impl RequestRecord {
             is_complete: false,
             duration: Duration::ZERO,
             providers: None,
+            traced: None,
             access_log: log.map(|log| Box::new(CopiedHeaders::new(log, request.headers()))),
         }
     }

@@ -54,7 +54,7 @@ pub use route_match::{PathMatch, QueryMatch, QueryTest, RouteMatch};
 pub use upgrade::Upgrades;
 
 use crate::fetch::FetchRequest;
-use crate::{access_log, jwt, tls};
+use crate::{access_log, jwt, tls, trace};
 
 /// Everything that the data plane needs, as of one version.
 #[derive(Debug, Clone, Default)]
@@ -75,6 +75,7 @@ pub struct Snapshot {
     /// `None`: requests and connections have no log of their own.
     pub access_log: Option<Arc<access_log::Settings>>,
     pub metrics: Arc<MetricsSettings>,
+    pub traces: Arc<trace::Settings>,
     /// Who we are; always there once published.
     pub credentials: Option<Arc<tls::Credentials>>,
 }

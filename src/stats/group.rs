@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError, Weak};
 
+use super::exemplar::Exemplars;
 use super::scope::{Cluster, Listener, Scope, Stat};
 use super::value::{Counter, Gauge, Histogram, Times};
 
@@ -157,6 +158,8 @@ pub struct ListenerStats {
     pub answers: Classes,
     /// Whole requests that were answered.
     pub request_time: Histogram,
+    /// Of those, requests that were traced.
+    pub exemplars: Exemplars,
     /// The asker left or reset before the end, or its request could not be read.
     pub reset_by_asker: Counter,
     pub idle_timeouts: Counter,
@@ -187,6 +190,7 @@ impl ListenerStats {
             requests_active: Gauge::default(),
             answers: Classes::default(),
             request_time: Histogram::default(),
+            exemplars: Exemplars::default(),
             reset_by_asker: Counter::default(),
             idle_timeouts: Counter::default(),
             allowed: Counter::default(),

@@ -5,6 +5,7 @@
 //! removed go with its last connection. The number of series follows from the configuration alone, as nothing that a
 //! peer sends becomes a name: statuses are the only exception, and there are 500 of them.
 
+pub mod exemplar;
 pub mod group;
 pub mod openmetrics;
 pub mod plain;
@@ -29,6 +30,15 @@ use self::value::Counter;
 pub struct Registry {
     groups: Mutex<Groups>,
     pub refused: RefusedUpdates,
+    pub spans: Arc<SpanCounts>,
+}
+
+/// Spans of traces.
+#[derive(Debug, Default)]
+pub struct SpanCounts {
+    pub sent: Counter,
+    /// For want of room, or of a collector that takes them.
+    pub dropped: Counter,
 }
 
 /// Answers of the agent that could not be used, so that what was known stayed.

@@ -5,6 +5,7 @@
 
 use std::fmt::Write as _;
 
+use super::exemplar::Exemplar;
 use super::group::{ClusterStats, Handshakes, ListenerStats};
 use super::prometheus::labels_text;
 use super::scope::{Cluster, Listener};
@@ -62,6 +63,7 @@ families! {
     READY "lictor_ready" Gauge [""] "1 while the sidecar serves, 0 before its configuration is complete and while it drains.";
     SNAPSHOT "lictor_configuration_version" Gauge [""] "Number of the configuration that is in use; each change adds one.";
     CERTIFICATE "lictor_certificate_expiry_timestamp_seconds" Gauge [""] "When the sidecar's certificate, or one between it and its root, expires.";
+    SPANS "lictor_spans" Counter ["result"] "Spans of traces that a collector took (sent), and those that were dropped as it did not or the queue was full (dropped).";
     CONNECTIONS "lictor_connections" Counter ["direction, upstream"] "Connections that a listener accepted.";
     CONNECTIONS_ACTIVE "lictor_connections_active" Gauge ["direction, upstream"] "Of these, those that are open.";
     CONNECTIONS_LIMITED "lictor_connections_limited" Counter ["direction, upstream"] "Connections that max_inbound_connections, or the limit of handshakes, turned away.";
@@ -101,6 +103,8 @@ pub struct Process {
     pub configuration: u64,
     /// Seconds since 1970.
     pub certificate_expiry: Option<u64>,
+    pub spans_sent: u64,
+    pub spans_dropped: u64,
 }
 
 /// All numbers; `common` labels stand on each.
@@ -151,10 +155,22 @@ impl Writer<'_> {
     }
 
     fn times(&mut self, family: &Family, labels: &[(&str, &str)], times: &Times) {
-        for (bound, count) in times.cumulative() {
+        self.times_with(family, labels, times, &[]);
+    }
+
+    /// `exemplars` are by bucket.
+    fn times_with(&mut self, family: &Family, labels: &[(&str, &str)], times: &Times, exemplars: &[Option<Exemplar>]) {
+        for (bucket, (bound, count)) in times.cumulative().enumerate() {
             let bound = bound.map_or_else(|| "+Inf".to_owned(), seconds);
             let with_bound: Vec<_> = labels.iter().copied().chain([("le", &*bound)]).collect();
-            self.line(family.name, "_bucket", &with_bound, count);
+            match exemplars.get(bucket).copied().flatten() {
+                None => self.line(family.name, "_bucket", &with_bound, count),
+                Some(Exemplar { trace_id, micros, at }) => {
+                    let (took, at) = (seconds(micros), seconds(at));
+                    let with_trace = format!("{count} # {{trace_id=\"{trace_id:032x}\"}} {took} {at}");
+                    self.line(family.name, "_bucket", &with_bound, with_trace);
+                }
+            }
         }
         self.line(family.name, "_count", labels, times.count());
         self.line(family.name, "_sum", labels, seconds(times.sum));
@@ -182,6 +198,10 @@ fn write_process(writer: &mut Writer<'_>, family: &Family, process: &Process) {
                 writer.value(family, &[], expiry);
             }
         }
+        SPANS => {
+            writer.value(family, &[("result", "sent")], process.spans_sent);
+            writer.value(family, &[("result", "dropped")], process.spans_dropped);
+        }
         _ => {}
     }
 }
@@ -207,7 +227,9 @@ fn write_listener(writer: &mut Writer<'_>, family: &Family, stats: &ListenerStat
         REQUESTS if stats.is_http() => writer.value(family, &labels, stats.requests.get()),
         REQUESTS_ACTIVE if stats.is_http() => writer.value(family, &labels, stats.requests_active.get()),
         REQUESTS_ABANDONED if stats.is_http() => writer.value(family, &labels, stats.reset_by_asker.get()),
-        REQUEST_DURATION if stats.is_http() => writer.times(family, &labels, &stats.request_time.get()),
+        REQUEST_DURATION if stats.is_http() => {
+            writer.times_with(family, &labels, &stats.request_time.get(), &stats.exemplars.get());
+        }
         RESPONSES if stats.is_http() => {
             for (class, count) in CLASSES.into_iter().zip(stats.answers.get()) {
                 writer.value(family, &[labels[0], labels[1], ("code_class", class)], count);

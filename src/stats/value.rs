@@ -75,8 +75,7 @@ pub struct Histogram {
 impl Histogram {
     pub fn observe(&self, time: Duration) {
         let micros = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-        let bucket = BOUNDS.iter().position(|bound| micros <= *bound).unwrap_or(BOUNDS.len());
-        self.buckets[bucket].fetch_add(1, Ordering::Relaxed);
+        self.buckets[bucket(micros)].fetch_add(1, Ordering::Relaxed);
         self.sum.fetch_add(micros, Ordering::Relaxed);
     }
 
@@ -87,6 +86,11 @@ impl Histogram {
             sum: self.sum.load(Ordering::Relaxed),
         }
     }
+}
+
+/// Of a value in microseconds.
+pub(super) fn bucket(micros: u64) -> usize {
+    BOUNDS.iter().position(|bound| micros <= *bound).unwrap_or(BOUNDS.len())
 }
 
 /// What a histogram held at one instant.

@@ -28,6 +28,7 @@ use crate::consul::api;
 use crate::fetch::FetchRequests;
 use crate::snapshot::{Bind, Exposed, InboundListener, MetricsSettings, Snapshot};
 use crate::tls::Aead;
+use crate::trace;
 
 #[derive(Debug)]
 pub(super) struct Draft {
@@ -49,6 +50,7 @@ pub(super) struct Draft {
     exposed: BTreeMap<Bind, Arc<Exposed>>,
     access_log: Option<Arc<access_log::Settings>>,
     metrics: Arc<MetricsSettings>,
+    traces: Arc<trace::Settings>,
     effects: Effects,
     last: Option<Arc<Snapshot>>,
     /// Notes that were given out, so that each is once.
@@ -104,6 +106,7 @@ impl Draft {
             exposed: BTreeMap::new(),
             access_log: None,
             metrics: Arc::default(),
+            traces: Arc::default(),
             effects,
             last: None,
             said: HashSet::new(),
@@ -231,6 +234,7 @@ impl Draft {
             exposed: self.exposed.clone(),
             access_log: self.access_log.clone(),
             metrics: Arc::clone(&self.metrics),
+            traces: Arc::clone(&self.traces),
             credentials: Some(credentials),
         };
         if self.last.as_ref().is_some_and(|last| same(last, &next)) {
@@ -278,6 +282,9 @@ impl Draft {
         }
         if *self.metrics != new.metrics {
             self.metrics = Arc::new(new.metrics.clone());
+        }
+        if *self.traces != new.traces {
+            self.traces = Arc::new(new.traces.clone());
         }
         let kept = |exposed: &Exposed| {
             let before = self.exposed.get(&exposed.bind).filter(|before| ***before == *exposed);
@@ -386,6 +393,7 @@ fn same(a: &Snapshot, b: &Snapshot) -> bool {
         && same_parts(&a.exposed, &b.exposed)
         && a.access_log.as_ref().map(Arc::as_ptr) == b.access_log.as_ref().map(Arc::as_ptr)
         && Arc::ptr_eq(&a.metrics, &b.metrics)
+        && Arc::ptr_eq(&a.traces, &b.traces)
         && a.credentials.as_ref().map(Arc::as_ptr) == b.credentials.as_ref().map(Arc::as_ptr)
 }
 

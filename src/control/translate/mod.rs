@@ -13,6 +13,7 @@ mod metrics;
 mod opaque;
 mod permission;
 mod route;
+mod traces;
 
 use std::net::IpAddr;
 

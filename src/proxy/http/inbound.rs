@@ -160,6 +160,7 @@ impl Inbound {
         }
         // What is added is judged too: the decision is about what the app receives.
         self.annotate(service, &mut head);
+        record.pass_trace_on(&mut head.headers);
         let began = SystemTime::now();
         let verified = self.decide(service, &head, began, record)?;
         head.check_method()?;

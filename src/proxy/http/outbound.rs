@@ -107,7 +107,8 @@ impl Outbound {
         // HTTP/2 apps are not upgraded to anything.
         let upgradable = client.is_some() && plan.upstream.chain.protocol == Protocol::Http;
         let known = Known::new(&self.requests.connection, &routed, record.record());
-        let head = self.edit(head, &known, upgradable)?;
+        let mut head = self.edit(head, &known, upgradable)?;
+        record.pass_trace_on(&mut head.headers);
         let kept = known.keep(&head);
         let upgrades = head.upgrades();
         let upload = ongoing.upload();

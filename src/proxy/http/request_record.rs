@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use http::{Request, Response, StatusCode};
+use http::{HeaderMap, Request, Response, StatusCode};
 use http_body::Frame;
 
 use super::deadlines::TimedOut;
@@ -26,7 +26,8 @@ impl RequestObserver {
     #[must_use]
     pub(crate) fn begin<B>(&self, request: &Request<B>) -> Box<RequestRecorder> {
         let log = self.observer.active_access_log();
-        let record = RequestRecord::new(Arc::clone(&self.connection), request, log);
+        let mut record = RequestRecord::new(Arc::clone(&self.connection), request, log);
+        record.traced = self.observer.begin_trace(&self.connection, request.headers());
         self.observer.observe(Event::RequestReceived(&record));
         Box::new(RequestRecorder { observer: self.observer.clone(), record, upload: None })
     }
@@ -52,6 +53,13 @@ impl RequestRecorder {
     /// Audit mode lets it through; `rule` says what would have denied it.
     pub(crate) fn audited(&mut self, rule: String) {
         self.record.would_be_denied_by = Some(rule.into());
+    }
+
+    /// Writes the trace's headers, if it is traced, with which it goes on.
+    pub(crate) fn pass_trace_on(&mut self, headers: &mut HeaderMap) {
+        if let Some(traced) = &mut self.record.traced {
+            traced.pass_on(headers);
+        }
     }
 
     pub(crate) fn routed(&mut self, routed: &Routed<'_>) {
@@ -114,6 +122,9 @@ impl RequestRecorder {
         if let Some(copied) = &mut record.access_log {
             copied.set_response(response.headers());
         }
+        if let Some(traced) = &mut record.traced {
+            traced.answered(response.headers());
+        }
         if let Some(Fault { outcome, cause }) = fault {
             (record.outcome, record.cause) = (outcome, Some(cause));
         }
@@ -124,8 +135,9 @@ impl RequestRecorder {
     pub(crate) fn frame(&mut self, frame: &Frame<Bytes>) {
         if let Some(data) = frame.data_ref() {
             self.record.bytes_sent += data.len() as u64;
-        } else if let (Some(copied), Some(trailers)) = (&mut self.record.access_log, frame.trailers_ref()) {
-            copied.set_trailers(trailers);
+        } else if let Some(trailers) = frame.trailers_ref() {
+            self.record.access_log.iter_mut().for_each(|copied| copied.set_trailers(trailers));
+            self.record.traced.iter_mut().for_each(|traced| traced.answered(trailers));
         }
     }
 

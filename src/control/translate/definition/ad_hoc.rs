@@ -11,6 +11,7 @@ use crate::control::query::{ChainQuery, PreparedQuery};
 use crate::snapshot::{
     Address, Bind, Limits, LocalApp, MetricsSettings, OutboundKey, PassiveHealthCheck, Protocol, RequestSettings,
 };
+use crate::trace;
 
 /// The definition that the flags of the ad-hoc mode give.
 ///
@@ -61,6 +62,11 @@ pub(in crate::control) fn ad_hoc(flags: &AdHoc) -> Result<Definition, Bad> {
         exposed: BTreeMap::new(),
         access_log: None,
         metrics: MetricsSettings::default(),
+        traces: trace::Settings {
+            service: flags.service.clone(),
+            node: format!("{}-proxy", flags.service),
+            ..trace::Settings::default()
+        },
     })
 }
 

@@ -16,7 +16,7 @@ pub(in crate::control) use self::plan::{CONNECT_TIMEOUT, Definition, PublicPlan,
 use self::public::public;
 use self::upstreams::upstreams;
 use super::opaque::Opaque;
-use super::{Bad, Notes, access_log, metrics};
+use super::{Bad, Notes, access_log, metrics, traces};
 use crate::consul::api;
 
 /// Reads a proxy's registration as the agent gives it, central configuration merged in.
@@ -41,13 +41,15 @@ pub(in crate::control) fn registered(
         notes.push("transparent proxy mode is not supported: only upstreams with a local port or socket work".into());
     }
     let public = public(service, proxy, notes);
+    let config = Opaque::new(Some(&proxy.config), "proxy config");
     Ok(Definition {
         service: proxy.destination_service_name.clone(),
         exposed: exposed(service, proxy, public.as_ref(), notes),
         public,
         upstreams: upstreams(proxy, enterprise, notes),
         access_log: access_log::settings(proxy.access_logs.as_ref(), notes),
-        metrics: metrics::settings(Opaque::new(Some(&proxy.config), "proxy config"), notes),
+        metrics: metrics::settings(config, notes),
+        traces: traces::settings(config, &proxy.destination_service_name, &service.id, notes),
     })
 }
 

@@ -9,12 +9,13 @@ use crate::snapshot::{
     Bind, Exposed, Limits, LocalApp, MetricsSettings, OutboundKey, PassiveHealthCheck, Protocol, RequestSettings,
     Upgrades,
 };
+use crate::trace;
 
 /// Consul's default for connecting to an upstream's instance.
 pub(in crate::control) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What the proxy is to do, before anything is known of the mesh.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(in crate::control) struct Definition {
     /// The service that we stand in front of: its leaf and its intentions are ours.
     pub(in crate::control) service: String,
@@ -23,6 +24,7 @@ pub(in crate::control) struct Definition {
     pub(in crate::control) exposed: BTreeMap<Bind, Exposed>,
     pub(in crate::control) access_log: Option<AccessLog>,
     pub(in crate::control) metrics: MetricsSettings,
+    pub(in crate::control) traces: trace::Settings,
 }
 
 impl Definition {
