@@ -241,6 +241,7 @@ fn server_side(tls: Arc<Server>, protocol: Protocol, public: u16, app: u16) -> S
         sanitize_forwarded_cert: false,
         expose_cause: false,
         audit: false,
+        share_denial_rule: false,
         token_providers: Arc::new(Providers::default()),
     };
     let bind = local(public);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::snapshot::LocalApp;
-use crate::tls::{HandshakeError, PeerError, Refused};
+use crate::tls::{Alert, HandshakeError, PeerError, Refused};
 
 /// Why no connection to a destination could be made. All that waited for the same connection share it.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -88,6 +88,16 @@ impl ConnectError {
             Self::Handshake(error) => Some(error.refused()),
             Self::Peer(error) => Some(error.refused()),
             Self::HandshakeBroken(_) => Some(Refused::Connection),
+            _ => None,
+        }
+    }
+
+    /// What the destination's sidecar said of us, if it refused us with an alert.
+    #[must_use]
+    pub fn alert(&self) -> Option<Alert> {
+        match self {
+            Self::Handshake(error) => error.alert(),
+            Self::HandshakeBroken(error) | Self::TunnelBroken(error) => Alert::received(error),
             _ => None,
         }
     }

@@ -97,6 +97,10 @@ outcomes! {
     Denied,
     /// Let through in audit mode. Nothing ends so: it is told beside how it ended.
     WouldDeny,
+    /// The sidecar of the destination has denied a connection of ours, and said so.
+    DeniedByDestination,
+    /// The sidecar of the destination has ended a connection of ours without a byte, which is how sidecars deny.
+    ProbablyDenied,
     /// To where the same path is spelt with plain slashes, which is the cause.
     Redirect,
     NoRoute,
@@ -166,6 +170,7 @@ impl Outcome {
             | Self::WouldDeny
             | Self::Redirect
             | Self::NoRoute => self.describe_refusal(),
+            Self::DeniedByDestination | Self::ProbablyDenied => self.describe_denied_there(),
             Self::NoInstance | Self::Unreachable | Self::Overflow => self.describe_unsent(),
             Self::Reset | Self::BadResponse | Self::LargeResponse => self.describe_response(),
             Self::Timeout | Self::TryTimeout | Self::Idle | Self::IdleUpload => self.describe_timeout(),
@@ -198,7 +203,7 @@ impl Outcome {
                 "Connect again.",
             ),
             Self::Drained => silent("", Side::Us, Repeatable::IfIdempotent).means(
-                "The sidecar is stopping, and the drain time is over.",
+                "This sidecar, or that of the destination, is stopping, and its drain time is over.",
                 "Connect to another instance; raise the drain time if connections last longer.",
             ),
             Self::Displaced => silent("", Side::Us, Repeatable::Yes).means(
@@ -253,6 +258,23 @@ impl Outcome {
             .means(
                 "The intentions do not allow this source, or not this request.",
                 "See the deciding rule in this sidecar's log and change the service-intentions of the destination if it should be allowed.",
+            ),
+        }
+    }
+
+    /// Connections that the other side's sidecar has ended, for which Envoy has no flag.
+    const fn describe_denied_there(self) -> Description {
+        match self {
+            Self::DeniedByDestination => {
+                silent("", Side::Upstream, Repeatable::No).details("denied_by_destination").means(
+                    "The sidecar of the destination denied the connection: its intentions do not allow this service.",
+                    "See the deciding rule in the log of the destination's sidecar, and change its service-intentions if this service should be allowed.",
+                )
+            }
+            // Probably denied.
+            _ => silent("", Side::Upstream, Repeatable::No).details("probably_denied_by_destination").means(
+                "The sidecar of the destination ended the connection after the handshake and without a byte: its intentions probably deny this service, or else its app took no connection or closed it at once.",
+                "See the log of the destination's sidecar, and the intentions with the destination (consul intention check).",
             ),
         }
     }

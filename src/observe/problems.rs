@@ -115,6 +115,8 @@ fn is_problem(outcome: Outcome) -> bool {
     match outcome {
         Outcome::Denied
         | Outcome::WouldDeny
+        | Outcome::DeniedByDestination
+        | Outcome::ProbablyDenied
         | Outcome::BadRequest
         | Outcome::TooLarge
         | Outcome::Method

@@ -7,8 +7,9 @@ use std::time::{Duration, SystemTime};
 use tokio::time::{Instant, timeout_at};
 
 use super::balance::{Balancer, Instance};
+use super::denial;
 use super::socket::Socket;
-use super::tunnel::{MeshStream, Refusal, Role};
+use super::tunnel::{MeshStream, Reason, Refusal, Role};
 use crate::observe::{ConnectError, Event, Observer, Outcome};
 use crate::snapshot::{Target, Transport};
 use crate::tls::{self, HandshakeError, SpiffeId, Stream};
@@ -167,9 +168,13 @@ pub(super) enum Unconnected {
 impl Unconnected {
     pub(super) fn outcome(&self) -> Outcome {
         match self {
-            Self::Refused(Refusal::Denied) => Outcome::Denied,
-            Self::Refused(Refusal::Full) => Outcome::Overflow,
-            Self::Refused(Refusal::NoApp | Refusal::Other) | Self::Unreachable(_) => Outcome::Unreachable,
+            Self::Refused(refusal) => refusal.outcome(),
+            Self::Unreachable(error) => error.alert().map_or(Outcome::Unreachable, denial::outcome),
         }
+    }
+
+    /// The intentions of the destination deny us, which says nothing of the instance.
+    pub(super) fn is_denial(&self) -> bool {
+        matches!(self, Self::Refused(refusal) if refusal.reason == Reason::Denied)
     }
 }

@@ -91,6 +91,7 @@ pub(super) fn service(protocol: Protocol, app: SocketAddr) -> Service {
         sanitize_forwarded_cert: false,
         expose_cause: false,
         audit: false,
+        share_denial_rule: false,
         token_providers: Arc::new(Providers::default()),
     }
 }

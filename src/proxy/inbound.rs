@@ -22,7 +22,7 @@ use super::places::{Counted, Places};
 use super::record::{Host, Record, Shown};
 use super::relay::{self, Broken, Relay};
 use super::socket::Socket;
-use super::tunnel::{self, MeshStream, Refusal, Role};
+use super::tunnel::{self, MeshStream, Reason, Refusal, Role};
 use crate::drain::{self, Stage};
 use crate::observe::{Attempt, AttemptResult, ConnectionInfo, Destination, Event, Listener, Observer, Overflowed};
 use crate::snapshot::{InboundListener, Service};
@@ -209,7 +209,7 @@ impl Session {
         let listener = Arc::clone(&self.live.borrow().config);
         let Some(open) = self.shared.enter(listener.max_connections) else {
             too_many(&listener, self.remote, record, &self.shared.log_limit);
-            return self.refuse(Refusal::Full).await;
+            return self.refuse(&Reason::Full.into()).await;
         };
         self.open(record, open).await
     }
@@ -235,7 +235,7 @@ impl Session {
             Verdict::Denied(reason) => {
                 self.log_denial("Connection denied", &listener.service, &reason);
                 record.denied(&reason, "denied");
-                return self.refuse(Refusal::Denied).await;
+                return self.refuse(&denied(&listener.service, &reason)).await;
             }
         }
         let mut attempt = Attempt::new(Destination::LocalApp(listener.service.local_app.clone()));
@@ -255,7 +255,7 @@ impl Session {
                     );
                 }
                 record.finish(Outcome::Unreachable, "no local app");
-                return self.refuse(Refusal::NoApp).await;
+                return self.refuse(&Reason::NoApp.into()).await;
             }
         };
         attempt.end(AttemptResult::Connected);
@@ -269,7 +269,7 @@ impl Session {
         Some(Connection { session: self, app, copy, record, open })
     }
 
-    async fn refuse(mut self, refusal: Refusal) -> Option<Connection> {
+    async fn refuse(mut self, refusal: &Refusal) -> Option<Connection> {
         self.mesh.refuse(refusal).await;
         relay::close_tls(self.mesh.tls).await;
         None
@@ -443,19 +443,32 @@ impl Connection {
                 relay::abort(&broken, self.session.mesh.tls.io, self.app);
             }
             End::Revoked(revoked) => {
-                match &revoked {
+                let refusal = match &revoked {
                     Revoked::Denied(service, reason) => {
                         self.session.log_denial("Open connection closed, it is denied now", service, reason);
                         self.record.denied(reason, "denied while open");
+                        denied(service, reason)
                     }
-                    Revoked::Drained => self.record.failed(authorization::drained()),
-                    Revoked::CarriesRequests => self.record.failed(authorization::carries_requests()),
-                }
+                    Revoked::Drained => {
+                        self.record.failed(authorization::drained());
+                        Reason::Drained.into()
+                    }
+                    Revoked::CarriesRequests => {
+                        self.record.failed(authorization::carries_requests());
+                        Reason::OtherProtocol.into()
+                    }
+                };
+                self.session.mesh.refuse(&refusal).await;
                 relay::close(self.app, self.session.mesh.tls).await;
             }
         }
         None
     }
+}
+
+/// What the client is told of a denial.
+fn denied(service: &Service, rule: &str) -> Refusal {
+    Refusal::denied(service.share_denial_rule.then_some(rule))
 }
 
 enum End {

@@ -7,6 +7,7 @@
 mod authorization;
 pub mod balance;
 mod codec;
+mod denial;
 mod dial;
 mod expose;
 #[cfg(test)]

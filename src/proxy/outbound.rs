@@ -8,6 +8,7 @@ use tokio::time::{Instant, timeout};
 
 use super::authorization;
 use super::balance::{Balancer, Clock, InFlight, Instance, OutboundRuntime, Picked, Report, UpstreamRuntime};
+use super::denial;
 use super::dial::{self, Pace, Unconnected};
 use super::http::outbound::Outbound;
 use super::http::request_record::RequestObserver;
@@ -19,7 +20,7 @@ use super::probe;
 use super::record::Record;
 use super::relay::{self, Broken, Relay, Side};
 use super::socket::Socket;
-use super::tunnel::{MeshStream, Refusal};
+use super::tunnel::MeshStream;
 use crate::drain::{self, Stage};
 use crate::observe::{Attempt, AttemptResult, ConnectionInfo, Event, Listener, Observer};
 use crate::race::{Next, Race};
@@ -45,6 +46,9 @@ struct Connection {
     record: Record,
     instance: Reached,
     clock: Clock,
+    log_limit: LogLimit,
+    /// Why the instance's sidecar ended it without a byte.
+    refused: Option<Box<Fault>>,
     _permit: Permit,
     _drain: drain::Watch,
 }
@@ -79,12 +83,25 @@ async fn establish(
         Ok(Connected { mesh, tls, peer, instance, permit }) => {
             record.connected(Some(peer));
             let copy = Relay::new(&record.info().stats, instance.get().stats());
-            Some(Connection { app, mesh, copy, tls, state, record, instance, clock, _permit: permit, _drain: drain })
+            let (refused, _permit, _drain) = (None, permit, drain);
+            Some(Connection {
+                app,
+                mesh,
+                copy,
+                tls,
+                state,
+                record,
+                instance,
+                clock,
+                log_limit,
+                refused,
+                _permit,
+                _drain,
+            })
         }
         Err(fault) => {
-            if log_limit.is_first(&plan.upstream.name, &fault.cause) {
-                tracing::warn!(target: "proxy.upstream", upstream = plan.upstream.name, reason = &*fault.cause, "failed to dial the upstream");
-            }
+            let source = plan.upstream.chain.targets().next().map(|target| target.tls().id());
+            denial::log(&plan.upstream.name, source, &fault, &log_limit);
             record.failed(fault);
             app.close().await;
             None
@@ -129,9 +146,10 @@ impl Connection {
     }
 
     /// The first moment of a connection whose instance has yet to show that there is an app: from there on it counts as
-    /// connected, or as failed.
+    /// connected, or as failed. A connection that nobody has said anything on by then has another such moment when its
+    /// first bytes come, as Envoy applies the intentions to those.
     async fn begin(mut self) -> (Self, Option<Result<(), Broken>>) {
-        let ended = timeout(MOMENT, self.copy.run(&mut self.app, &mut self.mesh)).await.ok();
+        let mut ended = timeout(MOMENT, self.copy.run(&mut self.app, &mut self.mesh)).await.ok();
         let silent = self.copy.sent() == 0;
         let broken = matches!(&ended, Some(Err(Broken { side: Side::Upstream, .. }))) && silent;
         if let Reached::Sidecar(picked) = self.instance {
@@ -143,7 +161,46 @@ impl Connection {
                 _ => picked.connected(now),
             });
         }
+        let mut is_early = true;
+        if ended.is_none() && !self.copy.has_spoken() && !self.copy.was_left_unanswered {
+            (ended, is_early) = self.first_bytes().await;
+        }
+        if is_early {
+            self.explain(ended.as_ref());
+        }
         (self, ended)
+    }
+
+    /// Copies until a moment after the first bytes, and says whether that moment came.
+    async fn first_bytes(&mut self) -> (Option<Result<(), Broken>>, bool) {
+        let Self { app, mesh, copy, state, .. } = self;
+        let copied = async {
+            match copy.run_until_spoken(app, mesh).await {
+                None => (timeout(MOMENT, copy.run(app, mesh)).await.ok(), true),
+                ended => (ended, false),
+            }
+        };
+        tokio::select! {
+            biased;
+            copied = copied => copied,
+            () = closing(state) => (None, false),
+        }
+    }
+
+    /// Logs a connection that the instance's sidecar has ended without a byte.
+    fn explain(&mut self, ended: Option<&Result<(), Broken>>) {
+        let broken = match ended {
+            Some(Err(broken)) if broken.side == Side::Upstream && self.copy.sent() == 0 => Some(broken),
+            _ if self.copy.was_left_unanswered => None,
+            _ => return,
+        };
+        let fault = denial::unanswered(&self.instance.get().address, broken.map(|broken| &broken.error));
+        self.log(&fault);
+        self.refused = Some(Box::new(fault));
+    }
+
+    fn log(&self, fault: &Fault) {
+        denial::log(self.record.info().listener.name(), Some(self.tls.id()), fault, &self.log_limit);
     }
 
     /// What it carries may be requests: the one that is under way gets its answer, unless the drain time is over.
@@ -158,15 +215,16 @@ impl Connection {
 
     /// Ends the connection; `None` where it must not go on.
     async fn end(mut self, ended: Option<Result<(), Broken>>) {
+        let refused = self.refusal();
         match ended {
             Some(Ok(())) => {
-                self.record.ended();
+                self.record.result(refused.map_or(Ok(()), Err));
                 if self.state.borrow().stage == Stage::Running {
                     self.instance.get().sessions().keep(self.mesh, &self.tls);
                 }
             }
             Some(Err(broken)) => {
-                self.record.failed((&broken).into());
+                self.record.failed(refused.unwrap_or_else(|| (&broken).into()));
                 relay::abort(&broken, self.app, self.mesh.tls.io);
             }
             None => {
@@ -175,6 +233,18 @@ impl Connection {
                 relay::close(self.app, self.mesh.tls).await;
             }
         }
+    }
+}
+
+impl Connection {
+    /// Why the instance's sidecar ended the connection, if it did. What it said itself is logged here.
+    fn refusal(&mut self) -> Option<Fault> {
+        let Some(refusal) = self.mesh.refusal() else { return self.refused.take().map(|fault| *fault) };
+        let fault = refusal.fault(&self.instance.get().address);
+        if fault.outcome == Outcome::DeniedByDestination {
+            self.log(&fault);
+        }
+        Some(fault)
     }
 }
 
@@ -267,13 +337,19 @@ async fn connect_target(
     let unusable = |fault| Unusable { fault, denied: false };
     let permit = balancer.admit(Limit::Connections).map_err(|overflow| unusable(overflow.into()))?;
     let pace = Pace::new(target);
-    let (mut tried, mut reasons, mut denied) = (Vec::new(), Vec::new(), false);
+    let (mut tried, mut reasons) = (Vec::new(), Vec::new());
+    // What all attempts came to, if it is the same.
+    let (mut outcome, mut denied) = (None, false);
     let mut race: Race<Won, Failure> = Race::new();
     let next = |failed: Option<Failure>| {
         if let Some(Failure { instance, attempt, why }) = failed {
             record.attempt(attempt);
             reasons.push(format!("{} {why}", instance.address));
-            denied = matches!(why, Unconnected::Refused(Refusal::Denied));
+            outcome = match outcome {
+                Some(before) if before != why.outcome() => Some(Outcome::Unreachable),
+                _ => Some(why.outcome()),
+            };
+            denied = why.is_denial();
             if denied {
                 return Next::Stop;
             }
@@ -305,7 +381,8 @@ async fn connect_target(
         }
         (None, _) => {
             let cause = format!("no instance could be used: {}", reasons.join(", "));
-            Err(Unusable { fault: Fault::new(Outcome::Unreachable, cause), denied })
+            let outcome = if denied { Some(Outcome::DeniedByDestination) } else { outcome };
+            Err(Unusable { fault: Fault::new(outcome.unwrap_or(Outcome::Unreachable), cause), denied })
         }
     }
 }
@@ -341,7 +418,7 @@ async fn reach(
             attempt.end(AttemptResult::Failed { outcome: why.outcome(), cause: why.to_string() });
             let instance = Arc::clone(picked.instance());
             // A denial says nothing of the instance.
-            if !matches!(why, Unconnected::Refused(Refusal::Denied)) {
+            if !why.is_denial() {
                 picked.report(Report::Unreachable, Duration::ZERO, clock.now());
             }
             Err(Failure { instance, attempt, why })

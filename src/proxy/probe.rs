@@ -8,10 +8,10 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::balance::{Balancer, Clock, Instance, OutboundRuntime};
-use super::dial::{self, Offer, Unconnected};
+use super::dial::{self, Offer};
 use super::listener::ListenerState;
 use super::socket::Socket;
-use super::tunnel::{MeshStream, Refusal};
+use super::tunnel::MeshStream;
 use crate::drain::Stage;
 use crate::snapshot::Target;
 use crate::tls;
@@ -82,8 +82,7 @@ fn probe(target: &Arc<Target>, balancer: &Balancer, instance: &Arc<Instance>, ht
                     spare(mesh, target.tls(), &instance);
                     true
                 }
-                Err(Unconnected::Refused(refusal)) => refusal == Refusal::Denied,
-                Err(Unconnected::Unreachable(_)) => false,
+                Err(why) => why.is_denial(),
             }
         };
         drop(permit);

@@ -143,6 +143,25 @@ impl Relay {
         poll_fn(|cx| with_scratch(|scratch| self.poll(cx, scratch, downstream, upstream))).await
     }
 
+    /// Whether either side has sent a byte.
+    pub(super) fn has_spoken(&self) -> bool {
+        self.spoke_last.is_some()
+    }
+
+    /// Copies until either side has sent a byte. `Some`: the connection has ended before that.
+    pub(super) async fn run_until_spoken<D: Relayed, U: Relayed>(
+        &mut self,
+        downstream: &mut D,
+        upstream: &mut U,
+    ) -> Option<Result<(), Broken>> {
+        poll_fn(|cx| match with_scratch(|scratch| self.poll(cx, scratch, downstream, upstream)) {
+            Poll::Ready(ended) => Poll::Ready(Some(ended)),
+            Poll::Pending if self.has_spoken() => Poll::Ready(None),
+            Poll::Pending => Poll::Pending,
+        })
+        .await
+    }
+
     /// Copies until a connection can be cut that may carry requests of HTTP: nothing moves, and what the downstream asked
     /// has been answered. `None`: it can, or there was no such moment in [`REST_LIMIT`].
     pub(super) async fn run_to_rest<D: Relayed, U: Relayed>(

@@ -7,8 +7,8 @@
 //!
 //! docs/tunnel.md specifies the bytes. Inside the session each direction is a sequence of pieces, each behind a header
 //! of four bytes, a number in network byte order: so many bytes of the connection follow, or [`END`] ends this direction
-//! of the connection, [`START`] begins another connection, [`REFUSED`] says that none begins. Pieces and TLS records need
-//! not begin or end together.
+//! of the connection, [`START`] begins another connection, [`REFUSED`] says that none begins or that the open one does not
+//! go on. Pieces and TLS records need not begin or end together.
 //!
 //! * The client asks for a connection with [`START`], at the beginning and whenever both directions have ended. The
 //!   server judges the peer again, connects to its local app, and answers with [`START`] too; or it says why not, and
@@ -16,7 +16,8 @@
 //!   was kept is exchanged for another one, and an instance without an app for another instance, and nothing is lost or
 //!   sent twice.
 //! * In version 1 the first connection of a session begins with the session itself, without a [`START`], and a server
-//!   that refuses says nothing.
+//!   that refuses says nothing. In version 2 it gives a reason where none begins. In version 3 it also gives one where it
+//!   ends an open connection, and a denial may name the rule.
 //! * A session that is closed with `close_notify` before an [`END`] has cut its connection cleanly, as a denial does.
 //!   One that breaks off without has broken its connection, which is passed on as a reset. Neither is used again.
 
@@ -34,17 +35,15 @@ use tokio::time::{Instant, timeout_at};
 use super::relayed::Relayed;
 use super::socket::Socket;
 use super::workers;
-use crate::tls::{Client, Piece, ReadSide, Scratch, SpiffeId, Stream, TUNNEL, TUNNEL_1, with_scratch};
+use crate::tls::{Client, Piece, ReadSide, Scratch, SpiffeId, Stream, with_scratch};
 
-/// Header of no data: the end of one direction of the connection.
-const END: u32 = 0;
-/// Header of no data: another connection begins.
-const START: u32 = u32::MAX;
-/// Header of no data: no connection begins. A piece of 1 to [`REASON`] bytes follows, of which the first says why.
-const REFUSED: u32 = u32::MAX - 1;
-/// Longest reason, in bytes. What follows the first one is for later versions, and ignored.
-const REASON: u32 = 255;
-const HEADER: usize = size_of::<u32>();
+mod incoming;
+mod refusal;
+
+pub(super) use incoming::Role;
+pub(super) use refusal::{Reason, Refusal};
+
+use incoming::{END, HEADER, Incoming, Phase, REASON, REFUSED, START, Version};
 
 /// A TLS session as a relay sees it: bytes of one connection, and the end of each direction.
 pub struct MeshStream<IO> {
@@ -59,30 +58,35 @@ struct Framing {
     early: Vec<u8>,
     /// Our direction has ended with [`END`], or none has begun.
     ended: bool,
-    /// Each connection is asked for, and a server answers when its app has taken it: version 2.
-    asks: bool,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Role {
-    Client,
-    Server,
+impl Framing {
+    fn version(&self) -> Version {
+        self.incoming.version
+    }
+
+    /// Why the server refuses, once it has said all of it.
+    fn refusal(&self) -> Option<Refusal> {
+        self.incoming.reason().map(|reason| Refusal::decode(reason, self.version()))
+    }
 }
 
 impl<IO: AsyncRead + AsyncWrite + Unpin> MeshStream<IO> {
     /// A session that was just made, with its first connection unless that has to be asked for.
     #[must_use]
     pub fn new(tls: Stream<IO>, role: Role) -> Self {
-        let asks = tls.alpn() == Some(TUNNEL);
-        let agreed = asks || tls.alpn() == Some(TUNNEL_1);
-        let framing = || Framing { incoming: Incoming::new(role, asks), early: Vec::new(), ended: asks, asks };
-        Self { framing: agreed.then(framing), tls }
+        let framing = tls.alpn().and_then(Version::agreed).map(|version| Framing {
+            incoming: Incoming::new(role, version),
+            early: Vec::new(),
+            ended: version.asks(),
+        });
+        Self { framing, tls }
     }
 
     /// Whether an answer that a connection begins says that the server's app has taken it.
     #[must_use]
     pub fn answers_for_app(&self) -> bool {
-        self.framing.as_ref().is_some_and(|framing| framing.asks)
+        self.framing.as_ref().is_some_and(|framing| framing.version().asks())
     }
 
     /// Whether nothing comes any more after what was opened last.
@@ -91,7 +95,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> MeshStream<IO> {
         match &self.framing {
             None => self.tls.read_side() != ReadSide::Open,
             // A session that broke off is an error of the next read.
-            Some(framing) => framing.incoming.phase != Phase::Carrying || self.tls.read_side() == ReadSide::Closed,
+            Some(framing) => !framing.incoming.phase.is_open() || self.tls.read_side() == ReadSide::Closed,
         }
     }
 
@@ -113,8 +117,8 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> MeshStream<IO> {
         framing.incoming.phase = Phase::Awaiting;
         send(tls, &START.to_be_bytes()).await?;
         framing.read_until(tls, Phase::is_answer).await?;
-        if let Phase::Refused(code) = framing.incoming.phase {
-            return Ok(Err(Refusal::of(code)));
+        if let Some(refusal) = framing.refusal() {
+            return Ok(Err(refusal));
         }
         if framing.incoming.phase == Phase::Carrying && tls.read_side() == ReadSide::Closed {
             // Cut as soon as it had begun: nothing comes behind what is early.
@@ -147,15 +151,28 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> MeshStream<IO> {
         }
     }
 
-    /// Answers why the connection that was asked for does not begin, where the client's version knows of that. The
-    /// caller closes the session.
-    pub async fn refuse(&mut self, refusal: Refusal) {
-        if let Some(Framing { asks: true, incoming: Incoming { phase: Phase::Requested, .. }, .. }) = self.framing {
-            let mut answer = [REFUSED.to_be_bytes(), 1_u32.to_be_bytes()].concat();
-            answer.push(refusal.code());
+    /// Tells the client why the connection that it asked for does not begin, or why the one that is open does not go on,
+    /// where its version knows of that. The caller closes the session.
+    pub async fn refuse(&mut self, refusal: &Refusal) {
+        let Some(framing) = &self.framing else { return };
+        let version = framing.version();
+        let is_understood = match framing.incoming.phase {
+            Phase::Requested => version.asks(),
+            _ => version >= Version::V3 && !framing.ended,
+        };
+        if is_understood {
+            let reason = refusal.encode(version);
+            let length = u32::try_from(reason.len()).unwrap_or(REASON);
+            let message = [&REFUSED.to_be_bytes()[..], &length.to_be_bytes(), &reason].concat();
             // A client that it does not reach makes do with the end of the session.
-            let _ = send(&mut self.tls, &answer).await;
+            let _ = send(&mut self.tls, &message).await;
         }
+    }
+
+    /// Why the server's sidecar ended the connection, if it said so.
+    #[must_use]
+    pub fn refusal(&self) -> Option<Refusal> {
+        self.framing.as_ref().and_then(Framing::refusal)
     }
 
     /// Ends a connection that carries nothing, so that the session is free for another one. Whatever the server's app
@@ -195,7 +212,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Relayed for MeshStream<IO> {
             ready!(self.tls.poll_open_by(cx, scratch, head, Vec::extend_from_slice))?;
             return Poll::Ready(Ok(scratch.opened_piece(head)));
         };
-        if framing.incoming.phase != Phase::Carrying || !framing.early.is_empty() {
+        if !framing.incoming.phase.is_open() || !framing.early.is_empty() {
             return Poll::Ready(Ok(scratch.put_opened(&std::mem::take(&mut framing.early), head)));
         }
         ready!(framing.poll_open(&mut self.tls, cx, scratch, head))?;
@@ -233,7 +250,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Relayed for MeshStream<IO> {
     /// With [`END`] where the session goes on.
     fn end(&mut self, cx: &mut Context<'_>, scratch: &mut Scratch) -> io::Result<()> {
         match &mut self.framing {
-            Some(framing) if self.tls.read_side() == ReadSide::Open => {
+            Some(framing) if self.tls.read_side() == ReadSide::Open && framing.incoming.phase != Phase::Refused => {
                 framing.ended = true;
                 self.tls.poll_seal(cx, scratch, &END.to_be_bytes())
             }
@@ -258,47 +275,6 @@ async fn send<IO: AsyncRead + AsyncWrite + Unpin>(tls: &mut Stream<IO>, bytes: &
     poll_fn(|cx| Poll::Ready(with_scratch(|scratch| tls.poll_seal(cx, scratch, bytes)))).await
 }
 
-/// Why a server begins no connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Refusal {
-    /// The intentions deny it. They are the same at each instance.
-    Denied,
-    /// The local app does not take connections.
-    NoApp,
-    /// As many connections are open as `max_inbound_connections` allows.
-    Full,
-    /// A reason of a later version.
-    Other,
-}
-
-impl Refusal {
-    fn code(self) -> u8 {
-        match self {
-            Self::Other => 0,
-            Self::Denied => 1,
-            Self::NoApp => 2,
-            Self::Full => 3,
-        }
-    }
-
-    fn of(code: u8) -> Self {
-        let known = [Self::Denied, Self::NoApp, Self::Full].into_iter().find(|refusal| refusal.code() == code);
-        known.unwrap_or(Self::Other)
-    }
-}
-
-/// For the log, after the address of an instance.
-impl fmt::Display for Refusal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Denied => "denied the connection: its intentions do not allow this service",
-            Self::NoApp => "has no local app that takes connections: see the log of its sidecar",
-            Self::Full => "has as many connections open as its max_inbound_connections allows",
-            Self::Other => "refused the connection for a reason that this version does not know",
-        })
-    }
-}
-
 impl Framing {
     fn poll_open<IO: AsyncRead + AsyncWrite + Unpin>(
         &mut self,
@@ -311,7 +287,7 @@ impl Framing {
         if self.incoming.phase == Phase::Broken {
             return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, "the peer speaks no tunnel")));
         }
-        if self.incoming.phase == Phase::Carrying && tls.read_side() == ReadSide::Truncated {
+        if self.incoming.phase.is_open() && tls.read_side() == ReadSide::Truncated {
             let broken = "the session broke off before the end of the connection";
             return Poll::Ready(Err(io::Error::new(io::ErrorKind::UnexpectedEof, broken)));
         }
@@ -340,105 +316,6 @@ impl Framing {
             self.early = early.await?;
         }
         Ok(())
-    }
-}
-
-/// Takes the peer's direction apart, however it is cut into pieces. It keeps nothing but a part of a header.
-#[derive(Debug)]
-struct Incoming {
-    role: Role,
-    /// As in [`Framing`].
-    asks: bool,
-    phase: Phase,
-    header: [u8; HEADER],
-    /// Bytes of the header that have come.
-    begun: usize,
-    /// Bytes of the connection that are still to come of this piece.
-    left: u32,
-}
-
-/// How far the peer's direction has come.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Phase {
-    /// Of a connection.
-    Carrying,
-    /// Of the connection, and no other has begun.
-    Ended,
-    /// At the server: the client wants another connection and waits for the answer.
-    Requested,
-    /// At the client: it waits for the answer.
-    Awaiting,
-    /// At the client: none begins, and the reason follows.
-    Refusing,
-    /// At the client: the reason is being read, whose first byte this is.
-    Reason(Option<u8>),
-    /// At the client: none begins, for this reason.
-    Refused(u8),
-    /// What came makes no sense.
-    Broken,
-}
-
-impl Phase {
-    /// At the client: whether it has the answer that it waits for, if only that there is no sense in it.
-    fn is_answer(self) -> bool {
-        !matches!(self, Self::Awaiting | Self::Refusing | Self::Reason(_))
-    }
-}
-
-impl Incoming {
-    fn new(role: Role, asks: bool) -> Self {
-        let phase = if asks { Phase::Ended } else { Phase::Carrying };
-        Self { role, asks, phase, header: [0; HEADER], begun: 0, left: 0 }
-    }
-
-    /// Appends to `opened` what of `payload` is the connection's.
-    fn take(&mut self, mut payload: &[u8], opened: &mut Vec<u8>) {
-        while !payload.is_empty() && self.phase != Phase::Broken {
-            if self.left > 0 {
-                let (piece, rest) = payload.split_at(payload.len().min(self.left as usize));
-                // Not more than `left`, which is such a number.
-                self.left -= u32::try_from(piece.len()).unwrap_or(self.left);
-                self.piece(piece, opened);
-                payload = rest;
-                continue;
-            }
-            let (part, rest) = payload.split_at(payload.len().min(HEADER - self.begun));
-            self.header[self.begun..self.begun + part.len()].copy_from_slice(part);
-            self.begun += part.len();
-            payload = rest;
-            if self.begun == HEADER {
-                self.begun = 0;
-                self.turn(u32::from_be_bytes(self.header));
-            }
-        }
-    }
-
-    /// Takes a part of a piece.
-    fn piece(&mut self, piece: &[u8], opened: &mut Vec<u8>) {
-        let Phase::Reason(code) = self.phase else { return opened.extend_from_slice(piece) };
-        let code = code.or_else(|| piece.first().copied());
-        self.phase = match code {
-            Some(code) if self.left == 0 => Phase::Refused(code),
-            _ => Phase::Reason(code),
-        };
-    }
-
-    fn turn(&mut self, header: u32) {
-        self.phase = match (self.phase, header) {
-            (Phase::Carrying, END) => Phase::Ended,
-            (Phase::Ended, START) if self.role == Role::Server => Phase::Requested,
-            (Phase::Awaiting, START) => Phase::Carrying,
-            (Phase::Awaiting, REFUSED) if self.asks => Phase::Refusing,
-            (Phase::Refusing, length @ 1..=REASON) => {
-                self.left = length;
-                Phase::Reason(None)
-            }
-            (Phase::Carrying, length) if length < REFUSED => {
-                self.left = length;
-                Phase::Carrying
-            }
-            _ => Phase::Broken,
-        };
     }
 }
 

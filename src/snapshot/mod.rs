@@ -129,6 +129,8 @@ pub struct Service {
     /// Audit mode: what the intentions deny is told and let through, `lictor_intentions_audit`. It is about identities that
     /// were proved and messages that are sound; whatever else is refused stays refused.
     pub audit: bool,
+    /// Clients with a tunnel are told the rule that denies them, tcp only: `lictor_share_denial_rule`.
+    pub share_denial_rule: bool,
     /// Those that the intentions name, HTTP only. One that is not here has no valid token.
     pub token_providers: Arc<jwt::Providers>,
 }
@@ -278,6 +280,7 @@ mod tests {
             sanitize_forwarded_cert: false,
             expose_cause: false,
             audit: false,
+            share_denial_rule: false,
             token_providers: Arc::default(),
         };
         Arc::new(InboundListener {

@@ -39,7 +39,7 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 pub use aead::{Aead, Implementation};
 pub use describe::{CertificateInfo, CredentialsInfo};
 pub use policy::{Parameters, Policy, Versions, is_known_suite};
-pub use refusal::{HandshakeError, PeerError, Refused};
+pub use refusal::{Alert, HandshakeError, PeerError, Refused};
 pub use sides::{Client, Server};
 pub use spiffe::{NotAService, SpiffeId};
 pub use stream::{Piece, ReadSide, Scratch, Stream, with_scratch};
@@ -52,11 +52,13 @@ use verify::{ClientIdentity, Peers, ServerIdentity};
 
 /// The application protocol of two of ours for services that are not HTTP: the session carries one connection after
 /// another. See docs/tunnel.md.
-pub const TUNNEL: &[u8] = b"lictor-tunnel/2";
-/// Its first version, for sidecars that know no other: a session's first connection begins unasked.
+pub const TUNNEL: &[u8] = b"lictor-tunnel/3";
+/// Its second version, in which no reason is given for the end of an open connection.
+pub const TUNNEL_2: &[u8] = b"lictor-tunnel/2";
+/// Its first version: a session's first connection begins unasked.
 pub const TUNNEL_1: &[u8] = b"lictor-tunnel/1";
-/// Every version, in order of preference.
-pub const TUNNELS: &[&[u8]] = &[TUNNEL, TUNNEL_1];
+/// Every version, in order of preference. Peers that know only earlier ones agree on one of those.
+pub const TUNNELS: &[&[u8]] = &[TUNNEL, TUNNEL_2, TUNNEL_1];
 
 /// Our leaf and the mesh's roots, checked against each other and ready for handshakes.
 #[derive(Clone)]
@@ -214,7 +216,8 @@ impl Credentials {
         config.resumption = rustls::client::Resumption::store(Arc::new(tickets::Tickets::default()));
         let without_alpn = Arc::new(config.clone());
         config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
-        Ok(Arc::new(Client { name: sides::server_name(sni), expected, config: Arc::new(config), without_alpn, peers }))
+        let (id, name) = (self.id.clone(), sides::server_name(sni));
+        Ok(Arc::new(Client { id, name, expected, config: Arc::new(config), without_alpn, peers }))
     }
 }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::{fmt, io};
 
-use rustls::{CertificateError, OtherError};
+use rustls::{AlertDescription, CertificateError, OtherError};
 
 use super::spiffe::SpiffeId;
 
@@ -182,7 +182,50 @@ impl HandshakeError {
     }
 }
 
+/// What a peer says of us in the alert that ends a session (RFC 8446, section 6.2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Alert {
+    /// `access_denied`: our certificate is good, and we may not.
+    AccessDenied,
+    /// `bad_certificate`. Consul's built-in proxy sends it for a denied intention as well.
+    BadCertificate,
+    /// Another one that is about our certificate, which has this name.
+    Certificate(&'static str),
+}
+
+impl Alert {
+    /// The alert that an error of a [`super::Stream`] stands for, if it is one of those.
+    #[must_use]
+    pub fn received(error: &io::Error) -> Option<Self> {
+        Self::of(error.get_ref()?.downcast_ref()?)
+    }
+
+    fn of(error: &rustls::Error) -> Option<Self> {
+        let rustls::Error::AlertReceived(alert) = error else { return None };
+        Some(match alert {
+            AlertDescription::AccessDenied => Self::AccessDenied,
+            AlertDescription::BadCertificate => Self::BadCertificate,
+            AlertDescription::UnsupportedCertificate => Self::Certificate("unsupported_certificate"),
+            AlertDescription::CertificateRevoked => Self::Certificate("certificate_revoked"),
+            AlertDescription::CertificateExpired => Self::Certificate("certificate_expired"),
+            AlertDescription::CertificateUnknown => Self::Certificate("certificate_unknown"),
+            AlertDescription::UnknownCA => Self::Certificate("unknown_ca"),
+            AlertDescription::CertificateRequired => Self::Certificate("certificate_required"),
+            _ => return None,
+        })
+    }
+}
+
 impl HandshakeError {
+    /// What the peer said of us, if it refused us with an alert.
+    #[must_use]
+    pub fn alert(&self) -> Option<Alert> {
+        match self {
+            Self::Tls(error) => Alert::of(error),
+            Self::Io(_) | Self::Silent => None,
+        }
+    }
+
     pub(super) fn too_large() -> Self {
         Self::Tls(rustls::Error::General("the handshake is too large".into()))
     }
@@ -190,6 +233,6 @@ impl HandshakeError {
     /// Whether the server refuses a client for offering none of its application protocols.
     #[must_use]
     pub fn is_lack_of_protocol(&self) -> bool {
-        matches!(self, Self::Tls(rustls::Error::AlertReceived(rustls::AlertDescription::NoApplicationProtocol)))
+        matches!(self, Self::Tls(rustls::Error::AlertReceived(AlertDescription::NoApplicationProtocol)))
     }
 }

@@ -64,6 +64,7 @@ impl fmt::Debug for Server {
 
 /// Ready to connect to one target.
 pub struct Client {
+    pub(super) id: SpiffeId,
     pub(super) name: ServerName<'static>,
     pub(super) expected: Arc<[SpiffeId]>,
     pub(super) config: Arc<ClientConfig>,
@@ -72,6 +73,12 @@ pub struct Client {
 }
 
 impl Client {
+    /// Who we are.
+    #[must_use]
+    pub fn id(&self) -> &SpiffeId {
+        &self.id
+    }
+
     #[must_use]
     pub fn config(&self) -> &Arc<ClientConfig> {
         &self.config
@@ -95,6 +102,7 @@ impl Client {
         let mut config = ClientConfig::clone(&self.config);
         config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
         Self {
+            id: self.id.clone(),
             name: self.name.clone(),
             expected: Arc::clone(&self.expected),
             config: Arc::new(config),

@@ -302,6 +302,7 @@ fn listener(
         sanitize_forwarded_cert: mesh.sanitize_forwarded_cert,
         expose_cause: plan.expose_cause,
         audit: plan.audit,
+        share_denial_rule: plan.share_denial_rule,
         token_providers: Arc::clone(tokens.built()),
     };
     InboundListener {

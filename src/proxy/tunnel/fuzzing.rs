@@ -1,17 +1,16 @@
 //! Checks of what a peer sends in a tunnel.
 
-use super::{END, HEADER, Incoming, Phase, REASON, REFUSED, Role, START};
+use super::{END, HEADER, Incoming, Phase, REASON, REFUSED, Refusal, Role, START, Version};
 
-/// Bytes of a peer: the first says who we are and whether connections are asked for, then each piece stands behind its
-/// length.
+/// Bytes of a peer: the first says who we are and which version was agreed on, then each piece stands behind its length.
 pub fn tunnel(bytes: &[u8]) {
     let Some((first, mut rest)) = bytes.split_first() else { return };
     let role = if first & 1 == 0 { Role::Server } else { Role::Client };
-    let asks = first & 2 != 0;
-    let mut at_once = Peer::new(role, asks);
-    let mut by_byte = Peer::new(role, asks);
-    let phase = if asks { Phase::Ended } else { Phase::Carrying };
-    let mut reference = Reference { role, asks, phase, pending: Vec::new(), left: 0 };
+    let version = [Version::V1, Version::V2, Version::V3, Version::V3][usize::from(first >> 1 & 3)];
+    let mut at_once = Peer::new(role, version);
+    let mut by_byte = Peer::new(role, version);
+    let phase = if version == Version::V1 { Phase::Carrying } else { Phase::Ended };
+    let mut reference = Reference { role, version, phase, pending: Vec::new(), left: 0, reason: Vec::new() };
     let mut expected = Vec::new();
     while let Some((length, behind)) = rest.split_first() {
         let (piece, behind) = behind.split_at(behind.len().min(usize::from(*length)));
@@ -22,6 +21,12 @@ pub fn tunnel(bytes: &[u8]) {
         for peer in [&mut at_once, &mut by_byte] {
             assert_eq!(peer.opened, expected);
             assert_eq!(peer.incoming.phase, reference.phase);
+            let is_refused = reference.phase == Phase::Refused;
+            assert_eq!(peer.incoming.reason(), is_refused.then_some(&*reference.reason));
+            if let Some(reason) = peer.incoming.reason() {
+                assert!((1..=REASON as usize).contains(&reason.len()));
+                assert!(!Refusal::decode(reason, version).to_string().contains(char::is_control));
+            }
             peer.begin_another();
         }
         reference.phase = another(role, reference.phase);
@@ -36,8 +41,8 @@ struct Peer {
 }
 
 impl Peer {
-    fn new(role: Role, asks: bool) -> Self {
-        Self { role, incoming: Incoming::new(role, asks), opened: Vec::new() }
+    fn new(role: Role, version: Version) -> Self {
+        Self { role, incoming: Incoming::new(role, version), opened: Vec::new() }
     }
 
     fn take(&mut self, piece: &[u8]) {
@@ -61,11 +66,12 @@ fn another(role: Role, phase: Phase) -> Phase {
 /// The same, from what docs say of the bytes, and with all of a header in view.
 struct Reference {
     role: Role,
-    asks: bool,
+    version: Version,
     phase: Phase,
     /// The beginning of a header.
     pending: Vec<u8>,
     left: usize,
+    reason: Vec<u8>,
 }
 
 impl Reference {
@@ -77,9 +83,9 @@ impl Reference {
             if self.left > 0 {
                 self.left -= 1;
                 match self.phase {
-                    Phase::Reason(code) => {
-                        let code = code.unwrap_or(byte);
-                        self.phase = if self.left == 0 { Phase::Refused(code) } else { Phase::Reason(Some(code)) };
+                    Phase::Reason => {
+                        self.reason.push(byte);
+                        self.phase = if self.left == 0 { Phase::Refused } else { Phase::Reason };
                     }
                     _ => opened.push(byte),
                 }
@@ -95,16 +101,17 @@ impl Reference {
     fn turn(&mut self, number: u32) {
         let may_ask = self.role == Role::Server && self.phase == Phase::Ended;
         let is_answer = self.phase == Phase::Awaiting;
+        let may_end = self.role == Role::Client && self.phase == Phase::Carrying && self.version == Version::V3;
         self.phase = match number {
             START if may_ask => Phase::Requested,
             START if is_answer => Phase::Carrying,
-            REFUSED if is_answer && self.asks => Phase::Refusing,
+            REFUSED if (is_answer && self.version != Version::V1) || may_end => Phase::Refusing,
             END if self.phase == Phase::Carrying => Phase::Ended,
             START | END | REFUSED => Phase::Broken,
             _ if self.phase == Phase::Refusing && number > REASON => Phase::Broken,
             _ if self.phase == Phase::Refusing => {
                 self.left = number as usize;
-                Phase::Reason(None)
+                Phase::Reason
             }
             _ if self.phase == Phase::Carrying => {
                 self.left = number as usize;

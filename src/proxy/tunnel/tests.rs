@@ -14,10 +14,11 @@ use crate::snapshot::{
     Action, InboundListener, LocalApp, Node, Protocol, Resolver, Service, Target, Transport, Upstream,
 };
 use crate::testing::ca::{TRUST_DOMAIN, uri};
-use crate::tls::{Credentials, Parameters, Policy, TUNNELS, Versions};
+use crate::tls::{Credentials, Parameters, Policy, TUNNEL, TUNNEL_1, TUNNEL_2, TUNNELS, Versions};
 
 /// Sidecars have two threads here, and each thread its own sessions.
 const THREADS: usize = 2;
+const VERSIONS: [Version; 3] = [Version::V1, Version::V2, Version::V3];
 
 fn piece(bytes: &[u8]) -> Vec<u8> {
     [&u32::try_from(bytes.len()).unwrap().to_be_bytes(), bytes].concat()
@@ -29,9 +30,10 @@ fn pieces_are_put_together_however_they_are_cut() {
     let long = vec![7; 70_000];
     let first = [&piece(b"a")[..], &piece(&long), &piece(b"bc"), &end, &start].concat();
     let second = [&piece(b"second")[..], &end].concat();
-    for (cut, asks) in [1, 2, 3, 5, 4096, first.len()].into_iter().flat_map(|cut| [(cut, false), (cut, true)]) {
-        let (mut incoming, mut opened) = (Incoming::new(Role::Server, asks), Vec::new());
-        if asks {
+    let cuts = [1, 2, 3, 5, 4096, first.len()];
+    for (cut, version) in cuts.into_iter().flat_map(|cut| VERSIONS.map(|version| (cut, version))) {
+        let (mut incoming, mut opened) = (Incoming::new(Role::Server, version), Vec::new());
+        if version.asks() {
             start.chunks(cut).for_each(|part| incoming.take(part, &mut opened));
             assert!(incoming.phase == Phase::Requested && opened.is_empty(), "cut at {cut}");
             incoming.phase = Phase::Carrying;
@@ -63,8 +65,8 @@ fn what_makes_no_sense_is_noticed_and_nothing_after_it_is_taken() {
         (Role::Server, [word(END), word(START), piece(b"early")].concat()),
         (Role::Server, [word(END), word(START), word(START)].concat()),
     ] {
-        for asks in [false, true] {
-            let (mut incoming, mut opened) = (Incoming::new(role, asks), Vec::new());
+        for version in [Version::V1, Version::V2] {
+            let (mut incoming, mut opened) = (Incoming::new(role, version), Vec::new());
             // As the first of version 1 begins.
             incoming.phase = Phase::Carrying;
             incoming.take(&[sent.clone(), piece(b"and on")].concat(), &mut opened);
@@ -72,19 +74,29 @@ fn what_makes_no_sense_is_noticed_and_nothing_after_it_is_taken() {
         }
     }
     // Before anything was asked for, and with an answer that is none.
-    for (role, phase, asks, sent) in [
-        (Role::Server, Phase::Ended, true, piece(b"unasked")),
-        (Role::Server, Phase::Ended, true, word(END)),
-        (Role::Client, Phase::Ended, true, word(START)),
-        (Role::Client, Phase::Awaiting, true, piece(b"early")),
-        (Role::Client, Phase::Awaiting, true, word(END)),
-        (Role::Client, Phase::Awaiting, false, [word(REFUSED), piece(b"a")].concat()),
-        (Role::Client, Phase::Awaiting, true, [word(REFUSED), word(0)].concat()),
-        (Role::Client, Phase::Awaiting, true, [word(REFUSED), word(REASON + 1)].concat()),
-        (Role::Client, Phase::Awaiting, true, [word(REFUSED), word(START)].concat()),
-        (Role::Client, Phase::Awaiting, true, [word(REFUSED), piece(b"a"), word(START)].concat()),
+    for (role, phase, version, sent) in [
+        (Role::Server, Phase::Ended, Version::V2, piece(b"unasked")),
+        (Role::Server, Phase::Ended, Version::V2, word(END)),
+        (Role::Client, Phase::Ended, Version::V2, word(START)),
+        (Role::Client, Phase::Awaiting, Version::V2, piece(b"early")),
+        (Role::Client, Phase::Awaiting, Version::V2, word(END)),
+        (Role::Client, Phase::Awaiting, Version::V1, [word(REFUSED), piece(b"a")].concat()),
+        (Role::Client, Phase::Awaiting, Version::V2, [word(REFUSED), word(0)].concat()),
+        (Role::Client, Phase::Awaiting, Version::V2, [word(REFUSED), word(REASON + 1)].concat()),
+        (Role::Client, Phase::Awaiting, Version::V2, [word(REFUSED), word(START)].concat()),
+        (Role::Client, Phase::Awaiting, Version::V2, [word(REFUSED), piece(b"a"), word(START)].concat()),
+        // A reason for the end of a connection, in versions that know none, from a client, and too late.
+        (Role::Client, Phase::Carrying, Version::V1, [word(REFUSED), piece(b"a")].concat()),
+        (Role::Client, Phase::Carrying, Version::V2, [word(REFUSED), piece(b"a")].concat()),
+        (Role::Server, Phase::Carrying, Version::V3, [word(REFUSED), piece(b"a")].concat()),
+        (Role::Client, Phase::Ended, Version::V3, [word(REFUSED), piece(b"a")].concat()),
+        // No reason, one that is too long, and anything behind it.
+        (Role::Client, Phase::Carrying, Version::V3, [word(REFUSED), word(0)].concat()),
+        (Role::Client, Phase::Carrying, Version::V3, [word(REFUSED), word(REASON + 1)].concat()),
+        (Role::Client, Phase::Carrying, Version::V3, [word(REFUSED), piece(b"a"), word(END)].concat()),
+        (Role::Client, Phase::Carrying, Version::V3, [word(REFUSED), piece(b"a"), piece(b"more")].concat()),
     ] {
-        let (mut incoming, mut opened) = (Incoming::new(role, asks), Vec::new());
+        let (mut incoming, mut opened) = (Incoming::new(role, version), Vec::new());
         incoming.phase = phase;
         incoming.take(&[sent.clone(), piece(b"and on")].concat(), &mut opened);
         assert_eq!((incoming.phase, opened.len()), (Phase::Broken, 0), "{role:?} {phase:?} {sent:?}");
@@ -93,20 +105,21 @@ fn what_makes_no_sense_is_noticed_and_nothing_after_it_is_taken() {
 
 #[test]
 fn a_reason_may_be_longer_than_this_version_knows() {
-    for (reason, refusal) in [
-        (&[1][..], Refusal::Denied),
-        (&[2, 9, 9], Refusal::NoApp),
-        (&[3; 255], Refusal::Full),
-        (&[77], Refusal::Other),
-        (&[0], Refusal::Other),
+    for (reason, known) in [
+        (&[1][..], Reason::Denied),
+        (&[2, 9, 9], Reason::NoApp),
+        (&[3; 255], Reason::Full),
+        (&[77], Reason::Other),
+        (&[0], Reason::Other),
     ] {
         let sent = [REFUSED.to_be_bytes().to_vec(), piece(reason)].concat();
         for cut in [1, 3, sent.len()] {
-            let (mut incoming, mut opened) = (Incoming::new(Role::Client, true), Vec::new());
-            incoming.phase = Phase::Awaiting;
-            sent.chunks(cut).for_each(|part| incoming.take(part, &mut opened));
-            let Phase::Refused(code) = incoming.phase else { panic!("{:?}", incoming.phase) };
-            assert_eq!((Refusal::of(code), opened.len()), (refusal, 0));
+            for version in [Version::V2, Version::V3] {
+                let (mut incoming, mut opened) = (Incoming::new(Role::Client, version), Vec::new());
+                incoming.phase = Phase::Awaiting;
+                sent.chunks(cut).for_each(|part| incoming.take(part, &mut opened));
+                assert_eq!((Refusal::decode(incoming.reason().unwrap(), version).reason, opened.len()), (known, 0));
+            }
         }
     }
 }
@@ -559,6 +572,7 @@ async fn a_client_that_speaks_nonsense_is_cut_and_harms_nobody() {
         (TUNNEL_1, [piece(b"x"), word(START)].concat()),
         (TUNNEL, word(END)),
         (TUNNEL, word(REFUSED)),
+        (TUNNEL, [word(START), word(REFUSED), piece(b"1")].concat()),
         (TUNNEL, piece(b"x")),
         (TUNNEL, [word(START), piece(b"early")].concat()),
         (TUNNEL, [word(START), word(START)].concat()),
@@ -580,28 +594,109 @@ async fn a_client_that_speaks_nonsense_is_cut_and_harms_nobody() {
     }
 }
 
-/// The client's or the server's side knows only the first version.
+/// The server's side, or the client's, knows only earlier versions.
 #[tokio::test]
-async fn either_version_of_the_tunnel_will_do() {
-    let pair = Pair::start().await;
-    pair.gate.count();
-    pair.change(|service| service.tls = CA.credentials("db").server(&[TUNNEL_1]).unwrap());
-    eventually("a session is made", async || pair.reaches().await && pair.gate.count() > 0).await;
-    pair.warm().await;
-    for _ in 0..20 {
-        assert!(pair.reaches().await);
+async fn each_version_of_the_tunnel_will_do() {
+    for known in [&[TUNNEL_1][..], &[TUNNEL_2, TUNNEL_1]] {
+        let pair = Pair::start().await;
+        pair.gate.count();
+        pair.change(|service| service.tls = CA.credentials("db").server(known).unwrap());
+        eventually("a session is made", async || pair.reaches().await && pair.gate.count() > 0).await;
+        pair.warm().await;
+        for _ in 0..20 {
+            assert!(pair.reaches().await);
+        }
+        assert!(pair.gate.count() <= THREADS);
+        pair.change(|_| {});
+        assert_eq!(pair.cut_by_a_deny(known).await, None, "no reason is given to who knows none");
     }
-    assert!(pair.gate.count() <= THREADS);
+}
+
+#[tokio::test]
+async fn a_server_says_why_an_open_connection_ends() {
+    let pair = Pair::start().await;
+    assert_eq!(pair.cut_by_a_deny(TUNNELS).await, Some(Refusal::denied(None)));
+    let sharing = |service: &mut Service| service.share_denial_rule = true;
+    pair.change(sharing);
+    let refusal = pair.cut_by_a_deny_of(TUNNELS, sharing).await.unwrap();
+    assert!(refusal.reason == Reason::Denied && refusal.to_string().contains("names the rule"), "{refusal}");
+}
+
+impl Pair {
+    async fn cut_by_a_deny(&self, known: &[&[u8]]) -> Option<Refusal> {
+        self.cut_by_a_deny_of(known, |_| {}).await
+    }
+
+    /// The reason that a client of these versions is given when a deny ends its connection, which ends in order.
+    async fn cut_by_a_deny_of(&self, known: &[&[u8]], change: impl Fn(&mut Service)) -> Option<Refusal> {
+        let mut mesh = eventually_some(async || {
+            let mut mesh = session(self, known).await;
+            timeout(PATIENCE, begin(&mut mesh)).await.unwrap().then_some(mesh)
+        })
+        .await;
+        self.change(|service| {
+            change(service);
+            service.intentions = allowing(Action::Deny);
+        });
+        let ended = async {
+            while !mesh.has_ended() {
+                poll_fn(|cx| with_scratch(|scratch| mesh.poll_piece(cx, scratch, 0))).await.expect("it ends in order");
+            }
+        };
+        timeout(PATIENCE, ended).await.unwrap();
+        assert!(!mesh.is_free());
+        mesh.refusal()
+    }
+}
+
+/// A session with the server for a client that knows these versions.
+async fn session(pair: &Pair, known: &[&[u8]]) -> MeshStream<Socket> {
+    let socket = Socket::tcp(TcpStream::connect(pair.mesh).await.unwrap());
+    let expected = vec![SpiffeId::parse(&uri("db")).unwrap()];
+    let client = CA.credentials("web").client("db.x.consul", expected, known).unwrap();
+    MeshStream::new(Stream::connect(socket, &client).await.unwrap(), Role::Client)
+}
+
+/// Whether a connection begins that carries bytes.
+async fn begin(mesh: &mut MeshStream<Socket>) -> bool {
+    if mesh.is_free() && !matches!(mesh.start().await, Ok(Ok(()))) {
+        return false;
+    }
+    let sent = poll_fn(|cx| Poll::Ready(with_scratch(|scratch| mesh.tls.poll_seal(cx, scratch, &piece(b"open")))));
+    if sent.await.is_err() {
+        return false;
+    }
+    let mut answered = 0;
+    while answered < 4 && !mesh.has_ended() {
+        let read = poll_fn(|cx| {
+            with_scratch(|scratch| {
+                let piece = ready!(mesh.poll_piece(cx, scratch, 0))?;
+                Poll::Ready(io::Result::Ok(scratch.plaintext(piece).len()))
+            })
+        });
+        let Ok(read) = read.await else { return false };
+        answered += read;
+    }
+    answered == 4
+}
+
+async fn eventually_some<T>(mut get: impl AsyncFnMut() -> Option<T>) -> T {
+    let look = async {
+        loop {
+            if let Some(found) = get().await {
+                return found;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(PATIENCE, look).await.expect("it is there in time")
 }
 
 /// How a client of this version sees what the server answers to its question.
-async fn asked(pair: &Pair) -> Result<(), Refusal> {
-    let socket = Socket::tcp(TcpStream::connect(pair.mesh).await.unwrap());
-    let expected = vec![SpiffeId::parse(&uri("db")).unwrap()];
-    let client = CA.credentials("web").client("db.x.consul", expected, TUNNELS).unwrap();
-    let mut mesh = MeshStream::new(Stream::connect(socket, &client).await.unwrap(), Role::Client);
+async fn asked(pair: &Pair) -> Result<(), Reason> {
+    let mut mesh = session(pair, TUNNELS).await;
     assert!(mesh.is_free() && mesh.answers_for_app());
-    timeout(PATIENCE, mesh.start()).await.unwrap().unwrap()
+    timeout(PATIENCE, mesh.start()).await.unwrap().unwrap().map_err(|refusal| refusal.reason)
 }
 
 #[tokio::test]
@@ -609,9 +704,9 @@ async fn a_server_says_why_no_connection_begins() {
     let pair = Pair::with(|listener| InboundListener { max_connections: Some(100), ..listener }).await;
     assert_eq!(asked(&pair).await, Ok(()));
     pair.change(|service| service.intentions = allowing(Action::Deny));
-    eventually("it is denied", async || asked(&pair).await == Err(Refusal::Denied)).await;
+    eventually("it is denied", async || asked(&pair).await == Err(Reason::Denied)).await;
     pair.change(|service| service.local_app = LocalApp::Tcp(address(free())));
-    eventually("there is no app", async || asked(&pair).await == Err(Refusal::NoApp)).await;
+    eventually("there is no app", async || asked(&pair).await == Err(Reason::NoApp)).await;
     pair.change(|_| {});
     eventually("it is allowed again", async || asked(&pair).await == Ok(())).await;
 }
@@ -622,7 +717,7 @@ async fn an_instance_without_its_app_fails_nobody_and_is_used_again() {
     let at = free();
     let client = Sidecar::start(with_upstream(at, upstream(Protocol::Tcp, &[dead.mesh, live.mesh])));
     dead.change(|service| service.local_app = LocalApp::Tcp(address(free())));
-    eventually("there is no app", async || asked(&dead).await == Err(Refusal::NoApp)).await;
+    eventually("there is no app", async || asked(&dead).await == Err(Reason::NoApp)).await;
     listening(at).await;
     let pair = Pair { at, client, ..live };
     for _ in 0..100 {
@@ -632,7 +727,7 @@ async fn an_instance_without_its_app_fails_nobody_and_is_used_again() {
     // Only the instance that was dead is left: it is in use again without anybody's failing first.
     tokio::time::sleep(Duration::from_secs(5)).await;
     pair.change(|service| service.local_app = LocalApp::Tcp(address(free())));
-    eventually("the other is dead now", async || asked(&pair).await == Err(Refusal::NoApp)).await;
+    eventually("the other is dead now", async || asked(&pair).await == Err(Reason::NoApp)).await;
     for _ in 0..20 {
         assert!(pair.reaches().await);
     }
@@ -645,7 +740,7 @@ async fn who_is_denied_is_not_led_to_another_instance() {
     let client = Sidecar::start(with_upstream(at, upstream(Protocol::Tcp, &[denying.mesh, other.mesh])));
     for pair in [&denying, &other] {
         pair.change(|service| service.intentions = allowing(Action::Deny));
-        eventually("it is denied", async || asked(pair).await == Err(Refusal::Denied)).await;
+        eventually("it is denied", async || asked(pair).await == Err(Reason::Denied)).await;
     }
     listening(at).await;
     let pair = Pair { at, client, ..other };

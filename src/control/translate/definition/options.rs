@@ -45,6 +45,11 @@ pub(super) fn tunnel(config: Opaque<'_>, notes: &mut Notes) -> Option<bool> {
     config.count("lictor_tunnel", notes).map(|on| on > 0)
 }
 
+/// Whether clients are told the rule that denies them, tcp only.
+pub(super) fn share_denial_rule(config: Opaque<'_>, notes: &mut Notes) -> bool {
+    config.count("lictor_share_denial_rule", notes).is_some_and(|on| on > 0)
+}
+
 pub(super) fn limits(config: Opaque<'_>, notes: &mut Notes) -> Limits {
     let place = format!("{} limits", config.place());
     let limits = config.nested("limits", &place, notes);

@@ -58,6 +58,8 @@ pub(in crate::control) struct PublicPlan {
     pub(in crate::control) upgrades: Upgrades,
     /// Whether the tunnel is agreed to, tcp only: `lictor_tunnel`.
     pub(in crate::control) tunnel: bool,
+    /// Whether clients are told the rule that denies them, tcp only: `lictor_share_denial_rule`.
+    pub(in crate::control) share_denial_rule: bool,
 }
 
 /// An upstream but for its chain.

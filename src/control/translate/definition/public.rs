@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::super::opaque::Opaque;
 use super::super::{Notes, host};
-use super::options::{above_zero, audit, bind_ip, expose_cause, saturate, tunnel, upgrades};
+use super::options::{above_zero, audit, bind_ip, expose_cause, saturate, share_denial_rule, tunnel, upgrades};
 use super::plan::PublicPlan;
 use crate::consul::api;
 use crate::snapshot::{Address, Bind, LocalApp, Protocol, Upgrades};
@@ -49,6 +49,7 @@ pub(super) fn public(service: &api::AgentService, proxy: &api::Proxy, notes: &mu
         audit: audit(config, notes),
         upgrades: upgrades(config, notes),
         tunnel: tunnel(config, notes).unwrap_or(true),
+        share_denial_rule: share_denial_rule(config, notes),
         ..plain
     })
 }
@@ -67,6 +68,7 @@ pub(super) fn plain_public(bind: Bind, local_app: LocalApp) -> PublicPlan {
         audit: false,
         upgrades: Upgrades::default(),
         tunnel: true,
+        share_denial_rule: false,
     }
 }
 
@@ -182,7 +184,7 @@ mod tests {
             json!({}),
             json!({"Config": {
                 "local_connect_timeout_ms": 1.0, "LocalRequestTimeoutMs": 2, "local_idle_timeout_ms": "3",
-                "max_inbound_connections": 4, "protocol": "GRPC",
+                "max_inbound_connections": 4, "protocol": "GRPC", "lictor_share_denial_rule": true,
             }}),
         );
         let expected = PublicPlan {
@@ -191,6 +193,7 @@ mod tests {
             local_idle_timeout: Some(Duration::from_millis(3)),
             max_connections: Some(4),
             protocol: Protocol::Grpc,
+            share_denial_rule: true,
             ..public
         };
         assert_eq!(given.unwrap(), expected);
