@@ -3,8 +3,10 @@
 import json
 import re
 import ssl
+import subprocess
 
 from mesh import Authority, ask, eventually, mtls_connect, stays
+from mesh.service import admin_port
 from mesh.tokens import Issuer
 
 AUDIT = {"Config": {"lictor_intentions_audit": True}}
@@ -160,6 +162,46 @@ def test_proxy_defaults_do_not_turn_it_on_for_all(own_mesh):
     mesh.agent.write("proxy-defaults", "global", Config={"lictor_intentions_audit": False})
     eventually(lambda: not inbound(server)["audit"])
     client.eventually_refused()
+
+
+def suggested(service, *words):
+    """What `intentions suggest` writes for this sidecar."""
+    argv = [service.mesh.binaries["lictor"], "intentions", "suggest", "-admin", str(admin_port(service.process)), *words]
+    return subprocess.run(argv, text=True, timeout=60, capture_output=True)
+
+
+def test_the_intentions_that_are_missing_are_written(mesh, tmp_path):
+    """From allowing all to denying by default, without a refused caller."""
+    mesh.agent.needs((1, 9), "service-intentions")
+    server = mesh.service("server", proxy=AUDIT)
+    friend, late, silent = (mesh.service(name, [server]) for name in ("friend", "late", "silent"))
+    nobody = suggested(server)
+    assert nobody.returncode == 2 and "nobody has called" in nobody.stderr and not nobody.stdout
+    friend.eventually_reaches()
+    mesh.deny(late, server)
+    eventually(lambda: late.reaches() and caller(server, late)["would_deny"])
+    made = {}
+    for form, words in (("hcl", ()), ("json", ("-json",))):
+        for included in (False, True):
+            answer = made[form, included] = suggested(server, *words, *(("-include-denied",) if included else ()))
+            assert answer.returncode == 0 and (form == "json") == bool(answer.stderr), answer
+            assert included or f'"{late.name}" was seen' in answer.stdout + answer.stderr
+    # Consul takes each of them.
+    for (form, included), answer in made.items():
+        file = tmp_path / f"entry.{form}"
+        file.write_text(answer.stdout)
+        mesh.agent.consul("config", "write", str(file))
+        entry = mesh.agent.get(f"/v1/config/service-intentions/{server.name}")
+        actions = {source["Name"]: source["Action"] for source in entry["Sources"]}
+        assert actions == {friend.name: "allow", **({late.name: "allow"} if included else {}), "*": "deny"}
+    set_audit(server, False)
+    assert friend.reaches() and late.reaches()
+    silent.eventually_refused()
+    # What a request may do is not made more by a plain allow.
+    mesh.agent.write("service-defaults", server.name, Protocol="http")
+    mesh.agent.write("service-intentions", server.name, Sources=[{"Name": friend.name, "Permissions": [{"Action": "allow", "HTTP": {"PathPrefix": "/"}}]}])
+    eventually(lambda: f'"{friend.name}" was seen' in suggested(server).stdout)
+    assert "copy its source" in suggested(server).stdout and f'Name   = "{friend.name}"' not in suggested(server).stdout
 
 
 def test_the_access_log_names_the_rule(own_mesh):

@@ -11,6 +11,7 @@ mod flags;
 mod intentions;
 mod request;
 mod status;
+mod suggest;
 mod view;
 
 use std::ffi::OsString;
@@ -22,7 +23,7 @@ use serde_json::Value;
 use crate::telemetry::escape;
 
 /// In the order of their help.
-const COMMANDS: &[Command] = &[status::COMMAND, explain::COMMAND, intentions::CHECK];
+const COMMANDS: &[Command] = &[status::COMMAND, explain::COMMAND, intentions::CHECK, suggest::COMMAND];
 
 /// How to read and run one command.
 pub(crate) struct Command {
