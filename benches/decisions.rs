@@ -9,7 +9,7 @@ use http::{HeaderMap, HeaderValue};
 use lictor::jwt::Verified;
 use lictor::proxy::balance::{Balancer, Report, Settings};
 use lictor::snapshot::{
-    Action, Address, Chain, Conditions, Decision, DefaultPolicy, Edits, Endpoint, Endpoints, Host, IDLE_TIMEOUT,
+    Action, Address, Chain, Conditions, Decision, DefaultPolicy, Edits, Endpoint, Endpoints, Hits, Host, IDLE_TIMEOUT,
     Intention, Intentions, MAXIMUM_RING, MINIMUM_RING, Next, Node, Normalization, PathMatch, PathRule, Permission,
     Policy, Protocol, REQUEST_TIMEOUT, RequestView, Resolver, Route, RouteMatch, Text,
 };
@@ -107,6 +107,7 @@ fn intention(source: &str, permissions: Vec<Permission>) -> Intention {
         permissions,
         token: None,
         precedence: 9,
+        hits: Hits::default(),
     }
 }
 
@@ -115,7 +116,7 @@ fn list(count: usize) -> Vec<Intention> {
 }
 
 fn intentions(list: Vec<Intention>) -> Intentions {
-    Intentions::new(list, DefaultPolicy { action: Action::Deny, source: "default".into() })
+    Intentions::new(list, DefaultPolicy { action: Action::Deny, source: "default".into(), hits: Hits::default() })
 }
 
 const INTENTIONS: [usize; 2] = [10, 10_000];

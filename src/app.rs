@@ -43,14 +43,15 @@ pub async fn run(config: Config, level: LevelHandle) -> anyhow::Result<()> {
     let observed = observer.clone();
 
     let (commands, mut commanded) = mpsc::channel(COMMANDS);
-    let state = admin::State::new(
-        snapshots.clone(),
-        trigger.stage(),
-        observer.clone(),
-        level,
-        commands,
-        Started { of: mode.id().to_owned(), workers: workers.count(), prometheus: admin.prometheus.clone() },
-    );
+    let asked = sources.clone();
+    let watched = admin::Watched {
+        snapshots: snapshots.clone(),
+        stage: trigger.stage(),
+        observer: observer.clone(),
+        agent: Box::new(move || asked.look()),
+    };
+    let started = Started { of: mode.id().to_owned(), workers: workers.count(), prometheus: admin.prometheus.clone() };
+    let state = admin::State::new(watched, level, commands, started);
     let state = Arc::new(state);
 
     let mut tasks = JoinSet::new();

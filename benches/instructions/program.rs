@@ -19,7 +19,7 @@ use lictor::jwt::Providers;
 use lictor::observe::Observer;
 use lictor::proxy::{self, Workers};
 use lictor::snapshot::{
-    Action, DefaultPolicy, InboundListener, Intention, Intentions, LocalApp, Normalization, Protocol, Service,
+    Action, DefaultPolicy, Hits, InboundListener, Intention, Intentions, LocalApp, Normalization, Protocol, Service,
     Snapshot, Upgrades,
 };
 use lictor::tls::{Client, Server, Stream, TUNNEL};
@@ -264,8 +264,12 @@ fn intentions() -> Intentions {
         permissions: Vec::new(),
         token: None,
         precedence: 9,
+        hits: Hits::default(),
     };
     let mut list: Vec<_> = (0..INTENTIONS).map(|number| intention(format!("other-{number}"), Action::Deny)).collect();
     list.push(intention("shop".into(), Action::Allow));
-    Intentions::new(list, DefaultPolicy { action: Action::Deny, source: "the fixed work".into() })
+    Intentions::new(
+        list,
+        DefaultPolicy { action: Action::Deny, source: "the fixed work".into(), hits: Hits::default() },
+    )
 }

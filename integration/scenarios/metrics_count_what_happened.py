@@ -4,10 +4,11 @@ Names, labels and moments are those that were seen on a running Envoy with the s
 connection dials no app), it is said beside the number.
 """
 
-import re
+import json
 import time
 
-from mesh import Web, ask, eventually
+from mesh import Upstream, Web, ask, eventually
+from mesh.series import Metrics
 
 
 class Answers(Web):
@@ -26,27 +27,6 @@ class Answers(Web):
             self.tries += 1
             return self.show(request, body, 200 if self.tries % 3 == 0 else 503)
         return self.show(request, body, int(path) if path.isdigit() else 200)
-
-
-class Metrics:
-    """The series of one sidecar, by name and labels."""
-
-    def __init__(self, service, path="/stats/prometheus"):
-        self.text = service.admin(path).body.decode()
-        self.series = {}
-        for line in self.text.splitlines():
-            if line and not line.startswith("#"):
-                name, labels, value = re.fullmatch(r"([a-zA-Z0-9_:]+)(?:\{(.*)\})? (\S+)", line).groups()
-                labels = dict(re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', labels or ""))
-                self.series.setdefault(name, []).append((labels, float(value)))
-
-    def __call__(self, name, **wanted):
-        """The sum of those that have these labels; `None` where there is none."""
-        found = [value for labels, value in self.series.get(name, []) if wanted.items() <= labels.items()]
-        return sum(found) if found else None
-
-    def classes(self, name, **wanted):
-        return [self(name, envoy_response_code_class=str(n), **wanted) for n in range(2, 6)]
 
 
 def eventually_counts(service, check):
@@ -157,6 +137,105 @@ def test_connections_are_counted_on_both_sides(mesh):
         assert grown(cache, now, "envoy_cluster_upstream_cx_total", envoy_cluster_name="local_app") == 6
     eventually_counts(cache, on_cache)
     eventually_counts(evil, lambda now: grown(evil, now, "envoy_tcp_downstream_cx_total", **upstream) == 3)
+    # By rule, from the first connection on: what a sidecar is tried with until it is denied is decided by the default.
+    rule = decided(cache, evil)
+    assert rule["denied"] >= 3 and rule["allowed"] == 0
+    assert rules_of(cache)[f"{evil.name} => {cache.name}"] == (0, rule["denied"])
+    [inbound] = json.loads(cache.admin("/status").body)["inbound"]
+    assert rules_of(cache)["default policy"] == (inbound["default_allowed"], inbound["default_denied"]) and inbound["default_allowed"] >= 6
+
+
+def decided(service, source):
+    """What the intention for this source decided; `None` where there is none."""
+    [inbound] = json.loads(service.admin("/status").body)["inbound"]
+    return next((rule for rule in inbound["intentions"] if rule["source"] == source.name), None)
+
+
+def rules_of(service):
+    """Allowed and denied by rule."""
+    rules = {}
+    for labels, value in Metrics(service, "/metrics").series["lictor_intention_hits_total"]:
+        counts = rules.setdefault(labels["rule"], {})
+        counts[labels["decision"]] = int(value)
+    return {rule: (counts["allowed"], counts["denied"]) for rule, counts in rules.items()}
+
+
+def test_each_rule_counts_what_it_decided_and_goes_with_its_intention(mesh):
+    db = mesh.web("db")
+    good, evil = (mesh.service(name, [db], app=None) for name in ("good", "evil"))
+    undo = mesh.deny(evil, db)
+    mesh.allow(good, db)
+    eventually(lambda: ask(evil.port_to(db)).status == 403 and decided(db, good))
+    eventually(lambda: ask(good.port_to(db)).status == 200)
+    before = {source: (decided(db, source)["allowed"], decided(db, source)["denied"]) for source in (good, evil)}
+    assert [ask(good.port_to(db)).status for _ in range(5)] == [200] * 5
+    assert [ask(evil.port_to(db)).status for _ in range(3)] == [403] * 3
+
+    def counts(source, allowed, denied):
+        rule, (was_allowed, was_denied) = decided(db, source), before[source]
+        assert (rule["allowed"], rule["denied"]) == (was_allowed + allowed, was_denied + denied)
+        assert rules_of(db)[f"{source.name} => {db.name}"] == (rule["allowed"], rule["denied"])
+    counts(good, 5, 0)
+    counts(evil, 0, 3)
+    # A rule that is changed counts on; one that is taken away is no series any more.
+    mesh.allow(evil, db)
+    eventually(lambda: ask(evil.port_to(db)).status == 200)
+    rule = decided(db, evil)
+    assert rule["action"] == "allow" and rule["denied"] >= before[evil][1] + 3 and rule["allowed"] >= 1
+    undo()
+    eventually(lambda: decided(db, evil) is None)
+    assert f"{evil.name} => {db.name}" not in rules_of(db) and f"{good.name} => {db.name}" in rules_of(db)
+
+
+class Failing(Web):
+    """Answers 500, but for as long as it is well."""
+
+    well = False
+
+    def answer(self, request):
+        return self.show(request, self.take(request), 200 if self.well else 500)
+
+
+def test_breakers_and_limits_are_told_by_their_state(mesh):
+    good = mesh.web("good")
+    bad = mesh.service("bad", app=Failing, of=good, protocol="http")
+    check = {"max_failures": 3, "interval": "100ms", "base_ejection_time": "2s", "max_ejection_percent": 50}
+    upstream = Upstream(good.name, mesh.ports.take(), {"Config": {"passive_health_check": check, "limits": {"max_connections": 0}}})
+    web = mesh.service("web", [upstream], app=None, protocol="http")
+
+    def target():
+        [outbound] = json.loads(web.admin("/status").body)["outbound"]
+        [target] = outbound["targets"]
+        return target
+
+    def state_of(service):
+        return next(endpoint for endpoint in target()["endpoints"] if endpoint["address"].endswith(f":{service.public}"))
+
+    def instances(now):
+        return {labels["state"]: value for labels, value in now.series["lictor_upstream_instances"]}
+    eventually(lambda: len(target()["endpoints"]) == 2)
+    now = Metrics(web, "/metrics")
+    assert instances(now) == {"closed": 2, "open": 0, "half-open": 0}
+    assert [now("lictor_upstream_endpoints", health=health) for health in ("passing", "failing")] == [2, 0]
+    # A limit of zero is reached from the start: nothing passes, and each request that is turned away is counted.
+    assert [ask(upstream.port).status for _ in range(3)] == [503] * 3
+    assert target()["limits"]["connections"] == {"used": 0, "maximum": 0, "open": True}
+    assert now("lictor_upstream_limit_reached", limit="connection") == 1 and now("lictor_upstream_limit_reached", limit="request") == 0
+    envoy = Metrics(web)
+    assert (envoy("envoy_cluster_circuit_breakers_default_cx_open"), envoy("envoy_cluster_circuit_breakers_default_rq_open")) == (1, 0)
+    assert envoy("envoy_cluster_upstream_cx_overflow") == 3
+    upstream.more["Config"].pop("limits")
+    web.register()
+    eventually(lambda: 200 in {ask(upstream.port).status for _ in range(10)} and state_of(bad)["breaker"] == "open")
+    assert state_of(bad)["state"] == "ejected" and state_of(good)["breaker"] == "closed"
+    now, envoy = Metrics(web, "/metrics"), Metrics(web)
+    assert now("lictor_upstream_limit_reached", limit="connection") == 0
+    assert envoy("envoy_cluster_circuit_breakers_default_cx_open") == 0 and envoy("envoy_cluster_outlier_detection_ejections_enforced_total") >= 1
+    bad.app.well = True
+    eventually(lambda: ask(upstream.port).status == 200 and state_of(bad)["breaker"] == "closed", 40)
+    eventually(lambda: instances(Metrics(web, "/metrics")) == {"closed": 2, "open": 0, "half-open": 0})
+    good.passing("fail")
+    eventually(lambda: [Metrics(web, "/metrics")("lictor_upstream_endpoints", health=health) for health in ("passing", "failing")] == [1, 1])
 
 
 def test_bytes_are_counted_while_their_connection_is_open(mesh):

@@ -25,6 +25,7 @@ mod state;
 mod stats;
 mod statsd;
 mod status;
+mod watches;
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -42,7 +43,7 @@ pub use self::explanation::Explanation;
 use self::guard::Hosts;
 use self::listen::Listener;
 use self::scrape::Tls;
-pub use self::state::{Command, Started, State};
+pub use self::state::{Command, Started, State, Watched};
 use crate::config::AdminSettings;
 
 /// Connections that are served at one time by one listener: a stranger may hold no more.

@@ -11,7 +11,7 @@ use super::guard::Hosts;
 use super::query::{self, Query};
 use super::reply::{self, Reply};
 use super::state::{Command, Serving, State};
-use super::{Scope, certs, envoy, explain, guard, intentions, page, process, scrape, stats, status};
+use super::{Scope, certs, envoy, explain, guard, intentions, page, process, scrape, stats, status, watches};
 
 /// Answers one request.
 pub(super) async fn answer(request: Request<Incoming>, scope: Scope, hosts: Hosts, state: &Arc<State>) -> Reply {
@@ -85,6 +85,11 @@ const PAGES: &[Page] = &[
         path: "/intentions/check",
         about: "whether a source may reach us, and by which rule: from=, method=, path=, header=",
         give: Give::Read(intentions::check),
+    },
+    Page {
+        path: "/debug/watches",
+        about: "what the agent is asked, how, and what it answered",
+        give: Give::Read(watches::watches),
     },
     Page { path: "/livez", about: "200 as long as the process answers", give: Give::Read(|_, _| reply::text("ok\n")) },
     Page {

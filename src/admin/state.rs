@@ -11,6 +11,7 @@ use crate::drain::Stage;
 use crate::observe::Observer;
 use crate::snapshot::Snapshot;
 use crate::stats::Registry;
+use crate::stats::agent::AgentNow;
 use crate::telemetry::LevelHandle;
 
 /// What an operator asks of the process.
@@ -31,6 +32,17 @@ pub struct Started {
     pub prometheus: Prometheus,
 }
 
+/// Tells what the agent is asked at this moment.
+pub(super) type AgentLook = Box<dyn Fn() -> AgentNow + Send + Sync>;
+
+/// What the admin server looks at and never changes.
+pub struct Watched {
+    pub snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
+    pub stage: watch::Receiver<Stage>,
+    pub observer: Observer,
+    pub agent: AgentLook,
+}
+
 /// Who may look on at one time.
 const STREAMS: usize = 16;
 
@@ -47,6 +59,8 @@ pub struct State {
     pub started_for: String,
     /// Threads of the data plane.
     pub workers: usize,
+    /// Tells what the agent is asked.
+    pub agent: AgentLook,
     pub started: Instant,
     pub started_at: SystemTime,
     /// Cleared by `POST /healthcheck/fail`.
@@ -80,14 +94,8 @@ impl Serving {
 
 impl State {
     #[must_use]
-    pub fn new(
-        snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
-        stage: watch::Receiver<Stage>,
-        observer: Observer,
-        level: LevelHandle,
-        commands: mpsc::Sender<Command>,
-        started: Started,
-    ) -> Self {
+    pub fn new(watched: Watched, level: LevelHandle, commands: mpsc::Sender<Command>, started: Started) -> Self {
+        let Watched { snapshots, stage, observer, agent } = watched;
         Self {
             snapshots,
             stage,
@@ -98,6 +106,7 @@ impl State {
             prometheus: started.prometheus,
             started_for: started.of,
             workers: started.workers,
+            agent,
             started: Instant::now(),
             started_at: SystemTime::now(),
             healthy: AtomicBool::new(true),

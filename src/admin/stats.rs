@@ -1,6 +1,8 @@
 //! `/stats` in its forms, and the process's own numbers.
 
-use std::time::SystemTime;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use http::header::{ACCEPT, VARY};
 use http::{HeaderMap, HeaderValue, StatusCode};
@@ -9,6 +11,7 @@ use super::process;
 use super::query::Query;
 use super::reply::{self, Reply};
 use super::state::{Serving, State};
+use crate::snapshot::{Hits, Intention, Intentions, Snapshot};
 use crate::stats::scope::Scope;
 use crate::stats::text::{Selection, Type};
 use crate::stats::{Sample, Samples, openmetrics, plain, prometheus as exposition, text};
@@ -54,23 +57,53 @@ pub(super) fn own(state: &State, headers: &HeaderMap) -> Reply {
 
 fn openmetrics(state: &State) -> String {
     let (listeners, clusters) = state.stats.groups();
-    let (configuration, certificate_expiry) = state.snapshots.borrow().as_ref().map_or((0, None), |snapshot| {
-        let expiry = snapshot.credentials.as_ref().map(|credentials| process::unix_seconds(credentials.not_after()));
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-        (snapshot.version, expiry.map(|expiry| expiry as u64))
-    });
+    let snapshot = state.snapshots.borrow().clone().unwrap_or_default();
+    let credentials = snapshot.credentials.as_ref();
+    let roots = credentials.map(|credentials| credentials.describe().roots).unwrap_or_default();
+    let refused = &state.stats.refused;
     let process = openmetrics::Process {
         started: process::unix_seconds(state.started_at),
         cpu_seconds: process::cpu_seconds(),
         resident_bytes: process::resident_bytes(),
         descriptors: process::descriptors(),
         is_ready: state.serving() == Serving::Live,
-        configuration,
-        certificate_expiry,
+        configuration: snapshot.version,
+        certificate_expiry: credentials.map(|credentials| whole_seconds(credentials.not_after())),
+        roots: roots.into_iter().map(|root| (root.serial, whole_seconds(root.not_after))).collect(),
+        agent: (state.agent)(),
+        unusable_answers: [refused.upstreams.get(), refused.others.get()],
+        rules: rules(&snapshot),
         spans_sent: state.stats.spans.sent.get(),
         spans_dropped: state.stats.spans.dropped.get(),
     };
     openmetrics::encode(&process, &listeners, &clusters, &own_labels(state))
+}
+
+/// Since 1970.
+fn whole_seconds(at: SystemTime) -> u64 {
+    at.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// The intentions of all services, each once, and the default policy.
+fn rules(snapshot: &Snapshot) -> BTreeMap<String, [u64; 2]> {
+    let mut rules: BTreeMap<String, [u64; 2]> = BTreeMap::new();
+    let mut add = |rule: String, hits: &Hits| {
+        let [allowed, denied] = rules.entry(rule).or_default();
+        *allowed += hits.allowed();
+        *denied += hits.denied();
+    };
+    let mut known: Vec<&Arc<Intentions>> = Vec::new();
+    for listener in snapshot.inbound.values() {
+        let intentions = &listener.service.intentions;
+        if known.iter().any(|known| Arc::ptr_eq(known, intentions)) {
+            continue;
+        }
+        known.push(intentions);
+        add("default policy".to_owned(), &intentions.default_policy().hits);
+        let rule = |one: &Intention| format!("{} => {}", one.source_words(), one.destination);
+        intentions.list().iter().for_each(|one| add(rule(one), &one.hits));
+    }
+    rules
 }
 
 /// # Errors

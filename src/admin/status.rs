@@ -18,10 +18,11 @@ use super::process;
 use super::query::Query;
 use super::reply::{self, Reply};
 use super::state::State;
+use super::watches;
 use crate::observe::{Problem, listener_name, target_name};
 use crate::snapshot::{InboundListener, Intention, OutboundListener, Target};
 use crate::stats::scope::{Cluster, Listener};
-use crate::stats::{ListenerStats, Member};
+use crate::stats::{LimitNow, ListenerStats, Member};
 
 /// Time between two states of `/events`.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -79,6 +80,7 @@ pub(super) fn value(state: &State) -> Value {
         let name = Listener::Upstream(Arc::new(listener_name(&listener.key.destination, datacenter)));
         outbound(state, listener, of(&name))
     });
+    let asked = (state.agent)();
     json!({
         "time": milliseconds(SystemTime::now()),
         "sidecar": {
@@ -99,6 +101,8 @@ pub(super) fn value(state: &State) -> Value {
         "inbound": inbound.collect::<Vec<_>>(),
         "outbound": outbound.collect::<Vec<_>>(),
         "exposed": snapshot.exposed.keys().map(ToString::to_string).collect::<Vec<_>>(),
+        "agent": watches::agent(&asked),
+        "watches": watches::list(&asked),
         "problems": state.observer.problems().newest().iter().map(problem).collect::<Vec<_>>(),
     })
 }
@@ -122,6 +126,9 @@ fn inbound(state: &State, listener: &InboundListener, stats: Option<&Arc<Listene
     about["audit"] = json!(service.audit);
     about["default"] = json!(service.intentions.default_policy().to_string());
     about["default_action"] = json!(service.intentions.default_policy().action.to_string());
+    let by_default = &service.intentions.default_policy().hits;
+    about["default_allowed"] = json!(by_default.allowed());
+    about["default_denied"] = json!(by_default.denied());
     about["intentions"] = service.intentions.list().iter().map(intention).collect();
     about["callers"] = callers.collect();
     about
@@ -140,6 +147,8 @@ fn intention(intention: &Intention) -> Value {
         "destination": intention.destination,
         "action": action,
         "precedence": intention.precedence,
+        "allowed": intention.hits.allowed(),
+        "denied": intention.hits.denied(),
     })
 }
 
@@ -175,8 +184,20 @@ fn target(state: &State, target: &Target) -> Value {
         "timeouts": cluster.timeouts.get() + cluster.try_timeouts.get(),
         "connect_failures": cluster.connect_failures.get(),
         "overflows": cluster.overflows.get() + cluster.connection_overflows.get(),
+        "ejections": cluster.ejections.get(),
+        "limits": {
+            "connections": limit(members.connections),
+            "pending_requests": limit(members.pending_requests),
+            "requests": limit(members.requests),
+        },
+        "retries_refused": members.retries_are_refused,
         "endpoints": members.usable.iter().map(endpoint).collect::<Vec<_>>(),
     })
+}
+
+/// `open` is Envoy's word for a limit that is reached.
+fn limit(limit: LimitNow) -> Value {
+    json!({ "used": limit.used, "maximum": limit.maximum, "open": limit.is_reached() })
 }
 
 fn endpoint(member: &Member) -> Value {
@@ -184,6 +205,7 @@ fn endpoint(member: &Member) -> Value {
         "address": member.address,
         "weight": member.weight,
         "state": member.state.word(),
+        "breaker": member.state.breaker(),
         "in_flight": member.in_flight,
         "latency_ms": member.latency.map(|micros| f64::from(micros) / 1000.0),
     })

@@ -91,6 +91,8 @@ pub(super) struct Response {
     pub(super) default_policy: Option<String>,
     /// `X-Consul-Results-Filtered-By-ACLs`, Consul 1.11 and later.
     pub(super) filtered_by_acls: bool,
+    /// `X-Cache`: the agent keeps the answer up to date for all who ask.
+    pub(super) from_cache: bool,
 }
 
 /// What the agent does with connections that no intention decides on.
@@ -159,6 +161,17 @@ impl Request {
     fn stale(mut self) -> Self {
         self.stale = true;
         self
+    }
+}
+
+/// In words, as in `instances in dc2`.
+impl fmt::Display for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Instances(None) => f.write_str("instances"),
+            Self::Instances(Some(datacenter)) => write!(f, "instances in {datacenter}"),
+            Self::ConfigEntries => f.write_str("config entries"),
+        }
     }
 }
 

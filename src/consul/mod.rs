@@ -10,6 +10,7 @@ mod error;
 mod failures;
 mod files;
 mod pace;
+mod progress;
 pub mod query;
 mod schedule;
 mod settings;
@@ -34,6 +35,8 @@ pub use endpoint::{Chain, DefaultPolicy, Instances, Query};
 use endpoint::{Request, Response};
 pub use error::{Error, ErrorKind};
 use files::Followed;
+use progress::Requests;
+pub use progress::{AnsweredBy, How, Kind, Progress, RequestCounts, RequestResult, UnderWay};
 pub use settings::{Address, DEFAULT_CONNECTIONS, FEWEST_CONNECTIONS, Scope, Settings, TlsSettings, Token};
 
 /// Longest body that is read, in bytes.
@@ -70,6 +73,7 @@ struct Transport {
     basic_auth: Option<(String, Option<String>)>,
     max_connections: usize,
     one_off: Semaphore,
+    requests: Requests,
 }
 
 /// A scope, with its token of this moment.
@@ -120,6 +124,7 @@ impl Client {
             basic_auth: settings.basic_auth.clone(),
             max_connections: settings.max_connections,
             one_off: Semaphore::new(ONE_OFF_CONNECTIONS),
+            requests: Requests::default(),
         };
         Ok(Self { transport: Arc::new(transport), caller: Caller::new(settings.scope.clone())? })
     }
@@ -133,6 +138,18 @@ impl Client {
             return Ok(self.clone());
         }
         Ok(Self { transport: Arc::clone(&self.transport), caller: Caller::new(scope)? })
+    }
+
+    /// Where the agent is.
+    #[must_use]
+    pub fn address(&self) -> &str {
+        &self.transport.address
+    }
+
+    /// What was sent to the agent so far, as whichever scope.
+    #[must_use]
+    pub fn requests(&self) -> RequestCounts {
+        self.transport.requests.get()
     }
 
     #[must_use]
@@ -235,11 +252,13 @@ impl Client {
             // The agent adds up to a sixteenth, so that not all queries end at once.
             _ => wait + wait / 16 + Duration::from_secs(10),
         };
+        let active = self.transport.requests.begin(Kind::of(request));
         let answer = match tokio::time::timeout(limit, self.exchange(pool, request, cursor, wait)).await {
             Ok(answer) => answer,
             Err(_) => Err(ErrorKind::Transport(format!("nothing came within {} s", limit.as_secs()))),
         };
         let answer = answer.and_then(|response| accept(request, response));
+        active.end(RequestResult::of(&answer));
         match &answer {
             Err(ErrorKind::Status { code: 403, .. }) => self.caller.token.reload().await,
             Err(ErrorKind::Transport(_) | ErrorKind::Unreachable(_)) => {
@@ -308,6 +327,7 @@ impl Client {
             stale: text(&headers, "x-consul-effective-consistency") == Some("stale"),
             default_policy: text(&headers, "x-consul-default-acl-policy").map(str::to_string),
             filtered_by_acls: text(&headers, "x-consul-results-filtered-by-acls") == Some("true"),
+            from_cache: headers.contains_key("x-cache"),
         };
         // The connection goes back to the pool by way of tasks of its own. Whoever asks next should find it
         // there rather than make one more.

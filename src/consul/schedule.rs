@@ -304,6 +304,14 @@ impl<W> Schedule<W> {
         }
     }
 
+    /// What tells when it is asked again, and when that is as far as it is known.
+    pub(super) fn timing(&self, id: Id) -> (Role, Option<Instant>) {
+        match self.entries.get(&id) {
+            Some(entry) => (entry.role.clone(), entry.due.map(|(at, _)| at).or(entry.blocks_from)),
+            None => (Role::Periodic, None),
+        }
+    }
+
     /// Its first answer is waited for: it is fetched before all others.
     pub(super) fn await_first(&mut self, id: Id) {
         if let Some(entry) = self.entries.get_mut(&id) {

@@ -12,12 +12,13 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::budget::Budget;
-use super::endpoint::Response;
+use super::endpoint::{Response, Table};
 use super::failures::Failures;
 use super::pace::{Backoff, random};
+use super::progress::{Progress, ProgressRecord};
 use super::query::{self, Event, Gone, RunningQuery};
 pub use super::schedule::ScopeId;
-use super::schedule::{Done, Id, Job, Next, Schedule, Worker};
+use super::schedule::{Done, Id, Job, Next, Role, Room, Schedule, Worker};
 use super::{Client, Error, Pool, Query, Scope};
 
 /// Shared workers that there are, most of which rest.
@@ -48,6 +49,7 @@ pub struct Watches {
 #[must_use = "a query ends when its handle is dropped"]
 pub struct Watch {
     id: Id,
+    progress: Arc<ProgressRecord>,
     /// Queries start anew with another token for as long as this lives.
     _scope: Arc<FollowedScope>,
     running: Arc<Running>,
@@ -78,6 +80,8 @@ struct Shared {
     client: Client,
     scopes: Mutex<Scopes>,
     schedule: Mutex<Schedule<RunningQuery>>,
+    /// Of the watches of tables, by what is said of them.
+    tables: Mutex<Vec<(Table, Weak<ProgressRecord>)>>,
     /// Something may be there to ask.
     work: Notify,
     /// Shared workers that wait for it.
@@ -99,6 +103,7 @@ impl Watches {
             client: client.clone(),
             scopes: Mutex::default(),
             schedule: Mutex::new(Schedule::new(Instant::now())),
+            tables: Mutex::default(),
             work: Notify::new(),
             waiting: AtomicUsize::new(0),
             urgent: Notify::new(),
@@ -149,27 +154,69 @@ impl Watches {
         let shared = &self.running.shared;
         let role = query::role(&mut query, self.client().has_tables());
         let running = RunningQuery::new(self.client().clone(), query, events, wrap);
+        let progress = Arc::clone(running.progress());
         let nobody_waits = shared.waiting.load(Ordering::Relaxed) == 0;
         let now = Instant::now();
         let mut schedule = shared.lock();
         let id =
-            schedule.add(self.scope.id, role, running, now, |table| RunningQuery::watch(self.client().clone(), table));
+            schedule.add(self.scope.id, role, running, now, |table| shared.watch_table(self.client().clone(), table));
         let interrupts = nobody_waits && schedule.may_interrupt(now);
         drop(schedule);
         shared.work.notify_waiters();
         if interrupts {
             shared.urgent.notify_waiters();
         }
-        Watch { id, _scope: Arc::clone(&self.scope), running: Arc::clone(&self.running) }
+        Watch { id, progress, _scope: Arc::clone(&self.scope), running: Arc::clone(&self.running) }
+    }
+
+    /// The watches of tables, each with what it watches: `instances`, `config entries`.
+    #[must_use]
+    pub fn tables(&self) -> Vec<(String, Progress)> {
+        let now = Instant::now();
+        let shared = &self.running.shared;
+        let kept = shared.tables.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let tables = kept.iter().filter_map(|(table, progress)| Some((table, progress.upgrade()?)));
+        let role = |table: &Table| Role::Table(table.clone());
+        tables.map(|(table, progress)| (table.to_string(), progress.get(&role(table), None, now))).collect()
+    }
+
+    /// How many connections to the agent there may be, and whether they have been enough of late.
+    #[must_use]
+    pub fn connections(&self) -> AgentConnections {
+        let usage = *self.running.shared.budget.follow().borrow();
+        AgentConnections {
+            allowed: usage.shared() + 1,
+            room: match usage.room(Instant::now()) {
+                Room::Enough => "enough",
+                Room::Crowded => "crowded",
+                Room::Scarce => "scarce",
+            },
+        }
     }
 
     #[cfg(test)]
-    pub(super) fn is_known(&self, table: &super::endpoint::Table) -> bool {
+    pub(super) fn is_known(&self, table: &Table) -> bool {
         self.running.shared.lock().is_known(self.scope.id, table)
     }
 }
 
+/// How the agent is asked at this moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AgentConnections {
+    /// Requests that may be under way at one time.
+    pub allowed: usize,
+    /// `enough`, `crowded`: too few for all programs of this host of late, or `scarce`: intentions may soon have the only one.
+    pub room: &'static str,
+}
+
 impl Watch {
+    /// How it is asked, and what it was answered.
+    #[must_use]
+    pub fn progress(&self) -> Progress {
+        let (role, next) = self.running.shared.lock().timing(self.id);
+        self.progress.get(&role, next, Instant::now())
+    }
+
     /// Its first answer is waited for: it is asked before those of others.
     pub fn hurry(&self) {
         self.running.shared.lock().await_first(self.id);
@@ -314,6 +361,14 @@ impl Shared {
         scope
     }
 
+    fn watch_table(&self, client: Client, table: &Table) -> RunningQuery {
+        let watch = RunningQuery::watch(client, table);
+        let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
+        tables.retain(|(_, progress)| progress.strong_count() > 0);
+        tables.push((table.clone(), Arc::downgrade(watch.progress())));
+        watch
+    }
+
     /// Waits for something to ask.
     async fn next(&self, worker: Worker) -> Job<RunningQuery> {
         loop {
@@ -338,6 +393,7 @@ impl Shared {
         let mut tokens = job.work.token_changes();
         let asked = Instant::now();
         let cancelled = job.cancelled.clone();
+        let _under_way = job.work.progress().sent(job.wait, job.rotates);
         let result = tokio::select! {
             biased;
             // The sender lives in the query's client, so this cannot fail.
@@ -416,7 +472,6 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::consul::endpoint::Table;
     use crate::consul::schedule::{LONG_WAIT, MOST_REFETCHES};
     use crate::consul::{Instances, Settings, Token};
     use crate::testing::{Agent, CONFIG_ENTRIES, Fault, INSTANCES};

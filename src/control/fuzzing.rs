@@ -13,7 +13,7 @@ use super::query::Query;
 use super::translate::{Notes, intention};
 use crate::consul::api;
 use crate::jwt::Verified;
-use crate::snapshot::{Action, Decision, DefaultPolicy, Intentions, RequestView};
+use crate::snapshot::{Action, Decision, DefaultPolicy, Hits, Intentions, RequestView};
 use crate::testing::ca::{Ca, TRUST_DOMAIN, uri};
 use crate::tls::SpiffeId;
 
@@ -125,7 +125,7 @@ fn read<T: DeserializeOwned>(json: &[u8]) -> Option<T> {
 }
 
 fn policy(action: Action) -> DefaultPolicy {
-    DefaultPolicy { action, source: String::new() }
+    DefaultPolicy { action, source: String::new(), hits: Hits::default() }
 }
 
 /// Whatever field a newer Consul adds to an intention, nothing is allowed that was not allowed without it.

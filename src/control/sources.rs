@@ -13,8 +13,9 @@ use super::jwks_fetcher::{self, Keeper};
 use super::query::Query;
 use crate::consul::query::Event;
 use crate::consul::watches::{ScopeId, Watch, Watches};
-use crate::consul::{self, Client};
-use crate::snapshot::{Action, DefaultPolicy};
+use crate::consul::{self, AnsweredBy, Client, How, Progress};
+use crate::snapshot::{Action, DefaultPolicy, Hits};
+use crate::stats::agent::{AgentNow, AgentQuery};
 
 /// What queries said that is not passed on yet; they wait when there is no room.
 const EVENTS: usize = 256;
@@ -112,6 +113,34 @@ impl Sources {
     #[must_use]
     pub fn client(&self) -> &Client {
         self.watches.client()
+    }
+
+    /// Everything that the agent is asked, as whichever scope, for those who look on.
+    #[must_use]
+    pub fn look(&self) -> AgentNow {
+        let watches = {
+            let running = lock(&self.running);
+            let watch = |(key, source): (&Key, &Source)| match &source.asking {
+                Asking::Agent(watch) => Some((key.query.to_string(), watch.progress())),
+                Asking::Keys { .. } => None,
+            };
+            running.sources.iter().filter_map(watch).collect::<Vec<_>>()
+        };
+        let tables =
+            self.watches.tables().into_iter().map(|(table, progress)| (format!("changes of {table}"), progress));
+        let mut queries: Vec<AgentQuery> =
+            watches.into_iter().chain(tables).map(|(what, progress)| agent_query(what, progress)).collect();
+        queries.sort_by(|a, b| (a.kind, &a.what).cmp(&(b.kind, &b.what)));
+        let connections = self.watches.connections();
+        let requests = self.client().requests();
+        AgentNow {
+            address: self.client().address().to_owned(),
+            connections: connections.allowed,
+            room: connections.room,
+            queries,
+            requests: requests.over.iter().map(|(kind, result, count)| (kind.word(), result.word(), *count)).collect(),
+            requests_active: requests.active,
+        }
     }
 
     /// What is asked, in words, by whichever scope.
@@ -264,9 +293,42 @@ fn lock(running: &Mutex<Running>) -> MutexGuard<'_, Running> {
     running.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+fn agent_query(what: String, progress: Progress) -> AgentQuery {
+    let (how, table) = match progress.how {
+        How::Blocks => ("blocks", None),
+        How::Table(table) => ("table", Some(table)),
+        How::Periodic => ("periodic", None),
+    };
+    let blocks_for = progress.under_way.and_then(|under_way| under_way.blocks_for);
+    let state = match (progress.under_way, blocks_for) {
+        (Some(_), Some(_)) => "blocked",
+        (Some(_), None) => "asking",
+        (None, _) => "waiting",
+    };
+    AgentQuery {
+        what,
+        request: progress.request,
+        kind: progress.kind.word(),
+        how,
+        table,
+        state,
+        under_way: progress.under_way.map(|under_way| under_way.since.as_secs_f64()),
+        blocks_for: blocks_for.map(|time| time.as_secs_f64()),
+        rotates: progress.under_way.is_some_and(|under_way| under_way.rotates),
+        next: progress.next.map(|time| time.as_secs_f64()),
+        age: progress.age.map(|time| time.as_secs_f64()),
+        index: progress.index,
+        answered_by: progress.answered_by.map(AnsweredBy::word),
+        is_failing: progress.is_failing,
+        error: progress.error.map(|(error, ago)| (error, ago.as_secs_f64())),
+        requests: progress.requests,
+        errors: progress.errors,
+    }
+}
+
 fn default_policy(wire: consul::DefaultPolicy) -> DefaultPolicy {
     let action = if wire.allow { Action::Allow } else { Action::Deny };
-    DefaultPolicy { action, source: wire.source }
+    DefaultPolicy { action, source: wire.source, hits: Hits::default() }
 }
 
 #[cfg(test)]

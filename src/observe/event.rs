@@ -52,6 +52,8 @@ pub enum Event<'a> {
     Decided { connection: &'a ConnectionInfo, source: &'a SpiffeId, decision: &'a Decision<'a> },
     /// A limit let something through no more.
     Overflowed(Overflowed<'a>),
+    /// An instance that is due to be ejected is not, as too many are.
+    NotEjected(&'a ClusterStats),
     /// An instance of a target is ejected for its errors.
     Ejected { target: &'a str, stats: &'a ClusterStats, instance: &'a Address, time: Duration },
 }

@@ -6,7 +6,7 @@ use super::connection::ConnectionRecord;
 use super::event::{Event, Overflowed};
 use super::outcome::Outcome;
 use super::request::RequestRecord;
-use crate::snapshot::{Decision, Target};
+use crate::snapshot::Target;
 use crate::stats::scope::{TargetName, UpstreamName};
 use crate::stats::{ClusterStats, Handshakes};
 use crate::tls::Refused;
@@ -63,7 +63,8 @@ pub(super) fn count(event: &Event<'_>, local_app: &ClusterStats) {
         }
         Event::Decided { connection, decision, .. } => {
             let (stats, caller) = (&connection.stats, &connection.caller);
-            if matches!(decision, Decision::Allow(_)) {
+            decision.hits().count(decision.is_allowed());
+            if decision.is_allowed() {
                 stats.allowed.increment();
                 caller.iter().for_each(|caller| caller.allowed.increment());
             } else {
@@ -84,6 +85,7 @@ pub(super) fn count(event: &Event<'_>, local_app: &ClusterStats) {
             }
         }
         Event::Ejected { stats, .. } => stats.ejections.increment(),
+        Event::NotEjected(cluster) => cluster.ejections_refused.increment(),
         Event::AttemptStarted(_) | Event::AttemptEnded(_) => {}
     }
 }

@@ -167,6 +167,7 @@ impl Observer {
             Event::Overflowed(Overflowed::Inbound(_)) => "overflow of inbound connections".into(),
             Event::Overflowed(Overflowed::Target { target, limit, .. }) => format!("overflow of {limit} of {target}"),
             Event::Ejected { target, .. } => format!("ejected {target}"),
+            Event::NotEjected(_) => "not ejected".into(),
         };
         self.0.events.lock().unwrap().push(text);
     }

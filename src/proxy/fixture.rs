@@ -71,7 +71,7 @@ pub(super) fn address(to: SocketAddr) -> Address {
 
 /// Everybody may.
 pub(super) fn allowing(action: Action) -> Arc<Intentions> {
-    Arc::new(Intentions::new(vec![], DefaultPolicy { action, source: "test".into() }))
+    Arc::new(Intentions::new(vec![], DefaultPolicy { action, source: "test".into(), hits: Hits::default() }))
 }
 
 /// `db`, in front of `app`.

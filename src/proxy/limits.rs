@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::snapshot::Limits;
+use crate::stats::LimitNow;
 
 /// One of a target's limits, as Consul names them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,6 +47,11 @@ impl Counts {
             Ok(_) => Ok(Permit { counts: Arc::clone(self), limit }),
             Err(count) => Err(Overflow { limit, maximum: maximum.unwrap_or(count) }),
         }
+    }
+
+    /// How much of `limit` is used now.
+    pub fn look(&self, limit: Limit, limits: &Limits) -> LimitNow {
+        LimitNow { used: self.of(limit).load(Ordering::Relaxed), maximum: limit.maximum(limits) }
     }
 
     pub fn of(&self, limit: Limit) -> &AtomicUsize {

@@ -70,7 +70,9 @@ mod tests {
 
     use super::*;
     use crate::proxy::fixture::service;
-    use crate::snapshot::{Action, Conditions, DefaultPolicy, Intention, Intentions, PathRule, Permission, Protocol};
+    use crate::snapshot::{
+        Action, Conditions, DefaultPolicy, Hits, Intention, Intentions, PathRule, Permission, Protocol,
+    };
     use crate::testing::ca::uri;
 
     fn intention(source: &str, action: Option<Action>, permissions: Vec<Permission>) -> Intention {
@@ -83,6 +85,7 @@ mod tests {
             permissions,
             token: None,
             precedence: 9,
+            hits: Hits::default(),
         }
     }
 
@@ -93,7 +96,7 @@ mod tests {
         let deny = Permission { action: Action::Deny, conditions: Some(admin), token: None };
         let all = Permission { action: Action::Allow, conditions: Some(Conditions::default()), token: None };
         let list = vec![intention("web", None, vec![deny, all]), intention("api", Some(Action::Allow), Vec::new())];
-        let default = DefaultPolicy { action: Action::Deny, source: "default policy".into() };
+        let default = DefaultPolicy { action: Action::Deny, source: "default policy".into(), hits: Hits::default() };
         let intentions = Intentions::new(list, default);
         let decide = |protocol, peer: &str, target: Option<&str>| {
             let mut service = service(protocol, ([127, 0, 0, 1], 1).into());

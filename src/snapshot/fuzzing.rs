@@ -3,8 +3,8 @@
 use std::sync::LazyLock;
 
 use super::{
-    Action, Conditions, Decision, DefaultPolicy, EscapedSlashes, Intention, Intentions, NormalPath, Normalization,
-    PathRule, Permission, RequestView, Underscores,
+    Action, Conditions, Decision, DefaultPolicy, EscapedSlashes, Hits, Intention, Intentions, NormalPath,
+    Normalization, PathRule, Permission, RequestView, Underscores,
 };
 use crate::jwt::Verified;
 use crate::tls::SpiffeId;
@@ -100,9 +100,10 @@ fn rules(rule: PathRule, action: Action) -> Intentions {
         permissions: vec![permission],
         token: None,
         precedence: 9,
+        hits: Hits::default(),
     };
     let opposite = if action == Action::Allow { Action::Deny } else { Action::Allow };
-    Intentions::new(vec![intention], DefaultPolicy { action: opposite, source: String::new() })
+    Intentions::new(vec![intention], DefaultPolicy { action: opposite, source: String::new(), hits: Hits::default() })
 }
 
 fn all_settings() -> impl Iterator<Item = Normalization> {

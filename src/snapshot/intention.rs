@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::time::SystemTime;
 
+use super::hits::Hits;
 use super::permission::{Action, Permission, Subject, Token, TokenRequirement};
 use super::request::RequestView;
 use crate::jwt::{Providers, Verified};
@@ -35,6 +36,8 @@ pub struct Intention {
     pub token: Option<TokenRequirement>,
     /// 1 to 9; higher decides first.
     pub precedence: u32,
+    /// What it decided so far, as long as there is an intention of its source and destination.
+    pub hits: Hits,
 }
 
 /// What decides when no intention matches, and how the agent told us.
@@ -43,6 +46,8 @@ pub struct DefaultPolicy {
     pub action: Action,
     /// For the log: "default policy of the agent's ACLs", …
     pub source: String,
+    /// What it decided so far.
+    pub hits: Hits,
 }
 
 /// All intentions that match the local service, ready for decisions that do not cost in proportion to
@@ -223,7 +228,50 @@ impl Intentions {
     }
 }
 
+impl Decision<'_> {
+    #[must_use]
+    pub fn is_allowed(&self) -> bool {
+        matches!(self, Self::Allow(_))
+    }
+
+    /// The count of the rule that decided.
+    #[must_use]
+    pub fn hits(&self) -> &Hits {
+        match self {
+            Self::Allow(decider) | Self::Deny(decider) => match decider {
+                Decider::Intention(intention)
+                | Decider::Permission(intention, _)
+                | Decider::Token(intention, _)
+                | Decider::NoPermission(intention, _) => &intention.hits,
+                Decider::Default(policy) => &policy.hits,
+            },
+            Self::EachRequest(intention) => &intention.hits,
+        }
+    }
+}
+
 impl Intention {
+    /// Whether both are about the same source and destination.
+    #[must_use]
+    pub fn is_of_same_services(&self, other: &Self) -> bool {
+        fn names(of: &Intention) -> [&String; 4] {
+            [&of.source_partition, &of.source_namespace, &of.source, &of.destination]
+        }
+        names(self) == names(other)
+    }
+
+    /// The source, as briefly as its partition and namespace allow: `web`, `team/web`, `part/team/web`.
+    #[must_use]
+    pub fn source_words(&self) -> String {
+        if self.source_partition != "default" {
+            format!("{}/{}/{}", self.source_partition, self.source_namespace, self.source)
+        } else if self.source_namespace != "default" {
+            format!("{}/{}", self.source_namespace, self.source)
+        } else {
+            self.source.clone()
+        }
+    }
+
     /// Names of the providers whose tokens a request may need; often none, and at times one twice.
     pub fn providers(&self) -> impl Iterator<Item = &str> {
         let permissions = self.permissions.iter().filter_map(|permission| permission.token.as_ref());
@@ -255,16 +303,9 @@ impl fmt::Display for Action {
     }
 }
 
-/// The source is written as briefly as its partition and namespace allow: `web`, `team/web`, `part/team/web`.
 impl fmt::Display for Intention {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("intention ")?;
-        if self.source_partition != "default" {
-            write!(f, "{}/{}/", self.source_partition, self.source_namespace)?;
-        } else if self.source_namespace != "default" {
-            write!(f, "{}/", self.source_namespace)?;
-        }
-        write!(f, "{} => {} (", self.source, self.destination)?;
+        write!(f, "intention {} => {} (", self.source_words(), self.destination)?;
         match self.action {
             Some(action) => write!(f, "{action}")?,
             None if self.permissions.is_empty() => f.write_str("allow with token")?,
@@ -331,6 +372,7 @@ mod tests {
             permissions: Vec::new(),
             token: None,
             precedence,
+            hits: Hits::default(),
         }
     }
 
@@ -345,7 +387,7 @@ mod tests {
 
     /// What is decided about the peer, and by what.
     fn decide(list: &[Intention], default: Action, name: &str) -> String {
-        let default = DefaultPolicy { action: default, source: "default policy".to_owned() };
+        let default = DefaultPolicy { action: default, source: "default policy".to_owned(), hits: Hits::default() };
         let intentions = Intentions::new(list.to_vec(), default);
         intentions.decide(&peer(name)).to_string()
     }
@@ -440,7 +482,8 @@ mod tests {
         let requirement = ProviderRequirement { name: "okta".to_owned(), claims: Vec::new() };
         let token_needed = TokenRequirement { providers: vec![requirement] };
         let web = Intention { token: Some(token_needed), ..intention("web", "db", None, 9) };
-        let default = DefaultPolicy { action: Action::Allow, source: "default policy".to_owned() };
+        let default =
+            DefaultPolicy { action: Action::Allow, source: "default policy".to_owned(), hits: Hits::default() };
         let intentions = Intentions::new(vec![web, intention("api", "db", ALLOW, 9)], default);
         let decide = |name: &str, token: Option<&str>, providers: &Providers, now| {
             let headers =
@@ -477,7 +520,10 @@ mod tests {
     fn thousands_of_intentions_are_told_apart() {
         let mut list: Vec<_> = (0..10_000).map(|n| intention(&format!("web-{n}"), "db", ALLOW, 9)).collect();
         list.push(intention("*", "db", DENY, 8));
-        let intentions = Intentions::new(list, DefaultPolicy { action: Action::Allow, source: String::new() });
+        let intentions = Intentions::new(
+            list,
+            DefaultPolicy { action: Action::Allow, source: String::new(), hits: Hits::default() },
+        );
         assert!(matches!(intentions.decide(&peer("web-9999")), Decision::Allow(_)));
         assert!(matches!(intentions.decide(&peer("web-10000")), Decision::Deny(_)));
     }

@@ -13,6 +13,7 @@ mod fixture;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod hash;
+mod hits;
 mod intention;
 mod metrics;
 mod path;
@@ -38,6 +39,7 @@ pub use hash::{
     CookieAttributes, CookieSource, HashPolicy, HashSource, HashTable, LoadBalancer, MAXIMUM_RING, MINIMUM_RING,
     Policy, RequestHash, hash_request,
 };
+pub use hits::Hits;
 pub use intention::{Decider, Decision, DefaultPolicy, Intention, Intentions};
 pub use metrics::MetricsSettings;
 pub use path::{BadRequest, EscapedSlashes, NormalPath, Normalization, Underscores};
@@ -269,7 +271,7 @@ mod tests {
             tls: Arc::clone(tls),
             intentions: Arc::new(Intentions::new(
                 vec![],
-                DefaultPolicy { action: Action::Deny, source: "test".into() },
+                DefaultPolicy { action: Action::Deny, source: "test".into(), hits: Hits::default() },
             )),
             local_app: LocalApp::Tcp(Address { host: Host::Ip(loopback.into()), port: 80 }),
             local_connect_timeout: Duration::from_secs(5),

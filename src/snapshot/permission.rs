@@ -240,7 +240,7 @@ impl ClaimRequirement {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::snapshot::{Decision, DefaultPolicy, Intention, Intentions, Text, ValueTest};
+    use crate::snapshot::{Decision, DefaultPolicy, Hits, Intention, Intentions, Text, ValueTest};
     use crate::tls::SpiffeId;
     use http::{HeaderMap, HeaderName, HeaderValue};
     use serde_json::json;
@@ -331,6 +331,7 @@ mod tests {
                 permissions: Vec::new(),
                 token: None,
                 precedence,
+                hits: Hits::default(),
             };
             let opposite = if self.default == Action::Allow { Action::Deny } else { Action::Allow };
             let web = Intention {
@@ -338,7 +339,8 @@ mod tests {
                 token: self.token.clone(),
                 ..intention("web", None, 9)
             };
-            let default = DefaultPolicy { action: self.default, source: "default policy".to_owned() };
+            let default =
+                DefaultPolicy { action: self.default, source: "default policy".to_owned(), hits: Hits::default() };
             let intentions = Intentions::new(vec![web, intention("*", Some(opposite), 8)], default);
             let mut headers = HeaderMap::new();
             for (name, value) in &request.headers {

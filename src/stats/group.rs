@@ -291,6 +291,38 @@ pub struct MembersNow {
     pub registered: usize,
     /// Those that may be used as far as the catalog goes.
     pub usable: Vec<Member>,
+    pub connections: LimitNow,
+    pub pending_requests: LimitNow,
+    pub requests: LimitNow,
+    /// No retry would be made now, as there were too many of late.
+    pub retries_are_refused: bool,
+}
+
+/// How much of a limit is used.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LimitNow {
+    pub used: usize,
+    /// `None`: no limit is set.
+    pub maximum: Option<usize>,
+}
+
+impl LimitNow {
+    /// Nothing more would be let through now. Envoy calls that circuit breaker open.
+    #[must_use]
+    pub fn is_reached(&self) -> bool {
+        self.maximum.is_some_and(|maximum| self.used >= maximum)
+    }
+}
+
+impl MembersNow {
+    /// Instances by the state of their circuit breaker: closed, open, half-open.
+    #[must_use]
+    pub fn by_breaker(&self) -> [(&'static str, u64); 3] {
+        ["closed", "open", "half-open"].map(|breaker| {
+            let is_so = |member: &&Member| member.state.breaker() == breaker;
+            (breaker, self.usable.iter().filter(is_so).count() as u64)
+        })
+    }
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -324,6 +356,16 @@ impl MemberState {
             Self::Unreachable => "unreachable",
             Self::Ejected => "ejected",
             Self::Probed => "probed",
+        }
+    }
+
+    /// The state of its circuit breaker, in the usual words.
+    #[must_use]
+    pub const fn breaker(self) -> &'static str {
+        match self {
+            Self::Healthy => "closed",
+            Self::Unreachable | Self::Ejected => "open",
+            Self::Probed => "half-open",
         }
     }
 }
@@ -363,6 +405,8 @@ pub struct ClusterStats {
     pub received: Counter,
     pub sent: Counter,
     pub ejections: Counter,
+    /// Ejections that were due, while as many instances are ejected as may be.
+    pub ejections_refused: Counter,
     pub tls: Handshakes,
     members: Mutex<Option<Weak<dyn Members>>>,
 }
@@ -394,6 +438,7 @@ impl ClusterStats {
             received: Counter::default(),
             sent: Counter::default(),
             ejections: Counter::default(),
+            ejections_refused: Counter::default(),
             tls: Handshakes::default(),
             members: Mutex::default(),
         }
@@ -437,6 +482,11 @@ impl ClusterStats {
             samples.gauge("membership_healthy", members.usable.len() as u64 - count(MemberState::Ejected));
             samples.gauge("outlier_detection.ejections_active", count(MemberState::Ejected));
             samples.counter("outlier_detection.ejections_enforced_total", self.ejections.get());
+            samples.counter("outlier_detection.ejections_overflow", self.ejections_refused.get());
+            samples.gauge("circuit_breakers.default.cx_open", u64::from(members.connections.is_reached()));
+            samples.gauge("circuit_breakers.default.rq_open", u64::from(members.requests.is_reached()));
+            samples.gauge("circuit_breakers.default.rq_pending_open", u64::from(members.pending_requests.is_reached()));
+            samples.gauge("circuit_breakers.default.rq_retry_open", u64::from(members.retries_are_refused));
             self.tls.collect(&mut samples);
         }
     }

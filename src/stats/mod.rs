@@ -5,6 +5,7 @@
 //! removed go with its last connection. The number of series follows from the configuration alone, as nothing that a
 //! peer sends becomes a name: statuses are the only exception, and there are 500 of them.
 
+pub mod agent;
 pub mod exemplar;
 pub mod group;
 pub mod openmetrics;
@@ -19,8 +20,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 pub use self::group::{
-    CallerStats, ClusterStats, Handshakes, ListenerStats, Member, MemberState, Members, MembersNow, Sample, Samples,
-    Value,
+    CallerStats, ClusterStats, Handshakes, LimitNow, ListenerStats, Member, MemberState, Members, MembersNow, Sample,
+    Samples, Value,
 };
 use self::scope::{Cluster, Listener};
 use self::value::Counter;

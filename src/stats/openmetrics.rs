@@ -3,8 +3,10 @@
 //! Written out here, as `prometheus-client` keeps values of its own behind locks, while these are read from the groups that
 //! the data path adds to. [`FAMILIES`] is also what the list in docs/observability.md is made of.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
+use super::agent::AgentNow;
 use super::exemplar::Exemplar;
 use super::group::{ClusterStats, Handshakes, ListenerStats};
 use super::prometheus::labels_text;
@@ -64,6 +66,11 @@ families! {
     SNAPSHOT "lictor_configuration_version" Gauge [""] "Number of the configuration that is in use; each change adds one.";
     CERTIFICATE "lictor_certificate_expiry_timestamp_seconds" Gauge [""] "When the sidecar's certificate, or one between it and its root, expires.";
     SPANS "lictor_spans" Counter ["result"] "Spans of traces that a collector took (sent), and those that were dropped as it did not or the queue was full (dropped).";
+    ROOT "lictor_root_expiry_timestamp_seconds" Gauge ["serial"] "When each root of the mesh expires, by its serial number.";
+    AGENT_AGE "lictor_agent_query_age_seconds" Gauge ["kind"] "Since the agent last answered, of the query of each kind for which that is longest. What a table watch stands for is fetched about once an hour.";
+    AGENT_QUERIES "lictor_agent_queries" Gauge ["kind, state"] "Queries that are kept up to date: ok, and failing since their last answer.";
+    AGENT_REQUESTS "lictor_agent_requests" Counter ["kind, result"] "Requests to the agent that are over: answered, refused (an error of the agent), broken (no whole answer), unreachable, cancelled (by us, to ask something else).";
+    AGENT_REFUSED "lictor_agent_unusable_answers" Counter ["about"] "Answers that could not be used, so that what was known stayed: about upstreams, or this sidecar.";
     CONNECTIONS "lictor_connections" Counter ["direction, upstream"] "Connections that a listener accepted.";
     CONNECTIONS_ACTIVE "lictor_connections_active" Gauge ["direction, upstream"] "Of these, those that are open.";
     CONNECTIONS_LIMITED "lictor_connections_limited" Counter ["direction, upstream"] "Connections that max_inbound_connections, or the limit of handshakes, turned away.";
@@ -77,6 +84,7 @@ families! {
     REQUEST_DURATION "lictor_request_duration_seconds" Histogram ["direction, upstream"] "Whole requests that were answered.";
     REQUESTS_ABANDONED "lictor_requests_abandoned" Counter ["direction, upstream"] "Requests whose client left before the end.";
     DECISIONS "lictor_intention_decisions" Counter ["decision"] "What intentions said of connections (tcp) and of requests (http): allowed, denied, or would_deny for what audit mode let through.";
+    HITS "lictor_intention_hits" Counter ["decision, rule"] "What each intention decided, as long as there is one of its source and destination, and the default policy.";
     HANDSHAKES "lictor_tls_handshakes" Counter ["side, result"] "TLS handshakes with other sidecars: side is server for ours, client for those that we began.";
     HANDSHAKE_DURATION "lictor_tls_handshake_duration_seconds" Histogram ["side"] "TLS handshakes that succeeded.";
     ATTEMPTS "lictor_upstream_attempts" Counter ["destination"] "Tries that were sent on a connection, and TCP connections that got through.";
@@ -89,6 +97,10 @@ families! {
     CONNECTS "lictor_upstream_connects" Counter ["destination, result"] "Attempts to connect: success, failure, timeout.";
     CONNECT_DURATION "lictor_upstream_connect_duration_seconds" Histogram ["destination"] "Attempts to connect that succeeded, TLS included.";
     EJECTIONS "lictor_upstream_ejections" Counter ["destination"] "Instances that were ejected for their errors.";
+    EJECTIONS_REFUSED "lictor_upstream_ejections_refused" Counter ["destination"] "Ejections that were due while as many instances were ejected as may be.";
+    ENDPOINTS "lictor_upstream_endpoints" Gauge ["destination, health"] "Instances in the catalog: passing their checks, and failing.";
+    INSTANCES "lictor_upstream_instances" Gauge ["destination, state"] "Those that pass, by their circuit breaker: closed, open (ejected or unreachable), half-open (one request or connection tries it).";
+    LIMIT_REACHED "lictor_upstream_limit_reached" Gauge ["destination, limit"] "1 while a limit lets nothing more through: connection, pending_request, request, retry.";
 }
 
 /// Facts about the process that are no group's.
@@ -105,6 +117,13 @@ pub struct Process {
     pub certificate_expiry: Option<u64>,
     pub spans_sent: u64,
     pub spans_dropped: u64,
+    /// Roots by serial number, each with its end in seconds since 1970.
+    pub roots: BTreeMap<String, u64>,
+    pub agent: AgentNow,
+    /// Answers that could not be used: about upstreams, and about this sidecar.
+    pub unusable_answers: [u64; 2],
+    /// What was allowed and denied by each intention, as in `web => db`, and the default policy.
+    pub rules: BTreeMap<String, [u64; 2]>,
 }
 
 /// All numbers; `common` labels stand on each.
@@ -202,6 +221,45 @@ fn write_process(writer: &mut Writer<'_>, family: &Family, process: &Process) {
             writer.value(family, &[("result", "sent")], process.spans_sent);
             writer.value(family, &[("result", "dropped")], process.spans_dropped);
         }
+        ROOT => {
+            for (serial, expiry) in &process.roots {
+                writer.value(family, &[("serial", serial)], expiry);
+            }
+        }
+        HITS => {
+            for (rule, [allowed, denied]) in &process.rules {
+                for (decision, count) in [("allowed", allowed), ("denied", denied)] {
+                    writer.value(family, &[("decision", decision), ("rule", rule)], count);
+                }
+            }
+        }
+        _ => write_agent(writer, family, process),
+    }
+}
+
+fn write_agent(writer: &mut Writer<'_>, family: &Family, process: &Process) {
+    match *family {
+        AGENT_AGE => {
+            for (kind, age) in process.agent.ages() {
+                writer.value(family, &[("kind", kind)], format_args!("{age:.3}"));
+            }
+        }
+        AGENT_QUERIES => {
+            for (kind, all, failing) in process.agent.counts() {
+                writer.value(family, &[("kind", kind), ("state", "ok")], all - failing);
+                writer.value(family, &[("kind", kind), ("state", "failing")], failing);
+            }
+        }
+        AGENT_REQUESTS => {
+            for (kind, result, count) in &process.agent.requests {
+                writer.value(family, &[("kind", kind), ("result", result)], count);
+            }
+        }
+        AGENT_REFUSED => {
+            for (about, count) in ["upstreams", "sidecar"].into_iter().zip(process.unusable_answers) {
+                writer.value(family, &[("about", about)], count);
+            }
+        }
         _ => {}
     }
 }
@@ -296,6 +354,36 @@ fn write_cluster(writer: &mut Writer<'_>, family: &Family, stats: &ClusterStats)
         CONNECT_DURATION => writer.times(family, &[own], &stats.connect_time.get()),
         EJECTIONS if is_target => writer.value(family, &[own], stats.ejections.get()),
         HANDSHAKES if is_target => write_handshakes(writer, family, "client", &[own], &stats.tls),
+        _ if is_target => write_members(writer, family, stats, own),
+        _ => {}
+    }
+}
+
+fn write_members(writer: &mut Writer<'_>, family: &Family, stats: &ClusterStats, own: (&str, &str)) {
+    match *family {
+        EJECTIONS_REFUSED => writer.value(family, &[own], stats.ejections_refused.get()),
+        ENDPOINTS => {
+            let members = stats.members();
+            writer.value(family, &[own, ("health", "passing")], members.usable.len());
+            let failing = members.registered.saturating_sub(members.usable.len());
+            writer.value(family, &[own, ("health", "failing")], failing);
+        }
+        INSTANCES => {
+            for (state, count) in stats.members().by_breaker() {
+                writer.value(family, &[own, ("state", state)], count);
+            }
+        }
+        LIMIT_REACHED => {
+            let members = stats.members();
+            for (limit, reached) in [
+                ("connection", members.connections.is_reached()),
+                ("pending_request", members.pending_requests.is_reached()),
+                ("request", members.requests.is_reached()),
+                ("retry", members.retries_are_refused),
+            ] {
+                writer.value(family, &[own, ("limit", limit)], u8::from(reached));
+            }
+        }
         _ => {}
     }
 }
@@ -306,6 +394,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::stats::agent::AgentQuery;
     use crate::stats::scope::UpstreamName;
 
     fn listener(http: bool) -> Arc<ListenerStats> {
@@ -320,13 +409,31 @@ mod tests {
     fn each_family_has_a_sound_name_and_is_given_out_by_some_group() {
         let public = Arc::new(ListenerStats::new(Listener::Public, "a".into(), true));
         let target = ClusterStats::new(Cluster::Target(Arc::default()));
-        let process = Process { certificate_expiry: Some(1), ..Process::default() };
+        let agent = AgentNow {
+            queries: vec![AgentQuery { kind: "leaf", age: Some(1.5), ..AgentQuery::default() }],
+            requests: vec![("leaf", "answered", 1)],
+            ..AgentNow::default()
+        };
+        let process = Process {
+            certificate_expiry: Some(1),
+            roots: [("1f".into(), 2)].into(),
+            rules: [("web => *".into(), [3, 0])].into(),
+            agent,
+            ..Process::default()
+        };
         let text = encode(&process, &[public, listener(true)], &[Arc::new(target)], &[]);
         for family in FAMILIES {
             assert!(!family.name.ends_with("_total") && family.help.ends_with('.'), "{}", family.name);
             assert!(text.contains(&format!("# TYPE {} {}\n", family.name, family.kind.word())), "{}", family.name);
         }
         assert!(text.ends_with("# EOF\n"));
+        for line in [
+            "lictor_agent_query_age_seconds{kind=\"leaf\"} 1.500",
+            "lictor_agent_requests_total{kind=\"leaf\",result=\"answered\"} 1",
+            "lictor_intention_hits_total{decision=\"allowed\",rule=\"web => *\"} 3",
+        ] {
+            assert!(text.contains(&format!("{line}\n")), "{line}\n{text}");
+        }
     }
 
     #[test]

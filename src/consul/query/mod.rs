@@ -13,6 +13,7 @@ mod sink;
 mod tests;
 
 use std::hash::{BuildHasher, Hash, Hasher, RandomState};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -24,6 +25,7 @@ use self::sink::{Sink, Typed};
 use super::endpoint::{Flow, Priority, Request, Response, Table};
 use super::failures::{Failing, Failures};
 use super::pace::{Backoff, Bucket, random};
+use super::progress::ProgressRecord;
 use super::schedule::{Done, Role};
 use super::token::Changes;
 use super::{Client, Cursor, Error, ErrorKind, Pool, Query, table};
@@ -64,6 +66,7 @@ pub(super) struct RunningQuery {
     bucket: Bucket,
     backoff: Backoff,
     failing: Option<Failing>,
+    progress: Arc<ProgressRecord>,
 }
 
 impl RunningQuery {
@@ -92,6 +95,7 @@ impl RunningQuery {
         spacing: Duration,
     ) -> Self {
         Self {
+            progress: Arc::new(ProgressRecord::new(&request)),
             client,
             request,
             flow,
@@ -109,6 +113,11 @@ impl RunningQuery {
             backoff: Backoff::default(),
             failing: None,
         }
+    }
+
+    /// For those who look on.
+    pub(super) fn progress(&self) -> &Arc<ProgressRecord> {
+        &self.progress
     }
 
     /// Tells of another token than that of this moment.
@@ -135,7 +144,7 @@ impl RunningQuery {
     /// after a failure that tells of the agent being back.
     pub(super) async fn answered(&mut self, failures: &Failures, response: &Response) -> Result<(Done, bool), Gone> {
         let Some(sink) = self.sink.take() else {
-            let back = self.recovered();
+            let back = self.recovered(response);
             return Ok((self.table_answered(response), back));
         };
         let fingerprint = self.fingerprint(response);
@@ -154,11 +163,12 @@ impl RunningQuery {
             }
         }
         self.sink = Some(sink);
-        let back = self.recovered();
+        let back = self.recovered(response);
         Ok((self.advance(response), back))
     }
 
-    fn recovered(&mut self) -> bool {
+    fn recovered(&mut self, response: &Response) -> bool {
+        self.progress.answered(response, response.index.or(self.intentions_index));
         self.backoff.reset();
         self.failing.take().is_some_and(|failing| failing.recover(&self.request))
     }
@@ -205,6 +215,7 @@ impl RunningQuery {
 
     /// Takes a failure, and passes it on.
     pub(super) async fn failed(&mut self, failures: &Failures, error: Error) -> Result<Done, Gone> {
+        self.progress.failed(&error);
         self.cursor = Cursor::None;
         self.table_index = None;
         self.failing = Some(failures.enter(self.failing.take(), &error));

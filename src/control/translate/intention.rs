@@ -3,7 +3,7 @@
 use super::permission::{permission, token};
 use super::{Notes, or_default};
 use crate::consul::api;
-use crate::snapshot::{Action, Intention};
+use crate::snapshot::{Action, Hits, Intention};
 
 /// Reads the list that matches our service. The order is kept.
 pub(in crate::control) fn intentions(list: &[api::Intention], notes: &mut Notes) -> Vec<Intention> {
@@ -30,6 +30,7 @@ fn intention(wire: &api::Intention, notes: &mut Notes) -> Option<Intention> {
         permissions: wire.permissions.iter().map(|one| permission(one, &named, notes)).collect(),
         token: token(wire.jwt.as_ref()),
         precedence: u32::try_from(wire.precedence).unwrap_or(0),
+        hits: Hits::default(),
     })
 }
 

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
+use super::budget::RetryBudget;
 use super::instance::{Instance, State};
 use crate::observe::{Event, Observer, Overflowed};
 use crate::proxy::limits::{Counts, Limit, Overflow, Permit};
@@ -56,6 +57,8 @@ pub(super) struct Shared {
     pub(super) stats: Arc<ClusterStats>,
     pub(super) observer: Observer,
     counts: Arc<Counts>,
+    /// Of the upstream, for those who look on.
+    budget: Arc<RetryBudget>,
     /// Of round robin.
     pub(super) turn: AtomicU64,
     /// Held to eject, so that not too many are at once.
@@ -69,12 +72,13 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    pub(super) fn new(target: String, stats: Arc<ClusterStats>, observer: Observer) -> Self {
+    pub(super) fn new(target: String, stats: Arc<ClusterStats>, budget: Arc<RetryBudget>, observer: Observer) -> Self {
         Self {
             target,
             stats,
             observer,
             counts: Arc::default(),
+            budget,
             turn: AtomicU64::new(0),
             ejecting: Mutex::default(),
             used: AtomicU64::new(NEVER),
@@ -88,7 +92,15 @@ impl Members for Balancer {
     fn look(&self) -> MembersNow {
         let now = self.shared.observer.clock().now();
         let usable = self.instances.iter().map(|instance| instance.look(now)).collect();
-        MembersNow { registered: self.endpoints.registered, usable }
+        let limit = |limit| self.shared.counts.look(limit, &self.settings.limits);
+        MembersNow {
+            registered: self.endpoints.registered,
+            usable,
+            connections: limit(Limit::Connections),
+            pending_requests: limit(Limit::PendingRequests),
+            requests: limit(Limit::ConcurrentRequests),
+            retries_are_refused: self.shared.budget.refuses(now),
+        }
     }
 }
 
@@ -99,7 +111,7 @@ impl Balancer {
     pub fn new(endpoints: &Arc<Endpoints>, settings: Settings, previous: Option<&Arc<Self>>) -> Arc<Self> {
         let nobody = || {
             let stats = Arc::new(ClusterStats::new(Cluster::LocalApp));
-            Arc::new(Shared::new(String::new(), stats, Observer::default()))
+            Arc::new(Shared::new(String::new(), stats, Arc::default(), Observer::default()))
         };
         let shared = previous.map_or_else(nobody, |previous| Arc::clone(&previous.shared));
         Self::resume(endpoints, settings, previous, shared)

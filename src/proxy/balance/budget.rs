@@ -28,11 +28,21 @@ impl RetryBudget {
         let few = self.under_way.fetch_add(1, Ordering::Relaxed) < ALWAYS;
         // Gives it back if there is none to give.
         let retry = Retry(Arc::clone(self));
-        if !few && (self.retries.sum(now) + 1) * REQUESTS_FOR_A_RETRY > self.requests.sum(now) {
+        if !few && self.is_used_up(now) {
             return None;
         }
         self.retries.add(now);
         Some(retry)
+    }
+
+    /// Whether a retry would be refused now.
+    #[must_use]
+    pub fn refuses(&self, now: u64) -> bool {
+        self.under_way.load(Ordering::Relaxed) >= ALWAYS && self.is_used_up(now)
+    }
+
+    fn is_used_up(&self, now: u64) -> bool {
+        (self.retries.sum(now) + 1) * REQUESTS_FOR_A_RETRY > self.requests.sum(now)
     }
 }
 
@@ -76,9 +86,11 @@ mod tests {
     #[test]
     fn a_few_retries_at_a_time_are_always_allowed() {
         let budget = Arc::new(RetryBudget::default());
+        assert!(!budget.refuses(0));
         let held: Vec<Retry> = (0..3).map(|_| budget.retry(0).unwrap()).collect();
-        assert!(budget.retry(0).is_none());
+        assert!(budget.retry(0).is_none() && budget.refuses(0));
         drop(held);
+        assert!(!budget.refuses(0));
         assert!(budget.retry(0).is_some());
     }
 

@@ -141,6 +141,7 @@ impl Balancer {
             if probe {
                 instance.state.circuit.open();
             }
+            self.shared.observer.observe(Event::NotEjected(&self.shared.stats));
             return;
         }
         let time = instance.state.eject(now, &self.settings.passive_health_check, probe);

@@ -59,6 +59,7 @@ impl Balancers {
         let resolvers: Vec<&Resolver> = upstream.chain.resolvers().collect();
         let primaries = resolvers.iter().flat_map(|resolver| resolver.targets.iter().take(1).zip([*resolver]));
         let others = resolvers.iter().flat_map(|resolver| resolver.targets.iter().skip(1).map(|t| (t, *resolver)));
+        let budget: Arc<RetryBudget> = previous.map(|balancers| Arc::clone(&balancers.budget)).unwrap_or_default();
         let mut by_target = HashMap::new();
         for (target, resolver) in primaries.chain(others) {
             if !by_target.contains_key(&target.id) {
@@ -66,7 +67,7 @@ impl Balancers {
                 let shared = || {
                     let cluster = Cluster::Target(Arc::new(target_name(target)));
                     let stats = observer.stats().cluster(&cluster);
-                    Arc::new(Shared::new(target.id.clone(), stats, observer.clone()))
+                    Arc::new(Shared::new(target.id.clone(), stats, Arc::clone(&budget), observer.clone()))
                 };
                 let shared = previous.map_or_else(shared, |previous| Arc::clone(&previous.shared));
                 let settings = Settings::new(upstream, resolver);
@@ -74,7 +75,7 @@ impl Balancers {
                 by_target.insert(target.id.clone(), balancer);
             }
         }
-        Self { by_target, budget: previous.map(|balancers| Arc::clone(&balancers.budget)).unwrap_or_default() }
+        Self { by_target, budget }
     }
 
     /// By the id of the target.

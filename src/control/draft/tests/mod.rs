@@ -16,7 +16,7 @@ use crate::control::fixture::{Ca, TRUST_DOMAIN, chain, read, registration, roots
 use crate::control::jwks_fetcher::Fetched;
 use crate::control::query::{ChainQuery, EndpointsQuery, PreparedQuery};
 use crate::fetch::FetchRequest;
-use crate::snapshot::{Action, Bind, Decision, DefaultPolicy, InboundListener, OutboundKey, Target, Upstream};
+use crate::snapshot::{Action, Bind, Decision, DefaultPolicy, Hits, InboundListener, OutboundKey, Target, Upstream};
 use crate::tls::SpiffeId;
 
 /// A draft with a short way to bring it news and to see what it wants and publishes.
@@ -87,7 +87,7 @@ impl Stage {
     }
 
     fn default_policy(&mut self, action: Action) {
-        let policy = DefaultPolicy { action, source: "test".into() };
+        let policy = DefaultPolicy { action, source: "test".into(), hits: Hits::default() };
         self.apply(Update::DefaultPolicy { service: "web".into(), policy }).unwrap();
     }
 

@@ -226,7 +226,7 @@ fn answers_about_what_we_are_not_any_more_are_ignored() {
     stage.leaf("shop", ca.leaf("shop")).unwrap();
     stage.publishes_nothing();
     stage.apply(Update::Intentions { service: "shop".into(), list: Vec::new() }).unwrap();
-    let policy = DefaultPolicy { action: Action::Deny, source: "test".into() };
+    let policy = DefaultPolicy { action: Action::Deny, source: "test".into(), hits: Hits::default() };
     stage.apply(Update::DefaultPolicy { service: "shop".into(), policy }).unwrap();
     assert_eq!(published(&stage.publishes()).service.name, "shop");
     // Nobody asked for these.

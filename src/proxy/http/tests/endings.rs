@@ -61,8 +61,12 @@ fn only(path: &str) -> Arc<Intentions> {
         permissions: vec![permission],
         token: None,
         precedence: 9,
+        hits: Hits::default(),
     };
-    Arc::new(Intentions::new(vec![intention], DefaultPolicy { action: Action::Deny, source: "test".into() }))
+    Arc::new(Intentions::new(
+        vec![intention],
+        DefaultPolicy { action: Action::Deny, source: "test".into(), hits: Hits::default() },
+    ))
 }
 
 async fn first_frame(response: Response<Incoming>) -> Incoming {
