@@ -114,6 +114,7 @@ async fn told_to_end(signals: &mut Signals, commands: &mut mpsc::Receiver<Comman
             Some(command) = commands.recv() => match command {
                 Command::Quit => return,
                 Command::Drain => trigger.advance(Stage::Draining),
+                Command::DrainInbound => trigger.advance(Stage::DrainingInbound),
             },
         }
     }

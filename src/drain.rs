@@ -21,6 +21,8 @@ pub fn channel() -> (Trigger, Watch) {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stage {
     Running,
+    /// Accept nothing new from the mesh, while the local app may go on connecting to it.
+    DrainingInbound,
     /// Accept nothing new and let what is open finish.
     Draining,
     /// Close what is still open.

@@ -52,6 +52,7 @@ impl Mesh {
             id: "web.default.dc1".into(),
             service: "web".into(),
             datacenter: "dc1".into(),
+            customization_hash: String::new(),
             transport: Transport::Mesh(self.client(protocol)?),
             connect_timeout: PATIENCE,
             endpoints: Arc::new(Endpoints { usable: vec![endpoint], registered: 1 }),

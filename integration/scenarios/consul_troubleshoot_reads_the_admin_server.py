@@ -2,8 +2,9 @@
 
 import json
 
-from mesh import eventually
+from mesh import Upstream, ask, eventually
 from mesh.newer import NewerAgent
+from mesh.series import Metrics
 from mesh.service import admin_port
 
 ADMIN = "type.googleapis.com/envoy.admin.v3."
@@ -160,7 +161,8 @@ def test_the_dump_has_envoys_sections_in_order_and_no_secrets(mesh):
     assert clusters["local_app"]["cluster"]["type"] == "STATIC"
     public, upstream = (one["active_state"]["listener"] for one in sections(web)["ListenersConfigDump"]["dynamic_listeners"])
     assert (public["traffic_direction"], upstream["traffic_direction"]) == ("INBOUND", "OUTBOUND")
-    assert public["filter_chains"][0]["filters"][0]["name"] == "envoy.filters.network.tcp_proxy"
+    names = [filter["name"] for filter in public["filter_chains"][0]["filters"]]
+    assert names == ["envoy.filters.network.rbac", "envoy.filters.network.tcp_proxy"]
     http = upstream["filter_chains"][0]["filters"][0]
     assert http["typed_config"]["rds"]["route_config_name"] == db.name
     [routes] = sections(web)["RoutesConfigDump"]["dynamic_route_configs"]
@@ -175,3 +177,45 @@ def test_the_dump_has_envoys_sections_in_order_and_no_secrets(mesh):
 def test_days_until_a_certificate_expires_are_told(mesh):
     web = mesh.service("web")
     assert b"server.days_until_first_cert_expiring: 2\n" in web.admin("/stats").body
+
+
+def test_the_configuration_shows_who_may_reach_us_and_our_certificates_without_a_key(mesh):
+    db = mesh.web("db")
+    mesh.deny("evil", db)
+    mesh.allow("good", db)
+
+    def shown():
+        told = sections(db)
+        assert told["BootstrapConfigDump"]["bootstrap"]["node"]["id"] == db.proxy_id
+        [public] = [one["active_state"]["listener"] for one in told["ListenersConfigDump"]["dynamic_listeners"] if one["name"].startswith("public_listener")]
+        [manager] = public["filter_chains"][0]["filters"]
+        rules, router = manager["typed_config"]["http_filters"]
+        assert (rules["name"], router["name"]) == ("envoy.filters.http.rbac", "envoy.filters.http.router")
+        # The agent of these scenarios allows by default, so that the rules are those who are denied.
+        assert rules["typed_config"]["rules"]["action"] == "DENY"
+        [policy] = rules["typed_config"]["rules"]["policies"].values()
+        [evil] = policy["principals"]
+        assert evil["authenticated"]["principal_name"]["safe_regex"]["regex"].endswith("/ns/default/dc/[^/]+/svc/evil$")
+        leaf, roots = (one["secret"] for one in told["SecretsConfigDump"]["dynamic_active_secrets"])
+        assert leaf["tls_certificate"]["private_key"] == {"inline_string": "[redacted]"}
+        for pem in (leaf["tls_certificate"]["certificate_chain"], roots["validation_context"]["trusted_ca"]):
+            assert pem["inline_string"].startswith("-----BEGIN CERTIFICATE-----\n")
+        return True
+    eventually(shown)
+    assert b"PRIVATE KEY" not in db.admin("/config_dump?include_eds").body
+
+
+def test_an_upstream_with_settings_of_its_own_is_a_cluster_of_its_own(mesh):
+    db = mesh.web("db")
+    plain = Upstream(db.name, mesh.ports.take())
+    slow = Upstream(db.name, mesh.ports.take(), {"Config": {"connect_timeout_ms": 7000}})
+    web = mesh.service("web", [slow], app=None)
+    other = mesh.service("other", [plain], app=None)
+    custom = mesh.agent.call("POST", f"/v1/discovery-chain/{db.name}", {"OverrideConnectTimeout": "7s"})["Chain"]["CustomizationHash"]
+    own = f"{custom}~{cluster_of(mesh, db)}"
+    eventually(lambda: own in statuses(web) and statuses(web)[own]["host_statuses"])
+    assert eventually(lambda: cluster_of(mesh, db) in statuses(other))
+    eventually(lambda: ask(slow.port).status == 200)
+    series = Metrics(web)
+    assert series("envoy_cluster_upstream_rq_total", consul_destination_custom_hash=custom, consul_destination_service=db.name) >= 1
+    assert series("envoy_cluster_upstream_rq_total", envoy_cluster_name=f"{custom}~{db.name}") >= 1

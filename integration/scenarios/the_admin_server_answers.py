@@ -30,8 +30,6 @@ def test_probes_and_the_level_of_the_log_are_set_by_post_alone(mesh):
     assert web.admin("/healthcheck/fail", "POST").body == b"OK\n"
     assert (web.admin("/ready").status, web.admin("/ready").body) == (503, b"DRAINING\n")
     web.admin("/healthcheck/ok", "POST")
-    # It would stop the app's own connections, too.
-    assert web.admin("/drain_listeners?inboundonly&graceful", "POST").status == 501 and is_listening(web.public)
     assert web.admin("/ready").status == 200
     assert web.admin("/logging", "POST").body == b"active loggers:\n  lictor: info\n"
     assert web.admin("/logging?level=debug", "POST").body == b"active loggers:\n  lictor: debug\n"
@@ -47,6 +45,10 @@ def test_a_page_of_another_site_neither_reads_nor_changes(mesh):
     assert web.admin("/stats", headers={"Host": "localhost:1"}).status == 200
     for headers in ({"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}, {"Origin": "null"}):
         assert web.admin("/quitquitquit", "POST", headers).status == 403
+        # Not even to hold the places of those who look on.
+        assert [web.admin(path, headers=headers).status for path in ("/events", "/status", "/")] == [403] * 3
+    link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+    assert (web.admin("/", headers=link).status, web.admin("/events", headers=link).status) == (200, 403)
     assert web.process.running()
 
 
@@ -55,6 +57,30 @@ def test_it_can_be_told_to_drain_and_to_quit(mesh):
     web.admin("/drain_listeners", "POST")
     eventually(lambda: not is_listening(web.public))
     assert web.process.running() and web.admin("/livez").status == 200
+    web.admin("/quitquitquit", "POST")
+    assert web.process.wait() == 0
+
+
+def test_what_comes_from_the_mesh_can_be_drained_alone(mesh):
+    db, other = mesh.service("db"), mesh.service("other")
+    web = mesh.service("web", [db])
+    caller = mesh.service("caller", [web], app=None)
+    web.eventually_reaches(db)
+    caller.eventually_reaches(web)
+    with caller.dial(web) as held:
+        assert held.ask(b"before\n") == b"before\n"
+        assert web.admin("/drain_listeners?inboundonly&graceful&skip_exit", "POST").body == b"OK\n"
+        eventually(lambda: not is_listening(web.public))
+        # What is open goes on, the app's own connections are made as ever, and the registration is followed.
+        assert held.ask(b"after\n") == b"after\n" and web.reaches(db)
+        web.add_upstream(other)
+        web.register()
+        web.eventually_reaches(other)
+        assert not is_listening(web.public)
+        # A new denial still ends what is open.
+        mesh.deny(caller, web)
+        eventually(lambda: held.end() is not None)
+    assert web.admin("/livez").status == 200 and web.admin("/ready").body == b"DRAINING\n"
     web.admin("/quitquitquit", "POST")
     assert web.process.wait() == 0
 

@@ -1,8 +1,9 @@
 //! Whom the admin server answers.
 //!
 //! The server listens on the loopback address, which every page in a browser of this host can send requests to. A page
-//! may not change anything (a foreign `Origin`, `Sec-Fetch-Site`), and a page whose own name was made to lead here
-//! (DNS rebinding) may not read anything: its name is in `Host`. Envoy checks neither.
+//! may not ask for anything (a foreign `Origin`, `Sec-Fetch-Site`), be it only to hold the places of those who look on; a
+//! link in it may lead to the dashboard. A page whose own name was made to lead here (DNS rebinding) may not read
+//! anything either: its name is in `Host`. Envoy checks neither.
 
 use std::net::IpAddr;
 
@@ -33,7 +34,7 @@ pub(super) fn check<B>(request: &Request<B>, hosts: Hosts) -> Result<(), Refusal
     if hosts == Hosts::Own && !host.is_none_or(is_own) {
         return Err("the Host header names neither an address nor localhost: ask for the server by its address\n");
     }
-    if matches!(*request.method(), Method::GET | Method::HEAD) {
+    if is_followed_link(request) {
         return Ok(());
     }
     let same_site = text(headers, &SEC_FETCH_SITE).is_none_or(|site| matches!(site, "same-origin" | "none"));
@@ -44,7 +45,14 @@ pub(super) fn check<B>(request: &Request<B>, hosts: Hosts) -> Result<(), Refusal
         }),
         (Some(_), None) => false,
     };
-    if same_site && same_origin { Ok(()) } else { Err("a page of another site may not change anything here\n") }
+    if same_site && same_origin { Ok(()) } else { Err("a page of another site may not ask for anything here\n") }
+}
+
+/// Whether a browser opens the dashboard as a page of its own. The page that led to it sees nothing of it.
+fn is_followed_link<B>(request: &Request<B>) -> bool {
+    let says = |name, value| text(request.headers(), &HeaderName::from_static(name)) == Some(value);
+    let is_page = says("sec-fetch-mode", "navigate") && says("sec-fetch-dest", "document");
+    *request.method() == Method::GET && request.uri().path() == "/" && is_page
 }
 
 fn text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a str> {
@@ -65,7 +73,11 @@ mod tests {
     use super::*;
 
     fn request(method: Method, headers: &[(&str, &str)]) -> Request<()> {
-        let mut request = Request::builder().method(method).uri("/stats");
+        request_of("/stats", method, headers)
+    }
+
+    fn request_of(path: &str, method: Method, headers: &[(&str, &str)]) -> Request<()> {
+        let mut request = Request::builder().method(method).uri(path);
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
@@ -87,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_of_another_site_changes_nothing() {
+    fn a_page_of_another_site_changes_and_reads_nothing() {
         let host = ("host", "127.0.0.1:19000");
         let own = ("origin", "http://127.0.0.1:19000");
         for headers in [vec![host], vec![host, own], vec![host, own, ("sec-fetch-site", "same-origin")]] {
@@ -101,7 +113,21 @@ mod tests {
             vec![host, ("sec-fetch-site", "same-site")],
             vec![own],
         ] {
-            assert!(check(&request(Method::POST, &headers), Hosts::Own).is_err(), "{headers:?}");
+            for method in [Method::POST, Method::GET] {
+                assert!(check(&request(method, &headers), Hosts::Own).is_err(), "{headers:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_link_leads_to_the_dashboard_alone() {
+        let link = [("sec-fetch-site", "cross-site"), ("sec-fetch-mode", "navigate"), ("sec-fetch-dest", "document")];
+        let frame = [("sec-fetch-site", "cross-site"), ("sec-fetch-mode", "navigate"), ("sec-fetch-dest", "iframe")];
+        for (path, headers, allowed) in
+            [("/", link, true), ("/events", link, false), ("/status", link, false), ("/", frame, false)]
+        {
+            let answer = check(&request_of(path, Method::GET, &headers), Hosts::Own);
+            assert_eq!(answer.is_ok(), allowed, "{path} {headers:?}");
         }
     }
 }

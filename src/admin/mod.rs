@@ -45,6 +45,7 @@ use self::listen::Listener;
 use self::scrape::Tls;
 pub use self::state::{Command, Started, State, Watched};
 use crate::config::AdminSettings;
+use crate::stats::value::{Counter, Gauge};
 
 /// Connections that are served at one time by one listener: a stranger may hold no more.
 const CONNECTIONS: usize = 64;
@@ -132,13 +133,36 @@ async fn serve_connection<S>(connection: S, hosts: Hosts, scope: Scope, state: A
 where
     S: AsyncRead + AsyncWrite + Unpin + Send,
 {
+    let counted = matches!(scope, Scope::Prometheus | Scope::Stats);
+    let scrapes = counted.then_some(&state.stats.scrapes);
+    let _connection = scrapes.map(|scrapes| Counted::new(&scrapes.connections, &scrapes.connections_active));
     let service = service_fn(|request| {
         let state = Arc::clone(&state);
-        async move { Ok::<_, Infallible>(routes::answer(request, scope, hosts, &state).await) }
+        async move {
+            let _request = scrapes.map(|scrapes| Counted::new(&scrapes.requests, &scrapes.requests_active));
+            Ok::<_, Infallible>(routes::answer(request, scope, hosts, &state).await)
+        }
     });
     let mut http = hyper::server::conn::http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(64 * 1024);
     if let Err(error) = http.serve_connection(TokioIo::new(connection), service).await {
         tracing::debug!(target: "admin", %error, "A connection to the admin server ended early");
+    }
+}
+
+/// Something that goes on until it is dropped.
+struct Counted<'a>(&'a Gauge);
+
+impl<'a> Counted<'a> {
+    fn new(all: &Counter, active: &'a Gauge) -> Self {
+        all.increment();
+        active.increment();
+        Self(active)
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.decrement();
     }
 }

@@ -144,7 +144,7 @@ const PAGES: &[Page] = &[
     },
     Page {
         path: "/drain_listeners",
-        about: "accepts nothing new and lets open connections go on",
+        about: "accepts nothing new and lets open connections go on; inboundonly: from the mesh alone",
         give: Give::Change(drain),
     },
     Page { path: "/quitquitquit", about: "ends the process as SIGTERM does", give: Give::Change(quit) },
@@ -221,14 +221,8 @@ fn healthy(state: &State, healthy: bool) -> Reply {
 }
 
 fn drain(state: &State, query: &Query) -> Reply {
-    if query.contains_key("inboundonly") {
-        // To stop the app's own connections as well would be more than was asked for.
-        return reply::status(
-            StatusCode::NOT_IMPLEMENTED,
-            "inboundonly is not supported: without it all listeners stop\n",
-        );
-    }
-    command(state, Command::Drain)
+    let inbound_only = query.contains_key("inboundonly");
+    command(state, if inbound_only { Command::DrainInbound } else { Command::Drain })
 }
 
 fn quit(state: &State, _: &Query) -> Reply {

@@ -19,6 +19,8 @@ use crate::telemetry::LevelHandle;
 pub enum Command {
     /// Stop accepting and let open connections go on; the process does not end by it.
     Drain,
+    /// The same for what comes from the mesh and to exposed paths; the local app may go on connecting.
+    DrainInbound,
     /// As the first SIGTERM does.
     Quit,
 }

@@ -12,9 +12,10 @@ use super::query::Query;
 use super::reply::{self, Reply};
 use super::state::{Serving, State};
 use crate::snapshot::{Hits, Intention, Intentions, Snapshot};
+use crate::stats::agent::AgentNow;
 use crate::stats::scope::Scope;
 use crate::stats::text::{Selection, Type};
-use crate::stats::{Sample, Samples, openmetrics, plain, prometheus as exposition, text};
+use crate::stats::{Sample, Samples, Scrapes, openmetrics, plain, prometheus as exposition, text};
 
 const USAGE: &str = "usage: /stats?format=text|json|prometheus\n";
 
@@ -147,10 +148,38 @@ pub(super) fn samples(state: &State) -> Vec<Sample> {
     server.gauge("memory_allocated", resident);
     server.gauge("memory_heap_size", resident);
     server.gauge("memory_physical_size", resident);
+    agent(&(state.agent)(), &mut samples);
+    scrapes(&state.stats.scrapes, &mut samples);
     let refused = &state.stats.refused;
     Samples::of(Scope::ClusterManager, &mut samples).counter("cds.update_rejected", refused.upstreams.get());
     Samples::of(Scope::ListenerManager, &mut samples).counter("lds.update_rejected", refused.others.get());
     samples
+}
+
+/// Under the names of the cluster that Envoy reaches its agent by.
+fn agent(now: &AgentNow, into: &mut Vec<Sample>) {
+    let of = |results: &[&str]| {
+        let counted = now.requests.iter().filter(|(_, result, _)| results.contains(result));
+        counted.map(|(_, _, count)| count).sum::<u64>()
+    };
+    let all: u64 = now.requests.iter().map(|(_, _, count)| count).sum();
+    let mut samples = Samples::of(Scope::LocalAgent, into);
+    samples.counter("upstream_rq_total", all + now.requests_active);
+    samples.gauge("upstream_rq_active", now.requests_active);
+    samples.counter("upstream_rq_completed", of(&["answered", "refused"]));
+    samples.counter("upstream_cx_connect_fail", of(&["unreachable"]));
+}
+
+/// Where somebody has asked.
+fn scrapes(scrapes: &Scrapes, into: &mut Vec<Sample>) {
+    if scrapes.connections.get() == 0 {
+        return;
+    }
+    let mut samples = Samples::of(Scope::Scrapes, into);
+    samples.counter("downstream_cx_total", scrapes.connections.get());
+    samples.gauge("downstream_cx_active", scrapes.connections_active.get());
+    samples.counter("downstream_rq_total", scrapes.requests.get());
+    samples.gauge("downstream_rq_active", scrapes.requests_active.get());
 }
 
 /// Whole days for which our certificate and all that it leads to are valid; 0 when it has expired.

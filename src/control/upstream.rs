@@ -309,6 +309,7 @@ fn new_target(plan: &TargetPlan, tls: Arc<tls::Client>, endpoints: Arc<Endpoints
         id: plan.id.clone(),
         service: plan.service.clone(),
         datacenter: plan.datacenter.clone(),
+        customization_hash: plan.customization_hash.clone(),
         transport: Transport::Mesh(tls),
         connect_timeout: plan.connect_timeout,
         endpoints,

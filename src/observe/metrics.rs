@@ -170,6 +170,7 @@ pub fn target_name(target: &Target) -> TargetName {
         service: target.service.clone(),
         datacenter: target.datacenter.clone(),
         namespace: DEFAULT.to_owned(),
+        custom_hash: target.customization_hash.clone(),
         ..TargetName::default()
     };
     let Some((front, domain)) = sni.split_once(".internal.").or_else(|| sni.split_once(".internal-v1.")) else {
@@ -189,6 +190,7 @@ pub fn target_name(target: &Target) -> TargetName {
         namespace: namespace.to_owned(),
         partition: partition.to_owned(),
         datacenter: target.datacenter.clone(),
+        custom_hash: target.customization_hash.clone(),
         trust_domain: domain.trim_end_matches(".consul").to_owned(),
     }
 }

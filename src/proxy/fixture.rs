@@ -118,6 +118,7 @@ pub(super) fn upstream(protocol: Protocol, instances: &[SocketAddr]) -> Upstream
         id: "db".into(),
         service: "db".into(),
         datacenter: "dc1".into(),
+        customization_hash: String::new(),
         transport: Transport::Mesh(CA.credentials("web").client("db.x.consul", expected, alpn).unwrap()),
         connect_timeout: Duration::from_secs(5),
         endpoints: Arc::new(Endpoints { registered: usable.len(), usable }),

@@ -34,6 +34,7 @@ mod socket;
 mod tunnel;
 mod workers;
 
+use std::collections::BTreeMap;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -61,7 +62,7 @@ pub async fn run(
     observer: Observer,
     drain: drain::Watch,
 ) {
-    let mut stage = drain.observer();
+    let (mut stage, mut inbound_stage) = (drain.observer(), drain.observer());
     let mut proxy = Proxy::new(workers, observer, drain);
     let mut tidy = tokio::time::interval(TIDY);
     tidy.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -71,6 +72,9 @@ pub async fn run(
         tokio::select! {
             biased;
             () = stage.reached(Stage::Draining) => break,
+            () = inbound_stage.reached(Stage::DrainingInbound), if !proxy.listeners.inbound_drains => {
+                proxy.listeners.drain_inbound();
+            }
             changed = snapshots.changed() => if changed.is_err() { break },
             () = tokio::time::sleep_until(retry) => {}
             _ = tidy.tick() => {
@@ -103,6 +107,8 @@ struct Listeners {
     inbound: Set<Bind, InboundListener>,
     outbound: Set<OutboundKey, OutboundRuntime>,
     exposed: Set<Bind, http::expose::Plan>,
+    /// What is reached from outside is started no more.
+    inbound_drains: bool,
 }
 
 impl<'a> Proxy<'a> {
@@ -131,15 +137,19 @@ impl<'a> Proxy<'a> {
         }
         // First, so that another may bind where one was.
         self.listeners.retire(snapshot);
-        self.starter.forget_all_but(|bind| is_bound(snapshot, bind));
-        let Listeners { inbound, outbound, exposed } = &mut self.listeners;
-        inbound.run(&snapshot.inbound, &mut self.starter, || {
-            let shared = self.inbound.clone();
-            move |accepted| inbound::serve(accepted, shared.clone())
-        });
+        let inbound_drains = self.listeners.inbound_drains;
+        self.starter.forget_all_but(|bind| is_bound(snapshot, bind, inbound_drains));
+        let Listeners { inbound, outbound, exposed, .. } = &mut self.listeners;
         outbound.run(&snapshot.outbound, &mut self.starter, || {
             let (observer, log_limit) = (observer.clone(), self.log_limits.upstream.clone());
             move |accepted| outbound::serve(accepted, clock, observer.clone(), log_limit.clone())
+        });
+        if inbound_drains {
+            return self.starter.next_try().unwrap_or_else(|| Instant::now() + NOTHING_FAILED);
+        }
+        inbound.run(&snapshot.inbound, &mut self.starter, || {
+            let shared = self.inbound.clone();
+            move |accepted| inbound::serve(accepted, shared.clone())
         });
         exposed.run(&snapshot.exposed, &mut self.starter, || {
             let (observer, log_limit) = (observer.clone(), self.log_limits.inbound.clone());
@@ -151,9 +161,9 @@ impl<'a> Proxy<'a> {
 }
 
 /// Whether a listener is to be bound there.
-fn is_bound(snapshot: &Snapshot, bind: &Bind) -> bool {
-    let is_outbound = || snapshot.outbound.keys().any(|key| key.bind == *bind);
-    snapshot.inbound.contains_key(bind) || snapshot.exposed.contains_key(bind) || is_outbound()
+fn is_bound(snapshot: &Snapshot, bind: &Bind, inbound_drains: bool) -> bool {
+    let is_inbound = snapshot.inbound.contains_key(bind) || snapshot.exposed.contains_key(bind);
+    (is_inbound && !inbound_drains) || snapshot.outbound.keys().any(|key| key.bind == *bind)
 }
 
 impl Listeners {
@@ -162,6 +172,14 @@ impl Listeners {
         self.outbound.retire(&snapshot.outbound);
         self.exposed.retire(&snapshot.exposed);
         self.update_retired(snapshot);
+    }
+
+    /// Lets what came from the mesh and to exposed paths finish, and accepts no more of it.
+    fn drain_inbound(&mut self) {
+        tracing::info!(target: "proxy", "Draining inbound listeners: no new connection is accepted and open ones may finish");
+        self.inbound_drains = true;
+        self.inbound.retire(&BTreeMap::new());
+        self.exposed.retire(&BTreeMap::new());
     }
 
     /// Connections of an inbound listener that is no longer wanted go by what holds now: intentions, and whom the roots

@@ -63,6 +63,8 @@ use crate::{access_log, jwt, tls, trace};
 pub struct Snapshot {
     /// Counts up by one with each published change.
     pub version: u64,
+    /// Of the registration; empty for a proxy that is defined by flags.
+    pub proxy_id: String,
     /// Where the mesh reaches us, by the place where each is bound. A sidecar has one, or none: a registration without a
     /// port means "no public listener" to Consul.
     pub inbound: BTreeMap<Bind, Arc<InboundListener>>,

@@ -125,6 +125,18 @@ impl Conditions {
     }
 }
 
+impl PathRule {
+    /// `exact`, `prefix` or `regex`, and the text as it is written in the intention.
+    #[must_use]
+    pub fn parts(&self) -> (&'static str, String) {
+        match &self.0 {
+            Rule::Exact(path) => ("exact", path.written.clone()),
+            Rule::Prefix(path) => ("prefix", path.written.clone()),
+            Rule::Regex(_, written) => ("regex", written.to_string()),
+        }
+    }
+}
+
 /// For people: `path begins with "/admin", method GET`.
 impl fmt::Display for Conditions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

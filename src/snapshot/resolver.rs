@@ -46,6 +46,8 @@ pub struct Target {
     pub id: String,
     pub service: String,
     pub datacenter: String,
+    /// Of a chain that was compiled with settings of the registration. Empty for others.
+    pub customization_hash: String,
     /// How its instances are reached.
     pub transport: Transport,
     /// TCP and TLS connect, per endpoint; Consul's default is 5 s.

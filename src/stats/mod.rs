@@ -24,13 +24,14 @@ pub use self::group::{
     Samples, Value,
 };
 use self::scope::{Cluster, Listener};
-use self::value::Counter;
+use self::value::{Counter, Gauge};
 
 /// All groups of a process. The lock is taken when the configuration changes and when somebody reads.
 #[derive(Debug, Default)]
 pub struct Registry {
     groups: Mutex<Groups>,
     pub refused: RefusedUpdates,
+    pub scrapes: Scrapes,
     pub spans: Arc<SpanCounts>,
 }
 
@@ -49,6 +50,15 @@ pub struct RefusedUpdates {
     pub upstreams: Counter,
     /// The registration, certificates, intentions and config entries.
     pub others: Counter,
+}
+
+/// Requests for numbers, but for those to the admin server.
+#[derive(Debug, Default)]
+pub struct Scrapes {
+    pub connections: Counter,
+    pub connections_active: Gauge,
+    pub requests: Counter,
+    pub requests_active: Gauge,
 }
 
 #[derive(Debug, Default)]

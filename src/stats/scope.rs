@@ -23,6 +23,10 @@ pub enum Scope {
     SocketHttp(String),
     /// Where requests and connections are sent to.
     Cluster(Cluster),
+    /// The agent.
+    LocalAgent,
+    /// Those who fetch numbers at the addresses that the registration names.
+    Scrapes,
     /// Intentions of a TCP service.
     Rbac,
     /// The limit of inbound connections.
@@ -70,6 +74,8 @@ pub struct TargetName {
     pub datacenter: String,
     /// Without `.consul`.
     pub trust_domain: String,
+    /// Of a chain that was compiled with settings of the registration. Empty for others.
+    pub custom_hash: String,
 }
 
 impl TargetName {
@@ -79,17 +85,21 @@ impl TargetName {
         format!("{}.internal.{}.consul", self.target(), self.trust_domain)
     }
 
-    /// As in `v1.db.default.dc1`.
+    /// As in `v1.db.default.dc1`, or `1a47f6e1~db.default.dc1`.
     #[must_use]
     pub fn target(&self) -> String {
         let subset = if self.subset.is_empty() { String::new() } else { format!("{}.", self.subset) };
         let partition = if self.partition.is_empty() { String::new() } else { format!("{}.", self.partition) };
-        format!("{subset}{}.{}.{partition}{}", self.service, self.namespace, self.datacenter)
+        format!("{}{subset}{}.{}.{partition}{}", self.hash(), self.service, self.namespace, self.datacenter)
     }
 
     /// What Envoy makes of it: the cluster's name up to the first dot.
-    fn short(&self) -> &str {
-        if self.subset.is_empty() { &self.service } else { &self.subset }
+    fn short(&self) -> String {
+        format!("{}{}", self.hash(), if self.subset.is_empty() { &self.service } else { &self.subset })
+    }
+
+    fn hash(&self) -> String {
+        if self.custom_hash.is_empty() { String::new() } else { format!("{}~", self.custom_hash) }
     }
 }
 
@@ -114,6 +124,8 @@ impl Scope {
             Self::Socket(address) => format!("listener.{address}."),
             Self::SocketHttp(address) => format!("listener.{address}.http.public_listener."),
             Self::Cluster(cluster) => format!("cluster.{cluster}."),
+            Self::LocalAgent => "cluster.local_agent.".to_owned(),
+            Self::Scrapes => "http.envoy_metrics.".to_owned(),
             Self::Rbac => "connect_authz.rbac.".to_owned(),
             Self::ConnectionLimit => "connection_limit.inbound_connection_limit.".to_owned(),
             Self::Server => "server.".to_owned(),
@@ -124,11 +136,11 @@ impl Scope {
 
     const fn family(&self) -> &'static str {
         match self {
-            Self::Http(_) => "http",
+            Self::Http(_) | Self::Scrapes => "http",
             Self::Tcp(_) => "tcp",
             Self::Socket(_) => "listener",
             Self::SocketHttp(_) => "listener_http",
-            Self::Cluster(_) => "cluster",
+            Self::Cluster(_) | Self::LocalAgent => "cluster",
             Self::Rbac => "rbac",
             Self::ConnectionLimit => "connection_limit",
             Self::Server => "server",
@@ -145,6 +157,8 @@ impl Scope {
             Self::Socket(address) => vec![("envoy_listener_address", address.clone())],
             Self::SocketHttp(address) => vec![("envoy_listener_address", address.clone()), public()],
             Self::Cluster(cluster) => cluster.labels(),
+            Self::LocalAgent => vec![("envoy_cluster_name", "local_agent".to_owned())],
+            Self::Scrapes => vec![(HTTP_PREFIX, "envoy_metrics".to_owned())],
             Self::Rbac => vec![("envoy_rbac_prefix", "connect_authz".to_owned())],
             Self::ConnectionLimit => vec![("envoy_connection_limit_prefix", "inbound_connection_limit".to_owned())],
             Self::Server | Self::ClusterManager | Self::ListenerManager => Vec::new(),
@@ -252,9 +266,10 @@ impl Cluster {
         match self {
             Self::LocalApp => vec![("envoy_cluster_name", "local_app".to_owned())],
             Self::Target(name) => vec![
-                ("envoy_cluster_name", name.short().to_owned()),
+                ("envoy_cluster_name", name.short()),
                 ("consul_destination_service", name.service.clone()),
                 ("consul_destination_service_subset", name.subset.clone()),
+                ("consul_destination_custom_hash", name.custom_hash.clone()),
                 ("consul_destination_namespace", name.namespace.clone()),
                 ("consul_destination_partition", name.partition.clone()),
                 ("consul_destination_datacenter", name.datacenter.clone()),
@@ -288,6 +303,7 @@ mod tests {
             partition: String::new(),
             datacenter: "dc1".into(),
             trust_domain: "1-2".into(),
+            custom_hash: String::new(),
         })))
     }
 

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, SystemTime};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use rustls_pki_types::CertificateDer;
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer, X509Certificate};
@@ -17,6 +19,8 @@ pub struct CertificateInfo {
     pub dns: Vec<String>,
     pub not_before: SystemTime,
     pub not_after: SystemTime,
+    /// All of it, in PEM.
+    pub pem: String,
 }
 
 /// What our credentials consist of.
@@ -53,5 +57,17 @@ fn certificate(der: &[u8]) -> Option<CertificateInfo> {
         dns,
         not_before: at(parsed.validity().not_before.timestamp()),
         not_after: at(parsed.validity().not_after.timestamp()),
+        pem: pem(der),
     })
+}
+
+/// Lines of 64 characters (RFC 7468).
+fn pem(der: &[u8]) -> String {
+    let text = STANDARD.encode(der);
+    let mut pem = String::from("-----BEGIN CERTIFICATE-----\n");
+    for line in text.as_bytes().chunks(64) {
+        pem.push_str(&String::from_utf8_lossy(line));
+        pem.push('\n');
+    }
+    pem + "-----END CERTIFICATE-----\n"
 }

@@ -12,6 +12,7 @@ use super::clusters::{self, Cluster};
 use super::names::{TYPES, duration, upstream_id};
 use super::{listeners, routes};
 use crate::snapshot::Snapshot;
+use crate::tls::CertificateInfo;
 
 /// Envoy's sections in Envoy's order, by which some readers find them. `include_eds` adds the instances.
 pub(in crate::admin) fn page(state: &State, query: &Query) -> Reply {
@@ -55,6 +56,7 @@ impl Dump<'_> {
         let node = self.snapshot.credentials.as_ref().map(|credentials| {
             let id = credentials.id();
             json!({
+                "id": self.snapshot.proxy_id,
                 "cluster": id.service,
                 "metadata": { "namespace": id.namespace, "partition": id.partition },
                 "user_agent_name": "lictor",
@@ -127,7 +129,7 @@ impl Dump<'_> {
         section("RoutesConfigDump", fields)
     }
 
-    /// That there is a leaf and that there are roots. What they say is in `/certs`.
+    /// The leaf, without its key, and the roots.
     fn secrets(&self) -> Value {
         let secret = |name: &str, key: &str, value: Value| {
             let mut message = json!({ "name": name });
@@ -137,9 +139,15 @@ impl Dump<'_> {
             secret["name"] = json!(name);
             secret
         };
-        let secrets = self.snapshot.credentials.as_ref().map(|_| {
-            let key = json!({ "private_key": { "inline_string": "[redacted]" } });
-            vec![secret("leaf", "tls_certificate", key), secret("roots", "validation_context", json!({}))]
+        let secrets = self.snapshot.credentials.as_ref().map(|credentials| {
+            let about = credentials.describe();
+            let pem = |all: &[CertificateInfo]| json!({ "inline_string": all.iter().map(|one| &*one.pem).collect::<String>() });
+            let own = json!({
+                "certificate_chain": pem(&about.chain),
+                "private_key": { "inline_string": "[redacted]" },
+            });
+            let trusted = json!({ "trusted_ca": pem(&about.roots) });
+            vec![secret("leaf", "tls_certificate", own), secret("roots", "validation_context", trusted)]
         });
         section("SecretsConfigDump", json!({ "dynamic_active_secrets": secrets.unwrap_or_default() }))
     }

@@ -10,7 +10,7 @@ use super::super::state::State;
 use super::names::{
     LOCAL_APP, PUBLIC_LISTENER, TYPES, bind_address, listener_at, place, resolver_cluster, upstream_id, upstream_stats,
 };
-use super::routes;
+use super::{rbac, routes};
 use crate::snapshot::{Bind, Exposed, InboundListener, Node, OutboundListener, Snapshot};
 
 /// A listener with its message.
@@ -31,13 +31,14 @@ pub(super) fn all(snapshot: &Snapshot) -> Vec<Listener<'_>> {
 
 fn inbound(listener: &InboundListener) -> Listener<'_> {
     let service = &listener.service;
-    let filter = if service.protocol.is_http() {
-        http(PUBLIC_LISTENER, &json!({ "route_config": routes::of_service(service) }))
+    let filters = if service.protocol.is_http() {
+        let routes = json!({ "route_config": routes::of_service(service) });
+        vec![http(PUBLIC_LISTENER, &routes, &[rbac::http(service)])]
     } else {
-        tcp(PUBLIC_LISTENER, LOCAL_APP)
+        vec![rbac::network(service), tcp(PUBLIC_LISTENER, LOCAL_APP)]
     };
     let chain = json!({
-        "filters": [filter],
+        "filters": filters,
         "transport_socket": {
             "name": "tls",
             "typed_config": {
@@ -71,16 +72,16 @@ fn filter(listener: &OutboundListener, id: &str, own_datacenter: &str) -> Option
     }
     let routes = routes::of_upstream(listener)?;
     if !routes::are_their_own(listener) {
-        return Some(http(&stats, &json!({ "route_config": routes })));
+        return Some(http(&stats, &json!({ "route_config": routes }), &[]));
     }
     let source = json!({ "ads": {}, "resource_api_version": "V3" });
-    Some(http(&stats, &json!({ "rds": { "config_source": source, "route_config_name": id } })))
+    Some(http(&stats, &json!({ "rds": { "config_source": source, "route_config_name": id } }), &[]))
 }
 
 fn exposed(listener: &Exposed) -> Listener<'_> {
     let name = exposed_name(listener);
     let routes = routes::of_exposed(&name, listener);
-    let chain = json!({ "filters": [http(&name, &json!({ "route_config": routes }))] });
+    let chain = json!({ "filters": [http(&name, &json!({ "route_config": routes }), &[])] });
     made(listener_at(&name, &listener.bind), &listener.bind, "INBOUND", &[chain])
 }
 
@@ -114,14 +115,17 @@ fn tcp(stats: &str, cluster: &str) -> Value {
     })
 }
 
-fn http(stats: &str, routes: &Value) -> Value {
+/// `before` are the filters that a request passes before it is routed.
+fn http(stats: &str, routes: &Value, before: &[Value]) -> Value {
+    let router = json!({
+        "name": "envoy.filters.http.router",
+        "typed_config": { "@type": format!("{TYPES}extensions.filters.http.router.v3.Router") },
+    });
+    let filters: Vec<&Value> = before.iter().chain([&router]).collect();
     let mut config = json!({
         "@type": format!("{TYPES}extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"),
         "stat_prefix": stats,
-        "http_filters": [{
-            "name": "envoy.filters.http.router",
-            "typed_config": { "@type": format!("{TYPES}extensions.filters.http.router.v3.Router") },
-        }],
+        "http_filters": filters,
     });
     if let (Some(config), Some(routes)) = (config.as_object_mut(), routes.as_object()) {
         config.extend(routes.clone());

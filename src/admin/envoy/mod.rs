@@ -2,12 +2,13 @@
 //!
 //! The shapes are those of Envoy 1.40 under Consul 1.19.2, as `consul troubleshoot`, `consul-k8s proxy read` and Consul's
 //! own tests read them: protobuf messages in their JSON form. Here they are only written: what is configured is the
-//! snapshot. Intentions are not in them, as Envoy's rules can't say all that ours do.
+//! snapshot.
 
 mod clusters;
 mod config_dump;
 mod listeners;
 mod names;
+mod rbac;
 mod routes;
 
 pub(super) use self::clusters::page as clusters;

@@ -110,7 +110,7 @@ fn with_case(mut value: Value, text: &Text) -> Value {
     value
 }
 
-fn header(header: &HeaderMatch) -> Value {
+pub(super) fn header(header: &HeaderMatch) -> Value {
     let mut value = json!({ "name": header.name() });
     match header.test() {
         ValueTest::Present => value["present_match"] = json!(true),

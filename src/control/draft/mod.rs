@@ -32,6 +32,8 @@ use crate::trace;
 
 #[derive(Debug)]
 pub(super) struct Draft {
+    /// Of the registration; empty for a proxy that is defined by flags.
+    proxy_id: String,
     /// Whether namespaces and partitions may be sent.
     enterprise: bool,
     /// Whether this process uses the tunnel at all.
@@ -90,10 +92,12 @@ impl Draft {
 
     /// Without an id, the definition comes from elsewhere and is not asked for.
     fn new(proxy_id: Option<String>, enterprise: bool) -> Self {
+        let id = proxy_id.clone().unwrap_or_default();
         let registered = proxy_id.map(|id| [Query::Service(id), Query::Mesh]);
         let first = registered.into_iter().flatten().chain([Query::Roots]);
         let effects = Effects { wants: first.map(Want::Start).collect(), ..Effects::default() };
         Self {
+            proxy_id: id,
             enterprise,
             tunnel: true,
             definition: None,
@@ -228,6 +232,7 @@ impl Draft {
         }
         let next = Snapshot {
             version: self.last.as_ref().map_or(1, |last| last.version + 1),
+            proxy_id: self.proxy_id.clone(),
             inbound,
             former_inbound,
             outbound: self.upstreams.published(),

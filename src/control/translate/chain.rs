@@ -41,6 +41,8 @@ pub(in crate::control) struct TargetPlan {
     pub(in crate::control) service: String,
     pub(in crate::control) partition: String,
     pub(in crate::control) datacenter: String,
+    /// Of the chain.
+    pub(in crate::control) customization_hash: String,
     pub(in crate::control) sni: Sni,
     /// Whom its instances may be.
     pub(in crate::control) identities: Vec<Identity>,
@@ -90,6 +92,7 @@ impl ChainPlan {
             service: query.name.clone(),
             partition: "default".to_owned(),
             datacenter: prepared.datacenter.clone(),
+            customization_hash: String::new(),
             sni: Sni::Query(query.clone()),
             identities: prepared.identities.clone(),
             connect_timeout,
@@ -315,6 +318,7 @@ impl<'a> Walk<'a> {
             service: wire.service.clone(),
             partition: or_default(&wire.partition),
             datacenter: wire.datacenter.clone(),
+            customization_hash: self.wire.customization_hash.clone(),
             sni: Sni::Given(wire.sni.clone()),
             identities: vec![Identity {
                 partition: or_default(&wire.partition),

@@ -483,6 +483,7 @@ fn change_target(upstream: &mut Upstream, change: impl FnOnce(&mut Target)) {
         id: old.id.clone(),
         service: old.service.clone(),
         datacenter: old.datacenter.clone(),
+        customization_hash: String::new(),
         transport: old.transport.clone(),
         connect_timeout: old.connect_timeout,
         endpoints: Arc::clone(&old.endpoints),
