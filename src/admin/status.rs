@@ -183,7 +183,7 @@ fn target(state: &State, target: &Target) -> Value {
         "retries": cluster.retries.get(),
         "timeouts": cluster.timeouts.get() + cluster.try_timeouts.get(),
         "connect_failures": cluster.connect_failures.get(),
-        "overflows": cluster.overflows.get() + cluster.connection_overflows.get(),
+        "overflows": cluster.overflows.get() + cluster.pending_overflows.get() + cluster.connection_overflows.get(),
         "ejections": cluster.ejections.get(),
         "limits": {
             "connections": limit(members.connections),

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant, SystemTime};
 use super::attempt::Attempts;
 use super::outcome::Outcome;
 use crate::access_log::Active;
-use crate::snapshot::{Bind, Exposed, InboundListener, OutboundListener};
+use crate::snapshot::{Bind, Exposed, InboundListener, OutboundListener, Protocol};
 use crate::stats::{CallerStats, ListenerStats};
-use crate::tls::SpiffeId;
+use crate::tls::{Handshake, SpiffeId};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Direction {
@@ -54,6 +54,16 @@ impl Listener {
         }
     }
 
+    /// Whether its requests are calls of gRPC.
+    #[must_use]
+    pub fn is_grpc(&self) -> bool {
+        match self {
+            Self::Public(listener) => listener.service.protocol == Protocol::Grpc,
+            Self::Upstream(listener) => listener.upstream.chain.protocol == Protocol::Grpc,
+            Self::Exposed(_) => false,
+        }
+    }
+
     /// Whether it carries requests.
     #[must_use]
     pub fn is_http(&self) -> bool {
@@ -88,6 +98,8 @@ pub struct ConnectionRecord {
     pub started: Instant,
     /// The downstream's TLS handshake, as long as it took. `None`: there was none, or it failed.
     pub handshake: Option<Duration>,
+    /// How that was made.
+    pub tls: Option<Handshake>,
     /// Where it was sent, for a connection that carries bytes. Those of a connection of requests are in its requests.
     pub attempts: Attempts,
     /// The last attempt brought a connection.
@@ -118,6 +130,7 @@ impl ConnectionRecord {
             info,
             started: Instant::now(),
             handshake: None,
+            tls: None,
             attempts: Attempts::default(),
             is_connected: false,
             upstream_peer: None,

@@ -8,7 +8,7 @@ use super::connection::{ConnectionInfo, ConnectionRecord};
 use super::request::RequestRecord;
 use crate::snapshot::{Address, Decision};
 use crate::stats::ClusterStats;
-use crate::tls::{Refused, SpiffeId};
+use crate::tls::{Handshake, Refused, SpiffeId};
 
 /// Something that happens on the data path, told while it happens. Readers take from it what they count.
 #[derive(Debug)]
@@ -43,8 +43,8 @@ pub enum Event<'a> {
     AttemptEnded(&'a Attempt),
     /// A new connection to a destination is being made.
     ConnectStarted(&'a Destination),
-    /// It was made, TLS included, or why it was not.
-    ConnectEnded { destination: &'a Destination, took: Duration, result: Result<(), &'a ConnectError> },
+    /// It was made, TLS included (`None`: there is none with it), or why it was not.
+    ConnectEnded { destination: &'a Destination, took: Duration, result: Result<Option<Handshake>, &'a ConnectError> },
     /// The intentions deny a connection or a request, which is let through as the service is in audit mode. `request` is its
     /// method and path. `reason` is one clause.
     WouldDeny { connection: &'a ConnectionInfo, request: Option<(&'a str, &'a str)>, reason: &'a str },

@@ -9,7 +9,7 @@ use super::request::RequestRecord;
 use crate::snapshot::Target;
 use crate::stats::scope::{TargetName, UpstreamName};
 use crate::stats::{ClusterStats, Handshakes};
-use crate::tls::Refused;
+use crate::tls::{Handshake, Refused, Version};
 
 /// Counts one event. `local_app` is what is sent to the app.
 pub(super) fn count(event: &Event<'_>, local_app: &ClusterStats) {
@@ -21,7 +21,9 @@ pub(super) fn count(event: &Event<'_>, local_app: &ClusterStats) {
         }
         Event::HandshakeFinished(record) => {
             let tls = &record.info.stats.tls;
-            tls.complete.increment();
+            if let Some(made) = record.tls {
+                handshake_made(tls, made);
+            }
             if let Some(took) = record.handshake {
                 tls.time.observe(took);
             }
@@ -46,9 +48,11 @@ pub(super) fn count(event: &Event<'_>, local_app: &ClusterStats) {
         Event::ConnectEnded { destination, took, result } => {
             let stats = cluster(destination, local_app);
             match result {
-                Ok(()) => {
+                Ok(made) => {
                     stats.connect_time.observe(*took);
-                    stats.tls.complete.increment();
+                    if let Some(made) = made {
+                        handshake_made(&stats.tls, *made);
+                    }
                 }
                 Err(error) => {
                     stats.connect_failures.increment();
@@ -78,15 +82,26 @@ pub(super) fn count(event: &Event<'_>, local_app: &ClusterStats) {
         }
         Event::Overflowed(Overflowed::Inbound(connection)) => connection.stats.connections_limited.increment(),
         Event::Overflowed(Overflowed::Target { stats, limit, .. }) => {
-            if *limit == "max_connections" {
-                stats.connection_overflows.increment();
-            } else {
-                stats.overflows.increment();
-            }
+            let counter = match *limit {
+                "max_connections" => &stats.connection_overflows,
+                "max_pending_requests" => &stats.pending_overflows,
+                _ => &stats.overflows,
+            };
+            counter.increment();
         }
         Event::Ejected { stats, .. } => stats.ejections.increment(),
         Event::NotEjected(cluster) => cluster.ejections_refused.increment(),
         Event::AttemptStarted(_) | Event::AttemptEnded(_) => {}
+    }
+}
+
+fn handshake_made(tls: &Handshakes, made: Handshake) {
+    tls.complete.increment();
+    if made.is_resumed {
+        tls.resumed.increment();
+    }
+    if made.version == Version::Tls12 {
+        tls.tls12.increment();
     }
 }
 
@@ -139,14 +154,20 @@ fn response_started(record: &RequestRecord) {
 fn request_finished(record: &RequestRecord) {
     let stats = &record.connection.stats;
     stats.requests_active.decrement();
+    if record.is_sent
+        && let Some(cluster) = &record.cluster
+    {
+        cluster.requests_active.decrement();
+        if let Some(status) = record.grpc_status {
+            cluster.grpc.count(record.uri.path(), status);
+        }
+    }
     if record.status > 0 {
         stats.request_time.observe(record.duration);
         if let Some(traced) = record.traced.as_ref().filter(|traced| traced.is_sampled()) {
             stats.exemplars.keep(record.duration, traced.trace_id());
         }
     }
-    stats.received.add(record.bytes_received);
-    stats.sent.add(record.bytes_sent);
     match record.outcome {
         Outcome::Aborted | Outcome::ClientReset | Outcome::BadRequest | Outcome::TooLarge => {
             stats.reset_by_asker.increment();
@@ -154,9 +175,10 @@ fn request_finished(record: &RequestRecord) {
         Outcome::Idle | Outcome::IdleUpload => stats.idle_timeouts.increment(),
         _ => {}
     }
+    if record.is_cut {
+        stats.reset_by_us.increment();
+    }
     let (Some(cluster), Some(last)) = (&record.cluster, record.attempts.last()) else { return };
-    cluster.sent.add(record.bytes_received);
-    cluster.received.add(record.bytes_sent);
     if record.answer == Some(Outcome::Ended) && matches!(last.result, AttemptResult::Responded(_)) {
         cluster.answer_time.observe(last.started.elapsed());
     }

@@ -159,7 +159,7 @@ impl Observer {
             Event::AttemptEnded(attempt) => format!("attempt {:?}", attempt.result),
             Event::ConnectStarted(to) => format!("connect {}", to.cluster()),
             Event::ConnectEnded { result, .. } => match result {
-                Ok(()) => "connected".into(),
+                Ok(_) => "connected".into(),
                 Err(error) => format!("not connected: {error}"),
             },
             Event::Decided { decision, .. } => format!("decided {decision}"),

@@ -53,6 +53,14 @@ pub struct RequestRecord {
     pub bytes_sent: u64,
     /// All of the response was given, or has broken off on our side.
     pub is_complete: bool,
+    /// The response had begun, and we broke it off.
+    pub is_cut: bool,
+    /// It went out on a connection to `cluster`, where it counts as active until its end.
+    pub is_sent: bool,
+    /// A call to a service of gRPC.
+    pub is_grpc: bool,
+    /// What its server has answered.
+    pub grpc_status: Option<u8>,
     /// As long as it lasted; known at its end.
     pub duration: Duration,
     /// They say where tokens are that no log may show.
@@ -98,6 +106,10 @@ impl RequestRecord {
             bytes_received: 0,
             bytes_sent: 0,
             is_complete: false,
+            is_cut: false,
+            is_sent: false,
+            is_grpc: false,
+            grpc_status: None,
             duration: Duration::ZERO,
             providers: None,
             traced: None,

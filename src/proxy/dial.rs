@@ -80,7 +80,7 @@ pub(super) async fn attempt(
     let result = match &target.transport {
         Transport::Mesh(tls) => shake_hands(target, tls, instance, until, offer).await,
     };
-    let (took, connected) = (started.elapsed(), result.as_ref().map(drop));
+    let (took, connected) = (started.elapsed(), result.as_ref().map(|(mesh, _)| Some(mesh.handshake())));
     observer.observe(Event::ConnectEnded { destination: &destination, took, result: connected });
     result
 }

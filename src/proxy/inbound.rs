@@ -138,7 +138,7 @@ async fn establish(accepted: Accepted<InboundListener>, shared: Shared) -> Optio
         record.finish(Outcome::Unproved, "no handshake");
         return None;
     };
-    record.handshake_finished(&peer.id);
+    record.handshake_finished(&peer.id, mesh.handshake());
     if listener.service.protocol.is_http() {
         let Some(open) = shared.enter(listener.max_connections) else {
             too_many(&listener, remote, record, &shared.log_limit);

@@ -29,7 +29,7 @@ pub(super) async fn connect_app(
     observer.observe(Event::ConnectEnded {
         destination: &destination,
         took: started.elapsed(),
-        result: error.as_ref().map_or(Ok(()), Err),
+        result: error.as_ref().map_or(Ok(None), Err),
     });
     connected.map(|socket| socket.counted(observer.local_app()))
 }

@@ -8,7 +8,7 @@ use std::time::SystemTime;
 
 use super::outcome::{Fault, Outcome};
 use crate::observe::{Attempt, ConnectionInfo, ConnectionRecord, Event, Listener, Observer};
-use crate::tls::{Refused, SpiffeId};
+use crate::tls::{Handshake, Refused, SpiffeId};
 
 /// Tells the observer of one connection. One that is dropped unfinished is told as aborted.
 pub(super) struct Record {
@@ -41,7 +41,8 @@ impl Record {
     }
 
     /// The downstream has proved who it is, in a handshake that began with the connection.
-    pub(super) fn handshake_finished(&mut self, peer: &Arc<SpiffeId>) {
+    pub(super) fn handshake_finished(&mut self, peer: &Arc<SpiffeId>, tls: Handshake) {
+        self.record.tls = Some(tls);
         self.record.handshake = Some(self.record.started.elapsed());
         self.record.info.peer = Some(Arc::clone(peer));
         self.record.info.caller = Some(self.observer.stats().caller(&peer.service));

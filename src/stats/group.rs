@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError, Weak};
 
 use super::exemplar::Exemplars;
+use super::grpc::{self, Methods};
 use super::scope::{Cluster, Listener, Scope, Stat};
 use super::value::{Counter, Gauge, Histogram, Times};
 
@@ -106,6 +107,10 @@ impl Codes {
 #[derive(Debug, Default)]
 pub struct Handshakes {
     pub complete: Counter,
+    /// Of these, those that took up a session of before.
+    pub resumed: Counter,
+    /// Of all, those of TLS 1.2. The others are of TLS 1.3.
+    pub tls12: Counter,
     /// Broken off, or not TLS.
     pub connection_error: Counter,
     /// No client certificate came.
@@ -119,7 +124,11 @@ pub struct Handshakes {
 
 impl Handshakes {
     fn collect(&self, samples: &mut Samples<'_>) {
-        samples.counter("ssl.handshake", self.complete.get());
+        let (complete, tls12) = (self.complete.get(), self.tls12.get());
+        samples.counter("ssl.handshake", complete);
+        samples.counter("ssl.session_reused", self.resumed.get());
+        samples.push(Stat::TlsVersion("TLSv1.2"), Value::Counter(tls12));
+        samples.push(Stat::TlsVersion("TLSv1.3"), Value::Counter(complete.saturating_sub(tls12)));
         samples.counter("ssl.connection_error", self.connection_error.get());
         samples.counter("ssl.fail_verify_no_cert", self.no_certificate.get());
         samples.counter("ssl.fail_verify_error", self.bad_certificate.get());
@@ -162,6 +171,10 @@ pub struct ListenerStats {
     pub exemplars: Exemplars,
     /// The asker left or reset before the end, or its request could not be read.
     pub reset_by_asker: Counter,
+    /// We broke an answer off that had begun.
+    pub reset_by_us: Counter,
+    /// Connections that have left HTTP behind.
+    pub upgrades_active: Gauge,
     pub idle_timeouts: Counter,
     /// Connections of a TCP service, requests of an HTTP service, that intentions allowed or denied.
     pub allowed: Counter,
@@ -192,6 +205,8 @@ impl ListenerStats {
             request_time: Histogram::default(),
             exemplars: Exemplars::default(),
             reset_by_asker: Counter::default(),
+            reset_by_us: Counter::default(),
+            upgrades_active: Gauge::default(),
             idle_timeouts: Counter::default(),
             allowed: Counter::default(),
             denied: Counter::default(),
@@ -229,6 +244,8 @@ impl ListenerStats {
         http.times("downstream_rq_time", &self.request_time);
         http.gauge("downstream_rq_active", self.requests_active.get());
         http.counter("downstream_rq_rx_reset", self.reset_by_asker.get());
+        http.counter("downstream_rq_tx_reset", self.reset_by_us.get());
+        http.gauge("downstream_cx_upgrades_active", self.upgrades_active.get());
         http.counter("downstream_rq_idle_timeout", self.idle_timeouts.get());
         if self.listener == Listener::Public {
             http.counter("rbac.allowed", self.allowed.get());
@@ -376,6 +393,10 @@ pub struct ClusterStats {
     pub cluster: Cluster,
     /// Tries that a connection took, and TCP connections that got through.
     pub tries: Counter,
+    /// Requests that were sent and are not over.
+    pub requests_active: Gauge,
+    /// Calls by method, of a service of gRPC.
+    pub grpc: Methods,
     /// Final answers, our own included.
     pub answers: Classes,
     pub codes: Codes,
@@ -390,8 +411,10 @@ pub struct ClusterStats {
     pub retries_refused: Counter,
     pub timeouts: Counter,
     pub try_timeouts: Counter,
-    /// Requests that a limit refused.
+    /// Requests that max_concurrent_requests refused.
     pub overflows: Counter,
+    /// Requests that max_pending_requests refused.
+    pub pending_overflows: Counter,
     /// Connections that a limit refused.
     pub connection_overflows: Counter,
     /// Requests and connections for which there was no instance.
@@ -417,6 +440,8 @@ impl ClusterStats {
         Self {
             cluster,
             tries: Counter::default(),
+            requests_active: Gauge::default(),
+            grpc: Methods::default(),
             answers: Classes::default(),
             codes: Codes::default(),
             retried_answers: Classes::default(),
@@ -428,6 +453,7 @@ impl ClusterStats {
             timeouts: Counter::default(),
             try_timeouts: Counter::default(),
             overflows: Counter::default(),
+            pending_overflows: Counter::default(),
             connection_overflows: Counter::default(),
             no_instance: Counter::default(),
             connections: Counter::default(),
@@ -489,6 +515,20 @@ impl ClusterStats {
             samples.gauge("circuit_breakers.default.rq_retry_open", u64::from(members.retries_are_refused));
             self.tls.collect(&mut samples);
         }
+        self.collect_calls(into);
+    }
+
+    fn collect_calls(&self, into: &mut Vec<Sample>) {
+        for (method, statuses) in self.grpc.get() {
+            let mut samples = Samples::of(Scope::Grpc(self.cluster.clone(), method), into);
+            let total = statuses.iter().sum();
+            samples.counter("total", total);
+            samples.counter("success", statuses[0]);
+            samples.counter("failure", total - statuses[0]);
+            for (status, count) in grpc::STATUS.into_iter().zip(statuses).filter(|(_, count)| *count > 0) {
+                samples.counter(status, count);
+            }
+        }
     }
 
     fn collect_requests(&self, samples: &mut Samples<'_>) {
@@ -501,7 +541,8 @@ impl ClusterStats {
         samples.times("upstream_rq_time", &self.answer_time);
         samples.counter("upstream_rq_timeout", self.timeouts.get());
         samples.counter("upstream_rq_per_try_timeout", self.try_timeouts.get());
-        samples.counter("upstream_rq_pending_overflow", self.overflows.get());
+        samples.counter("upstream_rq_pending_overflow", self.overflows.get() + self.pending_overflows.get());
+        samples.gauge("upstream_rq_active", self.requests_active.get());
         if let Cluster::Target(_) = self.cluster {
             samples.counter("retry.upstream_rq_completed", self.retried_answers.total());
             samples.classes("retry.upstream_rq", &self.retried_answers);

@@ -8,6 +8,7 @@
 pub mod agent;
 pub mod exemplar;
 pub mod group;
+pub mod grpc;
 pub mod openmetrics;
 pub mod plain;
 pub mod prometheus;

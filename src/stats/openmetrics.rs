@@ -9,6 +9,7 @@ use std::fmt::Write as _;
 use super::agent::AgentNow;
 use super::exemplar::Exemplar;
 use super::group::{ClusterStats, Handshakes, ListenerStats};
+use super::grpc;
 use super::prometheus::labels_text;
 use super::scope::{Cluster, Listener};
 use super::value::Times;
@@ -82,17 +83,21 @@ families! {
     REQUESTS_ACTIVE "lictor_requests_active" Gauge ["direction, upstream"] "Of these, those that are not over.";
     RESPONSES "lictor_responses" Counter ["direction, upstream, code_class"] "Responses whose head was sent, whoever made them.";
     REQUEST_DURATION "lictor_request_duration_seconds" Histogram ["direction, upstream"] "Whole requests that were answered.";
+    REQUESTS_CUT "lictor_requests_cut_off" Counter ["direction, upstream"] "Requests whose answer had begun when this sidecar broke it off: its source did, a time limit passed, or it is denied now.";
+    UPGRADES_ACTIVE "lictor_upgraded_connections_active" Gauge ["direction, upstream"] "Connections that have left HTTP behind, as WebSocket does.";
     REQUESTS_ABANDONED "lictor_requests_abandoned" Counter ["direction, upstream"] "Requests whose client left before the end.";
     DECISIONS "lictor_intention_decisions" Counter ["decision"] "What intentions said of connections (tcp) and of requests (http): allowed, denied, or would_deny for what audit mode let through.";
     HITS "lictor_intention_hits" Counter ["decision, rule"] "What each intention decided, as long as there is one of its source and destination, and the default policy.";
-    HANDSHAKES "lictor_tls_handshakes" Counter ["side, result"] "TLS handshakes with other sidecars: side is server for ours, client for those that we began.";
+    HANDSHAKES "lictor_tls_handshakes" Counter ["side, result, resumed"] "TLS handshakes with other sidecars: side is server for ours, client for those that we began; resumed says of complete ones whether they took up a session of before.";
     HANDSHAKE_DURATION "lictor_tls_handshake_duration_seconds" Histogram ["side"] "TLS handshakes that succeeded.";
     ATTEMPTS "lictor_upstream_attempts" Counter ["destination"] "Tries that were sent on a connection, and TCP connections that got through.";
+    UPSTREAM_ACTIVE "lictor_upstream_requests_active" Gauge ["destination"] "Requests that were sent and are not over.";
+    GRPC_CALLS "lictor_upstream_grpc_calls" Counter ["destination, method, status"] "Calls of gRPC services that were answered, of up to 64 methods that were answered with status 0 at least once.";
     UPSTREAM_RESPONSES "lictor_upstream_responses" Counter ["destination, code_class"] "Final answers for requests to the destination, those of this sidecar included.";
     UPSTREAM_DURATION "lictor_upstream_response_duration_seconds" Histogram ["destination"] "From the end of a request to the end of the destination's answer.";
     RETRIES "lictor_upstream_retries" Counter ["destination"] "Requests that were sent again.";
     TIMEOUTS "lictor_upstream_timeouts" Counter ["destination, scope"] "Times that a request (request) or one try (try) took longer than it may.";
-    OVERFLOWS "lictor_upstream_overflows" Counter ["destination, limit"] "Requests (request) and connections (connection) that a limit turned away, and retries that the budget did not allow (retry).";
+    OVERFLOWS "lictor_upstream_overflows" Counter ["destination, limit"] "Requests (request: max_concurrent_requests, pending_request) and connections (connection) that a limit turned away, and retries that the budget did not allow (retry).";
     NO_INSTANCE "lictor_upstream_no_instance" Counter ["destination"] "Requests and connections for which there was no instance to use.";
     CONNECTS "lictor_upstream_connects" Counter ["destination, result"] "Attempts to connect: success, failure, timeout.";
     CONNECT_DURATION "lictor_upstream_connect_duration_seconds" Histogram ["destination"] "Attempts to connect that succeeded, TLS included.";
@@ -284,6 +289,8 @@ fn write_listener(writer: &mut Writer<'_>, family: &Family, stats: &ListenerStat
         SENT => writer.value(family, &labels, stats.sent.get()),
         REQUESTS if stats.is_http() => writer.value(family, &labels, stats.requests.get()),
         REQUESTS_ACTIVE if stats.is_http() => writer.value(family, &labels, stats.requests_active.get()),
+        REQUESTS_CUT if stats.is_http() => writer.value(family, &labels, stats.reset_by_us.get()),
+        UPGRADES_ACTIVE if stats.is_http() => writer.value(family, &labels, stats.upgrades_active.get()),
         REQUESTS_ABANDONED if stats.is_http() => writer.value(family, &labels, stats.reset_by_asker.get()),
         REQUEST_DURATION if stats.is_http() => {
             writer.times_with(family, &labels, &stats.request_time.get(), &stats.exemplars.get());
@@ -305,8 +312,12 @@ fn write_listener(writer: &mut Writer<'_>, family: &Family, stats: &ListenerStat
 }
 
 fn write_handshakes(writer: &mut Writer<'_>, family: &Family, side: &str, more: &[(&str, &str)], tls: &Handshakes) {
+    let resumed = tls.resumed.get();
+    for (resumed, count) in [("no", tls.complete.get().saturating_sub(resumed)), ("yes", resumed)] {
+        let own = [("side", side), ("result", "complete"), ("resumed", resumed)];
+        writer.value(family, &own.into_iter().chain(more.iter().copied()).collect::<Vec<_>>(), count);
+    }
     for (result, count) in [
-        ("complete", &tls.complete),
         ("connection_error", &tls.connection_error),
         ("no_certificate", &tls.no_certificate),
         ("bad_certificate", &tls.bad_certificate),
@@ -326,6 +337,14 @@ fn write_cluster(writer: &mut Writer<'_>, family: &Family, stats: &ClusterStats)
     let is_target = stats.cluster != Cluster::LocalApp;
     match *family {
         ATTEMPTS => writer.value(family, &[own], stats.tries.get()),
+        UPSTREAM_ACTIVE => writer.value(family, &[own], stats.requests_active.get()),
+        GRPC_CALLS => {
+            for (method, statuses) in stats.grpc.get() {
+                for (status, count) in grpc::STATUS.into_iter().zip(statuses).filter(|(_, count)| *count > 0) {
+                    writer.value(family, &[own, ("method", &method), ("status", status)], count);
+                }
+            }
+        }
         UPSTREAM_RESPONSES => {
             for (class, count) in CLASSES.into_iter().zip(stats.answers.get()) {
                 writer.value(family, &[own, ("code_class", class)], count);
@@ -339,6 +358,7 @@ fn write_cluster(writer: &mut Writer<'_>, family: &Family, stats: &ClusterStats)
         }
         OVERFLOWS if is_target => {
             writer.value(family, &[own, ("limit", "request")], stats.overflows.get());
+            writer.value(family, &[own, ("limit", "pending_request")], stats.pending_overflows.get());
             writer.value(family, &[own, ("limit", "connection")], stats.connection_overflows.get());
             writer.value(family, &[own, ("limit", "retry")], stats.retries_refused.get());
         }
@@ -409,6 +429,7 @@ mod tests {
     fn each_family_has_a_sound_name_and_is_given_out_by_some_group() {
         let public = Arc::new(ListenerStats::new(Listener::Public, "a".into(), true));
         let target = ClusterStats::new(Cluster::Target(Arc::default()));
+        target.grpc.count("/a.B/C", 0);
         let agent = AgentNow {
             queries: vec![AgentQuery { kind: "leaf", age: Some(1.5), ..AgentQuery::default() }],
             requests: vec![("leaf", "answered", 1)],

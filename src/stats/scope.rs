@@ -23,6 +23,8 @@ pub enum Scope {
     SocketHttp(String),
     /// Where requests and connections are sent to.
     Cluster(Cluster),
+    /// Calls of one method of gRPC, as in `fgrpc.PingServer.Ping`, to a cluster.
+    Grpc(Cluster, String),
     /// The agent.
     LocalAgent,
     /// Those who fetch numbers at the addresses that the registration names.
@@ -124,6 +126,7 @@ impl Scope {
             Self::Socket(address) => format!("listener.{address}."),
             Self::SocketHttp(address) => format!("listener.{address}.http.public_listener."),
             Self::Cluster(cluster) => format!("cluster.{cluster}."),
+            Self::Grpc(cluster, method) => format!("cluster.{cluster}.grpc.{method}."),
             Self::LocalAgent => "cluster.local_agent.".to_owned(),
             Self::Scrapes => "http.envoy_metrics.".to_owned(),
             Self::Rbac => "connect_authz.rbac.".to_owned(),
@@ -140,7 +143,7 @@ impl Scope {
             Self::Tcp(_) => "tcp",
             Self::Socket(_) => "listener",
             Self::SocketHttp(_) => "listener_http",
-            Self::Cluster(_) | Self::LocalAgent => "cluster",
+            Self::Cluster(_) | Self::Grpc(..) | Self::LocalAgent => "cluster",
             Self::Rbac => "rbac",
             Self::ConnectionLimit => "connection_limit",
             Self::Server => "server",
@@ -156,7 +159,7 @@ impl Scope {
             Self::Tcp(listener) => listener.labels("envoy_tcp_prefix"),
             Self::Socket(address) => vec![("envoy_listener_address", address.clone())],
             Self::SocketHttp(address) => vec![("envoy_listener_address", address.clone()), public()],
-            Self::Cluster(cluster) => cluster.labels(),
+            Self::Cluster(cluster) | Self::Grpc(cluster, _) => cluster.labels(),
             Self::LocalAgent => vec![("envoy_cluster_name", "local_agent".to_owned())],
             Self::Scrapes => vec![(HTTP_PREFIX, "envoy_metrics".to_owned())],
             Self::Rbac => vec![("envoy_rbac_prefix", "connect_authz".to_owned())],
@@ -185,7 +188,7 @@ impl Scope {
         let family = self.family();
         let mut labels = self.labels();
         let name = match stat {
-            Stat::Plain(plain) => format!("envoy_{family}_{}", plain.replace('.', "_")),
+            Stat::Plain(plain) => format!("envoy_{family}_{}{}", self.method("_"), plain.replace('.', "_")),
             Stat::Class(of, class) => {
                 labels.push(("envoy_response_code_class", class.to_string()));
                 format!("envoy_{family}_{}_xx", of.replace('.', "_"))
@@ -214,7 +217,18 @@ impl Scope {
             Stat::Code(of, _) => of.to_owned(),
             Stat::TlsVersion(_) => "ssl.versions".to_owned(),
         };
-        format!("{levels}.{own}")
+        format!("{levels}.{}{own}", self.method("."))
+    }
+
+    /// What stands before a number of a method of gRPC, each part with `end` behind it.
+    fn method(&self, end: &str) -> String {
+        let Self::Grpc(_, method) = self else { return String::new() };
+        let in_word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        let shown: String = match end {
+            "_" => method.chars().map(|c| if in_word(c) { c } else { '_' }).collect(),
+            _ => method.clone(),
+        };
+        format!("grpc{end}{shown}{end}")
     }
 }
 

@@ -9,6 +9,7 @@ mod aead;
 mod certificate;
 mod der;
 mod describe;
+mod established;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod names;
@@ -38,6 +39,7 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 
 pub use aead::{Aead, Implementation};
 pub use describe::{CertificateInfo, CredentialsInfo};
+pub use established::{Handshake, Version};
 pub use policy::{Parameters, Policy, Versions, is_known_suite};
 pub use refusal::{Alert, HandshakeError, PeerError, Refused};
 pub use sides::{Client, Server};

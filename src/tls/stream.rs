@@ -14,6 +14,7 @@ use std::task::{Context, Poll, ready};
 use rustls_pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use super::established::Handshake;
 use super::refusal::HandshakeError;
 use super::sides::{Client, Server};
 use super::unbuffered::{ClientHello, Emit, Next, Session, overhead};
@@ -274,6 +275,11 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
     /// The certificates that the peer showed, leaf first; those of the original handshake when resumed.
     pub fn peer_certificates(&self) -> Option<&[CertificateDer<'static>]> {
         self.session.peer_certificates()
+    }
+
+    /// How the handshake was made.
+    pub fn handshake(&self) -> Handshake {
+        self.session.handshake()
     }
 
     /// The application protocol that was agreed on, if any.

@@ -19,6 +19,7 @@ use super::messages::{Awaits, Messages};
 use super::transport::{Io, Transport};
 use crate::proxy::socket::Socket;
 use crate::snapshot::Upgrades;
+use crate::stats::{ClusterStats, ListenerStats};
 use crate::tls::Stream;
 
 /// A stream that a codec reads and writes. The mutex is never contended, as all of a connection stays on one
@@ -48,6 +49,32 @@ struct State {
     moved: u64,
     /// Counts reads that brought something.
     received: u64,
+    /// What its bytes are counted for.
+    counts: Option<Counts>,
+}
+
+/// The numbers that the bytes of a connection are added to while they pass: heads, bodies and whatever else the codec says.
+pub enum Counts {
+    Listener(Arc<ListenerStats>),
+    Cluster(Arc<ClusterStats>),
+}
+
+impl Counts {
+    fn received(&self, bytes: usize) {
+        let counter = match self {
+            Self::Listener(stats) => &stats.received,
+            Self::Cluster(stats) => &stats.received,
+        };
+        counter.add(bytes as u64);
+    }
+
+    fn sent(&self, bytes: usize) {
+        let counter = match self {
+            Self::Listener(stats) => &stats.sent,
+            Self::Cluster(stats) => &stats.sent,
+        };
+        counter.add(bytes as u64);
+    }
 }
 
 /// How long, and for how many bytes, a connection is read from that we have ended.
@@ -87,8 +114,23 @@ impl Wire {
 
     fn new(io: Io) -> Self {
         let (transport, messages) = (Transport::new(io), Messages::default());
-        let state = State { transport, messages, path_watch: PathWatch::Idle, looked_at: false, moved: 0, received: 0 };
+        let state = State {
+            transport,
+            messages,
+            path_watch: PathWatch::Idle,
+            looked_at: false,
+            moved: 0,
+            received: 0,
+            counts: None,
+        };
         Self(Arc::new(Mutex::new(state)))
+    }
+
+    /// The same with its bytes counted from here on.
+    #[must_use]
+    pub fn counted(self, counts: Counts) -> Self {
+        self.state().counts = Some(counts);
+        self
     }
 
     /// Whether the client speaks HTTP/2, as its first bytes tell. An end of the stream is an error.
@@ -364,11 +406,15 @@ impl State {
     }
 
     fn poll_write(&mut self, cx: &mut Context<'_>, parts: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
-        let Self { transport, messages, moved, .. } = self;
-        transport.poll_write(cx, parts, |bytes| {
+        let Self { transport, messages, moved, counts, .. } = self;
+        let written = ready!(transport.poll_write(cx, parts, |bytes| {
             *moved += 1;
             messages.written(bytes);
-        })
+        }))?;
+        if let Some(counts) = counts {
+            counts.sent(written);
+        }
+        Poll::Ready(Ok(written))
     }
 }
 
@@ -393,7 +439,11 @@ impl AsyncRead for Wire {
         let before = buffer.filled().len();
         ready!(state.transport.poll_read(cx, buffer))?;
         state.moved += 1;
-        state.received += u64::from(buffer.filled().len() > before);
+        let read = buffer.filled().len() - before;
+        state.received += u64::from(read > 0);
+        if let Some(counts) = &state.counts {
+            counts.received(read);
+        }
         Poll::Ready(state.messages.read(&mut buffer.filled_mut()[before..]))
     }
 }

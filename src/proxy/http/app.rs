@@ -1,5 +1,6 @@
 //! The local app, as a place to send requests to.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use http::Response;
@@ -12,7 +13,7 @@ use crate::observe::{ConnectError, Destination, Observer};
 use crate::proxy::codec::incoming::Incoming;
 use crate::proxy::codec::pool::{Dialled, NoConnection, Pool, PoolKey, PooledConnection, Version};
 use crate::proxy::codec::replay_body::{BodyProgress, ReplayBody};
-use crate::proxy::codec::wire::Wire;
+use crate::proxy::codec::wire::{Counts, Wire};
 use crate::proxy::local_app::connect_app;
 use crate::proxy::outcome::{Fault, Outcome, no_response};
 use crate::snapshot::{Failure, LocalApp, Protocol};
@@ -109,7 +110,8 @@ impl App<'_> {
 
     async fn dial(&self) -> Result<Wire, NoConnection> {
         let connected = connect_app(self.address, self.connect_timeout, self.observer).await;
-        Ok(Wire::plain(connected.map_err(|problem| ConnectError::local_app(self.address, problem))?))
+        let socket = connected.map_err(|problem| ConnectError::local_app(self.address, problem))?;
+        Ok(Wire::plain(socket).counted(Counts::Cluster(Arc::clone(self.observer.local_app()))))
     }
 }
 

@@ -18,7 +18,7 @@ use super::serve::{self, Part, Terms, Times};
 use crate::observe::Observer;
 use crate::proxy::codec::pool::Pool;
 use crate::proxy::codec::replay_body::ReplayBody;
-use crate::proxy::codec::wire::Wire;
+use crate::proxy::codec::wire::{Counts, Wire};
 use crate::proxy::listener::ListenerState;
 use crate::proxy::log_limit::LogLimit;
 use crate::proxy::outcome::{Fault, Outcome};
@@ -64,9 +64,10 @@ impl Exposure {
     /// Why it ended otherwise than well, for the log.
     pub(crate) async fn serve(self, socket: Socket) -> Result<(), Fault> {
         let terms = Terms::new(self.state.clone(), TIMES, Arc::default(), self.remote, None, self.log_limit.clone());
+        let wire = Wire::plain(socket).counted(Counts::Listener(Arc::clone(&self.requests.connection.stats)));
         let this = Arc::new(self);
         let answer = move |request, ongoing| Arc::clone(&this).answer(request, ongoing);
-        serve::serve(Wire::plain(socket), &terms, answer).await
+        serve::serve(wire, &terms, answer).await
     }
 
     async fn answer(self: Arc<Self>, request: Request<ReplayBody>, ongoing: Ongoing) -> Response<Body> {

@@ -26,7 +26,7 @@ use crate::observe::Event;
 use crate::proxy::authorization::{Judged, Peer, request_denial};
 use crate::proxy::codec::pool::Pool;
 use crate::proxy::codec::replay_body::ReplayBody;
-use crate::proxy::codec::wire::Wire;
+use crate::proxy::codec::wire::{Counts, Wire};
 use crate::proxy::listener::ListenerState;
 use crate::proxy::log_limit::{Audited, LogLimit};
 use crate::proxy::outcome::{Fault, Outcome};
@@ -64,7 +64,8 @@ impl Inbound {
     /// # Errors
     /// Why it ended otherwise than well, for the log.
     pub(crate) async fn serve(self, mesh: Stream<Socket>) -> Result<(), Fault> {
-        let (wire, leaving) = (Wire::tls(mesh), Arc::default());
+        let counts = Counts::Listener(Arc::clone(&self.requests.connection.stats));
+        let (wire, leaving) = (Wire::tls(mesh).counted(counts), Arc::default());
         wire.allow_upgrades(self.upgrades.clone());
         let terms = Terms::new(
             self.state.clone(),
@@ -176,7 +177,8 @@ impl Inbound {
             (Some(client), Some(case)) => {
                 let this = Arc::clone(&self);
                 let may_stay = move |listener: &InboundListener| !this.is_denied(&listener.service, &case);
-                Ok(upgrade::join(client, response, rest, self.state.clone(), self.drain.clone(), may_stay))
+                let (state, stats) = (self.state.clone(), &self.requests.connection.stats);
+                Ok(upgrade::join(client, response, rest, state, self.drain.clone(), stats, may_stay))
             }
             _ => {
                 message::refuse_unasked_switch(&response)?;

@@ -7,11 +7,13 @@ use tokio::time::Instant;
 
 use crate::proxy::balance::{Balancer, Clock, Instance, Picked, Report};
 use crate::proxy::codec::pool::{Checkout, Dialled, NoConnection, Pool, PoolKey, PooledConnection, Version};
-use crate::proxy::codec::wire::Wire;
+use crate::proxy::codec::wire::{Counts, Wire};
 use crate::proxy::dial::{Offer, attempt};
 use crate::proxy::limits::{Limit, Overflow, Permit};
 use crate::proxy::outcome::{Fault, Outcome};
+use crate::proxy::socket::Socket;
 use crate::snapshot::Target;
+use crate::tls::Stream;
 
 /// What it takes to get a connection to an instance.
 pub(super) struct Dial {
@@ -51,7 +53,7 @@ impl Dial {
         if self.alone {
             let open = instance.pool().enter(Some(permit()?));
             let (mesh, _) = attempt(&self.target, instance, self.until, Offer::Http1, self.balancer.observer()).await?;
-            return Pool::connect_once(Wire::tls(mesh), open).await;
+            return Pool::connect_once(wire_to(instance, mesh), open).await;
         }
         let pool_key = PoolKey::Mesh(Arc::clone(self.target.tls()));
         match instance.pool().connect(&pool_key, self.dial(instance, || permit().map(Some))).await {
@@ -73,6 +75,10 @@ impl Dial {
         let (mesh, _) = attempt(&self.target, instance, self.until, Offer::All, self.balancer.observer()).await?;
         let http2 = self.only_http2 || mesh.alpn() == Some(b"h2");
         let version = if http2 { Version::Http2 } else { Version::Http1 };
-        Ok(Dialled { wire: Wire::tls(mesh), version, open })
+        Ok(Dialled { wire: wire_to(instance, mesh), version, open })
     }
+}
+
+fn wire_to(instance: &Instance, mesh: Stream<Socket>) -> Wire {
+    Wire::tls(mesh).counted(Counts::Cluster(Arc::clone(instance.stats())))
 }

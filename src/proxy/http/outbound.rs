@@ -20,7 +20,7 @@ use super::{bridge, upgrade};
 use crate::drain;
 use crate::proxy::balance::{Clock, OutboundRuntime, UpstreamRuntime};
 use crate::proxy::codec::replay_body::ReplayBody;
-use crate::proxy::codec::wire::Wire;
+use crate::proxy::codec::wire::{Counts, Wire};
 use crate::proxy::listener::ListenerState;
 use crate::proxy::log_limit::LogLimit;
 use crate::proxy::outcome::{Fault, Outcome};
@@ -45,7 +45,7 @@ impl Outbound {
     /// # Errors
     /// Why it ended otherwise than well, for the log.
     pub(crate) async fn serve(self, app: Socket) -> Result<(), Fault> {
-        let wire = Wire::plain(app);
+        let wire = Wire::plain(app).counted(Counts::Listener(Arc::clone(&self.requests.connection.stats)));
         wire.allow_upgrades(self.upgrades.clone());
         let terms =
             Terms::new(self.state.clone(), serve::TIMES, Arc::default(), self.remote, None, self.log_limit.clone());
@@ -116,7 +116,8 @@ impl Outbound {
         let (response, rest) = exchange.run(head, body, upload.as_ref()).await?;
         match client {
             Some(client) if upgrades && response.status() == StatusCode::SWITCHING_PROTOCOLS => {
-                Ok(upgrade::join(client, response, rest, self.state.clone(), self.drain.clone(), |_| true))
+                let (state, stats) = (self.state.clone(), &self.requests.connection.stats);
+                Ok(upgrade::join(client, response, rest, state, self.drain.clone(), stats, |_| true))
             }
             _ => {
                 message::refuse_unasked_switch(&response)?;

@@ -24,9 +24,10 @@ pub(crate) struct RequestObserver {
 impl RequestObserver {
     /// Of a request whose head has come just now.
     #[must_use]
-    pub(crate) fn begin<B>(&self, request: &Request<B>) -> Box<RequestRecorder> {
+    pub(crate) fn begin<B>(&self, request: &Request<B>, is_grpc: bool) -> Box<RequestRecorder> {
         let log = self.observer.active_access_log();
         let mut record = RequestRecord::new(Arc::clone(&self.connection), request, log);
+        record.is_grpc = is_grpc && self.connection.listener.is_grpc();
         record.traced = self.observer.begin_trace(&self.connection, request.headers());
         self.observer.observe(Event::RequestReceived(&record));
         Box::new(RequestRecorder { observer: self.observer.clone(), record, upload: None })
@@ -74,7 +75,12 @@ impl RequestRecorder {
     /// It goes out on a connection.
     pub(crate) fn sent(&mut self, cluster: &Arc<ClusterStats>) {
         self.observer.observe(Event::RequestSent(cluster));
-        self.record.cluster = Some(Arc::clone(cluster));
+        let before = self.record.cluster.replace(Arc::clone(cluster));
+        if let Some(before) = before.filter(|_| self.record.is_sent) {
+            before.requests_active.decrement();
+        }
+        cluster.requests_active.increment();
+        self.record.is_sent = true;
     }
 
     /// It is sent again by a retry that is configured, or would be if it were `allowed` at this time.
@@ -129,6 +135,10 @@ impl RequestRecorder {
             (record.outcome, record.cause) = (outcome, Some(cause));
         }
         record.answer = Some(record.outcome);
+        if record.outcome == Outcome::Ended {
+            self.grpc_status(response.headers());
+        }
+        let record = &self.record;
         self.observer.observe(Event::ResponseStarted(record));
     }
 
@@ -138,6 +148,16 @@ impl RequestRecorder {
         } else if let Some(trailers) = frame.trailers_ref() {
             self.record.access_log.iter_mut().for_each(|copied| copied.set_trailers(trailers));
             self.record.traced.iter_mut().for_each(|traced| traced.answered(trailers));
+            self.grpc_status(trailers);
+        }
+    }
+
+    /// In trailers, or in the head of an answer that has nothing else.
+    fn grpc_status(&mut self, headers: &HeaderMap) {
+        if self.record.is_grpc
+            && let Some(status) = headers.get("grpc-status")
+        {
+            self.record.grpc_status = status.to_str().ok().and_then(|status| status.parse().ok());
         }
     }
 
@@ -149,6 +169,7 @@ impl RequestRecorder {
     /// The response broke off, as its source is denied now.
     pub(crate) fn denied(&mut self) {
         self.record.is_complete = true;
+        self.record.is_cut = true;
         self.record.answer = Some(Outcome::Denied);
     }
 
@@ -160,6 +181,7 @@ impl RequestRecorder {
             Some(TimedOut::Upload) => Outcome::ClientReset,
             Some(expired) => Fault::from(expired).outcome,
         };
+        self.record.is_cut = self.record.outcome != Outcome::ClientReset;
     }
 }
 

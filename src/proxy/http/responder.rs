@@ -18,7 +18,8 @@ pub(super) struct Responder {
 impl Responder {
     #[must_use]
     pub(super) fn new<B>(requests: &RequestObserver, request: &Request<B>) -> Self {
-        Self { grpc: is_grpc(request.headers()), record: requests.begin(request) }
+        let grpc = is_grpc(request.headers());
+        Self { grpc, record: requests.begin(request, grpc) }
     }
 
     /// The response to the request, or an answer of our own. With `expose_cause` a header says why, that of the sidecar

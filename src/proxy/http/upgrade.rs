@@ -2,6 +2,7 @@
 
 use std::future::pending;
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use http::header::{CONNECTION, UPGRADE};
@@ -18,6 +19,7 @@ use crate::drain::{self, Stage};
 use crate::proxy::codec::incoming::Incoming;
 use crate::proxy::codec::wire::Wire;
 use crate::proxy::listener::ListenerState;
+use crate::stats::ListenerStats;
 
 /// Joins both connections after the response that says so, and gives that response. They are cut at the end of a
 /// drain, when `may_stay` says no of a newer configuration, or when nothing has moved for the idle time of the exchange.
@@ -27,12 +29,14 @@ pub(super) fn join<P: Send + Sync + 'static>(
     rest: ResponseTail,
     mut state: watch::Receiver<ListenerState<P>>,
     drain: drain::Watch,
+    stats: &Arc<ListenerStats>,
     may_stay: impl Fn(&P) -> bool + Send + Sync + 'static,
 ) -> Response<Body> {
     let server = hyper::upgrade::on(&mut response);
+    let counted = Counted::new(stats);
     let idle = rest.deadlines.as_ref().and_then(Deadlines::idle);
     tokio::spawn(async move {
-        let (_rest, _drain) = (rest, drain);
+        let _held = (rest, drain, counted);
         let Ok(Ok(mut joined)) = timeout(TAKE_TIME, take_both(client, server)).await else { return };
         let wires = [joined.client.clone(), joined.server.clone()];
         let copied = tokio::select! {
@@ -58,6 +62,22 @@ pub(super) fn join<P: Send + Sync + 'static>(
         parts.headers.insert(UPGRADE, protocol);
     }
     Response::from_parts(parts, Body::empty())
+}
+
+/// Counts an upgraded connection until it is dropped.
+struct Counted(Arc<ListenerStats>);
+
+impl Counted {
+    fn new(stats: &Arc<ListenerStats>) -> Self {
+        stats.upgrades_active.increment();
+        Self(Arc::clone(stats))
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.upgrades_active.decrement();
+    }
 }
 
 /// Both connections, without their codecs.
