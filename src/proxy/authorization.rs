@@ -106,16 +106,16 @@ pub(super) fn drained() -> Fault {
 
 /// Ends when an open connection must. `audited` is told of what audit mode lets go on, and why it would not.
 pub(super) async fn revoked(
-    live: &mut watch::Receiver<ListenerState<InboundListener>>,
+    state: &mut watch::Receiver<ListenerState<InboundListener>>,
     peer: &SpiffeId,
     audited: &Audited,
 ) -> Revoked {
     loop {
-        if live.changed().await.is_err() {
+        if state.changed().await.is_err() {
             return Revoked::Drained;
         }
         let (service, stage) = {
-            let now = live.borrow_and_update();
+            let now = state.borrow_and_update();
             (Arc::clone(&now.config.service), now.stage)
         };
         if stage >= Stage::Closing {

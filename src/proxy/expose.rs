@@ -16,13 +16,13 @@ pub(super) const CONNECTIONS: usize = 256;
 
 /// Serves one connection, whose requests have a task of their own.
 pub(super) async fn serve(accepted: Accepted<Plan>, observer: Observer, places: Arc<Places>, log_limit: LogLimit) {
-    let Accepted { socket, remote, live, drain, stats } = accepted;
+    let Accepted { socket, remote, state, drain, stats } = accepted;
     let local = if observer.access_log().is_on() { socket.local_address() } else { None };
-    let listener = Listener::Exposed(Arc::clone(&live.borrow().config.exposed));
+    let listener = Listener::Exposed(Arc::clone(&state.borrow().config.exposed));
     let mut record =
         Record::accepted(&observer, ConnectionInfo { listener, stats, remote, local, peer: None, caller: None });
     let requests = RequestObserver { observer, connection: Arc::new(record.info().clone()) };
-    let connection = Exposure { state: live, remote, requests, log_limit };
+    let connection = Exposure { state, remote, requests, log_limit };
     let mut place = places.take();
     tokio::spawn(async move {
         let ended = tokio::select! {

@@ -99,7 +99,7 @@ struct Session {
     remote: Option<SocketAddr>,
     /// Of us, for the access log.
     local: Option<SocketAddr>,
-    live: watch::Receiver<ListenerState<InboundListener>>,
+    state: watch::Receiver<ListenerState<InboundListener>>,
     stats: Arc<ListenerStats>,
     caller: Option<Arc<CallerStats>>,
     shared: Shared,
@@ -117,9 +117,9 @@ struct Connection {
 
 /// `None` also for a connection of requests, which has a task of its own by then.
 async fn establish(accepted: Accepted<InboundListener>, shared: Shared) -> Option<Connection> {
-    let Accepted { socket, remote, live, drain, stats } = accepted;
+    let Accepted { socket, remote, state, drain, stats } = accepted;
     let local = if shared.observer.access_log().is_on() { socket.local_address() } else { None };
-    let listener = Arc::clone(&live.borrow().config);
+    let listener = Arc::clone(&state.borrow().config);
     let info = ConnectionInfo {
         listener: Listener::Public(Arc::clone(&listener)),
         stats: Arc::clone(&stats),
@@ -152,7 +152,7 @@ async fn establish(accepted: Accepted<InboundListener>, shared: Shared) -> Optio
         let connection = Inbound {
             peer,
             remote,
-            state: live,
+            state,
             drain,
             app,
             certificate,
@@ -171,7 +171,7 @@ async fn establish(accepted: Accepted<InboundListener>, shared: Shared) -> Optio
     }
     let mesh = MeshStream::new(mesh, Role::Server);
     let caller = record.info().caller.clone();
-    Session { mesh, peer, remote, local, live, stats, caller, shared, _drain: drain }.first(record).await
+    Session { mesh, peer, remote, local, state, stats, caller, shared, _drain: drain }.first(record).await
 }
 
 fn too_many(listener: &InboundListener, remote: Option<SocketAddr>, mut record: Record, log_limit: &LogLimit) {
@@ -206,7 +206,7 @@ impl Session {
 
     /// Opens the connection that the peer asks for, unless there are too many.
     async fn admit(self, record: Record) -> Option<Connection> {
-        let listener = Arc::clone(&self.live.borrow().config);
+        let listener = Arc::clone(&self.state.borrow().config);
         let Some(open) = self.shared.enter(listener.max_connections) else {
             too_many(&listener, self.remote, record, &self.shared.log_limit);
             return self.refuse(&Reason::Full.into()).await;
@@ -219,7 +219,7 @@ impl Session {
     async fn open(mut self, mut record: Record, open: Counted) -> Option<Connection> {
         record.carries_bytes();
         // From here on changes are noticed, so that none slips between the decision and the relay.
-        let listener = Arc::clone(&self.live.borrow_and_update().config);
+        let listener = Arc::clone(&self.state.borrow_and_update().config);
         if listener.service.protocol.is_http() {
             // A client of ours makes another session, for requests or for bytes.
             record.failed(authorization::carries_requests());
@@ -282,7 +282,7 @@ impl Session {
             self.mesh.part();
             return None;
         }
-        let listener = Arc::clone(&self.live.borrow().config);
+        let listener = Arc::clone(&self.state.borrow().config);
         if !self.mesh.answers_for_app() && denial(&listener.service, &self.peer.id).is_some() {
             // The client makes another session for the same connection, which is denied there and told once.
             self.mesh.part();
@@ -323,12 +323,12 @@ impl Session {
 
     /// Whether the peer has asked for another connection while the session could carry one.
     async fn wait(&mut self) -> bool {
-        let limit = self.live.borrow().config.max_connections;
+        let limit = self.state.borrow().config.max_connections;
         let Some(_waiting) = self.shared.wait(limit) else { return false };
-        let Self { mesh, live, peer, .. } = self;
+        let Self { mesh, state, peer, .. } = self;
         tokio::select! {
             biased;
-            () = unfit(live, peer) => false,
+            () = unfit(state, peer) => false,
             requested = timeout(tunnel::SERVER_IDLE_TIME, mesh.requested()) => matches!(requested, Ok(Ok(()))),
         }
     }
@@ -336,15 +336,15 @@ impl Session {
 
 /// Ends when a session is to carry nothing any more: the drain has begun, its credentials were replaced, the peer is
 /// denied, or the listener carries requests now.
-async fn unfit(live: &mut watch::Receiver<ListenerState<InboundListener>>, peer: &Peer) {
-    let unfit = |live: &ListenerState<InboundListener>| {
-        let service = &live.config.service;
-        live.stage >= Stage::Draining
+async fn unfit(state: &mut watch::Receiver<ListenerState<InboundListener>>, peer: &Peer) {
+    let unfit = |state: &ListenerState<InboundListener>| {
+        let service = &state.config.service;
+        state.stage >= Stage::Draining
             || service.protocol.is_http()
             || !peer.is_proved_to(service)
             || denial(service, &peer.id).is_some()
     };
-    let _ = live.wait_for(unfit).await;
+    let _ = state.wait_for(unfit).await;
 }
 
 /// The TLS handshake, under its time limit, and the identity that it shows.
@@ -398,11 +398,11 @@ impl Connection {
     fn relay(mut self) -> impl Future<Output = ()> {
         async move {
             loop {
-                let Session { mesh, live, peer, shared, .. } = &mut self.session;
+                let Session { mesh, state, peer, shared, .. } = &mut self.session;
                 let mut end = tokio::select! {
                     biased;
                     ended = self.copy.run(mesh, &mut self.app) => End::Relayed(ended),
-                    revoked = authorization::revoked(live, &peer.id, &shared.audited) => End::Revoked(revoked),
+                    revoked = authorization::revoked(state, &peer.id, &shared.audited) => End::Revoked(revoked),
                 };
                 if matches!(end, End::Revoked(Revoked::CarriesRequests)) {
                     end = Box::pin(self.rest()).await;
@@ -419,10 +419,10 @@ impl Connection {
 
     /// What it carries may be requests: the one that is under way gets its answer.
     async fn rest(&mut self) -> End {
-        let Session { mesh, live, peer, shared, .. } = &mut self.session;
+        let Session { mesh, state, peer, shared, .. } = &mut self.session;
         tokio::select! {
             biased;
-            revoked = authorization::revoked(live, &peer.id, &shared.audited) => End::Revoked(revoked),
+            revoked = authorization::revoked(state, &peer.id, &shared.audited) => End::Revoked(revoked),
             ended = self.copy.run_to_rest(mesh, &mut self.app) => {
                 ended.map_or(End::Revoked(Revoked::CarriesRequests), End::Relayed)
             }

@@ -19,7 +19,7 @@ use crate::drain::{self, Stage};
 use crate::snapshot::Bind;
 use crate::stats::ListenerStats;
 
-/// What a running listener and its connections go by, replaced live.
+/// What a running listener and its connections go by, replaced while they go on.
 #[derive(Debug)]
 pub(super) struct ListenerState<P> {
     pub config: Arc<P>,
@@ -36,7 +36,7 @@ pub(super) struct Accepted<P> {
     pub socket: Socket,
     /// `None` for a Unix socket.
     pub remote: Option<SocketAddr>,
-    pub live: watch::Receiver<ListenerState<P>>,
+    pub state: watch::Receiver<ListenerState<P>>,
     /// Dropped when the connection is done.
     pub drain: drain::Watch,
     pub stats: Arc<ListenerStats>,
@@ -119,7 +119,7 @@ const BACKLOG: i32 = 4096;
 /// Accepts until the stage says otherwise, and has each connection served by a task of its own.
 pub(super) async fn run<P, S, F>(
     bound: Bound,
-    live: watch::Receiver<ListenerState<P>>,
+    state: watch::Receiver<ListenerState<P>>,
     drain: drain::Watch,
     stats: Arc<ListenerStats>,
     serve: S,
@@ -135,10 +135,10 @@ pub(super) async fn run<P, S, F>(
             return;
         }
     };
-    let mut stage = live.clone();
+    let mut stage = state.clone();
     let stopped = async {
         // An owner that is gone counts as a stop.
-        let _ = stage.wait_for(|live| live.stage >= Stage::Draining).await;
+        let _ = stage.wait_for(|state| state.stage >= Stage::Draining).await;
     };
     tokio::pin!(stopped);
     let failures = Seldom::default();
@@ -150,8 +150,8 @@ pub(super) async fn run<P, S, F>(
         };
         match accepted {
             Ok((socket, remote)) => {
-                let (live, drain, stats) = (live.clone(), drain.clone(), Arc::clone(&stats));
-                let accepted = Accepted { socket, remote, live, drain, stats };
+                let (state, drain, stats) = (state.clone(), drain.clone(), Arc::clone(&stats));
+                let accepted = Accepted { socket, remote, state, drain, stats };
                 tokio::spawn(serve(accepted));
             }
             Err(e) => pause_after(&e, &failures).await,
@@ -159,8 +159,8 @@ pub(super) async fn run<P, S, F>(
     }
     // Whoever the kernel has already greeted is served: closing the socket would reset them.
     while let Some((socket, remote)) = listener.accept_waiting().await {
-        let (live, drain, stats) = (live.clone(), drain.clone(), Arc::clone(&stats));
-        tokio::spawn(serve(Accepted { socket, remote, live, drain, stats }));
+        let (state, drain, stats) = (state.clone(), drain.clone(), Arc::clone(&stats));
+        tokio::spawn(serve(Accepted { socket, remote, state, drain, stats }));
     }
 }
 

@@ -103,7 +103,7 @@ impl<K, L: ListenerConfig<Part = L>> Set<K, L> {
         L: 'a,
     {
         for running in &self.retired {
-            let now = Arc::clone(&running.live.borrow().config);
+            let now = Arc::clone(&running.state.borrow().config);
             if let Some(part) = successor(&now).filter(|part| !now.is_made_of(part)) {
                 running.set(Arc::clone(part));
             }
@@ -115,7 +115,7 @@ impl<K, L: ListenerConfig<Part = L>> Set<K, L> {
 struct Running<L> {
     name: String,
     bind: Bind,
-    live: watch::Sender<ListenerState<L>>,
+    state: watch::Sender<ListenerState<L>>,
     stats: Arc<ListenerStats>,
     /// Removed when the listener stops.
     socket_file: Option<SocketFile>,
@@ -124,7 +124,7 @@ struct Running<L> {
 impl<L: ListenerConfig> Running<L> {
     /// Publishes what it is made of now; the same one again concerns nobody.
     fn update(&self, part: &Arc<L::Part>, observer: &Observer) {
-        let before = Arc::clone(&self.live.borrow().config);
+        let before = Arc::clone(&self.state.borrow().config);
         if before.is_made_of(part) {
             return;
         }
@@ -140,11 +140,11 @@ impl<L: ListenerConfig> Running<L> {
 
 impl<L> Running<L> {
     fn set(&self, config: Arc<L>) {
-        self.live.send_modify(|live| live.config = config);
+        self.state.send_modify(|state| state.config = config);
     }
 
     fn advance(&self, stage: Stage) {
-        self.live.send_modify(|live| live.stage = live.stage.max(stage));
+        self.state.send_modify(|state| state.stage = state.stage.max(stage));
     }
 
     fn stop(&mut self) {
@@ -155,7 +155,7 @@ impl<L> Running<L> {
 
     /// How many connections, and threads that accept, go by it.
     fn users(&self) -> usize {
-        self.live.receiver_count()
+        self.state.receiver_count()
     }
 }
 
@@ -233,17 +233,17 @@ impl<'a> Starter<'a> {
         let address = bind.to_string().replace(':', "_");
         let scope = L::scope(part, &self.datacenter);
         let stats = self.observer.stats().listener(scope, address, config.protocol().is_http());
-        let (live, watched) = watch::channel(ListenerState { config, stage: Stage::Running });
+        let (state, watched) = watch::channel(ListenerState { config, stage: Stage::Running });
         let serve = serve();
         for (worker, bound) in bound.into_iter().enumerate() {
-            let (live, drain, stats) = (watched.clone(), self.drain.clone(), Arc::clone(&stats));
-            self.workers.spawn(worker, listener::run(bound, live, drain, stats, serve.clone()));
+            let (state, drain, stats) = (watched.clone(), self.drain.clone(), Arc::clone(&stats));
+            self.workers.spawn(worker, listener::run(bound, state, drain, stats, serve.clone()));
         }
         let socket_file = match bind {
             Bind::Unix { path, .. } => Some(SocketFile(path.clone())),
             Bind::Tcp(_) => None,
         };
-        Some(Running { name: name.to_owned(), bind: bind.clone(), live, stats, socket_file })
+        Some(Running { name: name.to_owned(), bind: bind.clone(), state, stats, socket_file })
     }
 
     fn bind_failed(&mut self, name: &str, bind: &Bind, error: &std::io::Error) {
@@ -325,11 +325,11 @@ mod tests {
     fn running<const N: usize>(listeners: [&Arc<Plain>; N]) -> (Set<Bind, Plain>, [Connection; N]) {
         let mut set = Set::default();
         let connections = listeners.map(|listener| {
-            let (live, connection) =
+            let (state, connection) =
                 watch::channel(ListenerState { config: Arc::clone(listener), stage: Stage::Running });
             let bind = listener.bind.clone();
             let stats = Arc::new(ListenerStats::new(scope::Listener::Public, bind.to_string(), false));
-            let running = Running { name: "plain".into(), bind: bind.clone(), live, stats, socket_file: None };
+            let running = Running { name: "plain".into(), bind: bind.clone(), state, stats, socket_file: None };
             set.running.insert(bind, running);
             connection
         });

@@ -33,7 +33,7 @@ struct Lines {
     again: BTreeMap<(String, String), u64>,
     /// Those for which there was no room.
     others: u64,
-    told: Option<Instant>,
+    last_written: Option<Instant>,
 }
 
 /// Count lines are written so often.
@@ -45,7 +45,7 @@ const TEXT: usize = 256;
 
 impl LogLimits {
     /// Writes the counts when their time has come. To be called about once a second.
-    pub(super) fn tell(&self) {
+    pub(super) fn write_counts(&self) {
         let now = Instant::now();
         for ((source, reason), count) in self.inbound.due(now) {
             tracing::info!(target: "proxy.inbound", source, reason, count, "Refused again, in the last {PERIOD:?}");
@@ -83,7 +83,7 @@ impl Audited {
 }
 
 impl LogLimit {
-    /// Whether the caller is to write its line. Otherwise it is counted, and [`LogLimits::tell`] writes the count.
+    /// Whether the caller is to write its line. Otherwise it is counted, and [`LogLimits::write_counts`] writes the count.
     #[must_use]
     pub(super) fn is_first(&self, source: impl fmt::Display, reason: &str) -> bool {
         let mut lines = self.lines();
@@ -103,10 +103,10 @@ impl LogLimit {
     /// The counts that are to be told now. What has not come again since the last time is forgotten.
     fn due(&self, now: Instant) -> Vec<((String, String), u64)> {
         let mut lines = self.lines();
-        if lines.told.is_some_and(|told| now < told + PERIOD) {
+        if lines.last_written.is_some_and(|written| now < written + PERIOD) {
             return Vec::new();
         }
-        lines.told = Some(now);
+        lines.last_written = Some(now);
         lines.again.retain(|_, again| *again > 0);
         let mut due: Vec<_> = lines.again.iter_mut().map(|(key, again)| (key.clone(), std::mem::take(again))).collect();
         let others = std::mem::take(&mut lines.others);

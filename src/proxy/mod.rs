@@ -80,7 +80,7 @@ pub async fn run(
             _ = tidy.tick() => {
                 let version = snapshots.borrow().as_ref().map_or(0, |snapshot| snapshot.version);
                 proxy.memory.look(proxy.listeners.users(), version);
-                proxy.log_limits.tell();
+                proxy.log_limits.write_counts();
                 continue;
             }
         }
@@ -209,7 +209,7 @@ impl Listeners {
                 biased;
                 () = &mut closing => break,
                 Ok(()) = snapshots.changed() => {}
-                _ = tidy.tick() => log_limits.tell(),
+                _ = tidy.tick() => log_limits.write_counts(),
             }
         }
         self.advance(Stage::Closing);

@@ -60,7 +60,7 @@ async fn establish(
     observer: Observer,
     log_limit: LogLimit,
 ) -> Option<Connection> {
-    let Accepted { socket: app, remote, live: mut state, drain, stats } = accepted;
+    let Accepted { socket: app, remote, mut state, drain, stats } = accepted;
     let local = if observer.access_log().is_on() { app.local_address() } else { None };
     let listener = Listener::Upstream(Arc::clone(&state.borrow().config.listener));
     let mut record =
@@ -315,7 +315,7 @@ async fn connect(
         }
     }
     Err(match reasons[..] {
-        [] => Fault::new(outcome, "the agent has not told where it leads: see what it answered above"),
+        [] => Fault::new(outcome, "no discovery chain has been received yet: the log has what the agent answered"),
         _ => Fault::new(outcome, reasons.join("; ")),
     })
 }

@@ -19,7 +19,7 @@ use crate::tls;
 /// Has a task look after the instance, unless one does. It ends when the instance is reached by anybody, leaves the
 /// catalog, or when nobody uses the target any more.
 pub(super) fn begin(
-    live: &watch::Receiver<ListenerState<OutboundRuntime>>,
+    state: &watch::Receiver<ListenerState<OutboundRuntime>>,
     target: &Target,
     instance: &Arc<Instance>,
     clock: Clock,
@@ -29,16 +29,16 @@ pub(super) fn begin(
             target: "proxy.upstream", service = target.service, instance = %instance.address,
             "An instance can't be connected to; it is used again when it can be"
         );
-        let (live, id, instance) = (live.clone(), target.id.clone(), Arc::clone(instance));
+        let (state, id, instance) = (state.clone(), target.id.clone(), Arc::clone(instance));
         tokio::spawn(async move {
             let _watched = watched;
-            look_after(&live, &id, &instance, clock).await;
+            look_after(&state, &id, &instance, clock).await;
         });
     }
 }
 
 async fn look_after(
-    live: &watch::Receiver<ListenerState<OutboundRuntime>>,
+    state: &watch::Receiver<ListenerState<OutboundRuntime>>,
     id: &str,
     instance: &Arc<Instance>,
     clock: Clock,
@@ -50,8 +50,8 @@ async fn look_after(
             return tracing::info!(target: "proxy.upstream", instance = %instance.address, "An instance can be connected to again");
         }
         let plan = {
-            let live = live.borrow();
-            Arc::clone(if live.stage == Stage::Running { &live.config.upstream } else { return })
+            let state = state.borrow();
+            Arc::clone(if state.stage == Stage::Running { &state.config.upstream } else { return })
         };
         // As of now: credentials may be others than when it was put aside.
         let target = plan.upstream.chain.targets().find(|target| target.id == id);
