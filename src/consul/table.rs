@@ -37,9 +37,9 @@ impl Table {
     }
 }
 
-/// When a table is looked at again that cannot be blocked on, so long after its last change.
-pub(super) fn period(since_change: Duration) -> Duration {
-    if since_change < LIVELY { LIVELY_PERIOD } else { CONFIG_ENTRIES_PERIOD }
+/// When a table is looked at again that cannot be blocked on, so long after its last change. `None` is one that has not changed.
+pub(super) fn period(since_change: Option<Duration>) -> Duration {
+    if since_change.is_some_and(|since| since < LIVELY) { LIVELY_PERIOD } else { CONFIG_ENTRIES_PERIOD }
 }
 
 /// The index of a table; `None` where it cannot be relied on, since another server than the leader may have answered.

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::draft::{Draft, Update, Want};
 use super::query::Query;
+use super::translate::endpoints::instances;
 use super::translate::{Notes, intention};
 use crate::consul::api;
 use crate::jwt::Verified;
@@ -111,9 +112,11 @@ impl Agent {
 fn answer(kind: u8, query: Query, json: &[u8]) -> Option<Update> {
     match (kind, query) {
         (b'c', Query::Chain(query)) => read(json).map(|chain| Update::Chain(query, chain)),
-        (b'e', Query::Endpoints(query)) => {
-            read(json).map(|rows| Update::Endpoints { query, rows, filtered_by_acls: false })
-        }
+        (b'e', Query::Endpoints(query)) => read(json).map(|rows: Vec<api::CheckServiceNode>| Update::Endpoints {
+            query,
+            instances: instances(&rows),
+            filtered_by_acls: false,
+        }),
         (b'q', Query::PreparedQuery(query)) => read(json).map(|result| Update::PreparedQuery(query, result)),
         (b'j', Query::JwtProvider(name)) => read(json).map(|entry| Update::JwtProvider(name, Some(entry))),
         _ => None,

@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 use super::draft::Update;
 use super::jwks_fetcher::{self, Keeper};
 use super::query::Query;
+use super::translate::endpoints;
 use crate::consul::query::Event;
 use crate::consul::watches::{ScopeId, Watch, Watches};
 use crate::consul::{self, AnsweredBy, Client, How, Progress};
@@ -191,7 +192,8 @@ impl Sources {
             Query::Endpoints(instances) => {
                 ask.agent(consul::Query::health_connect(&instances), move |answer| Update::Endpoints {
                     query: instances.clone(),
-                    rows: answer.value,
+                    // Shared by all who ask, and smaller than what the agent says.
+                    instances: endpoints::instances(&answer.value),
                     filtered_by_acls: answer.filtered_by_acls,
                 })
             }

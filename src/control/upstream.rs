@@ -53,7 +53,7 @@ struct Built {
 /// The answer to a query for endpoints.
 #[derive(Debug)]
 pub(super) struct Instances {
-    list: Vec<Instance>,
+    list: Arc<[Instance]>,
     /// As targets see them; seldom more than one.
     views: Vec<(View, Arc<Endpoints>)>,
     /// The names of the services that they stand in front of, as registrations spell them.
@@ -260,7 +260,7 @@ impl Mesh<'_> {
 }
 
 impl Instances {
-    pub(super) fn new(list: Vec<Instance>) -> Self {
+    pub(super) fn new(list: Arc<[Instance]>) -> Self {
         let services = services(&list);
         Self { list, views: Vec::new(), services }
     }
@@ -270,10 +270,10 @@ impl Instances {
     }
 
     /// Takes a new list; says whether any target sees a change. What looks the same stays the same `Arc`.
-    pub(super) fn set(&mut self, list: Vec<Instance>) -> bool {
-        let services = services(&list);
+    pub(super) fn set(&mut self, list: &Arc<[Instance]>) -> bool {
+        let services = services(list);
         let mut changed = services != self.services;
-        (self.list, self.services) = (list, services);
+        (self.list, self.services) = (Arc::clone(list), services);
         for (view, endpoints) in &mut self.views {
             let new = endpoints::endpoints(&self.list, *view);
             if **endpoints != new {

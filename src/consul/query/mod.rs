@@ -56,9 +56,9 @@ pub(super) struct RunningQuery {
     by_intentions_table: bool,
     /// The table's index, when it was asked for before the answer at hand.
     intentions_index: Option<u64>,
-    /// Of a table watch: the last index, and when it came.
+    /// Of a table watch: the last index, and when it came instead of another one.
     table_index: Option<u64>,
-    table_changed: Instant,
+    table_changed: Option<Instant>,
     /// Fingerprint of the last answer that was passed on.
     seen: Option<u64>,
     covered: bool,
@@ -105,7 +105,7 @@ impl RunningQuery {
             by_intentions_table: false,
             intentions_index: None,
             table_index: None,
-            table_changed: Instant::now(),
+            table_changed: None,
             seen: None,
             covered: true,
             fingerprint: RandomState::new(),
@@ -201,13 +201,14 @@ impl RunningQuery {
 
     fn table_answered(&mut self, response: &Response) -> Done {
         let index = table::index(response);
-        let changed = std::mem::replace(&mut self.table_index, index) != index;
-        if changed {
-            self.table_changed = Instant::now();
+        let before = std::mem::replace(&mut self.table_index, index);
+        let changed = before != index;
+        if changed && before.is_some() {
+            self.table_changed = Some(Instant::now());
         }
         self.cursor = index.map_or(Cursor::None, Cursor::Index);
         let pause = match self.flow {
-            Flow::Poll(_) => table::period(self.table_changed.elapsed()),
+            Flow::Poll(_) => table::period(self.table_changed.map(|at| at.elapsed())),
             _ => self.bucket.take(),
         };
         Done::Table { index, changed, before_1_9: table::is_before_1_9(response), pause }

@@ -145,8 +145,8 @@ impl Draft {
                 self.services.get_mut(service).into_iter().for_each(|service| service.default_policy(policy, effects));
             }
             Update::Chain(query, wire) => return self.upstreams.chain(query, wire, self.enterprise, effects),
-            Update::Endpoints { query, rows, filtered_by_acls } => {
-                self.upstreams.endpoints(&Query::Endpoints(query.clone()), rows, *filtered_by_acls, effects);
+            Update::Endpoints { query, instances, filtered_by_acls } => {
+                self.upstreams.endpoints(&Query::Endpoints(query.clone()), instances, *filtered_by_acls, effects);
             }
             Update::PreparedQuery(query, result) => self.upstreams.prepared_query(query, result, effects),
             Update::Mesh(entry) => return self.mesh(entry.as_ref()),

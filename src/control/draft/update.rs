@@ -1,8 +1,11 @@
 //! What goes into a draft, and what it asks for in return.
 
+use std::sync::Arc;
+
 use super::super::jwks_fetcher::{Fetched, KeySource};
 use super::super::query::{ChainQuery, EndpointsQuery, PreparedQuery, Query};
 use super::super::translate::Notes;
+use super::super::translate::endpoints::Instance;
 use crate::consul::api;
 use crate::snapshot::DefaultPolicy;
 
@@ -26,7 +29,7 @@ pub(in crate::control) enum Update {
     Chain(ChainQuery, Box<api::CompiledDiscoveryChain>),
     Endpoints {
         query: EndpointsQuery,
-        rows: Vec<api::CheckServiceNode>,
+        instances: Arc<[Instance]>,
         filtered_by_acls: bool,
     },
     PreparedQuery(PreparedQuery, Box<api::PreparedQueryResult>),

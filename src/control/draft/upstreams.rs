@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::super::query::{ChainQuery, PreparedQuery, Query};
 use super::super::translate::chain::{ChainPlan, Prepared};
 use super::super::translate::definition::{Source, UpstreamPlan};
-use super::super::translate::endpoints::{instances, prepared};
+use super::super::translate::endpoints::{Instance, instances, prepared};
 use super::super::translate::{Bad, Notes, chain};
 use super::super::upstream::{Instances, Mesh, UpstreamDraft};
 use super::update::{Effects, Urgency, Want};
@@ -111,7 +111,7 @@ impl Upstreams {
     pub(super) fn endpoints(
         &mut self,
         query: &Query,
-        rows: &[api::CheckServiceNode],
+        instances: &Arc<[Instance]>,
         filtered_by_acls: bool,
         effects: &mut Effects,
     ) {
@@ -120,17 +120,16 @@ impl Upstreams {
             return;
         }
         let known = self.instances.get(query);
-        if filtered_by_acls && rows.is_empty() && known.is_some_and(|known| !known.is_empty()) {
+        if filtered_by_acls && instances.is_empty() && known.is_some_and(|known| !known.is_empty()) {
             effects.notes.push(format!(
                 "{query}: the agent hides every instance from our token, so those known before are kept; \
                  the token needs node:read and service:read"
             ));
             return;
         }
-        let list = instances(rows);
         let changed = match self.instances.get_mut(query) {
-            Some(known) => known.set(list),
-            None => self.instances.insert(query.clone(), Instances::new(list)).is_none(),
+            Some(known) => known.set(instances),
+            None => self.instances.insert(query.clone(), Instances::new(Arc::clone(instances))).is_none(),
         };
         if changed {
             effects.publish(self.urgency_of(&users));
@@ -146,7 +145,7 @@ impl Upstreams {
     ) {
         let prepared = prepared(result);
         let key = Query::PreparedQuery(query.clone());
-        self.endpoints(&key, &result.nodes, false, effects);
+        self.endpoints(&key, &instances(&result.nodes), false, effects);
         if self.users.contains_key(&key) && self.prepared.get(query) != Some(&prepared) {
             self.prepared.insert(query.clone(), prepared);
             self.changed.extend(self.users_of(&key));
@@ -164,7 +163,9 @@ impl Upstreams {
             Query::PreparedQuery(name) if !self.prepared.contains_key(name) => {
                 self.prepared_query(name, &api::PreparedQueryResult::default(), effects);
             }
-            Query::Endpoints(_) if !self.instances.contains_key(query) => self.endpoints(query, &[], false, effects),
+            Query::Endpoints(_) if !self.instances.contains_key(query) => {
+                self.endpoints(query, &Arc::from([]), false, effects)
+            }
             Query::Chain(chain) if !self.chains.contains_key(chain) => self.give_up(query, effects),
             _ => {}
         }

@@ -1,6 +1,7 @@
 //! Rows of the health endpoints: who may be dialled, where, and with which weight.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use super::chain::{Identity, Prepared};
 use super::{host, or_default};
@@ -37,7 +38,7 @@ pub(in crate::control) struct View {
     pub(in crate::control) only_passing: bool,
 }
 
-pub(in crate::control) fn instances<'a>(rows: impl IntoIterator<Item = &'a api::CheckServiceNode>) -> Vec<Instance> {
+pub(in crate::control) fn instances<'a>(rows: impl IntoIterator<Item = &'a api::CheckServiceNode>) -> Arc<[Instance]> {
     rows.into_iter().map(instance).collect()
 }
 

@@ -15,6 +15,7 @@ use super::*;
 use crate::control::fixture::{Ca, TRUST_DOMAIN, chain, read, registration, roots, row, rows};
 use crate::control::jwks_fetcher::Fetched;
 use crate::control::query::{ChainQuery, EndpointsQuery, PreparedQuery};
+use crate::control::translate::endpoints::instances;
 use crate::fetch::FetchRequest;
 use crate::snapshot::{Action, Bind, Decision, DefaultPolicy, Hits, InboundListener, OutboundKey, Target, Upstream};
 use crate::tls::SpiffeId;
@@ -97,7 +98,7 @@ impl Stage {
 
     fn endpoints(&mut self, target: &str, values: &[Value]) {
         let query = endpoints_query(target);
-        self.apply(Update::Endpoints { query, rows: rows(values), filtered_by_acls: false }).unwrap();
+        self.apply(Update::Endpoints { query, instances: instances(&rows(values)), filtered_by_acls: false }).unwrap();
     }
 
     fn wants(&self, names: &[&str]) {

@@ -107,7 +107,8 @@ fn endpoints_that_only_acls_hide_are_kept() {
     let mut stage = Stage::ready(&ca);
     stage.service(registration(&[("db", 9191)]));
     stage.chain("db", chain(&["db.dc1"])).unwrap();
-    let hidden = || Update::Endpoints { query: endpoints_query("db.dc1"), rows: Vec::new(), filtered_by_acls: true };
+    let hidden =
+        || Update::Endpoints { query: endpoints_query("db.dc1"), instances: Arc::new([]), filtered_by_acls: true };
     stage.apply(hidden()).unwrap();
     assert!(addresses(&targets(&stage.publishes(), "db")[0]).is_empty());
     stage.endpoints("db.dc1", &[row("10.0.0.5", 21001)]);

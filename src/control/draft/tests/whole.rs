@@ -145,9 +145,9 @@ fn no_json_makes_it_panic() {
                 list.map(|list| Update::Intentions { service: "web".into(), list })
             }
             4 => serde_json::from_value(sample).ok().map(|wire| Update::Chain(chain_query("db"), wire)),
-            5 => serde_json::from_value(sample).ok().map(|rows| Update::Endpoints {
+            5 => serde_json::from_value(sample).ok().map(|rows: Vec<api::CheckServiceNode>| Update::Endpoints {
                 query: endpoints_query("db.dc1"),
-                rows,
+                instances: instances(&rows),
                 filtered_by_acls: false,
             }),
             7 => serde_json::from_value(sample).ok().map(Update::Mesh),
