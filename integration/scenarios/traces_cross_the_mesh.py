@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 
 import pytest
 
@@ -302,6 +303,42 @@ def test_a_collector_that_is_away_costs_spans_alone(mesh):
     before = count("dropped")
     ask(port)
     eventually(lambda: count("dropped") > before)
+
+
+def test_a_collector_that_is_slow_costs_spans_alone(mesh):
+    # It takes a connection, and nothing more.
+    silent = mesh.keep(socket.create_server(("127.0.0.1", 0)))
+    env = {**SOON, "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "OTEL_BSP_MAX_QUEUE_SIZE": "8"}
+    server = mesh.web("server")
+    client = mesh.web("client", [server], sidecar=None)
+    client.start("lictor", env=env)
+    port = client.upstreams[0].port
+    eventually(lambda: who(port) == "server")
+    assert all(ask(port).status == 200 for _ in range(200))
+    # Some wait, and a batch or two may have been sent in vain.
+    text = client.admin("/metrics").body.decode()
+    assert int(re.search(r'lictor_spans_total\{result="dropped".*\} (\d+)', text)[1]) >= 150
+
+
+def test_a_request_that_is_sent_again_makes_one_span(mesh):
+    collector = mesh.keep(Collector(mesh.ports.take()))
+    env = {**SOON, "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.port}"}
+    server = mesh.web("server", sidecar=None)
+    mesh.agent.write("service-router", server.name, Routes=[
+        {"Match": {"HTTP": {"PathPrefix": "/again"}}, "Destination": {"NumRetries": 3, "RetryOnStatusCodes": [503]}}])
+    client = mesh.web("client", [server], sidecar=None)
+    for service in (server, client):
+        service.start("lictor", env=env)
+    port = client.upstreams[0].port
+    eventually(lambda: who(port) == "server")
+    answers = iter([503, 503])
+    server.app.answer = lambda request: server.app.show(request, server.app.take(request), next(answers, 200))
+    assert ask(port, "/again").status == 200
+    url = f"http://127.0.0.1:{port}/again"
+    spans = eventually(lambda: len(all_ := collector.spans.all(**{"http.url": url})) == 4 and all_)
+    one, = [span for span in spans if span["kind"] == "CLIENT"]
+    assert (one["tags"]["lictor.attempts"], one["tags"]["http.status_code"], one["error"]) == ("3", "200", False)
+    assert all(span["parent"] == one["id"] for span in spans if span["kind"] == "SERVER")
 
 
 def test_what_there_is_at_the_end_is_still_sent(mesh):

@@ -18,7 +18,6 @@ pub(super) fn end_request(record: &RequestRecord) {
     // Without an answer nobody knows better.
     span.is_error = record.status == 0 || record.status >= 500;
     let tags = &mut span.tags;
-    // Cut before it is looked through, as it may be long.
     let url = format!("http://{}{}", record.authority(), secrets.hide(record.path()));
     tags.text("http.url", &url);
     tags.text("http.method", record.method.as_str());

@@ -26,6 +26,10 @@ pub(super) struct Exporter {
     client: Option<Client>,
     /// The last batch was not taken, which was told.
     is_failing: bool,
+    /// The queue had no room of late, which was told.
+    was_full: bool,
+    /// Spans that were dropped up to the last batch.
+    dropped: u64,
 }
 
 impl Exporter {
@@ -41,7 +45,8 @@ impl Exporter {
         };
         let service = environment.service.clone().or(own).unwrap_or_else(|| settings.service.clone());
         let origin = Origin { service, node: settings.node.clone(), attributes: environment.attributes.clone() };
-        Self { collector, origin, batches: environment.batches, counts, client: None, is_failing: false }
+        let (batches, dropped) = (environment.batches, counts.dropped.get());
+        Self { collector, origin, batches, counts, client: None, is_failing: false, was_full: false, dropped }
     }
 
     /// Sends until it is told to end, or nobody can make spans any more.
@@ -102,6 +107,14 @@ impl Exporter {
 
     fn count(&mut self, spans: u64, sent: Result<u64, String>) {
         let collector = &self.collector;
+        let is_full = self.counts.dropped.get() > self.dropped;
+        if is_full && !self.is_failing && !self.was_full {
+            tracing::warn!(
+                target: "proxy", %collector,
+                "Spans come faster than the collector takes them and some are dropped; traffic goes on. OTEL_BSP_MAX_QUEUE_SIZE lets more of them wait"
+            );
+        }
+        self.was_full = is_full;
         match sent {
             Ok(refused) => {
                 let refused = refused.min(spans);
@@ -122,5 +135,6 @@ impl Exporter {
                 }
             }
         }
+        self.dropped = self.counts.dropped.get();
     }
 }

@@ -148,3 +148,77 @@ fn below(parent: Parent, grandparent: Option<u64>, shared: bool) -> Ids {
 pub(super) fn new_span_id() -> u64 {
     fastrand::u64(1..)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, SystemTime};
+
+    use tokio::sync::mpsc;
+
+    use super::*;
+    use crate::trace::sampler::Sampler;
+
+    fn tracer(sampler: Sampler, room: usize) -> (Arc<Active>, mpsc::Receiver<Span>) {
+        let (queue, spans) = mpsc::channel(room);
+        let (full, counts) = (Arc::default(), Arc::default());
+        let active =
+            Active { sampler, shared: false, short_ids: false, connections: false, queue, batch: 1, full, counts };
+        (Arc::new(active), spans)
+    }
+
+    fn headers(lines: &[(&'static str, &'static str)]) -> HeaderMap {
+        lines.iter().map(|(name, value)| (HeaderName::from_static(name), value.parse().unwrap())).collect()
+    }
+
+    fn text<'a>(headers: &'a HeaderMap, name: &str) -> &'a str {
+        headers.get(name).map_or("", |value| value.to_str().unwrap())
+    }
+
+    #[test]
+    fn what_was_drawn_is_told_whichever_it_is() {
+        let (tracer, _spans) = tracer(Sampler::of_roots(0.5), 1);
+        let mut seen = [false, false];
+        for _ in 0..200 {
+            let mut headers = headers(&[("tracestate", "of=another")]);
+            let mut traced = Traced::begin(&tracer, Kind::Client, &headers).unwrap();
+            traced.pass_on(&mut headers);
+            let (flags, b3) = if traced.is_sampled() { ("-01", "1") } else { ("-00", "0") };
+            assert!(text(&headers, "traceparent").ends_with(flags), "{headers:?}");
+            assert_eq!((text(&headers, "x-b3-sampled"), text(&headers, "tracestate")), (b3, ""));
+            seen[usize::from(traced.is_sampled())] = true;
+        }
+        assert_eq!(seen, [true, true]);
+    }
+
+    #[test]
+    fn a_decision_of_the_caller_holds_where_it_is_respected() {
+        let unsampled = headers(&[("traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00")]);
+        let begins = |sampler, headers: &HeaderMap| Traced::begin(&tracer(sampler, 1).0, Kind::Server, headers);
+        assert!(begins(Sampler::of_roots(1.0), &unsampled).is_none());
+        let always = Sampler { respects_caller: false, ..Sampler::of_roots(1.0) };
+        let mut passed = unsampled.clone();
+        begins(always, &unsampled).unwrap().pass_on(&mut passed);
+        assert!(text(&passed, "traceparent").ends_with("-01"));
+        // Nothing begins by chance, but when somebody asks.
+        assert!(begins(Sampler::of_roots(0.0), &HeaderMap::new()).is_none());
+        assert!(begins(Sampler::of_roots(0.0), &headers(&[("x-client-trace-id", "x")])).unwrap().is_sampled());
+        assert!(begins(Sampler::of_roots(1.0), &headers(&[("b3", "0")])).is_none());
+    }
+
+    #[test]
+    fn a_full_head_gets_no_headers_and_a_full_queue_no_spans() {
+        let (tracer, mut spans) = tracer(Sampler::of_roots(1.0), 1);
+        let mut full: HeaderMap =
+            (0..=ROOM).map(|n| (format!("x-{n}").parse::<HeaderName>().unwrap(), "y".parse().unwrap())).collect();
+        let before = full.clone();
+        let mut traced = Traced::begin(&tracer, Kind::Client, &full).unwrap();
+        traced.pass_on(&mut full);
+        assert_eq!(full, before);
+        for _ in 0..3 {
+            traced.finish(Span::new(Kind::Client, &"é".repeat(10_000), SystemTime::now(), Duration::ZERO));
+        }
+        assert_eq!(tracer.counts.dropped.get(), 2);
+        let span = spans.try_recv().unwrap();
+        assert!(span.name.len() <= 256 && spans.try_recv().is_err());
+    }
+}
