@@ -9,7 +9,7 @@ use std::{fmt, fs};
 
 /// Each module of the crate, lowest first, with the modules that it may import. A module imports none that stands below it in this table,
 /// so the table itself has no cycle.
-const LAYERS: [(&str, &[&str]); 23] = [
+const LAYERS: [(&str, &[&str]); 24] = [
     ("fetch", &[]),
     ("drain", &[]),
     ("race", &[]),
@@ -29,7 +29,8 @@ const LAYERS: [(&str, &[&str]); 23] = [
     ("control", &["access_log", "config", "consul", "fetch", "jwt", "snapshot", "stats", "tls", "trace"]),
     ("proxy", &["access_log", "drain", "jwt", "observe", "operators", "race", "resolve", "snapshot", "stats", "tls"]),
     ("admin", &["config", "drain", "observe", "proxy", "snapshot", "stats", "telemetry", "tls"]),
-    ("cli", &["admin", "config", "telemetry"]),
+    ("doctor", &["consul", "tls"]),
+    ("cli", &["admin", "config", "doctor", "telemetry"]),
     (
         "app",
         &[

@@ -21,6 +21,7 @@
 //! * [`proxy`] is the data plane. It reads snapshots and never calls the agent.
 //! * [`stats`] keeps the numbers of the data path; [`admin`] gives them out, with all else that people and probes ask.
 //! * [`cli`] is the commands that ask a running sidecar, by its admin server.
+//! * [`doctor`] looks for what keeps a sidecar from working, for the command of that name.
 //! * [`app`] builds, wires, waits and drains. Only `main` and tests know it.
 //!
 //! # Invariants
@@ -38,6 +39,7 @@ pub mod cli;
 pub mod config;
 pub mod consul;
 pub mod control;
+pub mod doctor;
 pub mod drain;
 pub mod fetch;
 pub mod jwt;

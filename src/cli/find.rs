@@ -97,6 +97,11 @@ impl Target {
         found.pop().context("no sidecar was found")
     }
 
+    /// Whether the flags or the environment name a sidecar.
+    pub(super) fn is_chosen(&self) -> bool {
+        self.service().is_some() || self.address().is_ok_and(|address| address.is_some())
+    }
+
     fn address(&self) -> anyhow::Result<Option<Address>> {
         let given = |value: &Option<String>| value.clone().filter(|value| !value.is_empty());
         let (text, from) =

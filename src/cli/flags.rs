@@ -3,6 +3,7 @@
 use anyhow::Context as _;
 
 use super::Command;
+use crate::config;
 use crate::config::line::{self, is_switch, split, switch};
 
 /// What a command line says.
@@ -65,7 +66,7 @@ pub(super) fn help(command: &Command) -> String {
 }
 
 fn variable_of(flag: &str) -> Option<&'static str> {
-    (flag == "admin").then_some("LICTOR_ADMIN")
+    if flag == "admin" { Some("LICTOR_ADMIN") } else { config::variable_of(flag) }
 }
 
 const EXIT_CODES: &str = "

@@ -5,6 +5,7 @@
 //! `telemetry::escape` before it reaches a terminal.
 
 mod ask;
+mod doctor;
 mod explain;
 mod find;
 mod flags;
@@ -23,7 +24,7 @@ use serde_json::Value;
 use crate::telemetry::escape;
 
 /// In the order of their help.
-const COMMANDS: &[Command] = &[status::COMMAND, explain::COMMAND, intentions::CHECK, suggest::COMMAND];
+const COMMANDS: &[Command] = &[status::COMMAND, explain::COMMAND, intentions::CHECK, suggest::COMMAND, doctor::COMMAND];
 
 /// How to read and run one command.
 pub(crate) struct Command {

@@ -27,7 +27,7 @@ pub(super) struct Flags {
 
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Which proxy to run")]
-pub(super) struct ModeFlags {
+pub(crate) struct ModeFlags {
     /// Id of a service on the local agent whose sidecar to run. Exactly one connect-proxy must be registered with
     /// this id as its Proxy.DestinationServiceID.
     #[arg(long, value_name = "service id")]
@@ -66,7 +66,7 @@ pub(super) struct AdHocFlags {
 
 #[derive(Debug, Args)]
 #[command(next_help_heading = "The Consul agent")]
-pub(super) struct AgentFlags {
+pub(crate) struct AgentFlags {
     /// Address of the agent's HTTP API: host:port, http://host:port, https://host:port or unix:///path. With
     /// CONSUL_HTTP_SSL=true, http:// means https://. The default is http://127.0.0.1:8500.
     #[arg(long, value_name = "address")]
@@ -174,7 +174,7 @@ pub(super) struct AdminFlags {
 }
 
 /// The environment variable that stands in for a flag.
-pub(super) fn variable_of(flag: &str) -> Option<&'static str> {
+pub(crate) fn variable_of(flag: &str) -> Option<&'static str> {
     Some(match flag {
         "proxy-id" => "CONNECT_PROXY_ID",
         "sidecar-for" => "CONNECT_SIDECAR_FOR",

@@ -24,7 +24,8 @@ use self::reader::{Given, Reader, readable, readable_directory, unreadable};
 pub use self::values::AdHocUpstream;
 use crate::tls::{Aead, Implementation};
 use crate::{consul, telemetry, trace};
-use flags::{AdHocFlags, AgentFlags, Line, ModeFlags, ProcessFlags};
+use flags::{AdHocFlags, Line, ProcessFlags};
+pub(crate) use flags::{AgentFlags, ModeFlags, variable_of};
 
 /// What the process was asked to do.
 #[derive(Debug)]
@@ -118,6 +119,34 @@ pub fn read(
             Ok(Invocation::Run(Box::new(reader.config(*flags)?)))
         }
     }
+}
+
+/// What a command goes by that asks the agent itself.
+#[derive(Debug)]
+pub(crate) struct AgentSettings {
+    pub(crate) agent: consul::Settings,
+    /// `None` where neither `-proxy-id` nor `-sidecar-for` is given.
+    pub(crate) mode: Option<Mode>,
+    /// What was given in vain, each a sentence.
+    pub(crate) warnings: Vec<String>,
+}
+
+/// Reads the flags that name a registered proxy and its agent, with the variables that stand in for them.
+///
+/// # Errors
+/// As of [`read`].
+pub(crate) fn agent_of(
+    mode: ModeFlags,
+    agent: AgentFlags,
+    environment: impl Fn(&str) -> Option<OsString>,
+) -> anyhow::Result<AgentSettings> {
+    let mut reader = Reader::new(&environment, BTreeSet::new());
+    let agent = reader.agent(agent, consul::DEFAULT_CONNECTIONS).context("Error connecting to Consul agent")?;
+    let mode = match reader.given("proxy-id", mode.proxy_id)? {
+        Some(id) => Some(Mode::ProxyId(id.value)),
+        None => reader.given("sidecar-for", mode.sidecar_for)?.map(|id| Mode::SidecarFor(id.value)),
+    };
+    Ok(AgentSettings { agent, mode, warnings: reader.warnings })
 }
 
 impl Mode {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use reqwest::{Method, StatusCode};
@@ -89,6 +89,8 @@ pub(super) struct Response {
     pub(super) stale: bool,
     /// `X-Consul-Default-ACL-Policy`, Consul 1.9 and later.
     pub(super) default_policy: Option<String>,
+    /// `Date`: the agent's clock, in whole seconds.
+    pub(super) date: Option<SystemTime>,
     /// `X-Consul-Results-Filtered-By-ACLs`, Consul 1.11 and later.
     pub(super) filtered_by_acls: bool,
     /// `X-Cache`: the agent keeps the answer up to date for all who ask.

@@ -54,6 +54,11 @@ impl Error {
         matches!(self.kind, ErrorKind::Unreachable(_) | ErrorKind::Transport(_))
     }
 
+    /// The rights that the request needs; empty where it needs none.
+    pub fn needs(&self) -> &str {
+        &self.needs
+    }
+
     pub fn is_forbidden(&self) -> bool {
         self.code() == Some(403)
     }

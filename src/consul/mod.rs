@@ -21,7 +21,7 @@ pub mod watches;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
 use bytes::{Bytes, BytesMut};
@@ -94,6 +94,32 @@ pub struct Answer<T> {
     pub filtered_by_acls: bool,
 }
 
+/// The agent's answer to the cheapest question.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Probe {
+    /// The address of the leader among the servers; empty when there is none.
+    pub leader: String,
+    /// Whether a header tells the ACL default policy; Consul 1.9 and later.
+    pub tells_default_policy: bool,
+    /// By our clock, around the answer.
+    sent: SystemTime,
+    received: SystemTime,
+    /// By the agent's, in whole seconds.
+    date: Option<SystemTime>,
+}
+
+impl Probe {
+    /// How far our clock is from the agent's at least, and whether it is ahead. `None` where the agent says no time.
+    #[must_use]
+    pub fn clock_offset(&self) -> Option<(Duration, bool)> {
+        let date = self.date?;
+        if let Ok(ahead) = self.sent.duration_since(date + Duration::from_secs(1)) {
+            return Some((ahead, true));
+        }
+        Some((date.duration_since(self.received).unwrap_or_default(), false))
+    }
+}
+
 /// Which connections a request goes over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Pool {
@@ -161,6 +187,36 @@ impl Client {
     pub async fn ask<T>(&self, query: &Query<T>) -> Result<Answer<T>, Error> {
         let response = self.one_off(&query.request).await?;
         self.decode(query, &response)
+    }
+
+    /// Whether the agent answers, and what its answer tells beside.
+    pub async fn probe(&self) -> Result<Probe, Error> {
+        let request = Request::new(Method::GET, &["status", "leader"]);
+        let sent = SystemTime::now();
+        let response = self.one_off(&request).await?;
+        let received = SystemTime::now();
+        let leader = endpoint::json(&response.body).map_err(|cause| self.error(&request, ErrorKind::Decode(cause)))?;
+        Ok(Probe {
+            leader,
+            tells_default_policy: response.default_policy.is_some(),
+            sent,
+            date: response.date,
+            received,
+        })
+    }
+
+    /// The version of the agent, as in `1.19.2`. It takes `agent:read`.
+    pub async fn agent_version(&self) -> Result<String, Error> {
+        let request = Request::new(Method::GET, &["agent", "self"]).needs("agent:read".into());
+        let response = self.one_off(&request).await?;
+        let about: serde_json::Value =
+            endpoint::json(&response.body).map_err(|cause| self.error(&request, ErrorKind::Decode(cause)))?;
+        Ok(about["Config"]["Version"].as_str().unwrap_or_default().to_owned())
+    }
+
+    /// Whether the agent knows the token. What it says of it, the token included, is not read.
+    pub async fn token_is_known(&self) -> Result<(), Error> {
+        self.one_off(&Request::new(Method::GET, &["acl", "token", "self"])).await.map(drop)
     }
 
     /// Every service that is registered with the agent and visible to the token, by its id.
@@ -326,6 +382,7 @@ impl Client {
             hash: text(&headers, "x-consul-contenthash").map(str::to_string).filter(|hash| !hash.is_empty()),
             stale: text(&headers, "x-consul-effective-consistency") == Some("stale"),
             default_policy: text(&headers, "x-consul-default-acl-policy").map(str::to_string),
+            date: text(&headers, "date").and_then(|date| httpdate::parse_http_date(date).ok()),
             filtered_by_acls: text(&headers, "x-consul-results-filtered-by-acls") == Some("true"),
             from_cache: headers.contains_key("x-cache"),
         };
