@@ -153,6 +153,7 @@ def test_resumed_sessions_are_counted(mesh):
     assert [Metrics(db)(name, **at) for name in names] == [before[0] + 3, before[1] + 2]
     now = Metrics(db)
     assert now("envoy_listener_ssl_versions", envoy_ssl_version="TLSv1.3", **at) == before[0] + 3 and now("envoy_listener_ssl_versions", envoy_ssl_version="TLSv1.2", **at) == 0
+    assert now("envoy_listener_ssl_certificate_expiration_unix_time_seconds", **at) == Metrics(db, "/metrics")("lictor_certificate_expiry_timestamp_seconds")
     assert Metrics(db, "/metrics")("lictor_tls_handshakes_total", side="server", result="complete", resumed="yes") == before[1] + 2
 
 

@@ -228,6 +228,9 @@ def test_breakers_and_limits_are_told_by_their_state(mesh):
     web.register()
     eventually(lambda: 200 in {ask(upstream.port).status for _ in range(10)} and state_of(bad)["breaker"] == "open")
     assert state_of(bad)["state"] == "ejected" and state_of(good)["breaker"] == "closed"
+    lines = web.admin("/clusters").body.decode().splitlines()
+    assert {line.rsplit("::", 1)[1] for line in lines if f":{bad.public}::breaker::" in line} == {"open"}
+    assert any(f":{bad.public}::health_flags::/failed_outlier_check" in line for line in lines)
     now, envoy = Metrics(web, "/metrics"), Metrics(web)
     assert now("lictor_upstream_limit_reached", limit="connection") == 0
     assert envoy("envoy_cluster_circuit_breakers_default_cx_open") == 0 and envoy("envoy_cluster_outlier_detection_ejections_enforced_total") >= 1

@@ -13,7 +13,7 @@ use super::reply::{self, Reply};
 use super::state::{Serving, State};
 use crate::snapshot::{Hits, Intention, Intentions, Snapshot};
 use crate::stats::agent::AgentNow;
-use crate::stats::scope::Scope;
+use crate::stats::scope::{Listener, Scope};
 use crate::stats::text::{Selection, Type};
 use crate::stats::{Sample, Samples, Scrapes, openmetrics, plain, prometheus as exposition, text};
 
@@ -148,6 +148,12 @@ pub(super) fn samples(state: &State) -> Vec<Sample> {
     server.gauge("memory_allocated", resident);
     server.gauge("memory_heap_size", resident);
     server.gauge("memory_physical_size", resident);
+    if let Some(expiry) = certificate_expiry(state) {
+        for public in state.stats.groups().0.iter().filter(|stats| stats.listener == Listener::Public) {
+            let mut socket = Samples::of(Scope::Socket(public.address.clone()), &mut samples);
+            socket.gauge("ssl.certificate.expiration_unix_time_seconds", whole_seconds(expiry));
+        }
+    }
     agent(&(state.agent)(), &mut samples);
     scrapes(&state.stats.scrapes, &mut samples);
     let refused = &state.stats.refused;
@@ -184,9 +190,13 @@ fn scrapes(scrapes: &Scrapes, into: &mut Vec<Sample>) {
 
 /// Whole days for which our certificate and all that it leads to are valid; 0 when it has expired.
 fn days_until_expiry(state: &State, now: SystemTime) -> Option<u64> {
-    let snapshot = state.snapshots.borrow();
-    let until = snapshot.as_ref()?.credentials.as_ref()?.not_after();
+    let until = certificate_expiry(state)?;
     Some(until.duration_since(now).map_or(0, |left| left.as_secs() / (24 * 60 * 60)))
+}
+
+/// When our certificate, or one that it leads to, expires.
+fn certificate_expiry(state: &State) -> Option<SystemTime> {
+    Some(state.snapshots.borrow().as_ref()?.credentials.as_ref()?.not_after())
 }
 
 /// The labels that every series of ours has.

@@ -261,9 +261,7 @@ impl Drop for Sent {
 /// Keeps the progress of one query.
 #[derive(Debug)]
 pub(super) struct ProgressRecord {
-    request: String,
-    kind: Kind,
-    is_of_agent: bool,
+    request: Arc<Request>,
     state: Mutex<State>,
 }
 
@@ -273,37 +271,34 @@ struct State {
     answered: Option<Instant>,
     index: Option<u64>,
     answered_by: Option<AnsweredBy>,
-    error: Option<(String, Instant)>,
+    /// In memory of its own, as most queries never fail.
+    error: Option<Box<(String, Instant)>>,
     is_failing: bool,
-    requests: u64,
-    errors: u64,
+    requests: u32,
+    errors: u32,
 }
 
 impl ProgressRecord {
-    pub(super) fn new(request: &Request) -> Self {
-        Self {
-            request: request.to_string(),
-            kind: Kind::of(request),
-            is_of_agent: request.path.first().is_some_and(|first| first == "agent"),
-            state: Mutex::default(),
-        }
+    pub(super) fn new(request: &Arc<Request>) -> Self {
+        Self { request: Arc::clone(request), state: Mutex::default() }
     }
 
     /// A request is under way, until what is given back is dropped.
     pub(super) fn sent(self: &Arc<Self>, blocks_for: Option<Duration>, rotates: bool) -> Sent {
         let mut state = self.lock();
         state.under_way = Some((Instant::now(), blocks_for, rotates));
-        state.requests += 1;
+        state.requests = state.requests.wrapping_add(1);
         Sent(Arc::clone(self))
     }
 
     /// With an answer that can be used.
     /// `index` is what is blocked on next.
     pub(super) fn answered(&self, response: &Response, index: Option<u64>) {
+        let is_of_agent = self.request.path.first().is_some_and(|first| first == "agent");
         let mut state = self.lock();
         state.answered = Some(Instant::now());
         state.index = index;
-        state.answered_by = Some(match (response.from_cache, self.is_of_agent) {
+        state.answered_by = Some(match (response.from_cache, is_of_agent) {
             (true, _) => AnsweredBy::AgentCache,
             (false, true) => AnsweredBy::Agent,
             (false, false) => AnsweredBy::Servers,
@@ -313,9 +308,9 @@ impl ProgressRecord {
 
     pub(super) fn failed(&self, error: &Error) {
         let mut state = self.lock();
-        state.error = Some((error.to_string(), Instant::now()));
+        state.error = Some(Box::new((error.to_string(), Instant::now())));
         state.is_failing = true;
-        state.errors += 1;
+        state.errors = state.errors.wrapping_add(1);
     }
 
     /// As it is at `now`; `role` and `next` are the schedule's.
@@ -323,8 +318,8 @@ impl ProgressRecord {
         let state = self.lock();
         let since = |at: Instant| now.saturating_duration_since(at);
         Progress {
-            request: self.request.clone(),
-            kind: self.kind,
+            request: self.request.to_string(),
+            kind: Kind::of(&self.request),
             how: How::of(role),
             under_way: state.under_way.map(|(sent, blocks_for, rotates)| UnderWay {
                 since: since(sent),
@@ -335,10 +330,10 @@ impl ProgressRecord {
             age: state.answered.map(since),
             index: state.index,
             answered_by: state.answered_by,
-            error: state.error.as_ref().map(|(error, at)| (error.clone(), since(*at))),
+            error: state.error.as_deref().map(|(error, at)| (error.clone(), since(*at))),
             is_failing: state.is_failing,
-            requests: state.requests,
-            errors: state.errors,
+            requests: u64::from(state.requests),
+            errors: u64::from(state.errors),
         }
     }
 

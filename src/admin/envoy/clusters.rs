@@ -179,6 +179,8 @@ struct HostNow {
     address: Value,
     weight: u32,
     is_ejected: bool,
+    /// The state of its circuit breaker: `closed`, `open`, `half-open`. Envoy has no word for it here.
+    breaker: &'static str,
     /// What is known of it. The numbers of a target's instances are its cluster's.
     stats: Vec<(&'static str, &'static str, u64)>,
 }
@@ -213,7 +215,14 @@ fn hosts(cluster: &Cluster<'_>, stats: &[Arc<ClusterStats>]) -> Vec<HostNow> {
                 ]
             });
             let (place, address) = (app.to_string(), app_address(app));
-            vec![HostNow { place, address, weight: 1, is_ejected: false, stats: stats.unwrap_or_default() }]
+            vec![HostNow {
+                place,
+                address,
+                weight: 1,
+                is_ejected: false,
+                breaker: "closed",
+                stats: stats.unwrap_or_default(),
+            }]
         }
         Cluster::Target { target, upstream } => {
             let name = StatsName::Target(Arc::new(target_name(target)));
@@ -227,6 +236,7 @@ fn hosts(cluster: &Cluster<'_>, stats: &[Arc<ClusterStats>]) -> Vec<HostNow> {
                     address: dial_address(&endpoint.address),
                     weight: endpoint.weight,
                     is_ejected: member.is_some_and(|member: &Member| member.state == MemberState::Ejected),
+                    breaker: member.map_or("closed", |member| member.state.breaker()),
                     stats: member.map(|member| (active, GAUGE, u64::from(member.in_flight))).into_iter().collect(),
                     place,
                 }
@@ -286,6 +296,7 @@ fn host_status(host: &HostNow) -> Value {
         "address": host.address,
         "stats": host.stats.iter().map(stat).collect::<Vec<_>>(),
         "health_status": health,
+        "breaker": host.breaker,
         "weight": host.weight,
         "locality": {},
     })
@@ -310,6 +321,7 @@ fn lines(text: &mut String, name: &str, cluster: &Cluster<'_>, hosts: &[HostNow]
         }
         let flags = if host.is_ejected { "/failed_outlier_check" } else { "healthy" };
         line(format_args!("{place}::health_flags::{flags}"));
+        line(format_args!("{place}::breaker::{}", host.breaker));
         line(format_args!("{place}::weight::{}", host.weight));
         line(format_args!("{place}::priority::0"));
         line(format_args!("{place}::success_rate::-1"));

@@ -45,7 +45,7 @@ const TABLE_SPACING: Duration = Duration::from_secs(1);
 pub(super) struct RunningQuery {
     /// As whom it is asked.
     client: Client,
-    request: Request,
+    request: Arc<Request>,
     flow: Flow,
     priority: Priority,
     /// Absent for the watch of a table, whose index is all that matters.
@@ -94,6 +94,7 @@ impl RunningQuery {
         sink: Option<Box<dyn Sink>>,
         spacing: Duration,
     ) -> Self {
+        let request = Arc::new(request);
         Self {
             progress: Arc::new(ProgressRecord::new(&request)),
             client,
