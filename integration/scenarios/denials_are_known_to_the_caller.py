@@ -66,7 +66,11 @@ def problems(client, reason):
 
 def check(client, server, what, reason):
     """The line in the log, with who, to whom, where and why, and the same in the status. Returns the cause."""
-    line = client.process.logged(rf"[^\n]*{what}[^\n]*").group()
+    def logged():
+        found = client.process.look(rf"[^\n]*{what}[^\n]*")
+        # A sidecar that has just started may break off handshakes at first, which is another reason.
+        return found or (client.refused() and None)
+    line = eventually(logged, what=f"a line like {what}").group()
     assert "WARN" in line and server.name in line and f"127.0.0.1:{server.public}" in line and f"/svc/{client.name}" in line, line
     problem = problems(client, reason)[0]
     assert (problem["direction"], problem["listener"]) == ("outbound", server.name) and problem["remedy"]
