@@ -72,9 +72,9 @@ def check(client, server, what, reason):
         return found or (client.refused() and None)
     line = eventually(logged, what=f"a line like {what}").group()
     assert "WARN" in line and server.name in line and f"127.0.0.1:{server.public}" in line and f"/svc/{client.name}" in line, line
-    problem = problems(client, reason)[0]
+    # Others with another cause may have come since.
+    problem = eventually(lambda: next((each for each in problems(client, reason) if each["cause"] in line.replace('\\"', '"')), None))
     assert (problem["direction"], problem["listener"]) == ("outbound", server.name) and problem["remedy"]
-    assert problem["cause"] in line.replace('\\"', '"')
     return problem["cause"]
 
 
