@@ -199,17 +199,20 @@ class Failing(Web):
 def test_breakers_and_limits_are_told_by_their_state(mesh):
     good = mesh.web("good")
     bad = mesh.service("bad", app=Failing, of=good, protocol="http")
-    check = {"max_failures": 3, "interval": "100ms", "base_ejection_time": "2s", "max_ejection_percent": 50}
+    # Long enough for what is looked at meanwhile.
+    check = {"max_failures": 3, "interval": "100ms", "base_ejection_time": "12s", "max_ejection_percent": 50}
     upstream = Upstream(good.name, mesh.ports.take(), {"Config": {"passive_health_check": check, "limits": {"max_connections": 0}}})
     web = mesh.service("web", [upstream], app=None, protocol="http")
 
     def target():
         [outbound] = json.loads(web.admin("/status").body)["outbound"]
-        [target] = outbound["targets"]
-        return target
+        assert len(outbound["targets"]) == 1, "the chain is known"
+        return outbound["targets"][0]
 
     def state_of(service):
-        return next(endpoint for endpoint in target()["endpoints"] if endpoint["address"].endswith(f":{service.public}"))
+        found = [endpoint for endpoint in target()["endpoints"] if endpoint["address"].endswith(f":{service.public}")]
+        assert len(found) == 1
+        return found[0]
 
     def instances(now):
         return {labels["state"]: value for labels, value in now.series["lictor_upstream_instances"]}
@@ -235,7 +238,7 @@ def test_breakers_and_limits_are_told_by_their_state(mesh):
     assert now("lictor_upstream_limit_reached", limit="connection") == 0
     assert envoy("envoy_cluster_circuit_breakers_default_cx_open") == 0 and envoy("envoy_cluster_outlier_detection_ejections_enforced_total") >= 1
     bad.app.well = True
-    eventually(lambda: ask(upstream.port).status == 200 and state_of(bad)["breaker"] == "closed", 40)
+    eventually(lambda: ask(upstream.port).status == 200 and state_of(bad)["breaker"] == "closed", 60)
     eventually(lambda: instances(Metrics(web, "/metrics")) == {"closed": 2, "open": 0, "half-open": 0})
     good.passing("fail")
     eventually(lambda: [Metrics(web, "/metrics")("lictor_upstream_endpoints", health=health) for health in ("passing", "failing")] == [1, 1])
