@@ -130,6 +130,17 @@ prometheus_program() {
     printf '%s\n' "$fetched"
 }
 
+# Prints the path of axe-core's script, which finds what people without a mouse or a screen can't use; fetched once.
+axe_script() {
+    local work=$cache/axe
+    if ! [ -e "$work/package/axe.min.js" ]; then
+        command -v npm >/dev/null || return 1
+        mkdir -p "$work"
+        (cd "$work" && npm pack axe-core@4 --silent && tar -xzf axe-core-*.tgz) >"$cache/npm.log" 2>&1 || return 1
+    fi
+    printf '%s\n' "$work/package/axe.min.js"
+}
+
 # Takes a package from the mirror that apt is set up with, with lists of our own, so that the system's sources and package
 # lists stay as they are; it is unpacked in the cache and not installed. (Debian 12 has no Consul, Debian 11 has.)
 # fetch_package PACKAGE RELEASE
