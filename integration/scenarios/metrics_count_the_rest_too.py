@@ -2,6 +2,7 @@
 gRPC; and that nothing that a stranger invents becomes a series."""
 
 import concurrent.futures
+import contextlib
 import socket
 import ssl
 import threading
@@ -31,6 +32,7 @@ class Held(Web):
             request.end_headers()
             request.wfile.write(b"half")
             request.wfile.flush()
+            self.go_on.wait(30)
             request.close_connection = True
             return request.connection.shutdown(socket.SHUT_RDWR)
         elif request.path == "/upgrade":
@@ -74,7 +76,9 @@ def test_an_answer_that_breaks_off_is_a_reset_of_ours(mesh):
     with mesh.dial(port) as conn:
         conn.send(b"GET /half HTTP/1.1\r\nHost: x\r\n\r\n")
         assert b" 200 " in conn.line()
-        conn.rest()
+        db.app.go_on.set()
+        with contextlib.suppress(ConnectionError):
+            conn.rest()
     upstream = {"envoy_http_conn_manager_prefix": "upstream", "consul_upstream_service": db.name}
     eventually(lambda: Metrics(db)("envoy_http_downstream_rq_tx_reset", **PUBLIC) == before + 1)
     eventually(lambda: Metrics(web)("envoy_http_downstream_rq_tx_reset", **upstream) == 1)
