@@ -200,10 +200,22 @@ mod tests {
         assert_eq!(answering_first(&none, port).await, none);
     }
 
+    /// A port that 127.0.0.3 listens on. The other two addresses are held, so that nobody else listens there.
+    async fn one_listens_of_three() -> (TcpListener, [tokio::net::TcpSocket; 2], u16) {
+        loop {
+            let listener = TcpListener::bind("127.0.0.3:0").await.unwrap();
+            let port = listener.local_addr().unwrap().port();
+            let silent = [1, 2]
+                .map(|last| (tokio::net::TcpSocket::new_v4().unwrap(), SocketAddr::from(([127, 0, 0, last], port))));
+            if silent.iter().all(|(socket, address)| socket.bind(*address).is_ok()) {
+                return (listener, silent.map(|(socket, _)| socket), port);
+            }
+        }
+    }
+
     #[tokio::test]
     async fn the_next_address_is_tried_when_one_fails() {
-        let listener = TcpListener::bind("127.0.0.3:0").await.unwrap();
-        let port = listener.local_addr().unwrap().port();
+        let (_listener, _silent, port) = one_listens_of_three().await;
         let (_, ip) = connect_address(&ips(&["127.0.0.1", "127.0.0.2", "127.0.0.3"]), port).await.unwrap();
         assert_eq!(ip, ips(&["127.0.0.3"])[0]);
         let refused = connect(&ips(&["127.0.0.1", "127.0.0.2"]), port).await.unwrap_err();

@@ -541,7 +541,7 @@ async fn a_try_has_a_time_of_its_own_and_the_next_goes_elsewhere() {
     let _servers = [(first, slow), (second, quick)]
         .map(|(mesh, app)| Sidecar::start(with_service(mesh, service(Protocol::Http, app))));
     let requests = RequestSettings {
-        per_try_timeout: Some(Duration::from_millis(100)),
+        per_try_timeout: Some(Duration::from_millis(700)),
         expose_cause: true,
         ..RequestSettings::default()
     };
