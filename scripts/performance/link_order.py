@@ -129,7 +129,8 @@ def script(groups):
         ordered = sorted(group, key=lambda p: (-round(group[p], 1), p))
         lines = "".join(f"    *(.text*.{p})\n" for p in ordered)
         parts.append(f"  {name} :\n  {{\n{lines}  }}\n")
-    return "".join(parts) + "}\nINSERT BEFORE .text;\n"
+    # A release has no symbols and aborts when it panics: nothing reads the tables for unwinding.
+    return "".join(parts) + "  /DISCARD/ : { *(.eh_frame) }\n}\nINSERT BEFORE .text;\n"
 
 
 if __name__ == "__main__":
