@@ -1,13 +1,22 @@
 """Commands that ask a running sidecar: their text, their JSON, and how they exit."""
 
+import fcntl
+import itertools
 import json
 import os
+import pty
+import select
+import signal
+import struct
 import subprocess
+import termios
 
 import pytest
 
 from mesh import Upstream, ask, eventually
+from mesh.load import Churn
 from mesh.service import admin_port
+from mesh.wait import PATIENCE
 
 FINE, WRONG, UNKNOWN = 0, 1, 2
 
@@ -205,3 +214,127 @@ def test_intentions_check_judges_a_request_as_the_sidecar_does(mesh, lictor, bin
     # Without a request it depends.
     text = subprocess.run([binaries["lictor"], "intentions", "check", "-service", db.name, "-from", web.name], text=True, capture_output=True)
     assert text.returncode == UNKNOWN and "it depends on the request" in text.stdout and not text.stderr
+
+
+class Asking:
+    """What asks a port, for a load."""
+
+    def __init__(self, port):
+        self.port = port
+
+    def reaches(self):
+        return ask(self.port).status == 200
+
+
+class InTerminal:
+    """The program on a terminal of its own, of 80 columns and 24 lines."""
+
+    def __init__(self, argv):
+        self.master, self.terminal = pty.openpty()
+        self.resize(24, 80)
+        self.settings = termios.tcgetattr(self.terminal)
+        self.output = b""
+        self.process = subprocess.Popen(
+            argv, stdin=self.terminal, stdout=self.terminal, stderr=self.terminal, start_new_session=True,
+            env={"PATH": os.environ["PATH"], "TERM": "xterm"}, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+
+    def resize(self, lines, columns):
+        fcntl.ioctl(self.terminal, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+
+    def type(self, keys):
+        os.write(self.master, keys)
+
+    def shows(self, text, within=PATIENCE):
+        """Reads on until this stands there in one piece, and forgets what came before."""
+        def is_there():
+            if select.select([self.master], [], [], 0.1)[0]:
+                self.output += os.read(self.master, 65536)
+            return text.encode() in self.output
+        eventually(is_there, within, what=f"{text!r} on the terminal")
+        self.output = b""
+
+    def ends(self):
+        """What it exits with, once the terminal is as it was."""
+        exit = self.process.wait(20)
+        assert termios.tcgetattr(self.terminal) == self.settings
+        self.shows("\x1b[?1049l")
+        return exit
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+        os.close(self.terminal)
+
+
+def test_top_prints_rates_as_lines_of_json(mesh, lictor):
+    db = mesh.web("db")
+    web = mesh.service("web", [db], app=None)
+    eventually(lambda: ask(web.port_to(db)).status == 200)
+
+    def rows(name):
+        looks = [json.loads(line) for line in lictor("top", "--json", "-count", 2, "-service", name).splitlines()]
+        assert len(looks) == 2 and [look["service"] for look in looks] == [name, name] and looks[0]["time"] < looks[1]["time"]
+        return [row for look in looks for row in look["rows"]]
+    load = Churn(Asking(web.port_to(db)))
+    try:
+        def has_rate(direction, name, of):
+            return [row for row in rows(of) if (row["direction"], row["name"]) == (direction, name) and row["per_second"]]
+        [row, *_] = eventually(lambda: has_rate("outbound", db.name, of=web.name))
+        assert row["counts"] == "requests" and row["errors_per_second"] == 0 and row["p50_ms"] > 0 and row["state"] == "ok"
+        assert row["endpoints"] == {"usable": 1, "registered": 1, "ejected": 0, "unreachable": 0}
+        eventually(lambda: has_rate("inbound", db.name, of=db.name))
+    finally:
+        assert not load.end()
+    # Without a terminal there is nothing to draw on.
+    assert "draws on a terminal" in lictor("top", "-service", web.name, exit=UNKNOWN)
+    assert "invalid value" in lictor("top", "-count", "many", exit=UNKNOWN)
+
+
+def test_top_asks_on_when_the_sidecar_is_gone(mesh, binaries):
+    web, port = mesh.service("web", sidecar=None), mesh.ports.take()
+
+    def sidecar():
+        process = mesh.proxy("-sidecar-for", web.id, "-admin-bind", f"127.0.0.1:{port}")
+        process.logged("configuration is complete")
+        return process
+    first = sidecar()
+    with subprocess.Popen([binaries["lictor"], "top", "-json", "-admin", str(port)], stdout=subprocess.PIPE, text=True) as top:
+        try:
+            assert json.loads(top.stdout.readline())["service"] == web.name
+            first.stop()
+            look = next(look for look in map(json.loads, top.stdout) if "error" in look)
+            assert "can't connect to the admin server" in look["error"]
+            sidecar()
+            assert next(look for look in map(json.loads, top.stdout) if "rows" in look)["service"] == web.name
+        finally:
+            top.kill()
+
+
+def test_top_draws_on_a_terminal_and_gives_it_back(mesh, lictor, binaries):
+    db = mesh.web("db")
+    web = mesh.service("web", [db], app=None)
+    eventually(lambda: ask(web.port_to(db)).status == 200)
+
+    def top():
+        terminal = mesh.keep(InTerminal([binaries["lictor"], "top", "-service", web.name]))
+        terminal.shows(db.name)
+        assert termios.tcgetattr(terminal.terminal) != terminal.settings
+        return terminal
+    terminal = top()
+    # The second row is the upstream, whose endpoints are shown then; in another size all is drawn again.
+    terminal.type(b"j")
+    terminal.resize(1, 1)
+    sizes = itertools.cycle([(10, 40), (24, 80)])
+
+    def shows_endpoints():
+        terminal.resize(*next(sizes))
+        terminal.shows(f"endpoints of {db.name}", within=2)
+        return True
+    eventually(shows_endpoints, 60)
+    terminal.type(b"q")
+    assert terminal.ends() == FINE
+    for end in (lambda: terminal.type(b"\x03"), lambda: terminal.process.send_signal(signal.SIGINT), lambda: terminal.process.terminate()):
+        terminal = top()
+        end()
+        assert terminal.ends() == FINE

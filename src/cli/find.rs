@@ -150,7 +150,9 @@ async fn look() -> anyhow::Result<Found> {
 }
 
 impl Sidecar {
-    async fn ask(address: Address) -> anyhow::Result<Self> {
+    /// # Errors
+    /// When what answers, if anything, is no sidecar; a sentence that says what to do next.
+    pub(super) async fn ask(address: Address) -> anyhow::Result<Self> {
         let status = address.ask(Method::GET, "/status").await?.json().ok();
         let status = status.filter(|status| status["sidecar"].is_object());
         let status = status.with_context(|| {

@@ -13,6 +13,7 @@ mod intentions;
 mod request;
 mod status;
 mod suggest;
+mod top;
 mod view;
 
 use std::ffi::OsString;
@@ -24,7 +25,8 @@ use serde_json::Value;
 use crate::telemetry::escape;
 
 /// In the order of their help.
-const COMMANDS: &[Command] = &[status::COMMAND, explain::COMMAND, intentions::CHECK, suggest::COMMAND, doctor::COMMAND];
+const COMMANDS: &[Command] =
+    &[status::COMMAND, top::COMMAND, explain::COMMAND, intentions::CHECK, suggest::COMMAND, doctor::COMMAND];
 
 /// How to read and run one command.
 pub(crate) struct Command {
@@ -65,7 +67,6 @@ pub(crate) enum Done {
     Text(Report),
     Json(Report),
     /// Everything was shown.
-    #[allow(dead_code, reason = "for commands that draw")]
     Shown(Exit),
 }
 

@@ -63,7 +63,7 @@ fn run(arguments: Vec<String>) -> anyhow::Result<Done> {
 }
 
 /// What makes a sidecar unwell, each a sentence.
-fn faults(status: &Value) -> Vec<String> {
+pub(super) fn faults(status: &Value) -> Vec<String> {
     let mut faults = Vec::new();
     match status["sidecar"]["state"].as_str() {
         Some("LIVE") => {}
@@ -80,7 +80,7 @@ fn faults(status: &Value) -> Vec<String> {
 }
 
 /// Of the certificate; `None` without one.
-fn seconds_left(status: &Value) -> Option<f64> {
+pub(super) fn seconds_left(status: &Value) -> Option<f64> {
     Some(status["certificate"]["not_after"].as_f64()? - number(&status["time"]) / 1000.0)
 }
 

@@ -1,0 +1,191 @@
+//! `lictor top`: what a sidecar does, looked at each second.
+
+mod draw;
+mod rows;
+mod screen;
+
+use std::io::{self, IsTerminal as _, Write as _};
+use std::time::Duration;
+
+use anyhow::bail;
+use clap::{CommandFactory as _, Parser};
+use ratatui_crossterm::crossterm::event::{Event as Input, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
+use serde_json::json;
+use tokio::sync::mpsc::{self, Sender};
+use tokio::time::{Instant, MissedTickBehavior, interval_at};
+
+use super::ask::{Address, block_on};
+use super::find::{Sidecar, Target};
+use super::{Command, Done, Exit};
+use draw::View;
+use screen::{Event, Screen};
+
+pub(super) const COMMAND: Command = Command {
+    words: "top",
+    about: "What a sidecar does, live on the terminal",
+    help: HELP,
+    flags: Flags::command,
+    run,
+};
+
+const HELP: &str = " [options]
+
+  Shows each second what a sidecar does for its service and for each upstream:
+  requests a second (connections, where the protocol is TCP), errors a second
+  (5xx, or failed connects), latency since its start, endpoints that are up of
+  those that are registered, denials, breakers and ejections; and what failed
+  last and why.
+
+  Arrows, or j and k, choose a row, whose endpoints or callers are shown below.
+  q and Ctrl-C end it. With -json it prints an object each second, one a line,
+  and needs no terminal:
+
+    $ lictor top -service web -json -count 10
+
+  Exits with 2 where -json ends while the sidecar does not answer.
+";
+
+/// Time between two looks.
+const PERIOD: Duration = Duration::from_secs(1);
+
+/// What may wait to be shown: more is asked for when it is taken.
+const WAITING: usize = 16;
+
+#[derive(Debug, Parser)]
+#[command(no_binary_name = true, disable_help_flag = true, disable_version_flag = true, args_override_self = true)]
+#[command(next_help_heading = "How long to look")]
+struct Flags {
+    /// End after so many looks. The default is 0: no end.
+    #[arg(long, value_name = "number", default_value_t = 0)]
+    count: u64,
+    #[command(flatten)]
+    target: Target,
+}
+
+fn run(arguments: Vec<String>) -> anyhow::Result<Done> {
+    let Flags { count, target } = Flags::try_parse_from(arguments)?;
+    let has_terminal = io::stdin().is_terminal() && io::stdout().is_terminal();
+    if !target.json && !has_terminal {
+        bail!("`lictor top` draws on a terminal, and this is none: -json prints the same as lines of JSON");
+    }
+    let sidecar = target.one()?;
+    let exit = block_on(async {
+        if target.json { Ok(print(sidecar, count).await) } else { show(sidecar, count).await.map(|()| Exit::Fine) }
+    })??;
+    Ok(Done::Shown(exit))
+}
+
+/// One object for each look, until nobody reads them.
+async fn print(mut sidecar: Sidecar, count: u64) -> Exit {
+    let (sender, mut events) = mpsc::channel(WAITING);
+    tokio::spawn(look(sidecar.address.clone(), sender));
+    let mut looks = 0;
+    while let Some(Event::Answer(answer)) = events.recv().await {
+        let (line, exit) = match answer {
+            Ok(now) => {
+                let before = std::mem::replace(&mut sidecar, now).status;
+                (rows::json(&sidecar, Some(&before)), Exit::Fine)
+            }
+            Err(error) => (json!({ "error": format!("{error:#}") }), Exit::Unknown),
+        };
+        let mut out = io::stdout().lock();
+        let is_read = writeln!(out, "{line}").and_then(|()| out.flush()).is_ok();
+        looks += 1;
+        if looks == count || !is_read {
+            return exit;
+        }
+    }
+    Exit::Unknown
+}
+
+/// Draws until somebody ends it.
+async fn show(mut now: Sidecar, count: u64) -> anyhow::Result<()> {
+    let (sender, mut events) = mpsc::channel(WAITING);
+    tokio::spawn(screen::signalled(sender.clone())?);
+    tokio::spawn(look(now.address.clone(), sender.clone()));
+    let mut screen = Screen::open()?;
+    screen::read_keys(sender);
+    let (mut before, mut trouble, mut chosen, mut looks) = (None, None, 0, 0);
+    loop {
+        let view =
+            View { sidecar: &now, before: before.as_ref(), chosen, trouble: trouble.as_deref().unwrap_or_default() };
+        screen.draw(&view)?;
+        match events.recv().await {
+            Some(Event::Input(Input::Key(key))) => {
+                let Some(row) = moved(key, chosen, rows::rows(None, &now.status).len()) else { return Ok(()) };
+                chosen = row;
+            }
+            // Of another size, it is drawn again.
+            Some(Event::Input(_)) => {}
+            Some(Event::Answer(answer)) => {
+                match answer {
+                    Ok(next) => {
+                        before = Some(std::mem::replace(&mut now, next).status);
+                        trouble = None;
+                    }
+                    Err(error) => trouble = Some(format!("{error:#}")),
+                }
+                looks += 1;
+                if looks == count {
+                    return Ok(());
+                }
+            }
+            Some(Event::End) | None => return Ok(()),
+        }
+    }
+}
+
+/// Asks the sidecar each second, whether it answers or not.
+async fn look(address: Address, events: Sender<Event>) {
+    let mut ticks = interval_at(Instant::now() + PERIOD, PERIOD);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        if events.send(Event::Answer(Sidecar::ask(address.clone()).await)).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// The chosen row after a key; `None` where the key ends it.
+fn moved(key: KeyEvent, chosen: usize, rows: usize) -> Option<usize> {
+    let last = rows.saturating_sub(1);
+    let chosen = chosen.min(last);
+    if key.kind == KeyEventKind::Release {
+        return Some(chosen);
+    }
+    match key.code {
+        KeyCode::Char('q') => None,
+        KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => None,
+        KeyCode::Up | KeyCode::Char('k') => Some(chosen.saturating_sub(1)),
+        KeyCode::Down | KeyCode::Char('j') => Some((chosen + 1).min(last)),
+        KeyCode::Home => Some(0),
+        KeyCode::End => Some(last),
+        _ => Some(chosen),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_choose_within_the_rows_and_end() {
+        let press = |code, chosen, rows| moved(KeyEvent::new(code, KeyModifiers::NONE), chosen, rows);
+        for (code, chosen, rows, expected) in [
+            (KeyCode::Down, 0, 3, Some(1)),
+            (KeyCode::Char('j'), 2, 3, Some(2)),
+            (KeyCode::Up, 2, 3, Some(1)),
+            (KeyCode::Char('k'), 0, 3, Some(0)),
+            // Rows have gone since.
+            (KeyCode::Up, 9, 3, Some(1)),
+            (KeyCode::Down, 0, 0, Some(0)),
+            (KeyCode::End, 0, 3, Some(2)),
+            (KeyCode::Char('c'), 1, 3, Some(1)),
+            (KeyCode::Char('q'), 1, 3, None),
+        ] {
+            assert_eq!(press(code, chosen, rows), expected, "{code:?} {chosen} of {rows}");
+        }
+        assert_eq!(moved(KeyEvent::new(KeyCode::Char('c'), KeyModifiers::CONTROL), 0, 1), None);
+    }
+}
