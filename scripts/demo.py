@@ -149,6 +149,8 @@ class Demo:
         problem = self.wait("the sidecar of tax names the intention when it is asked", self.problem, 5)
         say(f"who: {problem['who']}, reason: {problem['reason']}, cause: {problem['cause']}")
         say(f"what to do: {problem['remedy']}")
+        self.lictor("intentions", "check", "-from", "invoice", sidecar="tax", names="intention invoice => tax (deny")
+        self.lictor("explain", "-upstream", "tax", sidecar="invoice", names="Denied")
 
     def problem(self):
         """The last thing that went wrong at tax, if that is the denial."""
@@ -206,6 +208,7 @@ class Demo:
             (f"{CONSUL} config delete{address} -kind service-splitter -name tax", "back to the first version of tax"),
             (f"{CONSUL} intention create{address} -deny invoice tax", "refuses the next request"),
             (f"{CONSUL} intention delete{address} invoice tax", "the way back"),
+            (f"{LICTOR} top -admin {self.admin_ports['invoice']}", "what the sidecar of invoice does, live"),
             (f"kill {self.programs['consul agent'].pid}", "the agent goes away, traffic goes on"),
         ):
             print(f"  {command}\n      {what}")
@@ -296,6 +299,16 @@ class Demo:
         done = subprocess.run([CONSUL, *words], capture_output=True, text=True, timeout=20, env=environment)
         if done.returncode != 0:
             raise Failed(f"consul {' '.join(words)}: {done.stdout}{done.stderr}".strip())
+
+    def lictor(self, *words, sidecar, names):
+        """Asks a sidecar by our own command, and shows the answer, which is to name something."""
+        words = [*words, "-admin", str(self.admin_ports[sidecar])]
+        self.command_shown("lictor " + " ".join(words))
+        # It exits with 1 where it finds a denial.
+        done = subprocess.run([LICTOR, *words], capture_output=True, text=True, timeout=20)
+        if names not in done.stdout:
+            raise Failed(f"lictor {' '.join(words)} does not name {names!r}: {done.stdout}{done.stderr}".strip())
+        say(done.stdout)
 
     def answered(self, status):
         got, body = self.ask(self.app_ports["order"], "/")
