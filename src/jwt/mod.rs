@@ -285,6 +285,11 @@ impl Verified {
         self.refusals.iter().map(|(provider, refusal)| (provider.as_str(), *refusal))
     }
 
+    /// Whether a provider was asked for that is not known yet: neither is which headers only its tokens may bring.
+    pub fn lacks_provider(&self) -> bool {
+        self.refusals.iter().any(|(_, refusal)| *refusal == Refusal::UnknownProvider)
+    }
+
     fn knows(&self, provider: &str) -> bool {
         self.claims(provider).is_some() || self.refusals.iter().any(|(name, _)| name == provider)
     }

@@ -228,7 +228,8 @@ impl Inbound {
             "Request judged"
         );
         let RequestObserver { observer, connection } = &self.requests;
-        if let (Decision::Deny(decider), true) = (&decision, service.audit) {
+        // What is unknown stays closed: the headers that a provider's tokens bring could be forged before it is known.
+        if let (Decision::Deny(decider), true) = (&decision, service.audit && !verified.lacks_provider()) {
             let reason = with_refusals(decider, &verified);
             observer.observe(Event::WouldDeny { connection, request: Some((view.method, view.path)), reason: &reason });
             self.log_audited(service, &reason);

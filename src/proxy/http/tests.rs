@@ -897,3 +897,37 @@ async fn requests_are_logged_on_both_sides_when_they_are_over() {
         assert!(in_time.is_ok(), "{wanted:#?} not in {}", std::fs::read_to_string(file.path()).unwrap());
     }
 }
+
+#[tokio::test]
+async fn audit_mode_lets_nothing_through_while_a_provider_is_not_known() {
+    let app = app(false, |_| async { ok(text("here")) }).await;
+    let (mesh, at) = (free(), free());
+    let okta = ProviderRequirement { name: "okta".into(), claims: Vec::new() };
+    let intention = |token| Intention {
+        source_partition: "default".into(),
+        source_namespace: "default".into(),
+        source: "*".into(),
+        destination: "db".into(),
+        action: None,
+        permissions: vec![Permission { action: Action::Deny, conditions: None, token: None }],
+        token,
+        precedence: 9,
+        hits: Hits::default(),
+    };
+    let policy = DefaultPolicy { action: Action::Deny, source: "test".into(), hits: Hits::default() };
+    let audited = |token| Service {
+        intentions: Arc::new(Intentions::new(vec![intention(token)], policy.clone())),
+        audit: true,
+        ..service(Protocol::Http, app)
+    };
+    let server = Sidecar::start(with_service(mesh, audited(None)));
+    let _client = Sidecar::start(with_upstream(at, upstream(Protocol::Http, &[mesh])));
+    listening(mesh).await;
+    listening(at).await;
+    let client = Client::http1(at).await;
+    assert_eq!(client.ask(get("/")).await.0, StatusCode::OK);
+    let needed = audited(Some(TokenRequirement { providers: vec![okta] }));
+    server.snapshot.send_replace(Some(Arc::new(Snapshot { version: 2, ..with_service(mesh, needed) })));
+    let closed = async { while client.ask(get("/")).await.0 != StatusCode::FORBIDDEN {} };
+    timeout(PATIENCE, closed).await.expect("it is denied in time");
+}
