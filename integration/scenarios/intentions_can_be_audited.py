@@ -57,7 +57,7 @@ def test_connections_are_let_through_counted_and_told_and_cut_when_it_ends(mesh)
         assert counts[client.name]["would_deny"] == about["would_deny"] >= 3
         assert series(server, "/metrics", 'lictor_intention_decisions_total', 'decision="would_deny"') == about["would_deny"]
         assert series(server, "/stats/prometheus", "envoy_rbac_shadow_denied") == about["would_deny"]
-        line = server.process.logged(r"Audit mode: would deny this connection[^\n]*")[0]
+        line = server.process.logged(r"Audit mode: would deny this (?:open )?connection[^\n]*")[0]
         assert f"svc/{client.name}" in line and f"{client.name} => {server.name} (deny" in line
         problem = next(each for each in status(server)["problems"] if each["reason"] == "WouldDeny")
         assert problem["who"] == client.name and f"{client.name} => {server.name} (deny" in problem["cause"]
