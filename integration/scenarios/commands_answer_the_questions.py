@@ -244,21 +244,28 @@ class InTerminal:
     def type(self, keys):
         os.write(self.master, keys)
 
+    def read(self):
+        """Takes what is drawn, for a moment: a terminal that nobody reads stops the program."""
+        if select.select([self.master], [], [], 0.1)[0]:
+            self.output += os.read(self.master, 65536)
+
     def shows(self, text, within=PATIENCE):
         """Reads on until this stands there in one piece, and forgets what came before."""
         def is_there():
-            if select.select([self.master], [], [], 0.1)[0]:
-                self.output += os.read(self.master, 65536)
+            self.read()
             return text.encode() in self.output
         eventually(is_there, within, what=f"{text!r} on the terminal")
         self.output = b""
 
     def ends(self):
         """What it exits with, once the terminal is as it was."""
-        exit = self.process.wait(20)
+        def is_over():
+            self.read()
+            return self.process.poll() is not None
+        eventually(is_over, what="the end of the program")
         assert termios.tcgetattr(self.terminal) == self.settings
         self.shows("\x1b[?1049l")
-        return exit
+        return self.process.returncode
 
     def close(self):
         self.process.kill()

@@ -70,6 +70,8 @@ impl Target {
             );
         }
         found.sidecars.sort_by(|a, b| (a.name(), &a.address).cmp(&(b.name(), &b.address)));
+        // One that has just ended may have left its port to another, which is asked twice then.
+        found.sidecars.dedup_by(|a, b| a.address == b.address);
         Ok(found)
     }
 
