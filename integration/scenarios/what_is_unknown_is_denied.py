@@ -1,11 +1,13 @@
 """What an agent says that is not known here, and might restrict who may do what, never lets anybody in."""
 
+import threading
+
 import pytest
 
 from mesh import Web, ask, eventually, stays
 from mesh.newer import NewerAgent
 from mesh.ports import is_listening
-from mesh.rules import jwt, provider
+from mesh.rules import allow, jwt, provider
 from mesh.tokens import Issuer
 
 @pytest.fixture
@@ -139,3 +141,29 @@ def test_an_unknown_field_of_a_jwt_provider_keeps_the_listener_unready_and_what_
     assert (ask(port, **token).status, ask(port).status) == (200, 403)
     mesh.agent.write("service-intentions", server.name, Sources=[{"Name": "*", "Action": "deny"}], JWT=jwt())
     eventually(lambda: ask(port, **token).status == 403)
+
+
+def test_a_rule_that_names_a_jwt_provider_denies_every_request_until_the_provider_is_known(mesh):
+    """The path needs no token. A client could forge the claims of one that the app trusts, as nobody knows yet which header has them."""
+    mesh.agent.needs((1, 16), "jwt-provider")
+    agent, issuer = newer(mesh), Issuer()
+    server = mesh.service("server", sidecar=None, app=Web, protocol="http")
+    server.start(env=agent.env)
+    client = mesh.service("client", [server])
+    port = client.upstreams[0].port
+    eventually(lambda: ask(port).status == 200)
+    known = threading.Event()
+    agent.changes["/v1/config/jwt-provider/okta"] = lambda answer: known.wait(20)
+    entry = provider(Forwarding={"HeaderName": "x-claims"})
+    fields = {key: value for key, value in entry.items() if key not in ("Kind", "Name")}
+    fields["JSONWebKeySet"] = {"Local": {"JWKS": issuer.key_set_base64()}}
+    mesh.agent.write("jwt-provider", "okta", **fields)
+    rules = [allow(PathPrefix="/private"), allow(PathPrefix="/")]
+    rules[0]["JWT"] = jwt()
+    mesh.agent.write("service-intentions", server.name, Sources=[{"Name": "*", "Permissions": rules}])
+    forged = {"headers": {"x-claims": "forged"}}
+    eventually(lambda: ask(port, **forged).status == 403)
+    server.process.logged("want of a token provider that intention")
+    known.set()
+    eventually(lambda: ask(port, **forged).status == 200)
+    assert "x-claims" not in str(ask(port, **forged).seen()).lower()

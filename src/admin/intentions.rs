@@ -118,6 +118,7 @@ fn rule(rehearsed: &Rehearsed<'_>) -> Value {
             "intention": intention(one),
             "permission": place.map(|place| permission(one, place)),
         }),
+        Decider::UnknownProvider(one) => json!({ "kind": "unknown_provider", "intention": intention(one) }),
         Decider::NoPermission(one, policy) => {
             json!({ "kind": "no_permission", "intention": intention(one), "default": default(policy) })
         }

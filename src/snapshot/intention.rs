@@ -83,6 +83,8 @@ pub enum Decider<'a> {
     Permission(&'a Intention, usize),
     /// The request lacks a token that the intention, or its permission at this place, requires.
     Token(&'a Intention, Option<usize>),
+    /// The intention, or one of its permissions, names a token provider that is not known.
+    UnknownProvider(&'a Intention),
     /// The intention decides about its source, but none of its permissions matches the request.
     NoPermission(&'a Intention, &'a DefaultPolicy),
 }
@@ -132,6 +134,10 @@ impl Intentions {
 
     /// Verifies the tokens that matter for one request of such a peer, and decides about it. What is allowed
     /// goes on with the headers that [`Providers::pass_on`] makes of it.
+    ///
+    /// An intention that names an unknown provider denies all requests, also those of permissions without a token: the
+    /// client could forge the provider's forwarding header, which is not known either. Consul's Envoy keeps its earlier
+    /// rules then, as Consul generates no listener (Consul 1.19.2, `agent/xds/jwt_authn.go`).
     #[must_use]
     pub fn verify_and_decide(
         &self,
@@ -145,6 +151,9 @@ impl Intentions {
             decision => return (decision, Verified::default()),
         };
         let verified = providers.verify(intention.providers(), request.headers, request.query, now);
+        if verified.lacks_provider() {
+            return (Decision::Deny(Decider::UnknownProvider(intention)), verified);
+        }
         let decision = self.judge(intention, &Subject::new(request, &verified));
         (decision, verified)
     }
@@ -242,6 +251,7 @@ impl Decision<'_> {
                 Decider::Intention(intention)
                 | Decider::Permission(intention, _)
                 | Decider::Token(intention, _)
+                | Decider::UnknownProvider(intention)
                 | Decider::NoPermission(intention, _) => &intention.hits,
                 Decider::Default(policy) => &policy.hits,
             },
@@ -344,6 +354,7 @@ impl fmt::Display for Decider<'_> {
             Self::Token(intention, Some(place)) => {
                 write!(f, "want of a token that permission {} of {intention} requires", place + 1)
             }
+            Self::UnknownProvider(intention) => write!(f, "want of a token provider that {intention} names"),
             Self::NoPermission(intention, policy) => {
                 write!(f, "{policy}, as no permission of {intention} matches")
             }
@@ -481,10 +492,14 @@ mod tests {
         let known = Providers([("okta".to_owned(), provider)].into());
         let requirement = ProviderRequirement { name: "okta".to_owned(), claims: Vec::new() };
         let token_needed = TokenRequirement { providers: vec![requirement] };
-        let web = Intention { token: Some(token_needed), ..intention("web", "db", None, 9) };
+        let web = Intention { token: Some(token_needed.clone()), ..intention("web", "db", None, 9) };
+        let methods = |method: &str| Some(Conditions { methods: vec![method.to_owned()], ..Conditions::default() });
+        let post = Permission { action: Action::Allow, conditions: methods("POST"), token: Some(token_needed) };
+        let get = Permission { action: Action::Allow, conditions: methods("GET"), token: None };
+        let open = Intention { permissions: vec![post, get], ..intention("open", "db", None, 9) };
         let default =
             DefaultPolicy { action: Action::Allow, source: "default policy".to_owned(), hits: Hits::default() };
-        let intentions = Intentions::new(vec![web, intention("api", "db", ALLOW, 9)], default);
+        let intentions = Intentions::new(vec![web, open, intention("api", "db", ALLOW, 9)], default);
         let decide = |name: &str, token: Option<&str>, providers: &Providers, now| {
             let headers =
                 token.map(|token| (http::header::AUTHORIZATION, token.parse().unwrap())).into_iter().collect();
@@ -506,6 +521,9 @@ mod tests {
         assert_eq!(decide("web", Some(&token), &known, late), (false, Some(Refusal::Expired)));
         let unknown = (false, Some(Refusal::UnknownProvider));
         assert_eq!(decide("web", Some(&token), &Providers::default(), now), unknown);
+        assert_eq!(decide("open", None, &known, now), (true, Some(Refusal::Missing)));
+        assert_eq!(decide("open", None, &Providers::default(), now), unknown);
+        assert_eq!(decide("api", None, &Providers::default(), now), (true, None));
         assert_eq!(decide("api", None, &known, now), (true, None));
         assert_eq!(decide("api", Some("Bearer rubbish"), &known, now), (true, None));
     }

@@ -168,7 +168,7 @@ impl ServiceDraft {
         if plan.is_none() {
             effects.notes.push(format!(
                 "an intention requires a token of jwt-provider {name}, which does not exist (or the agent is older than \
-                 1.16): requests that need the token are denied"
+                 1.16): all requests that this intention decides about are denied"
             ));
         }
         let before = self.tokens.queries();

@@ -228,8 +228,9 @@ impl Inbound {
             "Request judged"
         );
         let RequestObserver { observer, connection } = &self.requests;
-        // What is unknown stays closed: the headers that a provider's tokens bring could be forged before it is known.
-        if let (Decision::Deny(decider), true) = (&decision, service.audit && !verified.lacks_provider()) {
+        // Audit mode lets no unknown provider pass: a client could forge the headers that its tokens bring.
+        let may_pass = service.audit && !matches!(decision, Decision::Deny(Decider::UnknownProvider(_)));
+        if let (Decision::Deny(decider), true) = (&decision, may_pass) {
             let reason = with_refusals(decider, &verified);
             observer.observe(Event::WouldDeny { connection, request: Some((view.method, view.path)), reason: &reason });
             self.log_audited(service, &reason);
