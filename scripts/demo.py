@@ -180,15 +180,16 @@ class Demo:
         self.start("tax-v2 app", [sys.executable, TOP / "scripts/demo_app.py", "tax-v2", self.app_ports["tax-v2"]])
         self.wait("the tax-v2 app listens", lambda: listens(self.app_ports["tax-v2"]), 20)
         self.start_sidecar("tax-v2")
-        self.wait("tax-v2 passes its health check", self.second_version_passes, 20)
-        self.wait("tax v1 still answers", lambda: self.answered(200), 20)
+        # A newer agent takes a sidecar of its configuration files for failing from a change of its service-defaults to the next check.
+        self.wait("both versions pass their health checks", self.both_versions_pass, 30)
+        self.wait("tax v1 still answers", lambda: self.version() == "v1", 20)
 
     def canary_is_split(self):
         self.step("A canary: nine of ten requests for tax to the first version, one to the second.")
         self.split(90, 10)
         self.wait("the second version gets requests", lambda: self.version() == "v2", 20)
         # Until the splitter has reached the sidecar, which takes up to 2 s, both versions get the same.
-        self.wait("the second version gets few", lambda: sum(self.version() == "v2" for _ in range(40)) < 12, 20)
+        self.wait("the second version gets few", self.second_version_gets_few, 20)
         counts = self.counted(200)
         if not 2 <= counts["v2"] <= 60:
             raise Failed(f"of 200 requests, {counts['v2']} went to the second version")
@@ -241,9 +242,13 @@ class Demo:
         service["connect"]["sidecar_service"] |= {"port": port, "checks": [check]}
         return whole
 
-    def second_version_passes(self):
+    def both_versions_pass(self):
         _, body = self.ask(self.http, "/v1/health/connect/tax?passing")
-        return any(row["Service"]["ID"].startswith("tax-v2") for row in json.loads(body))
+        return len(json.loads(body)) == 2
+
+    def second_version_gets_few(self):
+        got = [self.version() for _ in range(40)]
+        return got.count("v2") < 12 and set(got) <= set(VERSIONS.values())
 
     def entry(self, name, content):
         """Writes a config entry, and shows it."""
