@@ -176,6 +176,7 @@ fn route_by_the_last_route(bencher: Bencher<'_, '_>, count: usize) {
             idle_timeout: Some(IDLE_TIMEOUT),
             sets_request_timeout: false,
             sets_idle_timeout: false,
+            service: String::new(),
             retries: None,
             request_edits: Edits::default(),
             response_edits: Edits::default(),

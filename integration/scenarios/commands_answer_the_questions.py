@@ -151,6 +151,22 @@ def test_explain_names_the_config_entry_of_each_step(mesh, lictor):
     assert "write a method and a path" in lictor("explain", "-upstream", old.name, "GET", "x", exit=UNKNOWN)
 
 
+def test_explain_names_the_resolver_that_redirects(mesh, lictor):
+    """Behind a router and behind a splitter, where the resolver of the service that they name leads to another one."""
+    api, old, new = mesh.web("api"), mesh.web("old"), mesh.web("new")
+    mesh.agent.write("service-resolver", old.name, Redirect={"Service": new.name})
+    mesh.agent.write("service-splitter", api.name, Splits=[{"Weight": 50}, {"Weight": 50, "Service": old.name}])
+    mesh.agent.write("service-router", api.name, Routes=[{"Match": {"HTTP": {"PathPrefix": "/old"}}, "Destination": {"Service": old.name}}])
+    web = mesh.service("web", [api], app=None)
+    redirected = f'  resolver: service "{new.name}" in dc1 (service-resolver/{old.name} redirects to it)'
+    eventually(lambda: redirected in lictor("explain", "-upstream", api.name, "/old", "-service", web.name).splitlines())
+    text = lictor("explain", "-upstream", api.name, "/", "-service", web.name)
+    assert f'  resolver: service "{api.name}" in dc1 (there is no service-resolver/{api.name})' in text.splitlines()
+    # An older agent does not say which service a split names.
+    if mesh.agent.version >= (1, 10):
+        assert redirected in text.splitlines()
+
+
 def test_explain_says_when_nothing_is_reached(mesh, lictor):
     db = mesh.service("db")
     own = {"Config": {"connect_timeout_ms": 700, "limits": {"max_connections": 9}}}

@@ -90,7 +90,7 @@ fn explanation(state: &State, listener: &OutboundListener, query: &Query, header
     told.protocol = protocol(upstream);
     if upstream.chain.protocol == Protocol::Tcp {
         if let Node::Resolver(resolver) = &upstream.chain.start {
-            told.ways = vec![way(state, upstream, 100.0, resolver)];
+            told.ways = vec![way(state, upstream, 100.0, &upstream.chain.service, resolver)];
         }
     } else {
         request(&mut told, state, upstream, query, headers);
@@ -129,7 +129,10 @@ fn request(told: &mut Explanation, state: &State, upstream: &Upstream, query: &Q
     };
     told.ways = match splitter {
         Some(splitter) => split(&mut told.steps, state, upstream, splitter),
-        None => vec![way(state, upstream, 100.0, routed.resolver)],
+        None => {
+            let named = routed.route.map(|route| &route.service).filter(|service| !service.is_empty());
+            vec![way(state, upstream, 100.0, named.unwrap_or(service), routed.resolver)]
+        }
     };
     told.settings = timeouts(upstream, &routed, &place);
 }
@@ -165,7 +168,7 @@ fn split(steps: &mut Vec<Step>, state: &State, upstream: &Upstream, splitter: &S
     let total: u64 = legs.iter().map(|leg| leg.weight).sum();
     let says = format!("each request draws one of {} ways by weight", legs.len());
     steps.push(step("splitter", &says, &format!("service-splitter/{}", splitter.service)));
-    legs.iter().map(|leg| way(state, upstream, share(leg.weight, total), &leg.resolver)).collect()
+    legs.iter().map(|leg| way(state, upstream, share(leg.weight, total), &leg.service, &leg.resolver)).collect()
 }
 
 #[expect(clippy::cast_precision_loss)]
@@ -173,15 +176,16 @@ fn share(weight: u64, total: u64) -> f64 {
     if total == 0 { 0.0 } else { weight as f64 * 100.0 / total as f64 }
 }
 
-fn way(state: &State, upstream: &Upstream, share: f64, resolver: &Resolver) -> Way {
+/// `named` is the service that the step before names; empty where that is not known.
+fn way(state: &State, upstream: &Upstream, share: f64, named: &str, resolver: &Resolver) -> Way {
     let service = resolver.targets.first().map_or("", |target| &target.service);
     let entry = format!("service-resolver/{service}");
     let says = resolver.targets.first().map_or_else(|| "leads to no target".to_owned(), ToString::to_string);
     let chain = &upstream.chain;
     let from = if upstream.settings.is_query {
         format!("prepared query {}", chain.service)
-    } else if matches!(chain.start, Node::Resolver(_)) && !service.eq_ignore_ascii_case(&chain.service) {
-        format!("service-resolver/{} redirects to it", chain.service)
+    } else if !named.is_empty() && !service.eq_ignore_ascii_case(named) {
+        format!("service-resolver/{named} redirects to it")
     } else if resolver.is_configured {
         entry.clone()
     } else {

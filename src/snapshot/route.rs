@@ -38,6 +38,9 @@ pub struct Route<R = Arc<Resolver>> {
     pub sets_request_timeout: bool,
     /// The same of the idle timeout.
     pub sets_idle_timeout: bool,
+    /// The service that the router's `Destination` names; empty: the router's own. For `explain` alone, as a
+    /// `service-resolver` of it may redirect to another.
+    pub service: String,
     pub retries: Option<RetryPolicy>,
     pub request_edits: Edits,
     pub response_edits: Edits,
@@ -68,6 +71,8 @@ pub struct Leg<R = Arc<Resolver>> {
     pub weight: u64,
     pub request_edits: Edits,
     pub response_edits: Edits,
+    /// The service that the split names; empty: agents older than 1.10 do not say. For `explain` alone.
+    pub service: String,
     pub resolver: R,
 }
 
@@ -161,6 +166,7 @@ impl<R> Route<R> {
             idle_timeout: self.idle_timeout,
             sets_request_timeout: self.sets_request_timeout,
             sets_idle_timeout: self.sets_idle_timeout,
+            service: self.service.clone(),
             retries: self.retries.clone(),
             request_edits: self.request_edits.clone(),
             response_edits: self.response_edits.clone(),
@@ -190,6 +196,7 @@ impl<R> Splitter<R> {
             weight: leg.weight,
             request_edits: leg.request_edits.clone(),
             response_edits: leg.response_edits.clone(),
+            service: leg.service.clone(),
             resolver: resolver(&leg.resolver),
         };
         Splitter {
@@ -252,6 +259,7 @@ mod tests {
             idle_timeout: None,
             sets_request_timeout: false,
             sets_idle_timeout: false,
+            service: String::new(),
             retries: None,
             request_edits: Edits::default(),
             response_edits: Edits::default(),
@@ -294,8 +302,13 @@ mod tests {
         let timeout = |start| chain(start).route(&view("GET", "/", &headers), 0).map(|routed| routed.request_timeout);
         assert_eq!(timeout(Node::Resolver(Arc::clone(&slow))), Some(None));
         assert_eq!(timeout(Node::Resolver(resolver())), Some(Some(REQUEST_TIMEOUT)));
-        let leg =
-            |resolver| Leg { weight: 1, request_edits: Edits::default(), response_edits: Edits::default(), resolver };
+        let leg = |resolver| Leg {
+            weight: 1,
+            request_edits: Edits::default(),
+            response_edits: Edits::default(),
+            service: String::new(),
+            resolver,
+        };
         let splitter = Splitter::new("web".into(), vec![leg(Arc::clone(&slow))], Vec::new()).unwrap();
         assert_eq!(timeout(Node::Splitter(splitter)), Some(Some(REQUEST_TIMEOUT)));
         let second = Some(Duration::from_secs(1));
@@ -310,6 +323,7 @@ mod tests {
                 weight,
                 request_edits: Edits::default(),
                 response_edits: Edits::default(),
+                service: String::new(),
                 resolver: resolver(),
             };
             Splitter::new("web".into(), vec![leg(8999), leg(1), leg(0), leg(1000)], Vec::new()).unwrap()
@@ -335,7 +349,13 @@ mod tests {
     fn header_edits_of_a_leg_come_before_those_of_its_route() {
         let add = |value| Edits::new([], [("x-by", value)], []).unwrap();
         let hash = HashPolicy { source: HashSource::SourceIp, terminal: false };
-        let leg = Leg { weight: 1, request_edits: add("leg"), response_edits: add("leg"), resolver: resolver() };
+        let leg = Leg {
+            weight: 1,
+            request_edits: add("leg"),
+            response_edits: add("leg"),
+            service: String::new(),
+            resolver: resolver(),
+        };
         let splitter = Splitter::new("web".into(), vec![leg], vec![hash.clone()]).unwrap();
         let chain = chain(Node::Router(vec![Route {
             request_edits: add("route"),

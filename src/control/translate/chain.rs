@@ -249,6 +249,10 @@ impl<'a> Walk<'a> {
         for wire in &node.splits {
             let next = self.node(&wire.next_node)?;
             let mut leg = within(outer, wire, self.notes)?;
+            if let Some(definition) = &wire.definition {
+                let own = service_of(&node.name, &self.wire.partition);
+                leg.service = if definition.service.is_empty() { own } else { &definition.service }.to_owned();
+            }
             match next.kind.as_str() {
                 "splitter" => self.legs(next, &leg, depth + 1, found)?,
                 "resolver" => {
@@ -366,6 +370,7 @@ fn within(outer: &Leg<usize>, wire: &api::ChainSplit, notes: &mut Notes) -> Resu
         weight: outer.weight * hundredths as u64,
         request_edits: outer.request_edits.clone().then(&request),
         response_edits: response.then(&outer.response_edits),
+        service: String::new(),
         resolver: outer.resolver,
     })
 }

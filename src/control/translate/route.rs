@@ -32,6 +32,7 @@ pub(super) fn route<R>(
         idle_timeout: timeout(destination.idle_timeout, IDLE_TIMEOUT),
         sets_request_timeout: destination.request_timeout.nanoseconds() != 0,
         sets_idle_timeout: destination.idle_timeout.nanoseconds() != 0,
+        service: destination.service.clone(),
         retries: retries(destination, &name, notes),
         request_edits: edits(destination.request_headers.as_ref(), notes).map_err(in_route)?,
         response_edits: edits(destination.response_headers.as_ref(), notes).map_err(in_route)?,

@@ -47,6 +47,7 @@ fn routed(mut upstream: Upstream, change: impl FnOnce(&mut Route)) -> Upstream {
         idle_timeout: Some(IDLE_TIMEOUT),
         sets_request_timeout: false,
         sets_idle_timeout: false,
+        service: String::new(),
         retries: None,
         request_edits: Edits::default(),
         response_edits: Edits::default(),
