@@ -20,7 +20,7 @@ pub mod watches;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
@@ -70,6 +70,8 @@ struct Transport {
     multiplexed: AtomicU8,
     /// Held while the first request of a connection is under way that may turn out to be such.
     opening: Mutex<()>,
+    /// Whether the last answer is of an agent before 1.9. No is also what is said before the first.
+    before_1_9: AtomicBool,
     basic_auth: Option<(String, Option<String>)>,
     max_connections: usize,
     one_off: Semaphore,
@@ -147,6 +149,7 @@ impl Client {
             https: matches!(settings.address, Address::Tcp { https: true, .. }),
             multiplexed: AtomicU8::new(UNKNOWN),
             opening: Mutex::new(()),
+            before_1_9: AtomicBool::new(false),
             basic_auth: settings.basic_auth.clone(),
             max_connections: settings.max_connections,
             one_off: Semaphore::new(ONE_OFF_CONNECTIONS),
@@ -257,6 +260,11 @@ impl Client {
         self.transport.multiplexed.load(Ordering::Relaxed) == MULTIPLEXED
     }
 
+    /// Whether the agent is known to be one before 1.9.
+    fn is_before_1_9(&self) -> bool {
+        self.transport.before_1_9.load(Ordering::Relaxed)
+    }
+
     /// Whether the agent has no connection left for this host, as a request on a new one tells; `None` where connections
     /// are not what the agent runs out of.
     async fn is_crowded(&self) -> Option<bool> {
@@ -314,6 +322,9 @@ impl Client {
             Err(_) => Err(ErrorKind::Transport(format!("nothing came within {} s", limit.as_secs()))),
         };
         let answer = answer.and_then(|response| accept(request, response));
+        if let Ok(response) = &answer {
+            self.transport.before_1_9.store(table::is_before_1_9(response), Ordering::Relaxed);
+        }
         active.end(RequestResult::of(&answer));
         match &answer {
             Err(ErrorKind::Status { code: 403, .. }) => self.caller.token.reload().await,

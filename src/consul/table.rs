@@ -37,6 +37,11 @@ impl Table {
     }
 }
 
+/// The smallest answer that carries the index of the intentions' table: there is none of this id.
+pub(super) fn intentions() -> Request {
+    Request::new(Method::GET, &["connect", "intentions"]).param("filter", Some("ID == \"\""))
+}
+
 /// When a table is looked at again that cannot be blocked on, so long after its last change. `None` is one that has not changed.
 pub(super) fn period(since_change: Option<Duration>) -> Duration {
     if since_change.is_some_and(|since| since < LIVELY) { LIVELY_PERIOD } else { CONFIG_ENTRIES_PERIOD }

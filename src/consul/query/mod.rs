@@ -131,9 +131,10 @@ impl RunningQuery {
         let Some(wait) = wait else {
             self.cursor = Cursor::None;
             self.intentions_index = None;
+            self.by_intentions_table |= self.flow == Flow::Intentions && self.client.is_before_1_9();
             if self.by_intentions_table {
                 // The index before the list: what changes in between wakes the query that comes next.
-                let table = Request::new(reqwest::Method::GET, &["connect", "intentions"]);
+                let table = table::intentions();
                 self.intentions_index = self.client.send(pool, &table, &Cursor::None, Duration::ZERO).await?.index;
             }
             return self.client.send(pool, &self.request, &Cursor::None, Duration::ZERO).await;

@@ -284,6 +284,25 @@ async fn intentions_reach_us_by_the_index_of_the_table() {
     intentions_reach_us(true).await;
 }
 
+/// The lists of an agent before 1.9 can be long, and cost it much.
+#[tokio::test]
+async fn an_agent_that_is_known_to_be_before_1_9_lists_intentions_once_at_the_start() {
+    let agent = Agent::start();
+    agent.before_1_9();
+    agent.set(MATCH, json!({ "db": null }));
+    agent.set(ROOTS, roots("a"));
+    let watches = watches(&agent.settings());
+    watches.client().ask(&Query::ca_roots()).await.expect("an answer");
+    let (sender, mut events) = mpsc::channel(16);
+    let _watch = watches.watch(Query::intentions("db"), sender, drop);
+    events.recv().await.expect("it runs");
+    until(|| last_index(&agent, MATCH).is_some()).await;
+    assert_eq!(agent.requests(MATCH).iter().filter(|seen| seen.param("index").is_none()).count(), 1);
+    let tables = agent.requests("/v1/connect/intentions");
+    assert_eq!(tables.len(), 1);
+    assert_eq!(tables[0].param("filter"), Some("ID == \"\""), "nothing of the table is sent");
+}
+
 #[tokio::test]
 async fn an_answer_about_no_name_is_no_empty_list_of_intentions() {
     let agent = Agent::start();
