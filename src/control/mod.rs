@@ -35,7 +35,7 @@ use self::pace::Pace;
 use self::query::Query;
 pub use self::sources::Sources;
 use self::sources::{News, QueryResult, Subscription};
-use self::startup::{Registration, UnknownToken, resolve_proxy_id};
+use self::startup::{HeldBack, Registration, UnknownToken, resolve_proxy_id};
 use crate::config::Mode;
 use crate::snapshot::Snapshot;
 use crate::stats::Registry;
@@ -74,14 +74,15 @@ pub async fn run(
     .with_tunnel(tunnel);
     let (sender, news) = mpsc::channel(NEWS);
     let (registration, unknown_token) = (Registration::default(), UnknownToken::default());
-    let subscriptions = HashMap::new();
-    let control = Control { sources, subscriptions, sender, draft, registration, unknown_token, stats };
+    let (subscriptions, held_back) = (HashMap::new(), HeldBack::default());
+    let control = Control { sources, subscriptions, held_back, sender, draft, registration, unknown_token, stats };
     control.run(news, publish).await
 }
 
 struct Control {
     sources: Sources,
     subscriptions: HashMap<Query, Subscription>,
+    held_back: HeldBack,
     sender: mpsc::Sender<News>,
     draft: Draft,
     registration: Registration,
@@ -112,8 +113,14 @@ impl Control {
                 self.publish(&publish);
                 audit.look(publish.borrow().as_deref(), Instant::now());
                 pace.published(Instant::now());
+                if self.held_back.until.is_some() && publish.borrow().is_some() {
+                    // The listeners are bound first.
+                    tokio::task::yield_now().await;
+                    self.ask_what_was_held_back();
+                }
                 continue;
             }
+            let held_until = self.held_back.until;
             tokio::select! {
                 () = publish.closed() => return Ok(()),
                 // The sender is ours, so there is always a next.
@@ -127,6 +134,9 @@ impl Control {
                     continue;
                 }
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => continue,
+                () = sleep_until(held_until.unwrap_or_else(Instant::now)), if held_until.is_some() => {
+                    self.ask_what_was_held_back();
+                }
                 _ = retry.tick() => {
                     audit.look(publish.borrow().as_deref(), Instant::now());
                     if let Err(bad) = self.draft.retry(SystemTime::now()) {
@@ -192,7 +202,7 @@ impl Control {
     fn apply(&mut self, update: &Update) {
         if let Err(bad) = self.draft.apply(update, SystemTime::now()) {
             let refused = &self.stats.refused;
-            let count = if update.is_about_upstreams() { &refused.upstreams } else { &refused.others };
+            let count = if update.source().is_about_upstreams() { &refused.upstreams } else { &refused.others };
             count.increment();
             tracing::error!("{}: the agent's answer can't be used, so nothing changes: {bad}", update.source());
         }
@@ -201,26 +211,41 @@ impl Control {
     /// Subscribes to what the draft wants, and to nothing else. What another draft knows of that already may have it want more.
     fn ask_for_what_is_wanted(&mut self) {
         loop {
-            let mut known = Vec::new();
-            for want in self.draft.wants() {
-                match want {
-                    Want::Start(query) => {
-                        let (subscription, result) = self.sources.subscribe(&query, self.sender.clone());
-                        known.extend(result.map(|result| (query.clone(), result)));
-                        self.subscriptions.insert(query, subscription);
-                    }
-                    Want::Stop(query) => drop(self.subscriptions.remove(&query)),
-                }
-            }
-            if known.is_empty() {
+            let wants = self.draft.wants();
+            let wants = self.held_back.hold(wants, Instant::now());
+            if !self.subscribe(wants) {
                 return;
             }
-            for (query, result) in known {
-                if self.subscriptions.contains_key(&query) {
-                    self.take(query, &result);
+        }
+    }
+
+    fn ask_what_was_held_back(&mut self) {
+        let wants = self.held_back.release();
+        if self.subscribe(wants) {
+            self.ask_for_what_is_wanted();
+        }
+    }
+
+    /// Starts and ends queries; says whether something was known of one already, and taken.
+    fn subscribe(&mut self, wants: Vec<Want>) -> bool {
+        let mut known = Vec::new();
+        for want in wants {
+            match want {
+                Want::Start(query) => {
+                    let (subscription, result) = self.sources.subscribe(&query, self.sender.clone());
+                    known.extend(result.map(|result| (query.clone(), result)));
+                    self.subscriptions.insert(query, subscription);
                 }
+                Want::Stop(query) => drop(self.subscriptions.remove(&query)),
             }
         }
+        let any = !known.is_empty();
+        for (query, result) in known {
+            if self.subscriptions.contains_key(&query) {
+                self.take(query, &result);
+            }
+        }
+        any
     }
 
     /// Moves the queries that a connection waits for to the front; false if no connection waits.

@@ -42,6 +42,11 @@ impl Query {
     pub(super) fn is_essential(&self) -> bool {
         matches!(self, Self::Service(_) | Self::Roots | Self::Leaf(_) | Self::Intentions(_) | Self::DefaultPolicy(_))
     }
+
+    /// Whether it says where upstreams lead, rather than what we are.
+    pub(super) fn is_about_upstreams(&self) -> bool {
+        matches!(self, Self::Chain(_) | Self::Endpoints(_) | Self::PreparedQuery(_))
+    }
 }
 
 /// For the log: what is asked, in words.

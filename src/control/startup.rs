@@ -6,6 +6,8 @@ use std::time::Duration;
 use anyhow::bail;
 use tokio::time::{Instant, sleep};
 
+use super::draft::Want;
+use super::query::Query;
 use crate::consul::{self, Client, api};
 
 /// Time between attempts to reach the agent before anything is known.
@@ -85,6 +87,51 @@ impl UnknownToken {
             );
         }
         since.elapsed() < UNKNOWN_TOKEN_WAIT
+    }
+}
+
+/// Where there are more upstreams than this, nothing is asked about them before the first snapshot: the agent would answer
+/// hundreds of queries while the public listener waits for a few.
+const FEW_UPSTREAMS: usize = 16;
+/// The longest that they are held back.
+const HOLD_BACK: Duration = Duration::from_secs(1);
+
+/// Queries about upstreams that wait for the first snapshot.
+#[derive(Debug, Default)]
+pub(super) struct HeldBack {
+    queries: Vec<Query>,
+    /// When they are asked all the same.
+    pub(super) until: Option<Instant>,
+    is_over: bool,
+}
+
+impl HeldBack {
+    /// Keeps what is to wait; gives the rest.
+    pub(super) fn hold(&mut self, mut wants: Vec<Want>, now: Instant) -> Vec<Want> {
+        let waits = |want: &Want| matches!(want, Want::Start(query) if query.is_about_upstreams());
+        if self.is_over || wants.iter().filter(|want| waits(want)).count() + self.queries.len() <= FEW_UPSTREAMS {
+            return wants;
+        }
+        wants.retain(|want| match want {
+            Want::Start(query) if query.is_about_upstreams() => {
+                self.queries.push(query.clone());
+                false
+            }
+            Want::Start(_) => true,
+            Want::Stop(query) => {
+                let held = self.queries.iter().position(|held| held == query);
+                held.map(|position| self.queries.remove(position)).is_none()
+            }
+        });
+        self.until.get_or_insert(now + HOLD_BACK);
+        wants
+    }
+
+    /// What has waited. Nothing waits from here on.
+    pub(super) fn release(&mut self) -> Vec<Want> {
+        self.is_over = true;
+        self.until = None;
+        std::mem::take(&mut self.queries).into_iter().map(Want::Start).collect()
     }
 }
 

@@ -96,6 +96,62 @@ async fn what_the_agent_says_is_published_and_followed() {
     tokio::time::timeout(SOON, control).await.expect("control ends with its readers").unwrap().unwrap();
 }
 
+/// Chains that the agent was asked for.
+fn chains_asked(agent: &Agent) -> usize {
+    agent.count(|seen| seen.path.starts_with("/v1/discovery-chain/"))
+}
+
+/// The clock stands still while anything is left to do, so that nothing is held back for too long.
+#[tokio::test(start_paused = true)]
+async fn many_upstreams_are_asked_about_once_the_first_snapshot_is_there() {
+    for (upstreams, are_held_back) in [(16, false), (17, true)] {
+        let ca = Ca::new();
+        let agent = agent(&ca).await;
+        // No answer that can be used, so that there is no first snapshot.
+        agent.set(INTENTIONS, json!({}));
+        let names: Vec<String> = (0..upstreams).map(|number| format!("s{number}")).collect();
+        let ports = names.iter().zip(9300..).map(|(name, port)| (name.as_str(), port)).collect::<Vec<_>>();
+        agent.set(SERVICE, registration(&ports));
+        let (_control, mut published) = start(&agent, Mode::ProxyId("web-sidecar-proxy".into()));
+        let asked = async {
+            while agent.requests(INTENTIONS).is_empty() || agent.requests(LEAF).is_empty() {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(SOON, asked).await.expect("what we are is asked first");
+        assert!(!are_held_back || chains_asked(&agent) == 0);
+        if !are_held_back {
+            let asked = async {
+                while chains_asked(&agent) < upstreams {
+                    tokio::task::yield_now().await;
+                }
+            };
+            tokio::time::timeout(SOON, asked).await.expect("few are asked about at once");
+            continue;
+        }
+        agent.set(INTENTIONS, json!({"web": null}));
+        agent.set("/v1/discovery-chain/s16", json!({"Chain": chain(&["db.dc1"])}));
+        until(&mut published, |snapshot| endpoints(snapshot, "service:s16") == 1).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn upstreams_are_not_held_back_for_long() {
+    let ca = Ca::new();
+    let agent = agent(&ca).await;
+    agent.set(INTENTIONS, json!({}));
+    let names: Vec<String> = (0..40).map(|number| format!("s{number}")).collect();
+    let ports = names.iter().zip(9300..).map(|(name, port)| (name.as_str(), port)).collect::<Vec<_>>();
+    agent.set(SERVICE, registration(&ports));
+    let (_control, _published) = start(&agent, Mode::ProxyId("web-sidecar-proxy".into()));
+    let asked = async {
+        while chains_asked(&agent) < 40 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(SOON, asked).await.expect("they are asked about all the same");
+}
+
 #[tokio::test]
 async fn flags_alone_make_a_proxy() {
     let ca = Ca::new();

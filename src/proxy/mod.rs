@@ -140,21 +140,21 @@ impl<'a> Proxy<'a> {
         let inbound_drains = self.listeners.inbound_drains;
         self.starter.forget_all_but(|bind| is_bound(snapshot, bind, inbound_drains));
         let Listeners { inbound, outbound, exposed, .. } = &mut self.listeners;
+        // What others wait for comes before hundreds of upstreams.
+        if !inbound_drains {
+            inbound.run(&snapshot.inbound, &mut self.starter, || {
+                let shared = self.inbound.clone();
+                move |accepted| inbound::serve(accepted, shared.clone())
+            });
+            exposed.run(&snapshot.exposed, &mut self.starter, || {
+                let (observer, log_limit) = (observer.clone(), self.log_limits.inbound.clone());
+                let places = Places::new(expose::CONNECTIONS);
+                move |accepted| expose::serve(accepted, observer.clone(), Arc::clone(&places), log_limit.clone())
+            });
+        }
         outbound.run(&snapshot.outbound, &mut self.starter, || {
             let (observer, log_limit) = (observer.clone(), self.log_limits.upstream.clone());
             move |accepted| outbound::serve(accepted, clock, observer.clone(), log_limit.clone())
-        });
-        if inbound_drains {
-            return self.starter.next_try().unwrap_or_else(|| Instant::now() + NOTHING_FAILED);
-        }
-        inbound.run(&snapshot.inbound, &mut self.starter, || {
-            let shared = self.inbound.clone();
-            move |accepted| inbound::serve(accepted, shared.clone())
-        });
-        exposed.run(&snapshot.exposed, &mut self.starter, || {
-            let (observer, log_limit) = (observer.clone(), self.log_limits.inbound.clone());
-            let places = Places::new(expose::CONNECTIONS);
-            move |accepted| expose::serve(accepted, observer.clone(), Arc::clone(&places), log_limit.clone())
         });
         self.starter.next_try().unwrap_or_else(|| Instant::now() + NOTHING_FAILED)
     }

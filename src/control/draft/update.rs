@@ -42,11 +42,6 @@ pub(in crate::control) enum Update {
 }
 
 impl Update {
-    /// Where upstreams lead, rather than what we are.
-    pub(in crate::control) fn is_about_upstreams(&self) -> bool {
-        matches!(self, Self::Chain(..) | Self::Endpoints { .. } | Self::PreparedQuery(..))
-    }
-
     /// The query that brought it.
     pub(in crate::control) fn source(&self) -> Query {
         match self {
