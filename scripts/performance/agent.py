@@ -4,6 +4,7 @@ import http.client
 import json
 import re
 import subprocess
+import threading
 import time
 
 from system import Bad, alive, now, tail
@@ -12,6 +13,7 @@ from system import Bad, alive, now, tail
 class Agent:
     def __init__(self, ctx, path):
         self.ctx, self.path = ctx, path
+        self.thread = threading.local()  # a connection for each, which is kept
         self.version = subprocess.run([path, "version"], capture_output=True, text=True, timeout=30).stdout.split("\n")[0].split()[-1].lstrip("v")
         t = ctx.ports.take
         self.http, self.grpc, ports = t(), t(), [t() for _ in range(3)]
@@ -33,22 +35,23 @@ class Agent:
         r = self.get("/v1/agent/connect/ca/roots")
         self.trust = r["TrustDomain"]
         self.roots = "".join(x["RootCert"].rstrip("\n") + "\n" for x in r["Roots"])
-        self.conn, self.instances, self.denials = None, {}, {}
+        self.instances, self.denials = {}, {}
 
     def ver(self):
         return tuple(int(x) for x in re.findall(r"\d+", self.version)[:2])
 
     def call(self, method, path, body=None):
         for again in (0, 1):
-            if getattr(self, "conn", None) is None:
-                self.conn = http.client.HTTPConnection("127.0.0.1", self.http, timeout=20)
+            conn = getattr(self.thread, "conn", None)
+            if conn is None:
+                conn = self.thread.conn = http.client.HTTPConnection("127.0.0.1", self.http, timeout=20)
             try:
-                self.conn.request(method, path, None if body is None else json.dumps(body))
-                r = self.conn.getresponse()
+                conn.request(method, path, None if body is None else json.dumps(body))
+                r = conn.getresponse()
                 data = r.read()
                 break
             except (http.client.HTTPException, OSError):
-                self.conn = None
+                self.thread.conn = None
                 if again:
                     raise
         if r.status >= 300:
@@ -103,27 +106,24 @@ class Agent:
 
 
     def ensure_instances(self, wanted):
-        """Instances of services in the catalogue, by service name: sidecars at these addresses and ports."""
-        operations = []
+        """Instances of services in the catalog, by service name: sidecars at these addresses and ports."""
         for service, addresses in wanted.items():
             have = self.instances.setdefault(service, 0)
             for k, (address, port) in list(enumerate(addresses))[have:]:
-                node = f"ext-{address}"
-                operations.append({"Node": {"Verb": "set", "Node": {"Node": node, "Address": address}}})
-                operations.append({"Service": {"Verb": "set", "Node": node, "Service": {
-                    "Kind": "connect-proxy", "ID": f"{service}-{k}", "Service": f"{service}-sidecar-proxy", "Address": address, "Port": port,
-                    "Proxy": {"DestinationServiceName": service, "DestinationServiceID": f"{service}-{k}"}}}})
+                self.add_sidecar(service, f"{service}-{k}", address, port)
             self.instances[service] = max(have, len(addresses))
-        for start in range(0, len(operations), 64):  # the agent takes 64 at a time
-            self.put("/v1/txn", operations[start:start + 64])
+            if len(self.get(f"/v1/health/connect/{service}")) < len(addresses):
+                raise Bad(f"the catalog has not got the {len(addresses)} instances of {service}")
 
-    def second_instance(self, service, address, port, there):
-        """Puts a second sidecar of a service into the catalog, or takes it out again."""
-        node = {"Node": {"Verb": "set", "Node": {"Node": f"ext-{address}", "Address": address}}}
-        instance = {"Verb": "set" if there else "delete", "Node": f"ext-{address}", "Service": {
-            "Kind": "connect-proxy", "ID": f"{service}-second", "Service": f"{service}-sidecar-proxy", "Address": address, "Port": port,
-            "Proxy": {"DestinationServiceName": service, "DestinationServiceID": f"{service}-second"}}}
-        self.put("/v1/txn", [*([node] if there else []), {"Service": instance}])
+    def add_sidecar(self, service, sid, address, port):
+        """Puts a sidecar of a service into the catalog. A transaction would do the same in one request for many, but agents
+        before 1.9 leave out there what makes a service a sidecar."""
+        self.put("/v1/catalog/register", {"Node": f"ext-{address}", "Address": address, "Service": {
+            "Kind": "connect-proxy", "ID": sid, "Service": f"{service}-sidecar-proxy", "Address": address, "Port": port,
+            "Proxy": {"DestinationServiceName": service, "DestinationServiceID": sid}}})
+
+    def remove_sidecar(self, sid, address):
+        self.put("/v1/catalog/deregister", {"Node": f"ext-{address}", "ServiceID": sid})
 
     def ensure_denials(self, destination, count):
         """Denies the sources src-0 to src-`count` of a destination."""

@@ -183,10 +183,14 @@ def start(ctx, peer, _):
     return out
 
 
+DENIALS, OPEN_ONES = 20, 4  # how often in a round, and with how many of them a connection is open
+REST = 0.1  # seconds between a change that has been seen and the next one
+
+
 def deny(ctx, peer, pair):
     if not isinstance(peer, ConsulPeer):
         raise NA("static configuration")
-    a, deny, allow, cuts = pair.agent, [], [], []
+    deny, allow, cuts = [], [], []
 
     def ok():
         try:
@@ -194,52 +198,64 @@ def deny(ctx, peer, pair):
         except (OSError, Bad):
             return False
 
-    for _ in range(2 if ctx.args.quick else 4):
+    def reached(allowed, since):
+        """The milliseconds until new connections are allowed, or are no longer."""
+        while ok() != allowed:
+            if now() - since > 15:
+                raise Bad(f"new connections are still {'refused' if allowed else 'allowed'} after 15 s")
+            time.sleep(0.001)
+        return 1e3 * (now() - since)
+
+    for number in range(4 if ctx.args.quick else DENIALS):
         if not ok():
             raise Bad("not allowed at the start")
-        held = socket.create_connection(("127.0.0.1", pair.upstream), 5)
-        if not body_ok(http_get(0, "/64", 5, held, keep=True), 64):
-            raise Bad("held connection")
-        ended = threading.Event()
-        watcher = threading.Thread(target=watch_end, args=(held, ended, cuts), daemon=True)
-        t0 = now()
-        watcher.start()
-        undo = a.intention(pair.cli, pair.app, "deny")
+        held = OpenConnection(pair.upstream) if number < OPEN_ONES else None
+        time.sleep(REST)
+        began = now()
+        undo = pair.agent.intention(pair.cli, pair.app, "deny")
         try:
-            while ok():
-                if now() - t0 > 15:
-                    raise Bad("a denied source still gets through after 15 s")
-            deny.append(1e3 * (now() - t0))
-            if ended.wait(3):
-                cuts[-1] = 1e3 * (cuts[-1] - t0)
+            deny.append(reached(False, began))
+            if held:
+                cuts.append(held.ended(began))
+            time.sleep(REST)
         finally:
-            if not ended.is_set():
-                held.shutdown(socket.SHUT_RDWR)
-                watcher.join()
-                cuts[-1] = None
-            held.close()
-            t1 = now()
+            began = now()
             undo()
-        while not ok():
-            if now() - t1 > 15:
-                raise Bad("still refused 15 s after the deny was taken away")
-            time.sleep(0.001)
-        allow.append(1e3 * (now() - t1))
+        allow.append(reached(True, began))
     out = {"deny_ms": med(deny), "deny_max_ms": max(deny), "allow_ms": med(allow), "open_ones_cut": f"{sum(c is not None for c in cuts)} of {len(cuts)}"}
     if all(c is not None for c in cuts):
         out["cut_ms"] = med(cuts)
     return out
 
 
-def watch_end(held, ended, cuts):
-    """Appends the moment at which a connection that says nothing came to its end."""
-    held.settimeout(30)
-    try:
-        held.recv(1)
-    except OSError:
-        pass
-    cuts.append(now())
-    ended.set()
+class OpenConnection:
+    """One that says nothing more, and that somebody else may end."""
+
+    def __init__(self, port):
+        self.socket = socket.create_connection(("127.0.0.1", port), 5)
+        if not body_ok(http_get(0, "/64", 5, self.socket, keep=True), 64):
+            raise Bad("held connection")
+        self.at = None
+        self.watcher = threading.Thread(target=self._watch, daemon=True)
+        self.watcher.start()
+
+    def _watch(self):
+        self.socket.settimeout(30)
+        try:
+            self.socket.recv(1)
+        except OSError:
+            pass
+        self.at = now()
+
+    def ended(self, since):
+        """The milliseconds after which it was ended; `None` if it is open for 3 s more. It is closed then."""
+        self.watcher.join(3)
+        took = self.at and 1e3 * (self.at - since)
+        if took is None:
+            self.socket.shutdown(socket.SHUT_RDWR)
+            self.watcher.join()
+        self.socket.close()
+        return took
 
 
 def latency(ctx, peer, pair):
@@ -352,74 +368,90 @@ ENDPOINT_CHANGES, INTENTION_CHANGES = 100, 10  # a second
 SECOND_ADDRESS = "127.0.0.2"
 
 
+CHURN_HELD = 0.95  # of the changes, or of the requests, that are wanted
+
+
 class Churn:
     """An instance of the app that comes and goes in the catalog, and an intention that is made and deleted. Where the
     configuration is static, the peer is told by its files as well; the agent has the same work for every peer."""
 
     def __init__(self, peer, pair):
-        self.peer, self.pair, self.changes = peer, pair, 0
-        self._end, self._fault = threading.Event(), None
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self.peer, self.pair = peer, pair
+        self._made, self._began, self._undo, self._end, self._fault = {}, now(), None, threading.Event(), None
+        changes = ((self._endpoint, ENDPOINT_CHANGES), (self._intention, INTENTION_CHANGES))
+        self._threads = [threading.Thread(target=self._repeat, args=args, daemon=True) for args in changes]
 
     def __enter__(self):
-        self._thread.start()
+        self._began = now()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *_):
         self._end.set()
-        self._thread.join()
-        self._endpoint(False)
+        for thread in self._threads:
+            thread.join()
         if self._fault:
             raise Bad(f"churn: {self._fault}")
 
-    def _run(self):
+    def rates(self):
+        """Changes a second that were really made: of instances, and of intentions."""
+        took = now() - self._began
+        return [self._made.get(change, 0) / took for change in (self._endpoint, self._intention)]
+
+    def _repeat(self, change, rate):
         try:
-            began, undo = now(), None
-            while not self._end.wait(max(0, began + self.changes / ENDPOINT_CHANGES - now())):
-                self._endpoint(self.changes % 2 == 0)
-                if self.changes % (ENDPOINT_CHANGES // INTENTION_CHANGES) == 0:
-                    undo = self._intention(undo)
-                    if self.peer.kind == "envoy-http":
-                        self.peer.tell_intentions(self.pair, ["denied", *(["churn"] if undo else [])])
-                self.changes += 1
-            if undo:
-                undo()
+            made = 0
+            while not self._end.wait(max(0, self._began + made / rate - now())):
+                change(made % 2 == 0)
+                made += 1
+                self._made[change] = made
+            if made % 2:
+                change(False)
         except FAULTS as e:
             self._fault = f"{type(e).__name__}: {e}"
 
-    def _intention(self, undo):
-        """Makes the intention, or deletes it by what its making has returned."""
-        if not undo:
-            return self.pair.agent.intention("churn", self.pair.app, "deny")
-        undo()
-        return None
+    def _intention(self, there):
+        if there:
+            self._undo = self.pair.agent.intention("churn", self.pair.app, "deny")
+        else:
+            self._undo()
+        if self.peer.kind == "envoy-http":
+            self.peer.tell_intentions(self.pair, ["denied", *(["churn"] if there else [])])
 
     def _endpoint(self, there):
-        self.pair.agent.second_instance(self.pair.app, SECOND_ADDRESS, self.pair.public, there)
+        agent, app, port = self.pair.agent, self.pair.app, self.pair.public
+        if there:
+            agent.add_sidecar(app, f"{app}-second", SECOND_ADDRESS, port)
+        else:
+            agent.remove_sidecar(f"{app}-second", SECOND_ADDRESS)
         if self.peer.kind == "envoy-http":
-            self.peer.tell_endpoints(self.pair, [("127.0.0.1", self.pair.public), *([(SECOND_ADDRESS, self.pair.public)] if there else [])])
+            self.peer.tell_endpoints(self.pair, [("127.0.0.1", port), *([(SECOND_ADDRESS, port)] if there else [])])
 
 
 def requests_amid_changes(ctx, peer, _):
-    """Requests over L7 at rest, and again while instances come and go and intentions change."""
+    """Requests over L7 at one fixed rate for all peers, at rest, and again while instances come and go and intentions
+    change. At its full rate the load would leave the agent no CPU to make the changes with."""
     if peer.kind not in ("lictor-http", "envoy-http"):
         raise NA("not built for this peer")
     pair = peer.prepare("http")
     pair.listen, pair.followed = "0.0.0.0", True
+    load = lambda: http_out(pair, ctx.run_load(["http", pair.upstream, 64, ctx.t(4), 1024, ctx.args.rate], pair))
     try:
         peer.start_server(pair)
         peer.start_client(pair)
         for port, proc in ((pair.public, pair.server), (pair.upstream, pair.client)):
             peer.wait_port(port, proc)
         verify(ctx, peer, pair, "http")
-        quiet = requests(ctx, peer, pair)
+        quiet = load()
         with Churn(peer, pair) as churn:
-            began = now()
-            out = requests(ctx, peer, pair)
-            rate = churn.changes / (now() - began)
-        if rate < 0.7 * ENDPOINT_CHANGES:
-            raise Bad(f"only {rate:.0f} changes a second")
-        return {"quiet_p99_us": quiet["p99_us"], "quiet_rps": quiet["rps"], "changes_s": rate, **out}
+            busy = load()
+            instances, intentions = churn.rates()
+        out = {"quiet_p99_us": quiet["p99_us"], "quiet_rps": quiet["rps"], "rps": busy["rps"], "changes_s": instances, "intentions_s": intentions}
+        held = min(busy["rps"] / ctx.args.rate, quiet["rps"] / ctx.args.rate, instances / ENDPOINT_CHANGES, intentions / INTENTION_CHANGES)
+        if held < CHURN_HELD:
+            busy = {"not_measured": "too few changes or requests", **{k: busy[k] for k in ("steal_pct", "foreign_pct")}}
+        return out | busy
     finally:
         for proc in pair.procs():
             ctx.procs.stop(proc)
