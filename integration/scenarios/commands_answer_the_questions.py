@@ -1,9 +1,11 @@
 """Commands that ask a running sidecar: their text, their JSON, and how they exit."""
 
 import fcntl
+import itertools
 import json
 import os
 import pty
+import re
 import select
 import signal
 import struct
@@ -244,13 +246,16 @@ class Asking:
 
 
 class InTerminal:
-    """The program on a terminal of its own, of 80 columns and 24 lines."""
+    """The program on a terminal of its own, of 80 columns and 24 lines, and what stands on it."""
+
+    # A control sequence, with its parameters and its end, or a character.
+    TOKEN = re.compile(r"\x1b\[([\d;?]*)([A-Za-z])|([^\x1b])")
 
     def __init__(self, argv):
         self.master, self.terminal = pty.openpty()
         self.resize(24, 80)
         self.settings = termios.tcgetattr(self.terminal)
-        self.output = b""
+        self.unread, self.cells, self.line, self.column, self.is_given_back = "", {}, 1, 1, False
         self.process = subprocess.Popen(
             argv, stdin=self.terminal, stdout=self.terminal, stderr=self.terminal, start_new_session=True,
             env={"PATH": os.environ["PATH"], "TERM": "xterm"}, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
@@ -264,24 +269,43 @@ class InTerminal:
     def read(self):
         """Takes what is drawn, for a moment: a terminal that nobody reads stops the program."""
         if select.select([self.master], [], [], 0.1)[0]:
-            self.output += os.read(self.master, 65536)
+            self.unread += os.read(self.master, 65536).decode("latin-1")
+        while token := self.TOKEN.match(self.unread):
+            self.unread = self.unread[token.end():]
+            self.draw(*token.groups())
+
+    def draw(self, parameters, end, character):
+        if character:
+            self.cells[self.line, self.column] = character
+            self.column += 1
+        elif end == "H":
+            self.line, self.column = (int(number or 1) for number in (parameters + ";").split(";")[:2])
+        elif end == "J":
+            self.cells.clear()
+        elif (parameters, end) == ("?1049", "l"):
+            self.is_given_back = True
+
+    def text(self):
+        lines = [[" "] * 80 for _ in range(24)]
+        for (line, column), character in self.cells.items():
+            if line <= 24 and column <= 80:
+                lines[line - 1][column - 1] = character
+        return "\n".join(map("".join, lines))
 
     def shows(self, text, within=PATIENCE):
-        """Reads on until this stands there in one piece, and forgets what came before."""
+        """Reads on until this stands there."""
         def is_there():
             self.read()
-            return text.encode() in self.output
-        eventually(is_there, within, what=f"{text!r} on the terminal")
-        self.output = b""
+            return text in self.text()
+        eventually(is_there, within, what=f"{text!r} on the terminal, where there is {self.text().strip()!r}")
 
     def ends(self):
         """What it exits with, once the terminal is as it was."""
         def is_over():
             self.read()
-            return self.process.poll() is not None
-        eventually(is_over, what="the end of the program")
+            return self.process.poll() is not None and self.is_given_back
+        eventually(is_over, what="the end of the program, and the terminal given back")
         assert termios.tcgetattr(self.terminal) == self.settings
-        self.shows("\x1b[?1049l")
         return self.process.returncode
 
     def close(self):
@@ -346,6 +370,13 @@ def test_top_draws_on_a_terminal_and_gives_it_back(mesh, lictor, binaries):
         assert termios.tcgetattr(terminal.terminal) != terminal.settings
         return terminal
     terminal = top()
+    # The first row is the public listener, whose callers are shown. A key counts also where the size changes with it.
+    below = {b"j": f"endpoints of {db.name}", b"k": f"callers of {web.name}", b"\x1b[B": f"endpoints of {db.name}", b"\x1bOA": f"callers of {web.name}"}
+    for size, key in zip(itertools.cycle([(10, 40), (1, 1), (24, 80)]), [*below] * 6):
+        terminal.resize(*size)
+        terminal.type(key)
+        terminal.resize(20, 60)
+        terminal.shows(below[key])
     terminal.type(b"q")
     assert terminal.ends() == FINE
     for end in (lambda: terminal.type(b"\x03"), lambda: terminal.process.send_signal(signal.SIGINT), lambda: terminal.process.terminate()):

@@ -1,6 +1,7 @@
 //! `lictor top`: what a sidecar does, looked at each second.
 
 mod draw;
+mod keys;
 mod rows;
 mod screen;
 
@@ -9,7 +10,6 @@ use std::time::Duration;
 
 use anyhow::bail;
 use clap::{CommandFactory as _, Parser};
-use ratatui_crossterm::crossterm::event::{Event as Input, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
 use serde_json::json;
 use tokio::sync::mpsc::{self, Sender};
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
@@ -18,6 +18,7 @@ use super::ask::{Address, block_on};
 use super::find::{Sidecar, Target};
 use super::{Command, Done, Exit};
 use draw::View;
+use keys::Key;
 use screen::{Event, Screen};
 
 pub(super) const COMMAND: Command = Command {
@@ -111,12 +112,12 @@ async fn show(mut now: Sidecar, count: u64) -> anyhow::Result<()> {
             View { sidecar: &now, before: before.as_ref(), chosen, trouble: trouble.as_deref().unwrap_or_default() };
         screen.draw(&view)?;
         match events.recv().await {
-            Some(Event::Input(Input::Key(key))) => {
+            Some(Event::Key(key)) => {
                 let Some(row) = moved(key, chosen, rows::rows(None, &now.status).len()) else { return Ok(()) };
                 chosen = row;
             }
-            // Of another size, it is drawn again.
-            Some(Event::Input(_)) => {}
+            // It is drawn again.
+            Some(Event::Resized) => {}
             Some(Event::Answer(answer)) => {
                 match answer {
                     Ok(next) => {
@@ -148,20 +149,15 @@ async fn look(address: Address, events: Sender<Event>) {
 }
 
 /// The chosen row after a key; `None` where the key ends it.
-fn moved(key: KeyEvent, chosen: usize, rows: usize) -> Option<usize> {
+fn moved(key: Key, chosen: usize, rows: usize) -> Option<usize> {
     let last = rows.saturating_sub(1);
     let chosen = chosen.min(last);
-    if key.kind == KeyEventKind::Release {
-        return Some(chosen);
-    }
-    match key.code {
-        KeyCode::Char('q') => None,
-        KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => None,
-        KeyCode::Up | KeyCode::Char('k') => Some(chosen.saturating_sub(1)),
-        KeyCode::Down | KeyCode::Char('j') => Some((chosen + 1).min(last)),
-        KeyCode::Home => Some(0),
-        KeyCode::End => Some(last),
-        _ => Some(chosen),
+    match key {
+        Key::End => None,
+        Key::Up => Some(chosen.saturating_sub(1)),
+        Key::Down => Some((chosen + 1).min(last)),
+        Key::First => Some(0),
+        Key::Last => Some(last),
     }
 }
 
@@ -171,21 +167,19 @@ mod tests {
 
     #[test]
     fn keys_choose_within_the_rows_and_end() {
-        let press = |code, chosen, rows| moved(KeyEvent::new(code, KeyModifiers::NONE), chosen, rows);
-        for (code, chosen, rows, expected) in [
-            (KeyCode::Down, 0, 3, Some(1)),
-            (KeyCode::Char('j'), 2, 3, Some(2)),
-            (KeyCode::Up, 2, 3, Some(1)),
-            (KeyCode::Char('k'), 0, 3, Some(0)),
+        for (key, chosen, rows, expected) in [
+            (Key::Down, 0, 3, Some(1)),
+            (Key::Down, 2, 3, Some(2)),
+            (Key::Up, 2, 3, Some(1)),
+            (Key::Up, 0, 3, Some(0)),
             // Rows have gone since.
-            (KeyCode::Up, 9, 3, Some(1)),
-            (KeyCode::Down, 0, 0, Some(0)),
-            (KeyCode::End, 0, 3, Some(2)),
-            (KeyCode::Char('c'), 1, 3, Some(1)),
-            (KeyCode::Char('q'), 1, 3, None),
+            (Key::Up, 9, 3, Some(1)),
+            (Key::Down, 0, 0, Some(0)),
+            (Key::First, 2, 3, Some(0)),
+            (Key::Last, 0, 3, Some(2)),
+            (Key::End, 1, 3, None),
         ] {
-            assert_eq!(press(code, chosen, rows), expected, "{code:?} {chosen} of {rows}");
+            assert_eq!(moved(key, chosen, rows), expected, "{key:?} {chosen} of {rows}");
         }
-        assert_eq!(moved(KeyEvent::new(KeyCode::Char('c'), KeyModifiers::CONTROL), 0, 1), None);
     }
 }

@@ -1,7 +1,7 @@
 //! The terminal: taken, drawn on, and given back as it was.
 
 use std::future::Future;
-use std::io::{self, Stdout, stdout};
+use std::io::{self, Read as _, Stdout, stdin, stdout};
 use std::sync::Once;
 use std::thread;
 
@@ -9,7 +9,6 @@ use anyhow::Context as _;
 use ratatui_core::terminal::Terminal;
 use ratatui_crossterm::CrosstermBackend;
 use ratatui_crossterm::crossterm::cursor::Show;
-use ratatui_crossterm::crossterm::event::{self, Event as Input};
 use ratatui_crossterm::crossterm::execute;
 use ratatui_crossterm::crossterm::terminal::{
     EnterAlternateScreen, LeaveAlternateScreen, disable_raw_mode, enable_raw_mode,
@@ -18,12 +17,15 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::Sender;
 
 use super::draw::{View, draw};
+use super::keys::{Key, Reader};
 use crate::cli::find::Sidecar;
 
 /// What the view waits for.
 pub(super) enum Event {
     Answer(anyhow::Result<Sidecar>),
-    Input(Input),
+    Key(Key),
+    /// The terminal may be of another size.
+    Resized,
     /// A signal, or no keys any more.
     End,
 }
@@ -85,32 +87,46 @@ fn give_back() {
     let _ = execute!(stdout(), LeaveAlternateScreen, Show);
 }
 
-/// Sends what is typed, from a thread that ends with the program.
+/// Sends what is typed, from a thread that ends with the program. It waits for keys alone: crossterm's events wait for the
+/// size as well, and of two that come at once they leave one until the next comes.
 pub(super) fn read_keys(events: Sender<Event>) {
     thread::spawn(move || {
-        while let Ok(input) = event::read() {
-            if events.blocking_send(Event::Input(input)).is_err() {
-                return;
+        let (mut reader, mut bytes) = (Reader::default(), [0; 64]);
+        loop {
+            let typed = match stdin().read(&mut bytes) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Ok(0) | Err(_) => break,
+                Ok(length) => &bytes[..length],
+            };
+            for key in typed.iter().filter_map(|byte| reader.take(*byte)) {
+                if events.blocking_send(Event::Key(key)).is_err() {
+                    return;
+                }
             }
         }
         let _ = events.blocking_send(Event::End);
     });
 }
 
-/// Sends the end at the first signal that asks for it.
+/// Sends each change of the size, and the end at the first signal that asks for it.
 ///
 /// # Errors
 /// When signals can't be waited for.
 pub(super) fn signalled(events: Sender<Event>) -> anyhow::Result<impl Future<Output = ()>> {
     let wait = |kind| signal(kind).context("can't wait for signals");
     let (mut interrupt, mut terminate) = (wait(SignalKind::interrupt())?, wait(SignalKind::terminate())?);
-    let mut hang_up = wait(SignalKind::hangup())?;
+    let (mut hang_up, mut resize) = (wait(SignalKind::hangup())?, wait(SignalKind::window_change())?);
     Ok(async move {
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-            _ = hang_up.recv() => {}
+        loop {
+            let event = tokio::select! {
+                _ = interrupt.recv() => Event::End,
+                _ = terminate.recv() => Event::End,
+                _ = hang_up.recv() => Event::End,
+                _ = resize.recv() => Event::Resized,
+            };
+            if events.send(event).await.is_err() {
+                return;
+            }
         }
-        let _ = events.send(Event::End).await;
     })
 }
