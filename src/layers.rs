@@ -30,7 +30,7 @@ const LAYERS: [(&str, &[&str]); 24] = [
     ("proxy", &["access_log", "drain", "jwt", "observe", "operators", "race", "resolve", "snapshot", "stats", "tls"]),
     ("admin", &["config", "drain", "observe", "proxy", "snapshot", "stats", "telemetry", "tls"]),
     ("doctor", &["consul", "tls"]),
-    ("cli", &["admin", "config", "doctor", "telemetry"]),
+    ("cli", &["admin", "config", "doctor", "stats", "telemetry"]),
     (
         "app",
         &[

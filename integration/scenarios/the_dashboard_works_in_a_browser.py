@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import threading
 
 import pytest
@@ -86,6 +87,9 @@ def test_it_is_live_and_shows_a_denial_when_it_happens(middle, chromium):
         eventually(lambda: requests() > before, 40, "the number of requests grows", every=0.1)
         eventually(lambda: page.run("[...document.querySelectorAll('#called .node')].some(node => Number(node.dataset.rate) > 0)"), 40, every=0.1)
         assert page.run("document.querySelectorAll('#edges path').length") == 2 * 4
+        # Of the requests of the last minute, of which there was none when the page was loaded.
+        for part in ("#self", "#called"):
+            eventually(lambda part=part: re.search(r"p50 [0-9.]+ ms p99 [0-9.]+ ms", " ".join(page.text(part).split())), 40, f"{part} has latencies", every=0.1)
     assert middle.batch.name not in page.text("#verdict")
     middle.deny(middle.batch, middle.invoice)
     eventually(lambda: ask(middle.batch.port_to(middle.invoice), "/secret").status == 403)

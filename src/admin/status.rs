@@ -22,6 +22,7 @@ use super::watches;
 use crate::observe::{Problem, listener_name, target_name};
 use crate::snapshot::{InboundListener, Intention, OutboundListener, Target};
 use crate::stats::scope::{Cluster, Listener};
+use crate::stats::value::BOUNDS;
 use crate::stats::{LimitNow, ListenerStats, Member};
 
 /// Time between two states of `/events`.
@@ -61,7 +62,8 @@ impl http_body::Body for Events {
     }
 }
 
-/// All of it. Times are milliseconds since 1970 where nothing else is said.
+/// All of it. Times are milliseconds since 1970 where nothing else is said. `p50_ms` and `p99_ms` are since the start.
+#[expect(clippy::cast_precision_loss, reason = "the bounds are far below 2^53")]
 pub(super) fn value(state: &State) -> Value {
     let snapshot = state.snapshots.borrow().clone().unwrap_or_default();
     let id = snapshot.credentials.as_ref().map(|credentials| credentials.id().clone());
@@ -83,6 +85,7 @@ pub(super) fn value(state: &State) -> Value {
     let asked = (state.agent)();
     json!({
         "time": milliseconds(SystemTime::now()),
+        "bounds_ms": BOUNDS.map(|micros| micros as f64 / 1000.0),
         "sidecar": {
             "service": id.as_ref().map(|id| &id.service),
             "started_for": state.started_for,
@@ -216,7 +219,7 @@ fn counts(stats: Option<&Arc<ListenerStats>>) -> Value {
     let Some(stats) = stats else {
         return json!({
             "connections": 0, "connections_active": 0, "received": 0, "sent": 0, "requests": 0, "requests_active": 0,
-            "classes": [0, 0, 0, 0, 0], "p50_ms": null, "p99_ms": null, "allowed": 0, "denied": 0, "would_deny": 0,
+            "classes": [0, 0, 0, 0, 0], "times": [], "p50_ms": null, "p99_ms": null, "allowed": 0, "denied": 0, "would_deny": 0,
             "revoked": 0,
         });
     };
@@ -230,6 +233,8 @@ fn counts(stats: Option<&Arc<ListenerStats>>) -> Value {
         "requests": stats.requests.get(),
         "requests_active": stats.requests_active.get(),
         "classes": stats.answers.get(),
+        // How many requests took how long, by `bounds_ms`: two states give the quantiles of the time between them.
+        "times": times.buckets,
         "p50_ms": quantile(0.5),
         "p99_ms": quantile(0.99),
         "allowed": stats.allowed.get(),

@@ -103,6 +103,12 @@ pub struct Times {
 }
 
 impl Times {
+    /// Of its buckets, in the order of [`Times::buckets`]; `None` if they are not as many. The sum is not known.
+    #[must_use]
+    pub fn of(buckets: &[u64]) -> Option<Self> {
+        Some(Self { buckets: buckets.try_into().ok()?, sum: 0 })
+    }
+
     #[must_use]
     pub fn count(&self) -> u64 {
         self.buckets.iter().sum()

@@ -96,8 +96,21 @@ function traffic(entry, of) {
       figure('in', `${bytes(rate(of(e => e.received)))}/s`), figure('out', `${bytes(rate(of(e => e.sent)))}/s`));
   }
   const share = failing(entry, of);
-  return make('ul', { class: 'figures' }, figure('requests', `${some(rate(of(e => e.requests)))} /s`), figure('p50', ms(entry.p50_ms)), figure('p99', ms(entry.p99_ms)),
+  return make('ul', { class: 'figures' }, figure('requests', `${some(rate(of(e => e.requests)))} /s`), figure('p50', ms(quantile(of, 0.5))), figure('p99', ms(quantile(of, 0.99))),
     figure('errors', percent(share), share > 0.05 ? 'bad' : share > 0 ? 'warn' : null));
+}
+/* Milliseconds that so large a share of the requests of the last minute took at most, linear within a bucket; null without a request. */
+function quantile(of, share) {
+  const { bounds_ms: bounds } = now();
+  const counts = [...bounds, null].map((_, bucket) => gain(of(e => (e.times || [])[bucket] || 0), MINUTE));
+  const rank = Math.max(1, Math.ceil(share * sum(counts)));
+  let below = 0;
+  for (const [bucket, n] of counts.entries()) {
+    const low = bucket ? bounds[bucket - 1] : 0;
+    if (n && below + n >= rank) return low + ((bounds[bucket] || low) - low) * (rank - below) / n;
+    below += n;
+  }
+  return null;
 }
 const main = entry => (entry.http ? e => e.requests : e => e.connections);
 

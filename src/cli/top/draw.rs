@@ -43,8 +43,8 @@ type Column = (&'static str, usize, fn(&Row<'_>) -> String);
 const COLUMNS: &[Column] = &[
     ("RATE/S", 8, |row| rate(row.rate())),
     ("ERR/S", 7, |row| rate(row.errors())),
-    ("P50 MS", 8, |row| latency(&row.now["p50_ms"])),
-    ("P99 MS", 8, |row| latency(&row.now["p99_ms"])),
+    ("P50 MS", 8, |row| latency(row.latency(0.5))),
+    ("P99 MS", 8, |row| latency(row.latency(0.99))),
     ("UP", 8, |row| row.endpoints().map_or_else(none, |(usable, registered)| format!("{usable}/{registered}"))),
     ("DENIED", 8, |row| row.denied().map_or_else(none, |denied| denied.to_string())),
     ("STATE", 11, |row| row.state()),
@@ -228,8 +228,8 @@ fn rate(rate: Option<f64>) -> String {
     }
 }
 
-fn latency(value: &Value) -> String {
-    match value.as_f64() {
+fn latency(milliseconds: Option<f64>) -> String {
+    match milliseconds {
         None => none(),
         Some(milliseconds) if milliseconds < 100.0 => format!("{milliseconds:.1}"),
         Some(milliseconds) => format!("{milliseconds:.0}"),
@@ -246,13 +246,15 @@ mod tests {
     use crate::cli::ask::Address;
 
     fn status(time: u64, requests: u64) -> Value {
+        let slow = requests / 20;
+        let times = [0, 0, requests - slow, 0, 0, 0, 0, 0, 0, slow, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
         json!({
             "time": time,
             "sidecar": { "service": "web", "state": "LIVE", "uptime": 7300 },
             "certificate": { "not_after": 216_100.0 },
             "inbound": [{
                 "service": "web", "bind": "a:1", "protocol": "http", "http": true, "requests": requests, "classes": [0, 0, 0, 0, requests / 10],
-                "p50_ms": 1.25, "p99_ms": 812.4, "denied": 3, "default": "default policy (allow)",
+                "times": times, "denied": 3, "default": "default policy (allow)",
                 "callers": [{ "service": "a\u{1b}pi", "allowed": 6, "denied": 3 }],
             }],
             "outbound": [
@@ -292,7 +294,7 @@ mod tests {
         let expected = "\
 web (127.0.0.1:19000): ready, up 2 h, certificate: 2.5 days left
 LISTENER                RATE/S  ERR/S  P50 MS  P99 MS      UP  DENIED      STATE
-inbound web               20.0    2.0     1.2     812       -       3         ok
+inbound web               20.0    2.0     3.1    1000       -       3         ok
 db                        2.0k    0.0       -       -     1/3       -      limit
 cache\\n                    0.0    0.0       -       -     0/0       -      waits
 endpoints of db
@@ -315,7 +317,7 @@ newest problems
         let expected = "\
 web (127.0.0.1:19000): ready, up 2 h, ce
 LISTENER           RATE/S  ERR/S  P50 MS
-inbound web          20.0    2.0     1.2
+inbound web          20.0    2.0     3.1
 db                   2.0k    0.0       -
 cache\\n               0.0    0.0       -
 endpoints of cache\\n

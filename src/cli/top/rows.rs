@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 
 use crate::cli::find::Sidecar;
 use crate::cli::view::{count, list, number, of};
+use crate::stats::value::Times;
 
 /// Of the newest problems, so many are in each object.
 const PROBLEMS: usize = 10;
@@ -114,6 +115,18 @@ impl Row<'_> {
         Some(more / seconds)
     }
 
+    /// Milliseconds that so large a share of the requests took at most, since the status before; since the start of the
+    /// sidecar, where there is none before.
+    pub(super) fn latency(&self, share: f64) -> Option<f64> {
+        let now = times(self.now)?;
+        let between = self.before.map_or(Some(now), |(before, _)| {
+            let before = times(before)?;
+            // Its sidecar may have started again.
+            (before.buckets.iter().zip(now.buckets).all(|(before, now)| *before <= now)).then(|| now.since(&before))
+        })?;
+        between.quantile(share).map(|micros| micros / 1000.0)
+    }
+
     fn json(&self) -> Value {
         let active = if self.is_http() { "requests_active" } else { "connections_active" };
         let endpoints = self.endpoints().map(|(usable, registered)| {
@@ -133,8 +146,8 @@ impl Row<'_> {
             "per_second": rounded(self.rate()),
             "errors_per_second": rounded(self.errors()),
             "active": self.now[active],
-            "p50_ms": self.now["p50_ms"],
-            "p99_ms": self.now["p99_ms"],
+            "p50_ms": rounded(self.latency(0.5)),
+            "p99_ms": rounded(self.latency(0.99)),
             "endpoints": endpoints,
             "limits_reached": limits,
             "denied": self.denied(),
@@ -148,6 +161,11 @@ impl Row<'_> {
 pub(super) fn limits(target: &Value) -> impl Iterator<Item = (&str, &Value)> {
     let all = target["limits"].as_object().into_iter().flatten();
     all.filter(|(_, limit)| limit["open"] == true).map(|(name, limit)| (name.as_str(), limit))
+}
+
+/// How long the requests of a listener took.
+fn times(listener: &Value) -> Option<Times> {
+    Times::of(&list(&listener["times"]).iter().map(count).collect::<Vec<_>>())
 }
 
 /// To thousandths.
@@ -209,6 +227,26 @@ mod tests {
         let mut moved = early;
         moved["outbound"][0]["bind"] = json!("a:3");
         assert_eq!(rate(Some(&moved), &late), None);
+    }
+
+    #[test]
+    fn latencies_are_of_the_time_between() {
+        let with = |time, fast: u64, slow: u64| {
+            let mut status = status(time, 0, 0);
+            let mut times = [0; 20];
+            (times[1], times[5]) = (fast, slow);
+            status["inbound"][0]["times"] = json!(times);
+            status
+        };
+        let (before, now) = (with(1000, 1000, 0), with(2000, 1001, 9));
+        let latency = |before: Option<&Value>, now: &Value| rows(before, now)[0].latency(0.5);
+        // Between 25 and 50 ms, where nearly all before took less than one.
+        assert!((25.0..=50.0).contains(&latency(Some(&before), &now).unwrap()));
+        assert!((0.5..=1.0).contains(&latency(None, &now).unwrap()));
+        // Nothing was asked in between; the sidecar was started again; it does not say.
+        assert_eq!(latency(Some(&before), &with(2000, 1000, 0)), None);
+        assert_eq!(latency(Some(&before), &with(2000, 999, 9)), None);
+        assert_eq!(latency(Some(&before), &status(2000, 0, 0)), None);
     }
 
     #[test]
