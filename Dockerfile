@@ -14,6 +14,7 @@ WORKDIR /lictor
 COPY Cargo.toml Cargo.lock build.rs ./
 COPY .cargo .cargo
 COPY vendor vendor
+COPY scripts/link-order.ld scripts/
 COPY src src
 RUN cargo build --release --locked
 
