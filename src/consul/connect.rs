@@ -1,5 +1,6 @@
 //! How connections to the agent are made: TCP, TLS or a unix socket, by way of a proxy or not.
 
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -269,10 +270,15 @@ fn private_key(path: &Path) -> anyhow::Result<PrivateKeyDer<'static>> {
 }
 
 /// Verifies for a given name instead of the one that was dialled.
-#[derive(Debug)]
 struct Named {
     name: ServerName<'static>,
     inner: Arc<WebPkiServerVerifier>,
+}
+
+impl fmt::Debug for Named {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Named").finish_non_exhaustive()
+    }
 }
 
 impl ServerCertVerifier for Named {
@@ -311,8 +317,13 @@ impl ServerCertVerifier for Named {
 }
 
 /// Takes any certificate, as was asked for with `CONSUL_HTTP_SSL_VERIFY=false`.
-#[derive(Debug)]
 struct Unverified(Arc<CryptoProvider>);
+
+impl fmt::Debug for Unverified {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Unverified").finish_non_exhaustive()
+    }
+}
 
 impl ServerCertVerifier for Unverified {
     fn verify_server_cert(

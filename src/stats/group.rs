@@ -1,6 +1,5 @@
 //! The numbers of one listener, of one cluster, and of the process.
 
-use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError, Weak};
 
@@ -297,7 +296,7 @@ impl ListenerStats {
 }
 
 /// Knows the instances of a cluster.
-pub trait Members: fmt::Debug + Send + Sync {
+pub trait Members: Send + Sync {
     fn look(&self) -> MembersNow;
 }
 

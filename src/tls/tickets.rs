@@ -1,6 +1,7 @@
 //! The sessions that one target's servers have offered us to resume.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::sync::Mutex;
 
 use rustls::NamedGroup;
@@ -13,14 +14,21 @@ const TICKETS: usize = 32;
 
 /// One target's sessions. A [`super::Client`] belongs to one target, so the server name, which is the same
 /// for all of them, is not looked at.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct Tickets(Mutex<Sessions>);
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Sessions {
     group: Option<NamedGroup>,
     tls12: Option<Tls12ClientSessionValue>,
     tls13: VecDeque<Tls13ClientSessionValue>,
+}
+
+/// rustls wants it of a store.
+impl fmt::Debug for Tickets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tickets").finish_non_exhaustive()
+    }
 }
 
 impl Tickets {

@@ -2,6 +2,7 @@
 //! of a host name.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
@@ -31,7 +32,6 @@ pub struct Peer {
 /// Verifies chains against the roots of the trust domain that their leaf claims. The same few peers come again and again,
 /// so that a chain that was verified is looked up, and only the time is looked at again. What is known here is worth
 /// nothing to other roots.
-#[derive(Debug)]
 pub(super) struct Peers {
     trust: Arc<TrustStores>,
     /// What the peers show their certificates for.
@@ -39,7 +39,6 @@ pub(super) struct Peers {
     known: Mutex<HashMap<Vec<u8>, Known>>,
 }
 
-#[derive(Debug)]
 struct Known {
     /// All of the chain but its leaf, which is the key.
     rest: Vec<Vec<u8>>,
@@ -129,6 +128,13 @@ pub(super) struct ClientIdentity {
 pub(super) struct ServerIdentity {
     pub(super) peers: Arc<Peers>,
     pub(super) expected: Arc<[SpiffeId]>,
+}
+
+/// rustls wants it of a verifier.
+impl fmt::Debug for Peers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Peers").finish_non_exhaustive()
+    }
 }
 
 impl Peers {

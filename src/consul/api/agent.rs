@@ -2,10 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use serde::Deserialize;
-
 use super::value::{Port, Secret};
-use super::wire::{Opaque, null_is_default};
+use super::wire::Opaque;
 
 wire! {
     /// `GET /v1/agent/service/:id`, a value of `GET /v1/agent/services`, or the `Service` of a health row.

@@ -3,11 +3,10 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use super::agent::{Locality, MeshGateway};
 use super::value::GoDuration;
-use super::wire::null_is_default;
 
 wire! {
     /// `GET` or `POST /v1/discovery-chain/:service`.

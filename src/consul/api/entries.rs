@@ -1,10 +1,8 @@
 //! Config entries that hold for the whole mesh.
 
-use serde::Deserialize;
-
 use super::agent::{AccessLogs, Expose, MeshGateway};
 use super::chain::{FailoverPolicy, PrioritizeByLocality};
-use super::wire::{Opaque, null_is_default};
+use super::wire::Opaque;
 
 wire! {
     /// The config entry `mesh`.

@@ -1,10 +1,5 @@
 //! Intentions, with the names of the fields that this code does not know.
 
-use serde::Deserialize;
-
-use super::value::Unknown;
-use super::wire::null_is_default;
-
 strict_wire! {
     /// A row of an intentions list.
     pub struct Intention {

@@ -1,9 +1,7 @@
 //! Config entries `jwt-provider`.
 
-use serde::Deserialize;
-
 use super::value::{GoDuration, Unknown};
-use super::wire::{Opaque, null_is_default};
+use super::wire::Opaque;
 
 wire! {
     pub struct JwksRetryPolicy {

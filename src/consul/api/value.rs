@@ -1,6 +1,6 @@
 //! Values that Go writes in a way of its own, and fields that are not known.
 
-use std::collections::BTreeMap;
+use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
@@ -23,12 +23,14 @@ impl Unknown {
     pub fn iter(&self) -> impl Iterator<Item = &str> {
         self.0.iter().map(String::as_str)
     }
-}
 
-impl<'de> Deserialize<'de> for Unknown {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let fields = BTreeMap::<String, Meaning>::deserialize(deserializer)?;
-        Ok(Self(fields.into_iter().filter(|(_, value)| value.0).map(|(name, _)| name).collect()))
+    /// Takes the field `name` in, whose value comes next. They are in the order of their names.
+    pub(super) fn read<'de, A: MapAccess<'de>>(&mut self, name: Cow<'_, str>, values: &mut A) -> Result<(), A::Error> {
+        let Meaning(says_something) = values.next_value()?;
+        if says_something && let Err(place) = self.0.binary_search_by(|known| known.as_str().cmp(&name)) {
+            self.0.insert(place, name.into_owned());
+        }
+        Ok(())
     }
 }
 
