@@ -260,7 +260,7 @@ class Noticed:
         return [str(self.requests), str(self.failed), shown(self.last_failure), shown(self.slowest), shown(self.used_again)]
 
 
-def watch(pair, fault, lasting, patience=40.0):
+def watch(pair, fault, lasting, limit=40.0):
     """Has the second instance fail for so many seconds under a load, and waits until it is used again."""
     requests = Requests(pair)
     eventually(lambda: all(requests.answered_by(name, 0) for name in NAMES), 60, "both instances answer")
@@ -271,7 +271,7 @@ def watch(pair, fault, lasting, patience=40.0):
     time.sleep(lasting)
     next(fails, None)
     over = time.monotonic()
-    while not (again := requests.answered_by("two", over)) and time.monotonic() < over + patience:
+    while not (again := requests.answered_by("two", over)) and time.monotonic() < over + limit:
         time.sleep(0.1)
     time.sleep(0.5)
     made = [one for one in requests.end() if one[0] + one[1] >= began]

@@ -43,12 +43,12 @@ pub async fn run(config: Config, level: LevelHandle) -> anyhow::Result<()> {
     let observed = observer.clone();
 
     let (commands, mut commanded) = mpsc::channel(COMMANDS);
-    let asked = sources.clone();
+    let progress = sources.clone();
     let watched = admin::Watched {
         snapshots: snapshots.clone(),
         stage: trigger.stage(),
         observer: observer.clone(),
-        agent: Box::new(move || asked.look()),
+        agent: Box::new(move || progress.look()),
     };
     let started = Started { of: mode.id().to_owned(), workers: workers.count(), prometheus: admin.prometheus.clone() };
     let state = admin::State::new(watched, level, commands, started);
@@ -56,7 +56,7 @@ pub async fn run(config: Config, level: LevelHandle) -> anyhow::Result<()> {
 
     let mut tasks = JoinSet::new();
     tasks.spawn(async move { admin::run(&admin, state).await });
-    tasks.spawn(tell_ready(snapshots.clone()));
+    tasks.spawn(report_ready(snapshots.clone()));
     tasks.spawn(async move {
         proxy::run(snapshots, &workers, observed, drained).await;
         Ok(())
@@ -71,7 +71,7 @@ pub async fn run(config: Config, level: LevelHandle) -> anyhow::Result<()> {
     }
 
     let result = tokio::select! {
-        () = told_to_end(&mut signals, &mut commanded, &trigger) => {
+        () = ended_on_request(&mut signals, &mut commanded, &trigger) => {
             drain(trigger, drain_time, &mut signals).await;
             Ok(())
         }
@@ -107,7 +107,7 @@ impl Host {
 }
 
 /// Ends with the first signal, or when the admin server is told to quit.
-async fn told_to_end(signals: &mut Signals, commands: &mut mpsc::Receiver<Command>, trigger: &drain::Trigger) {
+async fn ended_on_request(signals: &mut Signals, commands: &mut mpsc::Receiver<Command>, trigger: &drain::Trigger) {
     loop {
         tokio::select! {
             () = signals.next() => return,
@@ -120,7 +120,7 @@ async fn told_to_end(signals: &mut Signals, commands: &mut mpsc::Receiver<Comman
     }
 }
 
-/// Commands of the admin server that wait.
+/// Capacity of the channel for commands of the admin server.
 const COMMANDS: usize = 8;
 
 /// Lets open connections finish, up to the drain time or a second signal. Control goes on meanwhile, so that a new deny
@@ -142,7 +142,7 @@ async fn drain(trigger: drain::Trigger, time: Duration, signals: &mut Signals) {
     let _ = timeout(CLOSE_TIME, trigger.drained()).await;
 }
 
-/// For connections to say goodbye once they must, and for the access log to be written and spans to be sent.
+/// Time at the end of the process for connections to close, for the access log to be written and for spans to be sent.
 const CLOSE_TIME: Duration = Duration::from_millis(1500);
 
 /// Waits for the first task that fails; one that ends well leaves the others to go on.
@@ -158,7 +158,7 @@ async fn first_error(tasks: &mut JoinSet<anyhow::Result<()>>) -> anyhow::Error {
 }
 
 /// Logs once that the first snapshot is complete, in the words of Consul's proxy, which scripts wait for.
-async fn tell_ready(mut snapshots: watch::Receiver<Option<Arc<Snapshot>>>) -> anyhow::Result<()> {
+async fn report_ready(mut snapshots: watch::Receiver<Option<Arc<Snapshot>>>) -> anyhow::Result<()> {
     if snapshots.wait_for(Option::is_some).await.is_ok() {
         tracing::info!(target: "proxy", "Proxy loaded config and ready to serve");
     }

@@ -198,11 +198,11 @@ fn cycles(imports: &[Import]) -> Vec<String> {
     for import in imports.iter().filter(|import| import.from != import.to) {
         graph.entry(&import.from).or_default().entry(&import.to).or_insert(import);
     }
-    let mut told = BTreeSet::new();
+    let mut reported = BTreeSet::new();
     let mut cycles = Vec::new();
     for start in graph.keys() {
         let Some(way) = way_back(&graph, start) else { continue };
-        if way.iter().any(|import| !told.insert(import.from.as_str())) {
+        if way.iter().any(|import| !reported.insert(import.from.as_str())) {
             continue;
         }
         let way: Vec<String> = way.iter().map(|import| format!("{} imports {}", import.place, import.to)).collect();
@@ -403,9 +403,9 @@ impl Parser {
     fn is_for_tests(&self) -> bool {
         let attribute: Vec<&str> =
             self.tokens[self.at..].iter().map(|(token, _)| token.as_str()).take_while(|token| *token != "]").collect();
-        let asked = |place: usize| attribute[place.saturating_sub(2)] != "not";
+        let enabled = |place: usize| attribute[place.saturating_sub(2)] != "not";
         attribute.get(2) == Some(&"cfg")
-            && attribute.iter().enumerate().any(|(place, token)| matches!(*token, "test" | "fuzzing") && asked(place))
+            && attribute.iter().enumerate().any(|(place, token)| matches!(*token, "test" | "fuzzing") && enabled(place))
     }
 
     /// To the end of an item: a semicolon, or the block that it ends with.

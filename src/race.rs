@@ -147,9 +147,9 @@ mod tests {
         let mut attempts = vec![after(500, Err("c")), after(400, Ok("b")), after(260, Ok("a"))];
         let next = |_| attempts.pop().map_or(Next::Wait, |attempt| Next::Begin(attempt, STAGGER / 10));
         assert_eq!(race.run(next).await, Some("a"));
-        let (told, mut late) = tokio::sync::mpsc::unbounded_channel();
+        let (sender, mut late) = tokio::sync::mpsc::unbounded_channel();
         race.finish(move |ended| {
-            let _ = told.send(ended);
+            let _ = sender.send(ended);
         });
         assert_eq!((late.recv().await, late.recv().await, late.recv().await), (Some(Ok("b")), Some(Err("c")), None));
     }

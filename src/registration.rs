@@ -16,13 +16,15 @@ pub struct Registration {
     definition: Value,
 }
 
-/// The check turns critical when it is not renewed for this long, and it is renewed three times as often.
+/// Time to live of the registration's check: without a renewal for this long it turns critical.
 const TTL: Duration = Duration::from_secs(30);
+/// Interval between two renewals of the check.
 const HEARTBEAT: Duration = Duration::from_secs(10);
-/// After a refusal or with no agent to talk to.
+/// Pause after a failed registration.
 const RETRY: Duration = Duration::from_secs(2);
-/// Attempts to deregister at the end, and the time between them.
+/// Attempts to deregister when the process ends.
 const GOODBYES: u32 = 3;
+/// Pause between two attempts to deregister.
 const GOODBYE_PAUSE: Duration = Duration::from_millis(500);
 
 impl Registration {
@@ -87,7 +89,7 @@ impl Registration {
                     return;
                 }
                 Err(error) if attempt == GOODBYES => {
-                    tracing::warn!(target: "proxy", service = self.id, %error, "Deregistration failed; its check turns critical by itself");
+                    tracing::warn!(target: "proxy", service = self.id, %error, "Deregistration failed; the TTL check of the registration turns critical by itself");
                 }
                 Err(_) => sleep(GOODBYE_PAUSE).await,
             }

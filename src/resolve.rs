@@ -19,7 +19,7 @@ type Found = Result<Arc<[IpAddr]>, (io::ErrorKind, String)>;
 type Pending = watch::Receiver<Option<Found>>;
 
 thread_local! {
-    /// Names that are being looked up for tasks of this thread.
+    /// Names that tasks of this thread are looking up.
     static PENDING: RefCell<HashMap<String, Pending>> = RefCell::default();
 }
 
@@ -49,16 +49,17 @@ fn pending(name: &str) -> io::Result<Pending> {
             let text = format!("more than {NAMES} names are being looked up: does the resolver answer?");
             return Err(io::Error::new(io::ErrorKind::QuotaExceeded, text));
         }
-        let (tell, found) = watch::channel(None);
+        let (sender, found) = watch::channel(None);
         pending.insert(name.to_string(), found.clone());
         let name = name.to_string();
         tokio::spawn(async move {
-            let asked = name.clone();
+            let looked_up = name.clone();
             // The port means nothing here.
-            let resolve = move || (asked.as_str(), 0).to_socket_addrs().map(|found| found.map(|to| to.ip()).collect());
+            let resolve =
+                move || (looked_up.as_str(), 0).to_socket_addrs().map(|found| found.map(|to| to.ip()).collect());
             let resolved = tokio::task::spawn_blocking(resolve).await.unwrap_or_else(|e| Err(io::Error::other(e)));
             PENDING.with_borrow_mut(|pending| pending.remove(&name));
-            tell.send_replace(Some(resolved.map_err(|e| (e.kind(), e.to_string()))));
+            sender.send_replace(Some(resolved.map_err(|e| (e.kind(), e.to_string()))));
         });
         Ok(found)
     })
@@ -128,11 +129,11 @@ fn alternating(addresses: &[IpAddr]) -> Vec<IpAddr> {
     }
 }
 
-/// As browsers wait (RFC 8305, section 5).
+/// Time after which the next address is tried beside the first (RFC 8305, section 5).
 const STAGGER: Duration = Duration::from_millis(250);
 /// Addresses of one name that are tried at most.
 const ADDRESSES: usize = 16;
-/// Names that are looked up at a time, for each thread of the data plane.
+/// Concurrent name look-ups of one thread of the data plane.
 const NAMES: usize = 64;
 
 #[cfg(test)]

@@ -4,13 +4,13 @@ import socket
 import struct
 import threading
 
-from .wait import PATIENCE
+from .wait import TEST_TIMEOUT
 
 
 class Conn:
     """A connection with the few things that scenarios do with one; plain or TLS."""
 
-    def __init__(self, sock, within=PATIENCE):
+    def __init__(self, sock, within=TEST_TIMEOUT):
         self.sock = sock
         sock.settimeout(within)
 
@@ -58,7 +58,7 @@ class Conn:
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.sock.close()
 
-    def end(self, within=PATIENCE):
+    def end(self, within=TEST_TIMEOUT):
         """How the peer ended the connection, waited for at most `within` seconds: "fin", "reset", or "open" when it did not."""
         self.sock.settimeout(within)
         try:
@@ -84,7 +84,7 @@ class Conn:
         self.close()
 
 
-def dial(port, within=PATIENCE, host="127.0.0.1"):
+def dial(port, within=TEST_TIMEOUT, host="127.0.0.1"):
     """A connection to a local port, or to a unix socket when `port` is a path."""
     if isinstance(port, int):
         sock = socket.create_connection((host, port), within)

@@ -15,7 +15,7 @@ import time
 import pytest
 
 from .process import WITH_US, environment
-from .wait import PATIENCE, eventually
+from .wait import TEST_TIMEOUT, eventually
 
 TOP = pathlib.Path(__file__).resolve().parents[2]
 # What a page is asked, and how long the browser may take to answer on a busy machine.
@@ -76,7 +76,7 @@ class Chromium:
             if "id" in message:
                 self._answers[message["id"]] = message
             elif page := self._pages.get(message.get("sessionId")):
-                page.told(message["method"], message["params"])
+                page.take_event(message["method"], message["params"])
 
     def page(self, url, **how):
         return Page(self, url, **how)
@@ -124,7 +124,7 @@ class Page:
         self.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"},
                                                          {"name": "prefers-reduced-motion", "value": "reduce"}])
 
-    def told(self, event, about):
+    def take_event(self, event, about):
         """What a person with the console open would see in red."""
         if event == "Runtime.exceptionThrown":
             self.faults.append(about["exceptionDetails"].get("exception", {}).get("description") or about["exceptionDetails"]["text"])

@@ -36,7 +36,7 @@ class Gate(App):
             except OSError:
                 pass
 
-    def asked(self, text):
+    def carried_request(self, text):
         """Whether this has been in a request."""
         return text.encode() in self.requests
 

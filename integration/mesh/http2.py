@@ -2,7 +2,7 @@
 
 import struct
 
-from .wait import PATIENCE
+from .wait import TEST_TIMEOUT
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
@@ -72,7 +72,7 @@ def next_frame(conn):
 class Http2:
     """A client's connection, on which the preface and our settings have been sent."""
 
-    def __init__(self, conn, within=PATIENCE, settings=b""):
+    def __init__(self, conn, within=TEST_TIMEOUT, settings=b""):
         self.conn = conn
         conn.sock.settimeout(within)
         conn.send(PREFACE + frame(SETTINGS, payload=settings))

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from .apps import Conn, Echo
-from .wait import PATIENCE
+from .wait import TEST_TIMEOUT
 
 DAY = datetime.timedelta(days=1)
 
@@ -118,7 +118,7 @@ def client_context(trust, identity=None, version=None):
     return context
 
 
-def mtls_connect(port, trust, identity=None, sni=None, version=None, context=None, session=None, within=PATIENCE):
+def mtls_connect(port, trust, identity=None, sni=None, version=None, context=None, session=None, within=TEST_TIMEOUT):
     """A TLS connection to a public listener. What the server refuses under TLS 1.3 shows only at the first read."""
     context = context or client_context(trust, identity, version)
     raw = socket.create_connection(("127.0.0.1", port), within)

@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 
-from .wait import PATIENCE, eventually
+from .wait import TEST_TIMEOUT, eventually
 
 # Should the test run itself be killed, the kernel ends what it started.
 WITH_US = ("setpriv", "--pdeathsig", "KILL", "--")
@@ -37,7 +37,7 @@ class Process:
     def running(self):
         return self._process.poll() is None
 
-    def wait(self, within=PATIENCE):
+    def wait(self, within=TEST_TIMEOUT):
         """Waits for the end and returns the exit status."""
         return self._process.wait(within)
 
@@ -59,7 +59,7 @@ class Process:
         threads = pathlib.Path(f"/proc/{self.pid}/task").glob("*/stat")
         return {thread.read_text().rpartition(")")[2].split()[0] for thread in threads}
 
-    def stop(self, within=PATIENCE):
+    def stop(self, within=TEST_TIMEOUT):
         """SIGTERM, then the exit status."""
         if self.running():
             self.signal(signal.SIGTERM)
@@ -70,7 +70,7 @@ class Process:
             self._process.kill()
         self._process.wait()
 
-    def logged(self, pattern, within=PATIENCE):
+    def logged(self, pattern, within=TEST_TIMEOUT):
         """Waits for a line of the output that the regular expression matches, and returns the match."""
         return eventually(lambda: self.look(pattern), within, f"a line of {self.label} like {pattern!r}")
 
@@ -100,7 +100,7 @@ def environment(extra=None):
     return {**clean, **{k: str(v) for k, v in (extra or {}).items()}}
 
 
-def run(argv, env=None, within=PATIENCE):
+def run(argv, env=None, within=TEST_TIMEOUT):
     """Runs a command to its end; returns (status, output, errors)."""
     done = subprocess.run([str(word) for word in argv], stdin=subprocess.DEVNULL, capture_output=True, text=True,
                           env=environment(env), timeout=within)

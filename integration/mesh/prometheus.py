@@ -12,7 +12,7 @@ import urllib.parse
 import pytest
 
 from .process import Process
-from .wait import PATIENCE, eventually
+from .wait import TEST_TIMEOUT, eventually
 from .web import ask
 
 TOP = pathlib.Path(__file__).resolve().parents[2]
@@ -29,7 +29,7 @@ def program(name, variable):
 
 def promtool(*words, text=None):
     """(status, output and errors)"""
-    done = subprocess.run([program("promtool", "PROMTOOL_BIN"), *map(str, words)], input=text, capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run([program("promtool", "PROMTOOL_BIN"), *map(str, words)], input=text, capture_output=True, text=True, timeout=TEST_TIMEOUT)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -55,9 +55,9 @@ class Prometheus(Process):
 
     def get(self, path, **query):
         answer = ask(self.port, f"/api/v1/{path}?{urllib.parse.urlencode(query)}")
-        told = json.loads(answer.body)
-        assert told["status"] == "success", f"{query}: {told}"
-        return told["data"]
+        content = json.loads(answer.body)
+        assert content["status"] == "success", f"{query}: {content}"
+        return content["data"]
 
     def query(self, text):
         """What it answers now: [(labels, number)]."""

@@ -34,11 +34,11 @@ def by_id(reports):
 
 def differences(server, probe, decision, report):
     """What the server understood otherwise than the decision did, or than the client wrote it where that goes on as it is."""
-    told = []
+    found_differences = []
 
     def same(what, ours, theirs):
         if ours != theirs:
-            told.append(f"{what}: judged as {ours!r}, understood as {theirs!r}")
+            found_differences.append(f"{what}: judged as {ours!r}, understood as {theirs!r}")
 
     same("method", decision["method"], report["method"])
     same("path", decision["path"], report["target"])
@@ -53,7 +53,7 @@ def differences(server, probe, decision, report):
             if name not in FOR_ONE_HOP | ADDED | server.keeps_to_itself and not name.startswith(":"):
                 same(f"header {name}", sent.get(name, []), seen.get(name, []))
         same("te", ["trailers"] if "trailers" in sent.get("te", []) and "te" in seen else [], seen.get("te", []))
-    return told
+    return found_differences
 
 
 def headers(fields, is_cgi):

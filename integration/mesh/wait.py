@@ -3,14 +3,14 @@
 import time
 
 # Long enough for a busy machine, short enough to notice. Scenarios give their own where the bound is what they are about.
-PATIENCE = 20.0
+TEST_TIMEOUT = 20.0
 
 
 class NotInTime(AssertionError):
     """What was waited for did not happen within its bound."""
 
 
-def eventually(condition, within=PATIENCE, what=None, every=0.02):
+def eventually(condition, within=TEST_TIMEOUT, what=None, every=0.02):
     """Calls `condition` until it is true, and returns what it returned.
 
     A condition that raises `OSError` or `AssertionError` counts as not yet true; the last such error is in the message.

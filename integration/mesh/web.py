@@ -8,7 +8,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from .wait import PATIENCE
+from .wait import TEST_TIMEOUT
 
 
 class Web:
@@ -144,7 +144,7 @@ class Answer:
 class Browser:
     """A keep-alive connection on which requests are made one after the other."""
 
-    def __init__(self, port, within=PATIENCE):
+    def __init__(self, port, within=TEST_TIMEOUT):
         self.conn = http.client.HTTPConnection("127.0.0.1", port, timeout=within)
 
     def ask(self, path="/", method="GET", body=None, headers=None):
@@ -162,7 +162,7 @@ class Browser:
         self.close()
 
 
-def ask(port, path="/", method="GET", body=None, headers=None, within=PATIENCE):
+def ask(port, path="/", method="GET", body=None, headers=None, within=TEST_TIMEOUT):
     """One request on a connection of its own."""
     with Browser(port, within) as browser:
         return browser.ask(path, method, body, headers)

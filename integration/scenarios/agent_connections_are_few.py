@@ -149,7 +149,7 @@ def test_files_for_tls_with_the_agent_are_followed(tls_mesh):
     other = Authority("agents", "Other CA")
     renewed, agent = other.issue(dns=("client",)), other.issue(dns=("consul.example",))
     (mesh.files / "client.pem").write_text(renewed.cert_pem)
-    server.process.logged("what was read before stays in use", within=20)
+    server.process.logged("the files read before stay in use", within=20)
     # With half of the pair, what was read before still serves.
     mesh.deny(client, server)
     client.eventually_refused()

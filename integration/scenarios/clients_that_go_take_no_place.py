@@ -24,14 +24,14 @@ class Thinker(App):
     reads = True
 
     def __init__(self, port):
-        self.asked = self.left = 0
+        self.arrived = self.left = 0
         super().__init__(port)
 
     def serve(self, conn):
         if not read_head(conn):
             return
         with self._lock:
-            self.asked += 1
+            self.arrived += 1
         try:
             if not self.reads:
                 while not conn.sock.getsockopt(SOL_TCP, TCP_INFO, 1)[0] in GONE:
@@ -89,7 +89,7 @@ def test_who_has_gone_takes_no_place_and_the_app_is_told(mesh, way, leaving):
     # More than the limit, one after the other: each has the place of one that has gone.
     for turn in range(3):
         clients = [begin(lambda: connect(protocol)) for _ in range(3)]
-        eventually(lambda: app.asked == 3 * (turn + 1), 10, "each is asked for")
+        eventually(lambda: app.arrived == 3 * (turn + 1), 10, "each is asked for")
         assert app.left == 3 * turn
         for client in clients:
             leave(client)
@@ -108,7 +108,7 @@ def test_who_has_gone_while_nobody_took_its_body_takes_no_place_either(mesh, way
     else:
         fields = [(":method", "POST"), *PSEUDO[1:]]
         client = begin(lambda: connect("h2"), frame(HEADERS, END_HEADERS, 1, block(fields)), *[frame(DATA, 0, 1, bytes(16_000))] * 4)
-    eventually(lambda: app.asked == 1)
+    eventually(lambda: app.arrived == 1)
     leave(client)
     eventually(lambda: app.left == 1, 10, "the app is told")
 

@@ -17,7 +17,7 @@ import pytest
 from mesh import Upstream, ask, eventually
 from mesh.load import Churn
 from mesh.service import admin_port
-from mesh.wait import PATIENCE
+from mesh.wait import TEST_TIMEOUT
 
 FINE, WRONG, UNKNOWN = 0, 1, 2
 
@@ -99,7 +99,7 @@ def test_a_sidecar_that_is_not_ready_is_told(own_mesh, lictor):
     process = mesh.proxy("-sidecar-for", name)
     port = admin_port(process)
     text = lictor("status", "-service", name, exit=WRONG)
-    assert f"{name} (127.0.0.1:{port}): NOT WELL" in text and "the agent has not told all that is needed" in text
+    assert f"{name} (127.0.0.1:{port}): NOT WELL" in text and "the configuration from the agent is not complete" in text
     [status] = json.loads(lictor("status", "-admin", port, "-json", exit=WRONG))["sidecars"]
     assert status["sidecar"]["service"] is None and len(status["wrong"]) == 1
     assert "no upstream" in lictor("explain", "-admin", port, "-upstream", "db", exit=UNKNOWN)
@@ -145,8 +145,8 @@ def test_explain_names_the_config_entry_of_each_step(mesh, lictor):
     text = lictor("explain", "-upstream", old.name, "PUT", "/old")
     assert f'path begins with "/old", method PUT ({router}, route 2)' in text and f"  retries 2 ({router}, route 2)" in text
     assert "  request timeout 15s (default)" in text
-    told = json.loads(lictor("explain", "-upstream", old.name, "/", "--json"))
-    assert told["steps"][0]["from"] == f"{router}, route 3" and told["fault"] is None and told["ways"][0]["share"] == 100
+    report = json.loads(lictor("explain", "-upstream", old.name, "/", "--json"))
+    assert report["steps"][0]["from"] == f"{router}, route 3" and report["fault"] is None and report["ways"][0]["share"] == 100
     # Of the upstream, where nothing but its registration says it.
     assert "no upstream" in lictor("explain", "-upstream", "nobody", "-service", web.name, exit=UNKNOWN)
     assert "write name: value" in lictor("explain", "-upstream", old.name, "-H", "nonsense", exit=UNKNOWN)
@@ -194,8 +194,8 @@ def test_intentions_check_names_the_rule(mesh, lictor):
     rule = f"denied by intention {web} => {db.name} (deny, precedence 9)"
     eventually(lambda: rule in json.loads(db.admin(f"/intentions/check?from={web}").body)["why"])
     assert check(exit=WRONG) == f"{web} => {db.name}: denied\n  {rule}\n"
-    told = json.loads(check("-json", exit=WRONG))
-    assert told["rule"]["intention"] == {
+    report = json.loads(check("-json", exit=WRONG))
+    assert report["rule"]["intention"] == {
         "source": web, "source_namespace": "default", "source_partition": "default", "destination": db.name, "action": "deny",
         "precedence": 9, "permissions": 0, "token_of": None}
     # Others, and the same name elsewhere, are none of its business.
@@ -227,12 +227,12 @@ def test_intentions_check_judges_a_request_as_the_sidecar_does(mesh, lictor, bin
     assert ask(port, "/x/../%61dmin/y").status == 403
     text = check("GET", "/x/../%61dmin/y", exit=WRONG)
     assert "denied by permission 1 (deny)" in text and 'permission 1 is for: path begins with "/admin"' in text
-    told = json.loads(check("PUT", "/x", "-json"))
+    report = json.loads(check("PUT", "/x", "-json"))
     # The default policy of this agent allows.
-    assert told["rule"]["kind"] == "no_permission" and told["rule"]["default"]["action"] == "allow"
+    assert report["rule"]["kind"] == "no_permission" and report["rule"]["default"]["action"] == "allow"
     # Without a request it depends.
     text = subprocess.run([binaries["lictor"], "intentions", "check", "-service", db.name, "-from", web.name], text=True, capture_output=True)
-    assert text.returncode == UNKNOWN and "it depends on the request" in text.stdout and not text.stderr
+    assert text.returncode == UNKNOWN and "depends on the request" in text.stdout and not text.stderr
 
 
 class Asking:
@@ -292,7 +292,7 @@ class InTerminal:
                 lines[line - 1][column - 1] = character
         return "\n".join(map("".join, lines))
 
-    def shows(self, text, within=PATIENCE):
+    def shows(self, text, within=TEST_TIMEOUT):
         """Reads on until this stands there."""
         def is_there():
             self.read()

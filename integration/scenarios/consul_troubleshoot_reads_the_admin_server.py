@@ -185,9 +185,9 @@ def test_the_configuration_shows_who_may_reach_us_and_our_certificates_without_a
     mesh.allow("good", db)
 
     def shown():
-        told = sections(db)
-        assert told["BootstrapConfigDump"]["bootstrap"]["node"]["id"] == db.proxy_id
-        [public] = [one["active_state"]["listener"] for one in told["ListenersConfigDump"]["dynamic_listeners"] if one["name"].startswith("public_listener")]
+        dump = sections(db)
+        assert dump["BootstrapConfigDump"]["bootstrap"]["node"]["id"] == db.proxy_id
+        [public] = [one["active_state"]["listener"] for one in dump["ListenersConfigDump"]["dynamic_listeners"] if one["name"].startswith("public_listener")]
         [manager] = public["filter_chains"][0]["filters"]
         rules, router = manager["typed_config"]["http_filters"]
         assert (rules["name"], router["name"]) == ("envoy.filters.http.rbac", "envoy.filters.http.router")
@@ -196,7 +196,7 @@ def test_the_configuration_shows_who_may_reach_us_and_our_certificates_without_a
         assert rules["typed_config"]["rules"]["action"] == "DENY"
         sources = [one["authenticated"]["principal_name"]["safe_regex"]["regex"] for one in principals if "authenticated" in one]
         assert any(source.endswith("/ns/default/dc/[^/]+/svc/evil$") for source in sources) and not any("good" in source for source in sources)
-        leaf, roots = (one["secret"] for one in told["SecretsConfigDump"]["dynamic_active_secrets"])
+        leaf, roots = (one["secret"] for one in dump["SecretsConfigDump"]["dynamic_active_secrets"])
         assert leaf["tls_certificate"]["private_key"] == {"inline_string": "[redacted]"}
         for pem in (leaf["tls_certificate"]["certificate_chain"], roots["validation_context"]["trusted_ca"]):
             assert pem["inline_string"].startswith("-----BEGIN CERTIFICATE-----\n")

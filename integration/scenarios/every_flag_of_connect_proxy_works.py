@@ -182,7 +182,7 @@ def test_requests_carry(mesh, flag):
     server = mesh.service("server", [mesh.name("upstream")], sidecar=None)
     words = [word.format(gate=gate.port) for word in words]
     mesh.proxy("-proxy-id", server.proxy_id, *words, env={"CONSUL_HTTP_ADDR": f"127.0.0.1:{gate.port}", **env})
-    eventually(lambda: gate.asked(expected), what=f"{expected} is in a request")
+    eventually(lambda: gate.carried_request(expected), what=f"{expected} is in a request")
 
 
 def test_stale_and_datacenter_do_no_harm(mesh):

@@ -173,8 +173,8 @@ def test_three_of_four_that_swallow_attempts_cost_no_request_at_start(mesh, work
         dead.register()
     client = client_of(mesh, "http", one)
     eventually(lambda: len(mesh.agent.get(f"/v1/health/connect/{one.name}?passing")) == 4)
-    asked = [workers.submit(who, client, "http") for _ in range(60)]
-    assert [each.result(30) for each in asked] == ["one"] * 60
+    pending = [workers.submit(who, client, "http") for _ in range(60)]
+    assert [each.result(30) for each in pending] == ["one"] * 60
 
 
 def test_a_request_to_an_app_that_swallows_attempts_is_answered_after_one_connect_timeout(mesh, workers):
@@ -184,6 +184,6 @@ def test_a_request_to_an_app_that_swallows_attempts_is_answered_after_one_connec
     server.app.close()
     mesh.keep(Blackhole(server.port))
     began = time.monotonic()
-    asked = [workers.submit(who, client, "http") for _ in range(20)]
-    assert {each.result(30) for each in asked} == {"503"}
+    pending = [workers.submit(who, client, "http") for _ in range(20)]
+    assert {each.result(30) for each in pending} == {"503"}
     assert time.monotonic() - began < 6

@@ -38,50 +38,50 @@ def direct(legs):
     # The app answers in HTTP/1.1, whoever asks.
     for name in set(CLIENTS) - {"HTTP/1.0"}:
         with contextlib.suppress(Absent):
-            found[name] = {told["path"]: told for told in CLIENTS[name](port, list(answers), directory)}
-    return {path: [told[path] for told in found.values() if path in told and (told[path]["status"] or 200) >= 200] for path in answers}
+            found[name] = {result["path"]: result for result in CLIENTS[name](port, list(answers), directory)}
+    return {path: [result[path] for result in found.values() if path in result and (result[path]["status"] or 200) >= 200] for path in answers}
 
 
-def headers(told):
+def headers(result):
     """Those that go on, with what they say; the length is told apart, as it may be left out where it says nothing new."""
-    return sorted((name, re.sub(r"[ \t]+", " ", value.strip(" \t"))) for name, value in told["headers"] if name not in FOR_ONE_HOP | {"content-length"})
+    return sorted((name, re.sub(r"[ \t]+", " ", value.strip(" \t"))) for name, value in result["headers"] if name not in FOR_ONE_HOP | {"content-length"})
 
 
-def length(told):
-    return [value for name, value in told["headers"] if name == "content-length"]
+def length(result):
+    return [value for name, value in result["headers"] if name == "content-length"]
 
 
-def refused(told):
-    return told["status"] in (502, 503) and told["body"].startswith("upstream connect error")
+def refused(result):
+    return result["status"] in (502, 503) and result["body"].startswith("upstream connect error")
 
 
 def is_wrong(answer, direct, through):
     """What is wrong with what came through the sidecars, by what came directly to any client; "" if nothing is."""
     if not through["complete"]:
-        return "" if answer.ambiguous or not all(told["complete"] for told in direct) else "whole, and arrives broken"
+        return "" if answer.ambiguous or not all(result["complete"] for result in direct) else "whole, and arrives broken"
     if refused(through):
-        return "" if answer.ambiguous or answer.cut or not all(told["complete"] for told in direct) else "whole, and refused"
+        return "" if answer.ambiguous or answer.cut or not all(result["complete"] for result in direct) else "whole, and refused"
     if length(through) and through["body"] and length(through) != [str(len(through["body"]))]:
         return "the length is of another body"
-    same = [told for told in direct if told["complete"] and (told["status"], told["body"]) == (through["status"], through["body"])]
+    same = [result for result in direct if result["complete"] and (result["status"], result["body"]) == (through["status"], through["body"])]
     if not same:
         return "taken for another, or broken and looks whole"
-    return "" if any(headers(told) == headers(through) for told in same) else "other headers"
+    return "" if any(headers(result) == headers(through) for result in same) else "other headers"
 
 
 @pytest.mark.parametrize("client", [*CLIENTS, "curl over HTTP/2"])
 def test_what_arrives_is_what_was_sent(legs, direct, client):
     answers, _, port, directory = legs
     try:
-        through = {told["path"]: told for told in {**CLIENTS, "curl over HTTP/2": CURL_HTTP2}[client](port, list(answers), directory)}
+        through = {result["path"]: result for result in {**CLIENTS, "curl over HTTP/2": CURL_HTTP2}[client](port, list(answers), directory)}
     except Absent as absent:
         pytest.skip(f"responses are NOT TESTED with {client}: {absent}")
     tally, wrong = collections.Counter(), []
     for path, answer in answers.items():
-        told = through[path]
-        tally["refused" if refused(told) else "whole" if told["complete"] else "broken"] += 1
-        if what := is_wrong(answer, direct[path], told):
-            wrong.append((what, b"".join(answer.script.pieces)[:200], answer.script.then, str(direct[path])[:300], str(told)[:300]))
+        result = through[path]
+        tally["refused" if refused(result) else "whole" if result["complete"] else "broken"] += 1
+        if what := is_wrong(answer, direct[path], result):
+            wrong.append((what, b"".join(answer.script.pieces)[:200], answer.script.then, str(direct[path])[:300], str(result)[:300]))
     print(client, dict(tally))
     assert not wrong, "\n".join(map(str, [f"{len(wrong)} of {len(answers)}", *wrong[:30]]))
     assert tally["whole"] > 100 and tally["broken"] + tally["refused"] > 30, tally
@@ -102,13 +102,13 @@ def http2_leg(shared_agent, binaries, ports, tmp_path_factory):
 def test_what_an_app_sends_over_http2(http2_leg, client):
     answers, port, directory = http2_leg
     try:
-        through = {told["path"]: told for told in {**CLIENTS, "curl over HTTP/2": CURL_HTTP2}[client](port, list(answers), directory)}
+        through = {result["path"]: result for result in {**CLIENTS, "curl over HTTP/2": CURL_HTTP2}[client](port, list(answers), directory)}
     except Absent as absent:
         pytest.skip(f"responses are NOT TESTED with {client}: {absent}")
     wrong = []
     for path, (script, arrives) in answers.items():
-        told = through[path]
-        came = (told["status"], told["body"]) if told["complete"] and not refused(told) else None
+        result = through[path]
+        came = (result["status"], result["body"]) if result["complete"] and not refused(result) else None
         if came != arrives:
-            wrong.append((script, arrives and str(arrives)[:60], str(told)[:300]))
+            wrong.append((script, arrives and str(arrives)[:60], str(result)[:300]))
     assert not wrong, "\n".join(map(str, [f"{len(wrong)} of {len(answers)}", *wrong[:30]]))

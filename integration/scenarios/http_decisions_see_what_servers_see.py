@@ -191,7 +191,7 @@ def requests(protocol):
 @pytest.mark.parametrize(("kind", "protocol"), KINDS, ids=lambda word: word.replace(" ", "-"))
 def test_what_arrives_is_what_was_judged(served, kind, protocol):
     server, service, fronts, rule = served(kind, protocol)
-    asked, phases = {}, {}
+    sent_probes, phases = {}, {}
     known = server.knows_over_http2 if protocol == "http2" else None
     todo = [request for request in requests(protocol) if known is None or request[2].method in known]
     for phase, (permissions, refused, _) in PHASES.items():
@@ -199,13 +199,13 @@ def test_what_arrives_is_what_was_judged(served, kind, protocol):
         for number, (when, version, probe) in enumerate(todo):
             if when == phase:
                 id = f"probe-{number}"
-                asked[id], phases[id] = (probe, version, fronts[version].ask(probe, id)), phase
+                sent_probes[id], phases[id] = (probe, version, fronts[version].ask(probe, id)), phase
     for front in fronts.values():
         front.close()
     judged, understood = decisions(service.process.out()), by_id(server.reports())
     wrong, tally = [], collections.Counter()
     for id, reports in understood.items():
-        probe, version, statuses = asked.get(id.removesuffix("-hidden"), (None, None, None))
+        probe, version, statuses = sent_probes.get(id.removesuffix("-hidden"), (None, None, None))
         if id == "ready":
             continue
         lines = judged.get(id, [])
@@ -214,11 +214,11 @@ def test_what_arrives_is_what_was_judged(served, kind, protocol):
             continue
         for line, report in zip(lines, reports):
             hidden = id.endswith("-hidden")
-            told = differences(server, Probe(raw=b"") if hidden else probe, line, report) + PHASES[phases[id.removesuffix("-hidden")]][2](report)
-            if told:
-                wrong.append((id, str(probe), version, told, line["path"], report["paths"]))
+            differing = differences(server, Probe(raw=b"") if hidden else probe, line, report) + PHASES[phases[id.removesuffix("-hidden")]][2](report)
+            if differing:
+                wrong.append((id, str(probe), version, differing, line["path"], report["paths"]))
         tally["arrived"] += 1
-    for id, (probe, version, statuses) in asked.items():
+    for id, (probe, version, statuses) in sent_probes.items():
         tally["asked"] += 1
         tally[tuple(statuses)] += 1
         if 200 in statuses and id not in understood and f"{id}-hidden" not in understood:

@@ -123,8 +123,8 @@ def test_a_deny_is_told_in_grpc(mesh, calls, ends):
     server, client, caller = calls(ends, **({"denied": True} if far_denies else {}))
     if not far_denies:
         mesh.deny(client, server)
-    told = (grpc.StatusCode.PERMISSION_DENIED, "RBAC: access denied")
-    eventually(lambda: caller.code() == told, every=0.1)
+    expected = (grpc.StatusCode.PERMISSION_DENIED, "RBAC: access denied")
+    eventually(lambda: caller.code() == expected, every=0.1)
 
 
 def test_nobody_there_is_told_in_grpc(calls):
@@ -138,17 +138,17 @@ def test_nobody_there_is_told_in_grpc(calls):
 OUR_OWN = "upstream connect error or disconnect/reset before headers. reset reason: "
 
 
-@pytest.mark.parametrize("config, call, told", [
+@pytest.mark.parametrize("config, call, expected", [
     ({"limits": {"max_connections": 0}}, "Echo", OUR_OWN + "overflow"),
     ({"limits": {"max_concurrent_requests": 0}}, "Echo", OUR_OWN + "overflow"),
     ({"lictor_per_try_timeout_ms": 700}, "Wait", "upstream request timeout"),
 ])
-def test_limits_are_told_in_grpc(mesh, config, call, told):
+def test_limits_are_told_in_grpc(mesh, config, call, expected):
     server = mesh.service("server", app=Rpc, protocol="grpc")
     client = mesh.service("client", [Upstream(server.name, mesh.ports.take(), {"Config": config})], protocol="grpc")
     caller = mesh.keep(Caller(client.upstreams[0].port))
-    eventually(lambda: caller.code(call) == (grpc.StatusCode.UNAVAILABLE, told), every=0.1)
-    assert caller.code(call) == (grpc.StatusCode.UNAVAILABLE, told)
+    eventually(lambda: caller.code(call) == (grpc.StatusCode.UNAVAILABLE, expected), every=0.1)
+    assert caller.code(call) == (grpc.StatusCode.UNAVAILABLE, expected)
 
 
 def test_a_limit_counts_the_calls_of_grpc_that_are_under_way(mesh):

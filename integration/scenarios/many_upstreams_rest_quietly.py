@@ -15,14 +15,14 @@ def instance(mesh, name, says):
     return made
 
 
-def asked(gate):
+def request_count(gate):
     return gate.requests.count(b" /v1/")
 
 
 def is_quiet(gate):
-    before = asked(gate)
+    before = request_count(gate)
     time.sleep(2)
-    return asked(gate) - before < 12
+    return request_count(gate) - before < 12
 
 
 def test_changes_are_followed_soon_and_silence_is_cheap(mesh):
@@ -41,10 +41,10 @@ def test_changes_are_followed_soon_and_silence_is_cheap(mesh):
 
     eventually(lambda: answers() == {"first"})
     eventually(lambda: is_quiet(gate), 60)
-    before = asked(gate)
+    before = request_count(gate)
     time.sleep(10)
     # In turns, 140 queries would have asked about as many times.
-    assert asked(gate) - before < 45
+    assert request_count(gate) - before < 45
 
     second = instance(mesh, name, "second")
     eventually(lambda: answers() == {"first", "second"}, SOON)

@@ -50,7 +50,7 @@ def test_an_address_that_is_taken_is_tried_again(mesh):
     taken = socket.create_server(("127.0.0.1", 0))
     port = taken.getsockname()[1]
     service = web(mesh, envoy_prometheus_bind_addr=f"127.0.0.1:{port}")
-    service.process.logged("Metrics can't be given out; trying again")
+    service.process.logged("The listener for metrics cannot be started; trying again")
     taken.close()
     eventually(lambda: ask(port, "/metrics").status == 200)
 

@@ -18,7 +18,7 @@ class Frames(App):
     """An HTTP/2 app, frame by frame: `begin` at each connection, `request` at the end of each request."""
 
     def __init__(self, port):
-        self.connections, self.asked, self.lock = 0, 0, threading.Lock()
+        self.connections, self.requests, self.lock = 0, 0, threading.Lock()
         super().__init__(port)
 
     def serve(self, conn):
@@ -36,7 +36,7 @@ class Frames(App):
                 conn.begun.discard(stream)
                 streams += 1
                 with self.lock:
-                    self.asked += 1
+                    self.requests += 1
                 self.request(conn, stream, streams)
 
     def begin(self, conn):
@@ -110,8 +110,8 @@ def test_watchers_take_no_stream_from_the_next_call(mesh):
 
 
 def all_answered(port, workers, method, body=None, count=40):
-    asked = [workers.submit(ask, port, "/", method, body) for _ in range(count)]
-    return [each.result().status for each in asked]
+    requests = [workers.submit(ask, port, "/", method, body) for _ in range(count)]
+    return [each.result().status for each in requests]
 
 
 @pytest.mark.parametrize("app", [Refuses, GoesAway])
@@ -131,15 +131,15 @@ def test_changes_of_the_limit_are_followed(mesh, workers):
     client = mesh.service("client", [server], app=None)
     server.start("lictor", "-workers", "1")
     port, app = client.upstreams[0].port, server.app
-    asked = [workers.submit(ask, port, within=60) for _ in range(3)]
+    requests = [workers.submit(ask, port, within=60) for _ in range(3)]
     eventually(lambda: len(app.waits) == 3)
     assert app.connections == 3, "each connection takes one request"
     app.allow(10)
-    eventually(lambda: asked.append(workers.submit(ask, port, within=60)) or len(app.waits) >= 20, every=0.2)
+    eventually(lambda: requests.append(workers.submit(ask, port, within=60)) or len(app.waits) >= 20, every=0.2)
     assert app.connections == 3, "the connections that there are take more now"
     app.open()
-    eventually(lambda: app.open() or all(each.done() for each in asked))
-    assert {each.result().status for each in asked} == {200}
+    eventually(lambda: app.open() or all(each.done() for each in requests))
+    assert {each.result().status for each in requests} == {200}
 
 
 @pytest.mark.parametrize("protocol", ["http", "http2"])
@@ -154,8 +154,8 @@ def test_dials_to_an_app_that_accepts_nothing_do_not_queue(mesh, workers, protoc
         filler = mesh.keep(socket.socket())
         filler.setblocking(False)
         filler.connect_ex(("127.0.0.1", server.port))
-    asked = [workers.submit(ask, client.upstreams[0].port, within=30) for _ in range(20)]
-    assert {each.result(16).status for each in asked} == {503}
+    requests = [workers.submit(ask, client.upstreams[0].port, within=30) for _ in range(20)]
+    assert {each.result(16).status for each in requests} == {503}
 
 
 def test_the_request_timeout_includes_the_dial(mesh, workers):
@@ -168,5 +168,5 @@ def test_the_request_timeout_includes_the_dial(mesh, workers):
         filler = mesh.keep(socket.socket())
         filler.setblocking(False)
         filler.connect_ex(("127.0.0.1", server.port))
-    asked = [workers.submit(ask, client.upstreams[0].port, within=14) for _ in range(10)]
-    assert {each.result(16).status for each in asked} == {504}
+    requests = [workers.submit(ask, client.upstreams[0].port, within=14) for _ in range(10)]
+    assert {each.result(16).status for each in requests} == {504}

@@ -213,13 +213,13 @@ def test_promtool_accepts_both_expositions(mesh):
     assert promtool("check", "metrics", text=text.body.decode()) == (0, "")
     openmetrics = web.admin("/metrics", headers={"Accept": "application/openmetrics-text;version=1.0.0,text/plain;q=0.5"})
     assert openmetrics.header("content-type").startswith("application/openmetrics-text") and openmetrics.body.endswith(b"# EOF\n")
-    status, told = promtool("check", "metrics", text=web.admin("/stats/prometheus").body.decode())
+    status, output = promtool("check", "metrics", text=web.admin("/stats/prometheus").body.decode())
     # Remarks have a status of their own; what can't be read has 1.
-    unknown = [line for line in told.splitlines() if not any(re.fullmatch(lint, line) for lint in KNOWN_LINTS)]
+    unknown = [line for line in output.splitlines() if not any(re.fullmatch(lint, line) for lint in KNOWN_LINTS)]
     assert status in (0, 3) and not unknown, (status, unknown)
 
 
 def test_the_alert_rules_hold_what_they_say():
     for words in (("check", "rules", DOCS / "alerts.yml"), ("test", "rules", DOCS / "alerts_test.yml")):
-        status, told = promtool(*words)
-        assert status == 0, told
+        status, output = promtool(*words)
+        assert status == 0, output

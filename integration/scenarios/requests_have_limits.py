@@ -137,29 +137,29 @@ def test_a_try_that_takes_too_long_is_given_up_for_another(mesh):
         assert status == 200 or "lictor_per_try_timeout_ms" in answer.header("x-lictor-cause")
 
 
-@pytest.mark.parametrize("tells", [True, False])
-def test_the_cause_is_told_in_a_header_where_that_is_asked(mesh, tells):
-    config = {"lictor_expose_cause": True} if tells else {}
+@pytest.mark.parametrize("exposes", [True, False])
+def test_the_cause_is_told_in_a_header_where_that_is_asked(mesh, exposes):
+    config = {"lictor_expose_cause": True} if exposes else {}
     server, client, port = pair(mesh, config, **config)
     eventually(lambda: who(port) == "server")
     server.app.close()
     answer = eventually(lambda: (got := ask(port)).status == 503 and got)
     cause = answer.header("x-lictor-cause")
-    assert "refused" in cause and "local app" in cause if tells else cause is None, cause
+    assert "refused" in cause and "local app" in cause if exposes else cause is None, cause
     server.passing("fail")
     answer = eventually(lambda: (got := ask(port)).body == b"no healthy upstream" and got)
     cause = answer.header("x-lictor-cause")
-    assert server.name in cause and "passing" in cause if tells else cause is None, cause
+    assert server.name in cause and "passing" in cause if exposes else cause is None, cause
 
 
-@pytest.mark.parametrize("tells", [True, False])
-def test_the_cause_that_another_sidecar_tells_is_passed_on_only_where_that_is_asked(mesh, tells):
+@pytest.mark.parametrize("exposes", [True, False])
+def test_the_cause_that_another_sidecar_tells_is_passed_on_only_where_that_is_asked(mesh, exposes):
     """And what an app says under that name is nobody's cause."""
-    server, _, port = pair(mesh, {"lictor_expose_cause": True}, **({"lictor_expose_cause": True} if tells else {}))
+    server, _, port = pair(mesh, {"lictor_expose_cause": True}, **({"lictor_expose_cause": True} if exposes else {}))
     server.app.answer = lambda request: server.app.say(request, b"", 200, [("x-lictor-cause", "the app's")])
     answer = eventually(lambda: (got := ask(port)).status == 200 and got)
-    assert answer.header("x-lictor-cause") == ("the app's" if tells else None)
+    assert answer.header("x-lictor-cause") == ("the app's" if exposes else None)
     server.app.close()
     answer = eventually(lambda: (got := ask(port)).status == 503 and got)
     cause = answer.header("x-lictor-cause")
-    assert "local app" in cause if tells else cause is None, cause
+    assert "local app" in cause if exposes else cause is None, cause

@@ -17,7 +17,7 @@ HTTP1 = {
     "the request target has a fragment": b"GET /health#x HTTP/1.1" + HOST + b"\r\n",
     "the request target has a byte that is not printable ASCII": b"GET /health\xe9 HTTP/1.1" + HOST + b"\r\n",
     "the version is neither HTTP/1.1 nor HTTP/1.0": b"GET /health HTTP/1.2" + HOST + b"\r\n",
-    "the length of the body is said twice": b"POST /health HTTP/1.1" + HOST + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+    "the length of the body is given twice": b"POST /health HTTP/1.1" + HOST + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
     "a chunk size is no number": b"POST /health HTTP/1.1" + HOST + b"Transfer-Encoding: chunked\r\n\r\nx\r\n",
     "does not speak HTTP": b"SSH-2.0 a b\r\n",
     "invalid HTTP header parsed": b"GET /health HTTP/1.1" + HOST + b"X(y): z\r\n\r\n",
@@ -91,7 +91,7 @@ def test_a_flood_is_counted(ways, way):
             connection.send(get(("te", "x"))).outcome()
     for reason in ("the request line has no version", "the HTTP/2 request is malformed"):
         process.logged(rf"(?:Refused|Failed) again[^\n]*{reason}")
-        assert process.count(rf"Refused what[^\n]*{way}[^\n]*{reason}") <= 10
+        assert process.count(rf"Refused a malformed request[^\n]*{way}[^\n]*{reason}") <= 10
 
 
 @pytest.mark.parametrize("code", [1, 7], ids=["PROTOCOL_ERROR", "REFUSED_STREAM"])
@@ -101,19 +101,19 @@ def test_a_reset_of_the_app_is_not_taken_for_a_refusal(mesh, code):
     server = mesh.service("server", app=lambda port: Raw(port, {"/broken": broken}), protocol="http2")
     client = mesh.service("client", [server], app=None)
     connect = lambda: Http2(dial(client.upstreams[0].port))
-    eventually(lambda: asked(connect(), "/known") == ("answer", 200, b"known"))
+    eventually(lambda: outcome_of(connect(), "/known") == ("answer", 200, b"known"))
     with connect() as connection:
         # Where the reset overtakes the head, the client is answered.
         assert connection.send(get(path="/broken")).outcome()[0] in ("answer", "reset")
-    assert asked(connect(), "/known") == ("answer", 200, b"known")
+    assert outcome_of(connect(), "/known") == ("answer", 200, b"known")
     for service in (server, client):
-        assert not service.process.count("Refused what is no request"), service.process.text()
+        assert not service.process.count("Refused a malformed request"), service.process.text()
 
 
-def asked(connection, path):
+def outcome_of(connection, path):
     with connection:
         return connection.send(get(path=path)).outcome()
 
 
 def logged(process, way, reason):
-    process.logged(rf"(?:Refused what is no request|Request for|Request failed|Request refused|(?:Refused|Failed) again)[^\n]*{reason}")
+    process.logged(rf"(?:Refused a malformed request|Request for|Request failed|Request refused|(?:Refused|Failed) again)[^\n]*{reason}")

@@ -18,7 +18,7 @@ def by_what(service):
     return {watch["what"]: watch for watch in watches(service)["watches"]}
 
 
-def told_if(watch, holds):
+def watch_if(watch, holds):
     return watch if holds(watch) else None
 
 
@@ -34,22 +34,22 @@ def test_each_query_tells_how_it_is_asked_and_what_it_was_answered(mesh):
     db, web = pair(mesh)
     about = watches(web)
     assert about["address"].endswith(str(mesh.agent.port)) and about["room"] in ("enough", "crowded", "scarce") and about["connections"] >= 1
-    told = by_what(web)
-    registration, chain, instances = (told[what] for what in (f"registration of {web.proxy_id}", f"discovery chain of {db.name}", f"endpoints of {db.name} in dc1"))
+    watches = by_what(web)
+    registration, chain, instances = (watches[what] for what in (f"registration of {web.proxy_id}", f"discovery chain of {db.name}", f"endpoints of {db.name} in dc1"))
     assert registration["request"] == f"GET /v1/agent/service/{web.proxy_id}" and registration["answered_by"] == "agent"
     assert (registration["how"], registration["index"]) == ("blocks", None)
     assert (chain["how"], chain["table"], instances["how"], instances["table"]) == ("table", "config entries", "table", "instances in dc1")
     assert chain["request"] == f"GET /v1/discovery-chain/{db.name}" and instances["index"] > 0
-    assert told["CA roots"]["how"] == "blocks" and told["CA roots"]["answered_by"] == "agent_cache"
-    assert told[f"default policy of {web.name}"]["how"] == "periodic" and told["changes of instances in dc1"]["how"] == "blocks"
-    for watch in told.values():
+    assert watches["CA roots"]["how"] == "blocks" and watches["CA roots"]["answered_by"] == "agent_cache"
+    assert watches[f"default policy of {web.name}"]["how"] == "periodic" and watches["changes of instances in dc1"]["how"] == "blocks"
+    for watch in watches.values():
         assert (watch["errors"] == 0) == (watch["error"] is None) and (watch["errors"] > 0 or not watch["failing"]), watch
         assert (watch["state"] == "waiting") == (watch["under_way"] is None), watch
     # The one for intentions blocks for as long as it may.
-    rules = eventually(lambda: told_if(by_what(web)[f"intentions of {web.name}"], lambda one: one["state"] == "blocked"))
+    rules = eventually(lambda: watch_if(by_what(web)[f"intentions of {web.name}"], lambda one: one["state"] == "blocked"))
     assert rules["blocks_for"] >= 1 and rules["index"] > 0
     state = json.loads(web.admin("/status").body)
-    assert {watch["what"] for watch in state["watches"]} == set(told) and state["agent"]["room"] == about["room"]
+    assert {watch["what"] for watch in state["watches"]} == set(watches) and state["agent"]["room"] == about["room"]
 
 
 def test_a_failure_is_told_until_and_after_an_answer_comes(own_mesh):
@@ -60,14 +60,14 @@ def test_a_failure_is_told_until_and_after_an_answer_comes(own_mesh):
     rules = lambda: by_what(web)[f"intentions of {web.name}"]  # noqa: E731
     eventually(lambda: rules()["age"] is not None)
     gate.mode = "fault"
-    failed = eventually(lambda: told_if(rules(), lambda one: one["failing"] and "No cluster leader" in one["error"]), 40)
+    failed = eventually(lambda: watch_if(rules(), lambda one: one["failing"] and "No cluster leader" in one["error"]), 40)
     assert failed["error_age"] >= 0 and failed["errors"] >= 1 and failed["age"] is not None
     assert "GET /v1/connect/intentions" in failed["error"]
     now = Metrics(web, "/metrics")
     assert now("lictor_agent_queries", kind="intentions", state="failing") == 1
     assert now("lictor_agent_requests_total", kind="intentions", result="refused") >= 1
     gate.mode = "pass"
-    back = eventually(lambda: told_if(rules(), lambda one: not one["failing"]), 40)
+    back = eventually(lambda: watch_if(rules(), lambda one: not one["failing"]), 40)
     assert "No cluster leader" in back["error"] and back["errors"] >= failed["errors"]
     assert Metrics(web, "/metrics")("lictor_agent_queries", kind="intentions", state="failing") == 0
 

@@ -29,13 +29,13 @@ class Probe:
     """Another program of the host: a request to the agent on a new connection, twenty times a second."""
 
     def __init__(self, port):
-        self.port, self.asked, self.refused, self._end = port, 0, 0, threading.Event()
+        self.port, self.sent, self.refused, self._end = port, 0, 0, threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self):
         while not self._end.wait(PROBE_PERIOD):
-            self.asked += 1
+            self.sent += 1
             connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
             try:
                 connection.request("GET", "/v1/status/leader")
@@ -124,7 +124,7 @@ class Host:
         finally:
             probe.stop()
             self.stop()
-        out["probes"], out["refused"] = probe.asked, probe.refused
+        out["probes"], out["refused"] = probe.sent, probe.refused
         return out
 
     def stop(self):

@@ -38,7 +38,7 @@ enum Node {
 #[error("{0}")]
 pub struct BadFormat(&'static str);
 
-/// Stands for what is not known, in text.
+/// Stands for an unknown value in a text format, as in Envoy.
 const NOTHING: &str = "-";
 
 /// Keys and operators of the format that Consul gives to Envoy where none is configured (1.15 and later).

@@ -14,7 +14,7 @@ pub struct Secrets<'a> {
     pub providers: Option<&'a Providers>,
 }
 
-/// Stands for a token.
+/// Replaces a token.
 const REDACTED: &str = "REDACTED";
 
 impl Secrets<'_> {

@@ -18,14 +18,14 @@ use super::secrets::Secrets;
 use super::settings::{Settings, Sink};
 use crate::operators::Record;
 
-/// Lines that wait to be written; more are dropped.
+/// Lines that wait to be written; further ones are dropped.
 const QUEUE: usize = 4096;
-/// How often to check whether the path names another file by now, and to open a failed one again.
+/// Interval between two checks whether the path names another file, and between two attempts to open a file.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
-/// How often to check at the end whether all is written.
+/// Interval between two checks, at the end, whether all lines are written.
 const POLL: Duration = Duration::from_millis(5);
-/// How often dropped lines are logged.
-const TELL_AGAIN: Duration = Duration::from_secs(10);
+/// Shortest interval between two log lines about dropped lines.
+const REPORT_INTERVAL: Duration = Duration::from_secs(10);
 
 /// What the data plane logs through. Clones log to the same place, which may be replaced at any time.
 #[derive(Debug, Clone, Default)]
@@ -77,7 +77,7 @@ impl AccessLog {
     fn start(&self, settings: &Arc<Settings>) -> Option<Active> {
         let (queue, lines) = sync_channel(QUEUE);
         let dropped = Arc::<AtomicU64>::default();
-        let writer = Writer { output: Output::new(&settings.sink), dropped: Arc::clone(&dropped), told: None };
+        let writer = Writer { output: Output::new(&settings.sink), dropped: Arc::clone(&dropped), reported: None };
         match thread::Builder::new().name("access-log".into()).spawn(move || writer.run(&lines)) {
             Ok(thread) => {
                 let mut writers = self.writers();
@@ -125,7 +125,7 @@ impl Active {
 struct Writer {
     output: Output,
     dropped: Arc<AtomicU64>,
-    told: Option<Instant>,
+    reported: Option<Instant>,
 }
 
 impl Writer {
@@ -141,15 +141,15 @@ impl Writer {
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
             }
-            self.tell();
+            self.report_dropped();
         }
     }
 
-    fn tell(&mut self) {
-        if self.dropped.load(Ordering::Relaxed) == 0 || self.told.is_some_and(|at| at.elapsed() < TELL_AGAIN) {
+    fn report_dropped(&mut self) {
+        if self.dropped.load(Ordering::Relaxed) == 0 || self.reported.is_some_and(|at| at.elapsed() < REPORT_INTERVAL) {
             return;
         }
-        self.told = Some(Instant::now());
+        self.reported = Some(Instant::now());
         let lines = self.dropped.swap(0, Ordering::Relaxed);
         tracing::warn!(target: "proxy", lines, "Access log lines were dropped: the sink is too slow or can't be written to");
     }

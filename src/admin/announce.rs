@@ -14,13 +14,14 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-/// What such names begin with; the rest is drawn, as process ids are not unique where containers share a network.
+/// Beginning of the abstract socket names. The rest is random: process ids are not unique where containers share a
+/// network.
 const PREFIX: &str = "lictor-admin/";
 
-/// Time for the far end to say or to take the address.
+/// Time for the other end to send or to read the address.
 const TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Longer than any address.
+/// Longest address that is read, in bytes.
 const LONGEST: u64 = 4 * 1024;
 
 /// Says to each who asks where the admin server listens, without end.
@@ -65,9 +66,9 @@ pub enum Announced {
 /// When the system does not tell what sockets there are.
 pub async fn announced() -> anyhow::Result<Vec<Announced>> {
     let table = std::fs::read_to_string("/proc/net/unix").context("can't read /proc/net/unix")?;
-    let mut asked: JoinSet<_> = names(&table).map(|name| timeout(TIMEOUT, ask(name.to_owned()))).collect();
+    let mut requests: JoinSet<_> = names(&table).map(|name| timeout(TIMEOUT, request(name.to_owned()))).collect();
     let mut found = Vec::new();
-    while let Some(answer) = asked.join_next().await {
+    while let Some(answer) = requests.join_next().await {
         // One that has just ended, or does not answer, is none.
         if let Ok(Ok(Ok(one))) = answer {
             found.push(one);
@@ -85,7 +86,7 @@ fn names(table: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-async fn ask(name: String) -> anyhow::Result<Announced> {
+async fn request(name: String) -> anyhow::Result<Announced> {
     let stream = std::os::unix::net::UnixStream::connect_addr(&SocketAddr::from_abstract_name(name)?)?;
     stream.set_nonblocking(true)?;
     let stream = UnixStream::from_std(stream)?;
@@ -96,7 +97,7 @@ async fn ask(name: String) -> anyhow::Result<Announced> {
     let mut address = String::new();
     stream.take(LONGEST).read_to_string(&mut address).await?;
     if address.is_empty() {
-        bail!("nothing was said");
+        bail!("the socket sent no address");
     }
     Ok(Announced::At(address))
 }

@@ -17,12 +17,12 @@ use crate::snapshot::{
 };
 use crate::stats::scope::Cluster;
 
-/// What Consul says where nothing is set.
+/// Consul's default for `ConnectTimeout` of a service-resolver.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 const DEFAULT: &str = "default";
 
-/// Of an upstream's newest problems, so many are told.
+/// Problems of an upstream that are shown, the newest ones.
 const PROBLEMS: usize = 3;
 
 /// `upstream`, `method` (GET), `path` (/), `header` (`name: value`, one a line), `format` (`text`, `json`).
@@ -73,36 +73,36 @@ pub(super) fn headers(text: &str) -> Result<HeaderMap, String> {
 
 fn explanation(state: &State, listener: &OutboundListener, query: &Query, headers: &HeaderMap) -> Explanation {
     let upstream = &listener.upstream;
-    let mut told = Explanation {
+    let mut result = Explanation {
         upstream: upstream.name.clone(),
         bind: listener.key.bind.to_string(),
         problems: problems(state, &upstream.name),
         ..Explanation::default()
     };
     if upstream.awaited.is_some() {
-        told.fault = Some(
-            "the agent has not told where it leads: a connection asks for it and waits for 5 s at most; `lictor status` \
+        result.fault = Some(
+            "no discovery chain received yet: a connection fetches it and waits for 5 s at most; `lictor status` \
              and the log say what the agent does not answer"
                 .to_owned(),
         );
-        return told;
+        return result;
     }
-    told.protocol = protocol(upstream);
+    result.protocol = protocol(upstream);
     if upstream.chain.protocol == Protocol::Tcp {
         if let Node::Resolver(resolver) = &upstream.chain.start {
-            told.ways = vec![way(state, upstream, 100.0, &upstream.chain.service, resolver)];
+            result.ways = vec![way(state, upstream, 100.0, &upstream.chain.service, resolver)];
         }
     } else {
-        request(&mut told, state, upstream, query, headers);
+        request(&mut result, state, upstream, query, headers);
     }
-    told.settings.extend(limits(upstream));
-    if told.fault.is_none() {
-        told.fault = fault(&told.ways);
+    result.settings.extend(limits(upstream));
+    if result.fault.is_none() {
+        result.fault = fault(&result.ways);
     }
-    told
+    result
 }
 
-fn request(told: &mut Explanation, state: &State, upstream: &Upstream, query: &Query, headers: &HeaderMap) {
+fn request(result: &mut Explanation, state: &State, upstream: &Upstream, query: &Query, headers: &HeaderMap) {
     let target = query.get("path").filter(|path| !path.is_empty()).map_or("/", String::as_str);
     let (path, search) = target.split_once('?').map_or((target, None), |(path, search)| (path, Some(search)));
     let authority = headers.get(http::header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
@@ -114,27 +114,27 @@ fn request(told: &mut Explanation, state: &State, upstream: &Upstream, query: &Q
         authority,
         headers,
     };
-    told.request = Some(format!("{} {target}", view.method));
+    result.request = Some(format!("{} {target}", view.method));
     let service = &upstream.chain.service;
     // The number draws a leg, and nothing else that is told.
     let Some(routed) = upstream.chain.route(&view, 0) else {
-        told.steps.push(step("router", "no route matches", &format!("service-router/{service}")));
-        told.fault = Some(format!("no route of service-router/{service} matches: the answer is 404"));
+        result.steps.push(step("router", "no route matches", &format!("service-router/{service}")));
+        result.fault = Some(format!("no route of service-router/{service} matches: the answer is 404"));
         return;
     };
-    let place = route(&mut told.steps, upstream, &routed);
+    let place = route(&mut result.steps, upstream, &routed);
     let splitter = match (&upstream.chain.start, routed.route.map(|route| &route.next)) {
         (Node::Splitter(splitter), _) | (_, Some(Next::Splitter(splitter))) => Some(splitter),
         _ => None,
     };
-    told.ways = match splitter {
-        Some(splitter) => split(&mut told.steps, state, upstream, splitter),
+    result.ways = match splitter {
+        Some(splitter) => split(&mut result.steps, state, upstream, splitter),
         None => {
             let named = routed.route.map(|route| &route.service).filter(|service| !service.is_empty());
             vec![way(state, upstream, 100.0, named.unwrap_or(service), routed.resolver)]
         }
     };
-    told.settings = timeouts(upstream, &routed, &place);
+    result.settings = timeouts(upstream, &routed, &place);
 }
 
 /// Tells the route; gives its place as a config entry: `service-router/db, route 2`.
@@ -294,13 +294,13 @@ fn protocol(upstream: &Upstream) -> Setting {
 fn problems(state: &State, upstream: &str) -> Vec<Recent> {
     let newest = state.observer.problems().newest();
     let own = newest.iter().filter(|problem| problem.direction == "outbound" && problem.listener == upstream);
-    let told = own.take(PROBLEMS).map(|problem| Recent {
+    let result = own.take(PROBLEMS).map(|problem| Recent {
         reason: problem.outcome.name().to_owned(),
         cause: problem.cause.clone(),
         remedy: problem.outcome.describe().remedy.to_owned(),
         seconds_ago: SystemTime::now().duration_since(problem.at).map_or(0, |since| since.as_secs()),
     });
-    told.collect()
+    result.collect()
 }
 
 /// Why not every request or connection reaches an instance.

@@ -32,7 +32,7 @@ pub(super) fn check<B>(request: &Request<B>, hosts: Hosts) -> Result<(), Refusal
     let headers = request.headers();
     let host = request.uri().authority().map(http::uri::Authority::as_str).or_else(|| text(headers, &HOST));
     if hosts == Hosts::Own && !host.is_none_or(is_own) {
-        return Err("the Host header names neither an address nor localhost: ask for the server by its address\n");
+        return Err("the Host header names neither an address nor localhost: use the address of the server\n");
     }
     if is_followed_link(request) {
         return Ok(());
@@ -45,7 +45,7 @@ pub(super) fn check<B>(request: &Request<B>, hosts: Hosts) -> Result<(), Refusal
         }),
         (Some(_), None) => false,
     };
-    if same_site && same_origin { Ok(()) } else { Err("a page of another site may not ask for anything here\n") }
+    if same_site && same_origin { Ok(()) } else { Err("refused: the request comes from a page of another site\n") }
 }
 
 /// Whether a browser opens the dashboard as a page of its own. The page that led to it sees nothing of it.

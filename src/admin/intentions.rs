@@ -17,17 +17,17 @@ use crate::tls::SpiffeId;
 pub(super) fn check(state: &State, query: &Query) -> Reply {
     let snapshot = state.snapshots.borrow().clone().unwrap_or_default();
     let Some(listener) = snapshot.inbound.values().next() else {
-        let text = "the sidecar has no public listener yet, so that nobody can reach it; `lictor status` says more\n";
+        let text = "the sidecar has no public listener yet, so no service can reach it; see `lictor status`\n";
         return reply::status(StatusCode::CONFLICT, text);
     };
     let Some(us) = snapshot.credentials.as_ref().map(|credentials| credentials.id()) else {
         return reply::status(StatusCode::CONFLICT, "the sidecar has no certificate yet\n");
     };
     let service = &*listener.service;
-    let asked = source(query.get("from").map_or("", String::as_str), us)
+    let parsed = source(query.get("from").map_or("", String::as_str), us)
         .and_then(|peer| Ok((peer, request(query, &service.name)?)));
-    let (peer, request) = match asked {
-        Ok(asked) => asked,
+    let (peer, request) = match parsed {
+        Ok(parsed) => parsed,
         Err(fault) => return reply::status(StatusCode::BAD_REQUEST, format!("{fault}\n")),
     };
     let shown = request.as_ref().map(|request| format!("{} {}", request.method, request.uri.path()));
@@ -142,7 +142,10 @@ fn intention(one: &Intention) -> Value {
 fn permission(one: &Intention, place: usize) -> Value {
     let about = one.permissions.get(place);
     let conditions = |permission: &Permission| {
-        permission.conditions.as_ref().map_or_else(|| "what can't be evaluated".to_owned(), ToString::to_string)
+        permission
+            .conditions
+            .as_ref()
+            .map_or_else(|| "conditions that cannot be evaluated".to_owned(), ToString::to_string)
     };
     json!({
         "number": place + 1,

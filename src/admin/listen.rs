@@ -10,7 +10,7 @@ use tokio_util::either::Either;
 
 use crate::config::AdminBind;
 
-/// How many ports after a default one that is taken are tried.
+/// Ports after the default one that are tried when it is taken.
 const NEXT_PORTS: u16 = 1_000;
 
 /// A connection to the admin server.

@@ -47,9 +47,9 @@ pub use self::state::{Command, Started, State, Watched};
 use crate::config::AdminSettings;
 use crate::stats::value::{Counter, Gauge};
 
-/// Connections that are served at one time by one listener: a stranger may hold no more.
+/// Concurrent connections of one listener.
 const CONNECTIONS: usize = 64;
-/// Time for a client to send the head of a request.
+/// Time for a client to send the head of a request, and for a TLS handshake.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What a listener gives out.

@@ -2,7 +2,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Ticks a second of the times in `/proc`, the same on every architecture that Linux has had for twenty years.
+/// Ticks per second of the times in `/proc` (`USER_HZ`), the same on every architecture of Linux.
 const TICKS: f64 = 100.0;
 
 /// Resident memory in bytes; 0 where the system does not tell.

@@ -74,7 +74,7 @@ enum Give {
 
 const PAGES: &[Page] = &[
     Page { path: "/", about: "the dashboard, for a browser", give: Give::Read(page::dashboard) },
-    Page { path: "/status", about: "what this sidecar does, as JSON", give: Give::Read(status::status) },
+    Page { path: "/status", about: "the state of this sidecar as JSON", give: Give::Read(status::status) },
     Page { path: "/events", about: "the same each second, as server-sent events", give: Give::Stream(status::events) },
     Page {
         path: "/explain",
@@ -88,20 +88,20 @@ const PAGES: &[Page] = &[
     },
     Page {
         path: "/debug/watches",
-        about: "what the agent is asked, how, and what it answered",
+        about: "queries of the agent: how each is sent, its last answer and its last error",
         give: Give::Read(watches::watches),
     },
     Page { path: "/livez", about: "200 as long as the process answers", give: Give::Read(|_, _| reply::text("ok\n")) },
     Page {
         path: "/readyz",
-        about: "200 when the sidecar serves; ?verbose says what is missing",
+        about: "200 when the sidecar serves; ?verbose lists each condition",
         give: Give::Read(readyz),
     },
     Page { path: "/ready", about: "the same in Envoy's words", give: Give::Read(ready) },
     Page { path: "/stats", about: "all numbers; filter=, usedonly, type=, format=", give: Give::Read(stats::stats) },
     Page {
         path: "/metrics",
-        about: "all numbers for Prometheus, by our own names (OpenMetrics for those who accept it)",
+        about: "all metrics for Prometheus under our own names (OpenMetrics where the client accepts it)",
         give: Give::Negotiated(stats::own),
     },
     Page {
@@ -116,10 +116,14 @@ const PAGES: &[Page] = &[
     },
     Page {
         path: "/clusters",
-        about: "what is sent to, and its instances as they are now; format=json",
+        about: "clusters with the present state of their instances; format=json",
         give: Give::Read(envoy::clusters),
     },
-    Page { path: "/listeners", about: "what is listened on; format=json", give: Give::Read(envoy::listeners) },
+    Page {
+        path: "/listeners",
+        about: "listeners with their addresses; format=json",
+        give: Give::Read(envoy::listeners),
+    },
     Page {
         path: "/config_dump",
         about: "the configuration in Envoy's shape, without keys and tokens; include_eds",
@@ -166,7 +170,7 @@ fn readyz(state: &State, query: &Query) -> Reply {
         text = format!(
             "[{}]configuration {}\n[{}]serving {}\n",
             sign(configured),
-            if configured { "ok" } else { "not complete: the log says what the agent has not answered" },
+            if configured { "ok" } else { "not complete: the log lists the queries without an answer" },
             sign(serving == Serving::Live),
             serving.word(),
         );

@@ -23,7 +23,7 @@ use tokio_rustls::rustls::{RootCertStore, ServerConfig};
 use super::reply::{self, Reply};
 use crate::config::PrometheusTls;
 
-/// Time for a backend to answer.
+/// Timeout of a request to the backend.
 const BACKEND_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest answer of a backend, in bytes.
 const LONGEST_ANSWER: usize = 64 * 1024 * 1024;
@@ -50,7 +50,7 @@ impl Tls {
             match acceptor(&self.settings) {
                 Ok(acceptor) => self.current = Some((times, acceptor)),
                 Err(error) => {
-                    tracing::warn!(target: "admin", error = format!("{error:#}"), "New TLS files for scrapes can't be used, so the earlier ones stay in use");
+                    tracing::warn!(target: "admin", error = format!("{error:#}"), "New TLS files for scrapes cannot be used; the earlier ones stay in use");
                     if let Some((before, _)) = &mut self.current {
                         *before = times;
                     }
@@ -119,7 +119,7 @@ pub(super) async fn backend(port: u16, path_and_query: &str) -> Reply {
     match timeout(BACKEND_TIMEOUT, fetch(port, path_and_query)).await {
         Ok(Ok(reply)) => reply,
         Ok(Err(error)) => {
-            let text = format!("the backend of this listener at 127.0.0.1:{port} can't be asked: {error:#}\n");
+            let text = format!("the backend of this listener at 127.0.0.1:{port} cannot be scraped: {error:#}\n");
             reply::status(StatusCode::SERVICE_UNAVAILABLE, text)
         }
         Err(_) => reply::status(StatusCode::GATEWAY_TIMEOUT, "the backend of this listener does not answer\n"),

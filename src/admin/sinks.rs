@@ -14,7 +14,7 @@ use super::{Scope, listen, statsd};
 use crate::snapshot::MetricsSettings;
 use crate::stats::statsd::Dialect;
 
-/// Time between attempts to listen where something else does.
+/// Pause between two attempts to bind a listener.
 const TRY_AGAIN: Duration = Duration::from_secs(5);
 
 /// Runs what the newest snapshot asks for, until the snapshots end.
@@ -99,16 +99,16 @@ impl Sinks {
 }
 
 async fn listener(address: SocketAddr, scope: Scope, state: Arc<State>) {
-    let mut told = false;
+    let mut reported = false;
     loop {
         match prepare(address, scope, &state) {
             Ok((listener, tls)) => {
                 tracing::info!(target: "admin", %address, "Listening for scrapes of metrics");
                 super::serve(listener, scope, tls, Arc::clone(&state)).await;
             }
-            Err(error) if !told => {
-                tracing::error!(target: "admin", %address, error = format!("{error:#}"), "Metrics can't be given out; trying again");
-                told = true;
+            Err(error) if !reported => {
+                tracing::error!(target: "admin", %address, error = format!("{error:#}"), "The listener for metrics cannot be started; trying again");
+                reported = true;
             }
             Err(_) => {}
         }

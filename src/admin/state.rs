@@ -45,7 +45,7 @@ pub struct Watched {
     pub agent: AgentLook,
 }
 
-/// Who may look on at one time.
+/// Concurrent `/events` streams.
 const STREAMS: usize = 16;
 
 /// What the admin server reads and sets.
@@ -80,7 +80,7 @@ pub(super) enum Serving {
     Live,
     /// Also after `POST /healthcheck/fail`.
     Draining,
-    /// The agent has not told all that is needed yet.
+    /// No complete configuration received from the agent yet.
     Initializing,
 }
 

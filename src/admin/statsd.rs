@@ -18,20 +18,20 @@ pub(super) async fn send(url: &str, dialect: Dialect, interval: Duration, state:
     let mut ticks = tokio::time::interval(interval);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut socket = None;
-    let mut told = None;
+    let mut reported = None;
     loop {
         ticks.tick().await;
         if socket.is_none() {
             match Socket::connect(url).await {
                 Ok(connected) => {
                     tracing::info!(target: "admin", %url, "Sending metrics to statsd");
-                    (socket, told) = (Some(connected), None);
+                    (socket, reported) = (Some(connected), None);
                 }
                 Err(error) => {
                     let error = format!("{error:#}");
-                    if told.as_ref() != Some(&error) {
+                    if reported.as_ref() != Some(&error) {
                         tracing::error!(target: "admin", %url, %error, "Metrics can't be sent to statsd; trying again");
-                        told = Some(error);
+                        reported = Some(error);
                     }
                 }
             }

@@ -25,7 +25,7 @@ use crate::stats::scope::{Cluster, Listener};
 use crate::stats::value::BOUNDS;
 use crate::stats::{LimitNow, ListenerStats, Member};
 
-/// Time between two states of `/events`.
+/// Interval between two events of `/events`.
 const PERIOD: Duration = Duration::from_secs(1);
 
 pub(super) fn status(state: &State, _: &Query) -> Reply {
@@ -82,7 +82,7 @@ pub(super) fn value(state: &State) -> Value {
         let name = Listener::Upstream(Arc::new(listener_name(&listener.key.destination, datacenter)));
         outbound(state, listener, of(&name))
     });
-    let asked = (state.agent)();
+    let progress = (state.agent)();
     json!({
         "time": milliseconds(SystemTime::now()),
         "bounds_ms": BOUNDS.map(|micros| micros as f64 / 1000.0),
@@ -104,8 +104,8 @@ pub(super) fn value(state: &State) -> Value {
         "inbound": inbound.collect::<Vec<_>>(),
         "outbound": outbound.collect::<Vec<_>>(),
         "exposed": snapshot.exposed.keys().map(ToString::to_string).collect::<Vec<_>>(),
-        "agent": watches::agent(&asked),
-        "watches": watches::list(&asked),
+        "agent": watches::agent(&progress),
+        "watches": watches::list(&progress),
         "problems": state.observer.problems().newest().iter().map(problem).collect::<Vec<_>>(),
     })
 }

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use clap::{CommandFactory as _, Parser};
 use serde_json::json;
 
-use super::ask::block_on;
+use super::client::block_on;
 use super::find::{Sidecar, Target};
 use super::{Command, Done, Exit, Report};
 use crate::config::{self, AgentFlags, Mode, ModeFlags};
@@ -47,20 +47,20 @@ struct Flags {
 fn run(arguments: Vec<String>) -> anyhow::Result<Done> {
     let Flags { mode, agent, target } = Flags::try_parse_from(arguments)?;
     let json = target.json;
-    let asked = config::agent_of(mode, agent, |name| std::env::var_os(name))?;
+    let settings = config::agent_of(mode, agent, |name| std::env::var_os(name))?;
     // That none runs is a finding, and not the end.
     let running: Vec<Running> = match target.all() {
         Ok(found) => found.sidecars.into_iter().map(running).collect(),
         Err(error) if target.is_chosen() => return Err(error),
         Err(_) => Vec::new(),
     };
-    let subject = asked.mode.map(|mode| match mode {
+    let subject = settings.mode.map(|mode| match mode {
         Mode::ProxyId(id) => Subject::ProxyId(id),
         Mode::SidecarFor(id) => Subject::SidecarFor(id),
         Mode::AdHoc(ad_hoc) => Subject::Either(ad_hoc.service),
     });
-    let checks = block_on(doctor::examine(&asked.agent, subject, &running))??;
-    Ok(report(&asked.warnings, &checks).shown(json))
+    let checks = block_on(doctor::examine(&settings.agent, subject, &running))??;
+    Ok(report(&settings.warnings, &checks).shown(json))
 }
 
 fn running(sidecar: Sidecar) -> Running {

@@ -3,9 +3,9 @@
 use clap::{CommandFactory as _, Parser};
 use serde_json::Value;
 
-use super::ask::url;
+use super::client::url;
 use super::find::{Sidecar, Target};
-use super::request::Asked;
+use super::request::RequestArgs;
 use super::{Command, Done, Exit, Report};
 use crate::admin::Explanation;
 
@@ -36,7 +36,7 @@ struct Flags {
     #[arg(long, value_name = "name")]
     upstream: Option<String>,
     #[command(flatten)]
-    request: Asked,
+    request: RequestArgs,
     #[command(flatten)]
     target: Target,
 }

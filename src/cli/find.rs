@@ -2,11 +2,10 @@
 
 use anyhow::{Context as _, bail};
 use clap::Args;
-use http::Method;
 use serde_json::Value;
 use tokio::task::JoinSet;
 
-use super::ask::{self, Address, Answer};
+use super::client::{self, Address, Answer};
 use crate::admin::{Announced, announced};
 use crate::telemetry::escape;
 
@@ -48,8 +47,8 @@ impl Target {
     /// When there is none: a sentence that says what to do next.
     pub(super) fn all(&self) -> anyhow::Result<Found> {
         let mut found = match self.address()? {
-            Some(address) => Found { sidecars: vec![ask::block_on(Sidecar::ask(address))??], faults: Vec::new() },
-            None => ask::block_on(look())??,
+            Some(address) => Found { sidecars: vec![client::block_on(Sidecar::fetch(address))??], faults: Vec::new() },
+            None => client::block_on(look())??,
         };
         if let Some(wanted) = self.service() {
             let others: Vec<String> = found.sidecars.iter().map(Sidecar::title).collect();
@@ -65,7 +64,7 @@ impl Target {
         if found.sidecars.is_empty() {
             bail!(
                 "no sidecar was found on this host: start one, or give -admin if its admin server listens in another \
-                 container or belongs to another user (a sidecar with -admin-bind off can't be asked){}",
+                 container or belongs to another user (a sidecar with -admin-bind off has none){}",
                 also(&found.faults)
             );
         }
@@ -126,27 +125,27 @@ fn also(faults: &[String]) -> String {
 
 async fn look() -> anyhow::Result<Found> {
     let announced = announced().await.context("can't look for sidecars of this host: give -admin")?;
-    let mut asked = JoinSet::new();
+    let mut requests = JoinSet::new();
     let mut found = Found::default();
     let mut strangers = 0;
     for one in announced {
         match one {
             Announced::OtherUser(_) => strangers += 1,
             Announced::At(address) => {
-                asked.spawn(async move { Sidecar::ask(Address::parse(&address)?).await });
+                requests.spawn(async move { Sidecar::fetch(Address::parse(&address)?).await });
             }
         }
     }
-    while let Some(answer) = asked.join_next().await {
+    while let Some(answer) = requests.join_next().await {
         match answer? {
             Ok(sidecar) => found.sidecars.push(sidecar),
             Err(error) => found.faults.push(format!("{error:#}")),
         }
     }
     if strangers > 0 {
-        found
-            .faults
-            .push(format!("{strangers} of other users were not asked: run this as root to see them, or give -admin"));
+        found.faults.push(format!(
+            "{strangers} sidecars of other users are not shown: run this as root to see them, or give -admin"
+        ));
     }
     Ok(found)
 }
@@ -154,16 +153,16 @@ async fn look() -> anyhow::Result<Found> {
 impl Sidecar {
     /// # Errors
     /// When what answers, if anything, is no sidecar; a sentence that says what to do next.
-    pub(super) async fn ask(address: Address) -> anyhow::Result<Self> {
-        let status = address.ask(Method::GET, "/status").await?.json().ok();
+    pub(super) async fn fetch(address: Address) -> anyhow::Result<Self> {
+        let status = address.request("/status").await?.json().ok();
         let status = status.filter(|status| status["sidecar"].is_object());
         let status = status.with_context(|| {
-            format!("what answers at {address} is no admin server of lictor, or of an older one: check the address")
+            format!("the program at {address} is no admin server of lictor, or of an older version: check the address")
         })?;
         Ok(Self { address, status })
     }
 
-    /// Asks for a path with a query (`ask::url`).
+    /// Asks for a path with a query (`client::url`).
     ///
     /// # Errors
     /// When there is no answer; a sentence that says what to do next.

@@ -74,7 +74,7 @@ Exit codes
 
   0  all is well, or allowed
   1  something is wrong, or denied
-  2  it could not be told: no sidecar answered, or the command line is wrong
+  2  not known: no sidecar answered, or the command line is wrong
 ";
 
 #[cfg(test)]

@@ -5,9 +5,9 @@ use std::fmt::Write as _;
 use clap::{CommandFactory as _, Parser};
 use serde_json::Value;
 
-use super::ask::url;
+use super::client::url;
 use super::find::Target;
-use super::request::Asked;
+use super::request::RequestArgs;
 use super::{Command, Done, Exit, Report};
 use crate::telemetry::escape;
 
@@ -40,7 +40,7 @@ struct Flags {
     #[arg(long, value_name = "source")]
     from: Option<String>,
     #[command(flatten)]
-    request: Asked,
+    request: RequestArgs,
     #[command(flatten)]
     target: Target,
 }
@@ -48,7 +48,7 @@ struct Flags {
 fn run(arguments: Vec<String>) -> anyhow::Result<Done> {
     let Flags { from, request, target } = Flags::try_parse_from(arguments)?;
     let Some(from) = from.filter(|from| !from.is_empty()) else {
-        anyhow::bail!("say who calls: `lictor intentions check -from web`");
+        anyhow::bail!("the calling service is missing: `lictor intentions check -from web`");
     };
     let line = request.line()?;
     let sidecar = target.one()?;
@@ -69,7 +69,7 @@ fn text(answer: &Value, has_request: bool) -> String {
     let word = match answer["allowed"].as_bool() {
         Some(true) => "allowed",
         Some(false) => "denied",
-        None => "it depends on the request",
+        None => "depends on the request",
     };
     let request = answer["request"].as_str().map_or_else(String::new, |request| format!(" {}", escape(request)));
     let mut text = format!("{} => {}{request}: {word}\n", of(&answer["source"]), of(&answer["destination"]));
@@ -93,7 +93,7 @@ fn text(answer: &Value, has_request: bool) -> String {
         let _ = writeln!(text, "  token of {}: {}", of(&token["provider"]), of(&token["fault"]));
     }
     if answer["audit"] == true && answer["allowed"] == false {
-        text.push_str("  audit mode is on: it is let through, and counted as what would be denied\n");
+        text.push_str("  audit mode is on: the request is let through and counted as \"would be denied\"\n");
     }
     if has_request && answer["protocol"] == "tcp" {
         text.push_str("  the protocol is tcp: requests are not looked into\n");
@@ -127,10 +127,10 @@ web => db GET /x: denied
   permission 2 is for: path begins with \"/x\"
   the intention requires a token of okta
   token of okta: there is no \\u{1b}token
-  audit mode is on: it is let through, and counted as what would be denied
+  audit mode is on: the request is let through and counted as \"would be denied\"
 ";
         assert_eq!(text(&answer, true), expected);
         let unknown = json!({ "source": "web", "destination": "db", "protocol": "http", "allowed": null, "why": "w" });
-        assert!(text(&unknown, false).starts_with("web => db: it depends on the request\n  w\n  give a request"));
+        assert!(text(&unknown, false).starts_with("web => db: depends on the request\n  w\n  give a request"));
     }
 }

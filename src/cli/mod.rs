@@ -4,7 +4,7 @@
 //! text and the JSON of its answer, and how it exits. Whatever comes from elsewhere goes through
 //! `telemetry::escape` before it reaches a terminal.
 
-mod ask;
+mod client;
 mod doctor;
 mod explain;
 mod find;
@@ -83,7 +83,7 @@ pub fn run(arguments: &[OsString]) -> Option<ExitCode> {
     let words: Vec<&str> = arguments.iter().map(|word| word.to_str().unwrap_or("\u{fffd}")).collect();
     let (command, rest) = match find(&words) {
         Some(found) => found,
-        None => return family(&words).map(|text| told(&text, Exit::Unknown)),
+        None => return family(&words).map(|text| fail(&text, Exit::Unknown)),
     };
     let done = match flags::read(command, rest) {
         Ok(flags::Line::Help) => {
@@ -103,7 +103,7 @@ pub fn run(arguments: &[OsString]) -> Option<ExitCode> {
             report.exit.into()
         }
         Ok(Done::Shown(exit)) => exit.into(),
-        Err(error) => told(&format!("{error:#}"), Exit::Unknown),
+        Err(error) => fail(&format!("{error:#}"), Exit::Unknown),
     })
 }
 
@@ -132,7 +132,7 @@ fn family(words: &[&str]) -> Option<String> {
     (!members.is_empty()).then(|| format!("`{first}` alone is no command: there is {}", members.join(" and ")))
 }
 
-fn told(sentence: &str, exit: Exit) -> ExitCode {
+fn fail(sentence: &str, exit: Exit) -> ExitCode {
     let _ = io::stderr().write_all(format!("==> {}\n", escape(sentence)).as_bytes());
     exit.into()
 }

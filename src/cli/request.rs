@@ -4,14 +4,14 @@ use anyhow::bail;
 use clap::Args;
 
 #[derive(Debug, Args)]
-pub(super) struct Asked {
+pub(super) struct RequestArgs {
     /// A header of the request. May be repeated.
     #[arg(long, short = 'H', value_name = "name: value")]
     header: Vec<String>,
     words: Vec<String>,
 }
 
-impl Asked {
+impl RequestArgs {
     /// Method and path; `None` where neither was written.
     ///
     /// # Errors
@@ -43,7 +43,7 @@ mod tests {
     fn a_request_is_a_method_and_a_path() {
         let line = |words: &str, headers: &[&str]| {
             let words = words.split(' ').filter(|word| !word.is_empty()).map(str::to_owned).collect();
-            Asked { header: headers.iter().map(ToString::to_string).collect(), words }.line()
+            RequestArgs { header: headers.iter().map(ToString::to_string).collect(), words }.line()
         };
         let of = |method: &str, path: &str| Some((method.to_owned(), path.to_owned()));
         assert_eq!(line("", &[]).unwrap(), None);

@@ -27,10 +27,10 @@ const HELP: &str = " [options]
   Exits with 1 where one is not ready, or its certificate has expired.
 ";
 
-/// Of the newest problems, so many are shown; `-json` has all.
+/// Problems that are shown, the newest ones; `-json` has all.
 const PROBLEMS: usize = 5;
 
-/// Of those who call, so many are shown.
+/// Callers that are shown; `-json` has all.
 const CALLERS: usize = 10;
 
 #[derive(Debug, Parser)]
@@ -43,22 +43,22 @@ struct Flags {
 fn run(arguments: Vec<String>) -> anyhow::Result<Done> {
     let Flags { target } = Flags::try_parse_from(arguments)?;
     let found = target.all()?;
-    let wrong: Vec<Vec<String>> = found.sidecars.iter().map(|sidecar| faults(&sidecar.status)).collect();
-    let mut lines = String::new();
-    for (sidecar, wrong) in found.sidecars.iter().zip(&wrong) {
-        show(&mut lines, sidecar, wrong);
+    let (mut lines, mut sidecars, mut exit) = (String::new(), Vec::new(), Exit::Fine);
+    for sidecar in &found.sidecars {
+        let wrong = faults(&sidecar.status);
+        show(&mut lines, sidecar, &wrong);
+        if !wrong.is_empty() {
+            exit = Exit::Wrong;
+        }
+        let mut status = sidecar.status.clone();
+        status["address"] = json!(sidecar.address.to_string());
+        status["wrong"] = json!(wrong);
+        sidecars.push(status);
     }
     for fault in &found.faults {
         let _ = writeln!(lines, "{}", escape(fault));
     }
-    let sidecars = found.sidecars.iter().zip(&wrong).map(|(sidecar, wrong)| {
-        let mut status = sidecar.status.clone();
-        status["address"] = json!(sidecar.address.to_string());
-        status["wrong"] = json!(wrong);
-        status
-    });
-    let json = json!({ "sidecars": sidecars.collect::<Vec<_>>(), "not_asked": found.faults });
-    let exit = if wrong.iter().all(Vec::is_empty) { Exit::Fine } else { Exit::Wrong };
+    let json = json!({ "sidecars": sidecars, "not_asked": found.faults });
     Ok(Report { text: lines, json, exit }.shown(target.json))
 }
 
@@ -67,14 +67,20 @@ pub(super) fn faults(status: &Value) -> Vec<String> {
     let mut faults = Vec::new();
     match status["sidecar"]["state"].as_str() {
         Some("LIVE") => {}
-        Some("INITIALIZING") => {
-            faults.push("not ready: the agent has not told all that is needed; its log says what is missing".to_owned())
+        Some("INITIALIZING") => faults.push(
+            "not ready: the configuration from the agent is not complete; the log of the sidecar names what is missing"
+                .to_owned(),
+        ),
+        Some("DRAINING") => {
+            faults.push("not ready: it drains, or its health check was set to fail (/healthcheck/fail)".to_owned())
         }
-        Some("DRAINING") => faults.push("not ready: it drains, or was told to fail its health check".to_owned()),
         state => faults.push(format!("not ready: its state is {}", state.unwrap_or("not known"))),
     }
     if seconds_left(status).is_some_and(|left| left <= 0.0) {
-        faults.push("its certificate has expired: is the agent reachable, and can it sign? The log says".to_owned());
+        faults.push(
+            "its certificate has expired: check that the agent is reachable and can sign; see the log of the sidecar"
+                .to_owned(),
+        );
     }
     faults
 }
@@ -145,7 +151,7 @@ fn show_outbound(lines: &mut String, outbound: &Value) {
         traffic(outbound),
     );
     if outbound["waits_for_agent"] == true {
-        lines.push_str("    the agent has not told where it leads\n");
+        lines.push_str("    no discovery chain received yet\n");
     }
     for target in list(&outbound["targets"]) {
         let (states, failures) = (states(target), count(&target["connect_failures"]));
@@ -204,7 +210,7 @@ fn show_problems(lines: &mut String, status: &Value) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::ask::Address;
+    use crate::cli::client::Address;
 
     fn status() -> Value {
         json!({
@@ -260,9 +266,11 @@ web (127.0.0.1:19000): ready, up 2 h
         let mut expired = status();
         expired["certificate"]["not_after"] = json!(999_999.0);
         assert!(shown(expired).contains("NOT WELL, up 2 h\n  its certificate has expired"));
-        for (state, expected) in
-            [("INITIALIZING", "the agent has not told"), ("DRAINING", "it drains"), ("x", "its state is x")]
-        {
+        for (state, expected) in [
+            ("INITIALIZING", "the configuration from the agent is not complete"),
+            ("DRAINING", "it drains"),
+            ("x", "its state is x"),
+        ] {
             let mut other = status();
             other["sidecar"]["state"] = json!(state);
             assert!(faults(&other)[0].contains(expected), "{state}");

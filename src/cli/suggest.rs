@@ -95,7 +95,7 @@ impl Entry {
     fn of(sidecar: &Sidecar, include_denied: bool) -> anyhow::Result<Self> {
         let title = sidecar.title();
         let inbound = sidecar.status["inbound"].as_array().and_then(|all| all.first());
-        let inbound = inbound.with_context(|| format!("{title} has no public listener, so that nobody calls it"))?;
+        let inbound = inbound.with_context(|| format!("{title} has no public listener, so no service can call it"))?;
         let uptime = sidecar.status["sidecar"]["uptime"].as_u64().unwrap_or_default();
         let entry = Self::read(inbound, uptime, include_denied);
         if entry.callers.is_empty() {

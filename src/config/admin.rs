@@ -44,7 +44,7 @@ pub struct PrometheusTls {
     pub ca_path: Option<PathBuf>,
 }
 
-/// As in Envoy under Consul.
+/// Default address of the admin server, as under `consul connect envoy`.
 const DEFAULT: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 19_000);
 
 impl Reader<'_> {

@@ -408,6 +408,7 @@ impl Reader<'_> {
     }
 }
 
+/// Longest drain time that a flag may set.
 const MAX_DRAIN_TIME: Duration = Duration::from_secs(24 * 60 * 60);
 
 struct TlsFlags {

@@ -12,26 +12,28 @@ use tokio::time::Instant;
 
 use super::schedule::Room;
 
-/// Most connections that are of use: one for intentions, one for each request that blocks, and a few for answers.
+/// Largest number of connections of use: one for intentions, one for each blocking request, and a few for answers.
 const MOST: usize = 8;
 
-/// Requests at one time on a single HTTP/2 connection.
+/// Concurrent requests on one HTTP/2 connection.
 const STREAMS: usize = 8;
 
-/// Time until the budget grows by one: after the first refusal, and at most.
+/// Time until the budget grows by one connection after the first refusal.
 const GROWTH: Duration = Duration::from_secs(60);
+/// Longest time until the budget grows by one connection.
 const SLOWEST_GROWTH: Duration = Duration::from_secs(30 * 60);
 
-/// A refusal within this time after the budget has grown says that it has grown too far.
+/// A refusal within this time after the budget has grown means that it has grown too far.
 const PROBE: Duration = Duration::from_secs(10);
 
-/// Connections that are few enough for that none is left for long waits.
+/// With this many connections or fewer, none is left for long waits.
 const SCARCE: usize = 3;
 
-/// For so long after a refusal, connections count as not enough: whoever uses fewer than it could has tried for one more by then.
+/// Time after a refusal for which connections count as scarce. A sidecar below its maximum has tried for one more by
+/// then.
 const SHORTAGE: Duration = Duration::from_secs(60 * 60);
 
-/// Refusals within this time are one: they tell of the same moment.
+/// Refusals within this time count as one.
 const ONE_MOMENT: Duration = Duration::from_secs(1);
 
 pub(super) struct Budget {

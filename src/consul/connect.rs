@@ -20,17 +20,19 @@ use super::files::{Followed, files_of};
 use super::settings::{Address, Settings, TlsSettings};
 use crate::resolve;
 
+/// Timeout of a connection to the agent, TLS handshake included.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long a connection is kept that nothing uses. The agent's connections belong to the whole host.
+/// Time after which an unused connection is closed. The agent's connections belong to the whole host.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The same for one that is used all the time. It is shorter than the time for which an agent or a proxy between us
-/// keeps an idle connection.
+/// Idle timeout of a connection in regular use. It is shorter than the idle timeout of agents and of proxies before
+/// them.
 const KEPT: Duration = Duration::from_secs(30);
 
-/// Between these, an agent that does not answer any more is noticed on an HTTP/2 connection.
+/// Interval of HTTP/2 PINGs, which notice an agent that does not answer any more.
 const PING_PERIOD: Duration = Duration::from_secs(20);
+/// Timeout of an HTTP/2 PING.
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Clients for `settings`, the URL that requests start with, and the value of their `Host` header where that is not
@@ -56,10 +58,10 @@ pub(super) fn followed(settings: &Settings) -> anyhow::Result<Followed<Connectio
         return transport(settings).map(Followed::fixed);
     }
     let settings = settings.clone();
-    Followed::new(paths, NEWS, move || transport(&settings))
+    Followed::new(paths, RELOADED, move || transport(&settings))
 }
 
-const NEWS: &str = "The files for TLS with the agent have changed: new connections use them";
+const RELOADED: &str = "The files for TLS with the agent have changed: new connections use them";
 
 fn files(tls: &TlsSettings) -> Vec<PathBuf> {
     // Go's client takes the file where both are given.

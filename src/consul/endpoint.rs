@@ -10,10 +10,10 @@ use serde::de::DeserializeOwned;
 
 use super::api;
 
-/// How often a prepared query is executed: it cannot be blocked on.
+/// Interval between two executions of a prepared query, which cannot block.
 const PREPARED_QUERY_PERIOD: Duration = Duration::from_secs(10);
 
-/// How often the default policy is asked for. It changes with the agent's configuration alone.
+/// Interval between two requests for the default policy, which changes with the agent's configuration alone.
 const DEFAULT_POLICY_PERIOD: Duration = Duration::from_secs(60);
 
 /// A read whose answer is a `T`. Two queries with the same [`key`](Self::key) ask the same.

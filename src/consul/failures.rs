@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use super::Error;
 use super::endpoint::Request;
 
-/// How often queries that failed are told that the agent is back.
+/// Shortest interval between two wake-ups of failed queries when the agent answers again.
 const RECOVERY_SPACING: Duration = Duration::from_secs(1);
 
 /// Causes that are remembered as logged.
@@ -66,11 +66,11 @@ impl Failing {
             tracing::info!("The agent answers again: {request}");
         }
         let now = Instant::now();
-        let news = state.recovered.is_none_or(|last| now.saturating_duration_since(last) >= RECOVERY_SPACING);
-        if news {
+        let is_new = state.recovered.is_none_or(|last| now.saturating_duration_since(last) >= RECOVERY_SPACING);
+        if is_new {
             state.recovered = Some(now);
         }
-        news
+        is_new
     }
 }
 

@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::Context;
 use tokio::sync::watch;
 
+/// Interval between two checks of the files.
 const POLL_PERIOD: Duration = Duration::from_secs(1);
 
 /// Longest file that is read, in bytes.
@@ -31,7 +32,7 @@ struct Source<T> {
     paths: Vec<PathBuf>,
     make: Arc<dyn Fn() -> anyhow::Result<T> + Send + Sync>,
     /// For the log: what is done with new content.
-    news: &'static str,
+    reloaded: &'static str,
 }
 
 struct State {
@@ -46,20 +47,20 @@ impl<T: Send + Sync + 'static> Followed<T> {
         Self { current: watch::Sender::new(value), source: None, state }
     }
 
-    /// What `make` makes of `paths`, files or directories of files. `news` is logged when it was made anew.
+    /// What `make` makes of `paths`, files or directories of files. `reloaded` is logged when it was made anew.
     ///
     /// # Errors
     /// Those of `make`.
     pub(super) fn new(
         paths: Vec<PathBuf>,
-        news: &'static str,
+        reloaded: &'static str,
         make: impl Fn() -> anyhow::Result<T> + Send + Sync + 'static,
     ) -> anyhow::Result<Self> {
         // Contents before the value: what changes in between is noticed.
         let contents = contents(&paths).ok();
         let current = watch::Sender::new(make()?);
         let state = Mutex::new(State { contents, warned: false });
-        Ok(Self { current, source: Some(Source { paths, make: Arc::new(make), news }), state })
+        Ok(Self { current, source: Some(Source { paths, make: Arc::new(make), reloaded }), state })
     }
 
     pub(super) fn changes(&self) -> watch::Receiver<T> {
@@ -99,13 +100,13 @@ impl<T: Send + Sync + 'static> Followed<T> {
             Ok((contents, value)) => {
                 *state = State { contents: Some(contents), warned: false };
                 if let Some(value) = value {
-                    tracing::info!("{}", source.news);
+                    tracing::info!("{}", source.reloaded);
                     self.current.send_replace(value);
                 }
             }
             Err(error) => {
                 if !std::mem::replace(&mut state.warned, true) {
-                    tracing::warn!("{error:#}; what was read before stays in use");
+                    tracing::warn!("{error:#}; the files read before stay in use");
                 }
             }
         }

@@ -39,10 +39,10 @@ use progress::Requests;
 pub use progress::{AnsweredBy, How, Kind, Progress, RequestCounts, RequestResult, UnderWay};
 pub use settings::{Address, DEFAULT_CONNECTIONS, FEWEST_CONNECTIONS, Scope, Settings, TlsSettings, Token};
 
-/// Longest body that is read, in bytes.
+/// Longest body of an answer, in bytes.
 const BODY_LIMIT: usize = 64 * 1024 * 1024;
 
-/// How long an answer may take that does not have to wait for a change.
+/// Timeout of a request that does not block.
 const PROMPT: Duration = Duration::from_secs(15);
 
 /// Connections for requests that are asked once, such as a registration.
@@ -102,7 +102,7 @@ pub struct Probe {
     /// The address of the leader among the servers; empty when there is none.
     pub leader: String,
     /// Whether a header tells the ACL default policy; Consul 1.9 and later.
-    pub tells_default_policy: bool,
+    pub has_default_policy: bool,
     /// By our clock, around the answer.
     sent: SystemTime,
     received: SystemTime,
@@ -187,7 +187,7 @@ impl Client {
     }
 
     /// Asks once, without waiting for a change.
-    pub async fn ask<T>(&self, query: &Query<T>) -> Result<Answer<T>, Error> {
+    pub async fn fetch<T>(&self, query: &Query<T>) -> Result<Answer<T>, Error> {
         let response = self.one_off(&query.request).await?;
         self.decode(query, &response)
     }
@@ -199,13 +199,7 @@ impl Client {
         let response = self.one_off(&request).await?;
         let received = SystemTime::now();
         let leader = endpoint::json(&response.body).map_err(|cause| self.error(&request, ErrorKind::Decode(cause)))?;
-        Ok(Probe {
-            leader,
-            tells_default_policy: response.default_policy.is_some(),
-            sent,
-            date: response.date,
-            received,
-        })
+        Ok(Probe { leader, has_default_policy: response.default_policy.is_some(), sent, date: response.date, received })
     }
 
     /// The version of the agent, as in `1.19.2`. It takes `agent:read`.
@@ -530,7 +524,7 @@ mod tests {
         agent.set(path, json!([]));
 
         let mut settings = agent.settings();
-        client(&settings).ask(&Query::health_connect(&instances)).await.expect("an answer");
+        client(&settings).fetch(&Query::health_connect(&instances)).await.expect("an answer");
         let seen = agent.requests(path).pop().expect("a request");
         assert_eq!(seen.params, BTreeMap::from([("filter".to_string(), "Meta.v == \"1 & 2\"".to_string())]));
         assert!(seen.token().is_none() && seen.headers.get("authorization").is_none());
@@ -542,7 +536,7 @@ mod tests {
         settings.scope.partition = Some("p1".into());
         settings.scope.stale = true;
         let elsewhere = Instances { datacenter: Some("dc2".into()), ..instances };
-        client(&settings).ask(&Query::health_connect(&elsewhere)).await.expect("an answer");
+        client(&settings).fetch(&Query::health_connect(&elsewhere)).await.expect("an answer");
         let seen = agent.requests(path).pop().expect("a request");
         let params = ["dc", "ns", "partition", "stale"].map(|name| seen.param(name));
         assert_eq!(params, [Some("dc2"), Some("ns1"), Some("p1"), Some("")]);
@@ -582,12 +576,12 @@ mod tests {
         for name in [".", ".."] {
             let instances = Instances { service: name.into(), ..Instances::default() };
             let error =
-                client(&agent.settings()).ask(&Query::health_connect(&instances)).await.expect_err("it can't be");
+                client(&agent.settings()).fetch(&Query::health_connect(&instances)).await.expect_err("it can't be");
             assert!(error.to_string().ends_with("for a step between folders; give it another name"), "{error}");
         }
         let instances = Instances { service: "...".into(), ..Instances::default() };
         agent.set("/v1/health/connect/...", json!([]));
-        client(&agent.settings()).ask(&Query::health_connect(&instances)).await.expect("a name like others");
+        client(&agent.settings()).fetch(&Query::health_connect(&instances)).await.expect("a name like others");
         assert_eq!(agent.count(|_| true), 1);
     }
 
@@ -612,7 +606,7 @@ mod tests {
     async fn a_refusal_says_what_is_needed() {
         let agent = Agent::start();
         agent.only_tokens(&["other"]);
-        let error = client(&agent.settings()).ask(&Query::ca_leaf("web")).await.expect_err("the token is not known");
+        let error = client(&agent.settings()).fetch(&Query::ca_leaf("web")).await.expect_err("the token is not known");
         assert!(error.is_forbidden() && !error.is_not_found());
         assert!(
             error.to_string().ends_with("403: Permission denied; the token needs service:write on \"web\""),

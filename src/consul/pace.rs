@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// So many may follow each other at once.
+/// Requests that may follow each other without a pause.
 const BURST: u32 = 10;
 
 /// Exponential backoff with full jitter: from 100 ms, up to a cap.
@@ -16,9 +16,11 @@ pub(super) struct Backoff {
 }
 
 impl Backoff {
+    /// Longest pause after failures.
     pub(super) const CAP: Duration = Duration::from_secs(15);
+    /// First pause after a failure, which doubles with each further one.
     const FIRST: Duration = Duration::from_millis(100);
-    /// Jitter may come out as nearly nothing, which would be no pause at all.
+    /// Shortest pause after a failure: jitter alone may come out as nearly zero.
     const SHORTEST: Duration = Duration::from_millis(20);
 
     /// The time to wait after one more failure.

@@ -25,28 +25,29 @@ pub(super) const LONG_WAIT: Duration = Duration::from_secs(60);
 /// meanwhile: on a host that has none left, a program that was refused takes it, and we learn that there are too few.
 const GIVE_WAY: Duration = Duration::from_secs(1);
 
-/// Where more requests block than there is room for, some rotate: each has had a turn within about this time…
+/// Rotation: time within which each of the rotating requests has had its turn, where more requests block than there is
+/// room for.
 const ROTATION: Duration = Duration::from_secs(8);
-/// …and blocks within these bounds.
+/// Shortest and longest blocking wait of a rotating request.
 const ROTATION_BOUNDS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(4));
 
 /// Nothing blocks for long before the intentions are known, as it would keep the connection that those may need. Where
 /// none are asked for within this time after the start, there are none.
 const START: Duration = Duration::from_secs(10);
 
-/// What rotates and told nothing new is left alone for so long: this is the longest that a change of it is overlooked.
+/// Pause of a rotating request after a wait without a change: the longest time for which a change is not noticed.
 const ROTATION_REST: Duration = Duration::from_secs(4);
 
-/// A request that blocks although something is due soon lasts for as long as this at least.
+/// Shortest blocking wait of a request while another one is due soon.
 const SHORTEST_WAIT: Duration = Duration::from_millis(250);
 
 /// Where a single connection has to do, the intentions block for as long as this at the most, and whatever comes in
 /// between for as long as [`SHORTEST_WAIT`]: a denial is known within a second.
 const ALONE_WAIT: Duration = Duration::from_millis(600);
 
-/// Where the intentions of several services are asked, each has had its turn within about this time…
+/// Rotation of the requests for intentions of several services: time within which each has had its turn.
 const AUTHORIZATION_ROTATION: Duration = Duration::from_millis(800);
-/// …but blocks for as long as this at least.
+/// Shortest blocking wait in that rotation.
 const SHORTEST_TURN: Duration = Duration::from_millis(50);
 
 /// How long it is on a host whose connections have not been enough lately: what is given up is free again when the agent has
@@ -57,26 +58,27 @@ pub(super) const CROWDED_WAIT: Duration = Duration::from_secs(15);
 /// their connections are lost.
 const SCARCE_WAIT: Duration = Duration::from_secs(4);
 
-/// How often what a table watches over is fetched all the same, in case that a table does not tell.
+/// Interval between two fetches of a query that a table watch covers, in case the table misses a change.
 const REFRESH: Duration = Duration::from_secs(60 * 60);
 
-/// How often something is fetched whose table cannot be relied on: this at the soonest, and so much later for each
-/// query of that kind.
+/// Shortest interval between two fetches of a query whose table cannot be relied on.
 const PERIOD: Duration = Duration::from_secs(5);
+/// Added to [`PERIOD`] for each query of that kind.
 const PERIOD_EACH: Duration = Duration::from_millis(50);
 
-/// All queries of a table are fetched again within this time after a burst, but for the bound on all together.
+/// Time within which all queries of a table are fetched again after a burst, within the bound on all refetches.
 const REFETCH_CYCLE: Duration = Duration::from_secs(10);
 
-/// Refetches are no more than so many a second for long…
+/// Refetches per second at most, over a long time.
 pub(super) const MOST_REFETCHES: f64 = 20.0;
-/// …and so many where there are few queries: somebody who writes one config entry after another waits for none of them.
+/// Refetches per second where there are few queries, so that a series of config entry writes is followed without delay.
 const LEAST_REFETCHES: f64 = 2.0;
 
-/// So many refetches of all queries begin without a pause after a quiet time.
+/// Refetches that begin without a pause after a quiet time.
 const BURST: f64 = 4.0;
 
-/// What changes together is fetched together, and not by all sidecars of a host at the same instant.
+/// Delay before a refetch: changes made together are fetched together, and the sidecars of a host do not fetch at the
+/// same instant.
 const GATHER: Duration = Duration::from_millis(100);
 
 pub(super) type Id = u64;
@@ -423,9 +425,9 @@ impl<W> Schedule<W> {
 
     /// Whether the request for intentions has what it needs.
     fn is_authorized(&self, now: Instant) -> bool {
-        let mut asked = self.entries.values().filter(|entry| entry.role == Role::Authorization).peekable();
-        match asked.peek() {
-            Some(_) => asked.all(|entry| entry.blocks_from.is_some() || entry.blocking.is_some()),
+        let mut authorizing = self.entries.values().filter(|entry| entry.role == Role::Authorization).peekable();
+        match authorizing.peek() {
+            Some(_) => authorizing.all(|entry| entry.blocks_from.is_some() || entry.blocking.is_some()),
             None => now.saturating_duration_since(self.began) >= START,
         }
     }
@@ -779,11 +781,11 @@ mod tests {
         stage.pass(Duration::from_secs(1));
         stage.done(blocks, table(2, true));
         stage.pass(GATHER);
-        let asked = stage.next(ALL).expect("the member");
+        let member = stage.next(ALL).expect("the member");
         stage.pass(Duration::from_millis(1));
         let blocks = stage.next(ALL).expect("the table");
         stage.done(blocks, table(3, true));
-        stage.done(asked, Done::Member { covered: true });
+        stage.done(member, Done::Member { covered: true });
         stage.pass(GATHER);
         let names: Vec<_> = std::iter::from_fn(|| stage.named(ALL)).collect();
         assert!(names.contains(&("early", None)), "{names:?}");

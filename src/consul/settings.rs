@@ -3,10 +3,11 @@
 use std::fmt;
 use std::path::PathBuf;
 
-/// Fewest connections that intentions and everything else can be asked over without waiting for each other.
+/// Fewest connections with which intentions do not wait for other requests.
 pub const FEWEST_CONNECTIONS: usize = 2;
 
-/// Three for what blocks (intentions, registration, instances), and one for all other requests in turn.
+/// Default number of connections: three for blocking requests (intentions, registration, instances), one for all
+/// others.
 pub const DEFAULT_CONNECTIONS: usize = 4;
 
 /// How to reach the agent, checked.

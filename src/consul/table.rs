@@ -9,10 +9,11 @@ use reqwest::Method;
 
 use super::endpoint::{Flow, Request, Response, Table};
 
-/// How often the index of the config entries is looked at, as no endpoint blocks on that of all kinds: at most, and for
-/// [`LIVELY`] after it has changed.
+/// Interval between two looks at the index of the config entries: no endpoint blocks on the index of all kinds.
 const CONFIG_ENTRIES_PERIOD: Duration = Duration::from_secs(2);
+/// The same interval for [`LIVELY`] after a change.
 const LIVELY_PERIOD: Duration = Duration::from_secs(1);
+/// Time after a change for which the index is looked at more often.
 const LIVELY: Duration = Duration::from_secs(60);
 
 impl Table {

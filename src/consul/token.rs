@@ -14,7 +14,7 @@ use super::settings::Token;
 /// Longest token file that is read, in bytes; a token has 36.
 const FILE_LIMIT: u64 = 64 * 1024;
 
-const NEWS: &str = "The token file holds another token: all queries start anew with it";
+const RELOADED: &str = "The token file holds another token: all queries start anew with it";
 
 /// Tells of another token.
 pub(super) type Changes = watch::Receiver<Option<HeaderValue>>;
@@ -28,7 +28,7 @@ pub(super) fn followed(token: &Token) -> anyhow::Result<Followed<Option<HeaderVa
         Token::File(path) if !path.is_file() => Ok(Followed::fixed(Some(read(path)?))),
         Token::File(path) => {
             let file = path.clone();
-            Followed::new(vec![path.clone()], NEWS, move || read(&file).map(Some))
+            Followed::new(vec![path.clone()], RELOADED, move || read(&file).map(Some))
         }
     }
 }

@@ -21,10 +21,10 @@ pub use super::schedule::ScopeId;
 use super::schedule::{Done, Id, Job, Next, Role, Room, Schedule, Worker};
 use super::{Client, Error, Pool, Query, Scope};
 
-/// Shared workers that there are, most of which rest.
+/// Number of shared workers, most of which are idle.
 const SHARED: usize = 7;
 
-/// An agent that has no connection left says so within this time.
+/// An agent without a connection left refuses within this time.
 const PROMPT_REFUSAL: Duration = Duration::from_secs(1);
 
 /// How often a sidecar finds out whether the agent has a connection left for other programs, where there have been too few, and
@@ -32,10 +32,11 @@ const PROMPT_REFUSAL: Duration = Duration::from_secs(1);
 const LEAVE_ROOM: Duration = Duration::from_secs(20);
 const ROOM_IS_MADE: Duration = Duration::from_secs(60);
 
-/// Longest pause of a worker after no connection could be had: where nobody listens, and otherwise.
+/// Longest pause of a worker after a failed connection, where nothing listens at the agent's address.
 const UNREACHABLE_PAUSE: Duration = Duration::from_secs(2);
+/// Longest pause of a worker after a failed connection, otherwise.
 const REFUSED_PAUSE: Duration = Duration::from_secs(8);
-/// The same for the one that asks for intentions.
+/// Longest pause of the worker for intentions after a failed connection.
 const AUTHORIZATION_PAUSE: Duration = Duration::from_millis(500);
 
 /// Queries of one scope. Those of all scopes share workers and connections. Dropping the last clone leaves running queries alone.
@@ -391,7 +392,7 @@ impl Shared {
     /// Asks, and deals with the answer; gives the error that concerns the connection rather than the query.
     async fn perform(&self, mut job: Job<RunningQuery>, pool: Pool) -> Option<Error> {
         let mut tokens = job.work.token_changes();
-        let asked = Instant::now();
+        let requested = Instant::now();
         let cancelled = job.cancelled.clone();
         let _under_way = job.work.progress().sent(job.wait, job.rotates);
         let result = tokio::select! {
@@ -410,13 +411,13 @@ impl Shared {
                 self.done(job, Done::Block(Duration::ZERO));
                 return None;
             }
-            result = job.work.ask(pool, job.wait) => result,
+            result = job.work.send(pool, job.wait) => result,
         };
         self.budget.set_multiplexed(self.client.is_multiplexed());
         let (outcome, error) = match result {
             Ok(response) => (self.answered(&mut job, &response).await, None),
             Err(error) => {
-                let prompt = asked.elapsed() < PROMPT_REFUSAL;
+                let prompt = requested.elapsed() < PROMPT_REFUSAL;
                 // One that hangs up on a request that has waited for long is stopping.
                 if error.is_connection_limit() && prompt {
                     self.budget.refused(random());
@@ -520,16 +521,16 @@ mod tests {
                 .flat_map(|number| {
                     let instances = Instances { service: format!("s{number}"), ..Instances::default() };
                     let chain = crate::consul::Chain { service: format!("s{number}"), ..Default::default() };
-                    let (quiet, mut heard) = mpsc::channel(1);
-                    tokio::spawn(async move { while heard.recv().await.is_some() {} });
+                    let (quiet, mut received) = mpsc::channel(1);
+                    tokio::spawn(async move { while received.recv().await.is_some() {} });
                     [
                         watches.watch(Query::health_connect(&instances), sender.clone(), count(number)),
                         watches.watch(Query::discovery_chain(&chain), quiet, drop),
                     ]
                 })
                 .collect();
-            let (quiet, mut heard) = mpsc::channel(1);
-            tokio::spawn(async move { while heard.recv().await.is_some() {} });
+            let (quiet, mut received) = mpsc::channel(1);
+            tokio::spawn(async move { while received.recv().await.is_some() {} });
             all.push(watches.watch(Query::agent_service("web-sidecar-proxy"), quiet.clone(), drop));
             all.push(watches.watch(Query::ca_roots(), quiet.clone(), drop));
             all.push(watches.watch(Query::ca_leaf("web"), quiet.clone(), drop));
@@ -597,8 +598,8 @@ mod tests {
         let before = agent.count(|_| true);
         tokio::time::sleep(Duration::from_secs(600)).await;
         // Two a second of those that are looked at or rotate, a few that block, and each of all once in an hour.
-        let asked = agent.count(|_| true) - before;
-        assert!((400..800).contains(&asked), "{asked} requests");
+        let requested = agent.count(|_| true) - before;
+        assert!((400..800).contains(&requested), "{requested} requests");
         for number in 0..4 {
             let took = sidecar.change(&agent, 100 + number, 2).await;
             assert!(took < Duration::from_secs(1), "{took:?}");
@@ -647,9 +648,9 @@ mod tests {
             agent.touch_table(CONFIG_ENTRIES);
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        let asked = agent.count(|_| true) - before;
+        let requested = agent.count(|_| true) - before;
         let most = 300 * MOST_REFETCHES as usize + 5 * 2 * SERVICES + 900;
-        assert!((most / 3..=most).contains(&asked), "{asked} requests");
+        assert!((most / 3..=most).contains(&requested), "{requested} requests");
         // All of both tables once, and what is left of the time before.
         let took = sidecar.change(&agent, 7, 2).await;
         assert!(took < Duration::from_secs(65), "{took:?}");
@@ -756,14 +757,14 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn room_for_others_is_looked_for_only_where_there_has_been_too_little() {
         let budget = Budget::new(4);
-        let (asked, none_left) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let (requested, none_left) = (AtomicUsize::new(0), AtomicUsize::new(0));
         let ask = || {
-            asked.fetch_add(1, Ordering::Relaxed);
+            requested.fetch_add(1, Ordering::Relaxed);
             std::future::ready(Some(none_left.load(Ordering::Relaxed) > 0))
         };
         let within = async |seconds| {
             tokio::time::sleep(Duration::from_secs(seconds)).await;
-            asked.swap(0, Ordering::Relaxed)
+            requested.swap(0, Ordering::Relaxed)
         };
         let looks = leave_room(&budget, ask);
         let story = async {
@@ -833,10 +834,10 @@ mod tests {
         let watches = watches(&agent.settings());
         for token in ["alpha", "beta", "gamma"] {
             let (_watch, mut events) = roots_with(&watches, token).await;
-            let told = events.recv().await.expect("an event");
-            assert_eq!(told == "a", token != "gamma", "{told}");
-            let asked = agent.count(|seen| seen.path == ROOTS && seen.token() == Some(token));
-            assert!(asked > 0, "{token} asks for itself");
+            let event = events.recv().await.expect("an event");
+            assert_eq!(event == "a", token != "gamma", "{event}");
+            let requested = agent.count(|seen| seen.path == ROOTS && seen.token() == Some(token));
+            assert!(requested > 0, "{token} asks for itself");
         }
         let scope = Scope { token: Token::Fixed("alpha".into()), ..Scope::default() };
         let [one, same] = [(); 2].map(|()| watches.for_scope(scope.clone()).expect("the token is good"));

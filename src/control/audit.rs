@@ -19,15 +19,15 @@ impl AuditWarning {
         let inbound = snapshot.into_iter().flat_map(|snapshot| snapshot.inbound.values());
         let audited: Vec<&str> =
             inbound.filter(|listener| listener.service.audit).map(|listener| listener.service.name.as_str()).collect();
-        self.tell(&audited, now);
+        self.warn_of(&audited, now);
     }
 
-    fn tell(&mut self, audited: &[&str], now: Instant) {
+    fn warn_of(&mut self, audited: &[&str], now: Instant) {
         if audited.is_empty() {
             if self.0.take().is_some() {
                 tracing::warn!("Audit mode is off: intentions are enforced");
             }
-        } else if self.0.is_none_or(|told| now >= told + PERIOD) {
+        } else if self.0.is_none_or(|warned| now >= warned + PERIOD) {
             self.0 = Some(now);
             tracing::warn!(
                 services = audited.join(", "),
@@ -47,16 +47,16 @@ mod tests {
     fn it_is_told_at_once_and_then_every_few_minutes() {
         let (on, off, start) = (&["db"][..], &[][..], Instant::now());
         let mut warning = AuditWarning::default();
-        let mut told = |audited: &[&str], after| {
-            warning.tell(audited, start + after);
+        let mut warned = |audited: &[&str], after| {
+            warning.warn_of(audited, start + after);
             warning.0.map(|at| at - start)
         };
         let (zero, later) = (Duration::ZERO, PERIOD / 2);
-        assert_eq!(told(off, zero), None);
-        assert_eq!(told(on, zero), Some(zero));
-        assert_eq!(told(on, later), Some(zero), "not again so soon");
-        assert_eq!(told(on, PERIOD), Some(PERIOD));
-        assert_eq!(told(off, PERIOD), None);
-        assert_eq!(told(on, PERIOD + later), Some(PERIOD + later), "at once when it is turned on again");
+        assert_eq!(warned(off, zero), None);
+        assert_eq!(warned(on, zero), Some(zero));
+        assert_eq!(warned(on, later), Some(zero), "not again so soon");
+        assert_eq!(warned(on, PERIOD), Some(PERIOD));
+        assert_eq!(warned(off, PERIOD), None);
+        assert_eq!(warned(on, PERIOD + later), Some(PERIOD + later), "at once when it is turned on again");
     }
 }

@@ -21,12 +21,12 @@ use crate::tls::SpiffeId;
 /// Answers of an agent, one in each line, of the endpoint that its first letter names.
 pub fn agent(bytes: &[u8]) {
     let mut agent = Agent::new();
-    agent.news(Update::Service(read(REGISTRATION).unwrap()));
-    agent.news(Update::Mesh(None));
-    agent.news(Update::Roots(read(&MESH.roots).unwrap()));
-    agent.news(Update::Leaf { service: "web".into(), leaf: read(&MESH.leaf).unwrap() });
-    agent.news(Update::Intentions { service: "web".into(), list: Vec::new() });
-    agent.news(Update::DefaultPolicy { service: "web".into(), policy: policy(Action::Deny) });
+    agent.deliver(Update::Service(read(REGISTRATION).unwrap()));
+    agent.deliver(Update::Mesh(None));
+    agent.deliver(Update::Roots(read(&MESH.roots).unwrap()));
+    agent.deliver(Update::Leaf { service: "web".into(), leaf: read(&MESH.leaf).unwrap() });
+    agent.deliver(Update::Intentions { service: "web".into(), list: Vec::new() });
+    agent.deliver(Update::DefaultPolicy { service: "web".into(), policy: policy(Action::Deny) });
     assert!(agent.published, "a whole state is published");
     for line in bytes.split(|byte| *byte == b'\n') {
         if let Some((kind, json)) = line.split_first() {
@@ -62,19 +62,19 @@ static MESH: LazyLock<Mesh> = LazyLock::new(|| {
 /// What the control plane makes of answers, and what it asks.
 struct Agent {
     draft: Draft,
-    asked: HashSet<Query>,
+    requested: HashSet<Query>,
     published: bool,
 }
 
 impl Agent {
     fn new() -> Self {
         let draft = Draft::registered("web-sidecar-proxy".into(), false);
-        Self { draft, asked: HashSet::new(), published: false }
+        Self { draft, requested: HashSet::new(), published: false }
     }
 
     fn answer(&mut self, kind: u8, json: &[u8]) {
         let service = || "web".to_owned();
-        let asked: Vec<Query> = self.asked.iter().cloned().collect();
+        let requested: Vec<Query> = self.requested.iter().cloned().collect();
         match kind {
             b's' => self.maybe(read(json).map(Update::Service)),
             b'r' => self.maybe(read(json).map(Update::Roots)),
@@ -84,23 +84,23 @@ impl Agent {
                 unknown_fields_allow_nothing(json);
                 self.maybe(read(json).map(|list| Update::Intentions { service: service(), list }));
             }
-            _ => asked.into_iter().for_each(|query| self.maybe(answer(kind, query, json))),
+            _ => requested.into_iter().for_each(|query| self.maybe(answer(kind, query, json))),
         }
     }
 
     fn maybe(&mut self, update: Option<Update>) {
         if let Some(update) = update {
-            self.news(update);
+            self.deliver(update);
         }
     }
 
-    fn news(&mut self, update: Update) {
+    fn deliver(&mut self, update: Update) {
         // Refused or not, the state stays whole.
         let _ = self.draft.apply(&update, SystemTime::now());
         for want in self.draft.wants() {
             match want {
-                Want::Start(query) => assert!(self.asked.insert(query.clone()), "{query} was asked already"),
-                Want::Stop(query) => assert!(self.asked.remove(&query), "{query} was not asked"),
+                Want::Start(query) => assert!(self.requested.insert(query.clone()), "{query} was asked already"),
+                Want::Stop(query) => assert!(self.requested.remove(&query), "{query} was not asked"),
             }
         }
         self.published |= self.draft.finish().is_some();

@@ -22,7 +22,7 @@ struct Good {
     leaf: Arc<api::Leaf>,
     credentials: Arc<Credentials>,
     /// What the log says of its age.
-    told: Age,
+    reported: Age,
 }
 
 /// How much of the time is over for which credentials hold.
@@ -35,7 +35,7 @@ enum Age {
     Expired,
 }
 
-/// The last part of their life.
+/// A certificate with less than this part of its life left (one twentieth) is late.
 const LATE: u32 = 20;
 
 impl Identity {
@@ -89,14 +89,14 @@ impl Identity {
             left if left < life / LATE => Age::Late,
             _ => Age::Usual,
         };
-        let is_news = age > std::mem::replace(&mut good.told, age);
+        let is_new = age > std::mem::replace(&mut good.reported, age);
         let look = "look in the logs of the agent and of the servers for what is wrong with the certificate authority";
         match age {
-            Age::Late if is_news => Some(format!(
+            Age::Late if is_new => Some(format!(
                 "the leaf certificate {id} expires at {} and the agent has given no newer one: {look}",
                 httpdate::fmt_http_date(until)
             )),
-            Age::Expired if is_news => Some(format!(
+            Age::Expired if is_new => Some(format!(
                 "the leaf certificate {id} expired at {} and the agent has given no newer one, so that peers refuse new \
                  connections: {look}",
                 httpdate::fmt_http_date(until)
@@ -142,7 +142,7 @@ impl Identity {
             match credentials(&roots, &leaf, service, now) {
                 Ok(credentials) => {
                     let credentials = Arc::new(credentials.sealed_by(self.aead).under(self.policy.clone()));
-                    self.good = Some(Good { roots, leaf, credentials, told: Age::Usual });
+                    self.good = Some(Good { roots, leaf, credentials, reported: Age::Usual });
                     return (true, refused);
                 }
                 Err(bad) => refused = refused.and(Err(bad)),

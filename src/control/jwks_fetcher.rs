@@ -22,12 +22,13 @@ use crate::jwt::{KeySet, Refetch};
 
 /// Longest key set, in bytes.
 const LIMIT: usize = 1024 * 1024;
-/// How often a file is read again.
+/// Interval between two reads of a key set's file.
 const FILE_PERIOD: Duration = Duration::from_secs(10);
-/// A token with a key that is not in the set has it fetched again, but not sooner than this after the last time.
+/// Shortest interval between two fetches that tokens with an unknown key cause.
 const REFETCH_GAP: Duration = Duration::from_secs(10);
-/// Longest time between attempts after failures; the cache time if that is shorter.
+/// Longest pause between attempts after failures; the cache duration if that is shorter.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// Timeout of a connection to the server of a key set.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Where a key set is, and how to get it. Equal sources are one.
@@ -82,15 +83,15 @@ impl Drop for Keeper {
 
 /// Reads a key set from now on, and sends what `wrap` makes of it whenever it changes. Must be called within a
 /// runtime.
-pub(super) fn keep<T, F>(source: KeySource, news: mpsc::Sender<T>, wrap: F) -> Keeper
+pub(super) fn keep<T, F>(source: KeySource, updates: mpsc::Sender<T>, wrap: F) -> Keeper
 where
     T: Send + 'static,
     F: Fn(Fetched) -> T + Send + 'static,
 {
-    Keeper(tokio::spawn(run(source, news, wrap)).abort_handle())
+    Keeper(tokio::spawn(run(source, updates, wrap)).abort_handle())
 }
 
-async fn run<T, F: Fn(Fetched) -> T>(source: KeySource, news: mpsc::Sender<T>, wrap: F) {
+async fn run<T, F: Fn(Fetched) -> T>(source: KeySource, updates: mpsc::Sender<T>, wrap: F) {
     let refetch = Refetch::default();
     let mut last: Option<Arc<KeySet>> = None;
     let mut failures = 0;
@@ -104,14 +105,17 @@ async fn run<T, F: Fn(Fetched) -> T>(source: KeySource, news: mpsc::Sender<T>, w
                 if last.as_deref() != Some(&keys) {
                     let keys = Arc::new(keys);
                     last = Some(Arc::clone(&keys));
-                    if news.send(wrap(Fetched { keys, refetch: refetch.clone() })).await.is_err() {
+                    if updates.send(wrap(Fetched { keys, refetch: refetch.clone() })).await.is_err() {
                         return;
                     }
                 }
             }
             Err(error) => {
-                let meanwhile =
-                    if last.is_some() { "those read before stay in use" } else { "no token of its provider is valid" };
+                let meanwhile = if last.is_some() {
+                    "the keys read before stay in use"
+                } else {
+                    "no token of its provider is valid"
+                };
                 // Once for each time that it begins.
                 if failures == 0 {
                     tracing::warn!("the key set of {source} can't be read: {error:#}; {meanwhile}");
@@ -124,7 +128,7 @@ async fn run<T, F: Fn(Fetched) -> T>(source: KeySource, news: mpsc::Sender<T>, w
         let read = Instant::now();
         tokio::select! {
             () = sleep(source.pause(failures)) => {}
-            () = refetch.asked() => sleep_until(read + REFETCH_GAP).await,
+            () = refetch.requested() => sleep_until(read + REFETCH_GAP).await,
         }
     }
 }
@@ -185,12 +189,12 @@ impl RemoteKeys {
             .timeout(self.timeout)
             .tls_backend_preconfigured(tls)
             .build()?;
-        let mut response = http.get(&self.uri).send().await.map_err(told)?;
+        let mut response = http.get(&self.uri).send().await.map_err(strip_url)?;
         if response.status() != reqwest::StatusCode::OK {
             bail!("its server answered {}", response.status());
         }
         let mut body = Vec::new();
-        while let Some(chunk) = response.chunk().await.map_err(told)? {
+        while let Some(chunk) = response.chunk().await.map_err(strip_url)? {
             if body.len() + chunk.len() > LIMIT {
                 bail!("it is longer than {LIMIT} bytes");
             }
@@ -247,7 +251,7 @@ fn read_file(path: PathBuf) -> anyhow::Result<Vec<u8>> {
 }
 
 /// With its causes, and without the URI, which the log line has already.
-fn told(error: reqwest::Error) -> anyhow::Error {
+fn strip_url(error: reqwest::Error) -> anyhow::Error {
     anyhow::Error::new(error.without_url())
 }
 
@@ -296,12 +300,12 @@ mod tests {
     }
 
     fn start(source: KeySource) -> (Keeper, mpsc::Receiver<Fetched>) {
-        let (news, receiver) = mpsc::channel(16);
-        (keep(source, news, |fetched| fetched), receiver)
+        let (updates, receiver) = mpsc::channel(16);
+        (keep(source, updates, |fetched| fetched), receiver)
     }
 
-    async fn next(news: &mut mpsc::Receiver<Fetched>) -> Fetched {
-        timeout(SOON, news.recv()).await.expect("keys come soon").expect("the keeper runs")
+    async fn next(updates: &mut mpsc::Receiver<Fetched>) -> Fetched {
+        timeout(SOON, updates.recv()).await.expect("keys come soon").expect("the keeper runs")
     }
 
     fn parsed(names: &[&str]) -> KeySet {
@@ -311,10 +315,10 @@ mod tests {
     #[tokio::test]
     async fn a_remote_set_is_fetched_again_and_survives_its_server() {
         let server = Agent::start();
-        let (_keeper, mut news) = start(KeySource::Remote(remote(&server).await));
+        let (_keeper, mut updates) = start(KeySource::Remote(remote(&server).await));
         // There is nothing yet.
         server.set(PATH, set(&["a"]));
-        assert_eq!(*next(&mut news).await.keys, parsed(&["a"]));
+        assert_eq!(*next(&mut updates).await.keys, parsed(&["a"]));
         for fault in [Fault::Status(500, "oops"), Fault::Rubbish] {
             server.fault(Some(fault));
             let before = server.requests(PATH).len();
@@ -325,7 +329,7 @@ mod tests {
         server.fault(None);
         server.set(PATH, set(&["a", "b"]));
         // What is the same is no news.
-        assert_eq!(*next(&mut news).await.keys, parsed(&["a", "b"]));
+        assert_eq!(*next(&mut updates).await.keys, parsed(&["a", "b"]));
     }
 
     #[tokio::test]
@@ -346,26 +350,26 @@ mod tests {
         let server = Agent::start();
         server.set(PATH, set(&["a"]));
         let source = RemoteKeys { cache: Duration::from_secs(3600), ..remote(&server).await };
-        let (_keeper, mut news) = start(KeySource::Remote(source));
-        let fetched = next(&mut news).await;
+        let (_keeper, mut updates) = start(KeySource::Remote(source));
+        let fetched = next(&mut updates).await;
         server.set(PATH, set(&["b"]));
         tokio::time::pause();
-        let asked = Instant::now();
+        let requested = Instant::now();
         for _ in 0..1000 {
-            fetched.refetch.ask();
+            fetched.refetch.request();
         }
         tokio::time::advance(REFETCH_GAP).await;
         tokio::time::resume();
-        assert_eq!(*next(&mut news).await.keys, parsed(&["b"]));
-        assert!(asked.elapsed() >= REFETCH_GAP);
+        assert_eq!(*next(&mut updates).await.keys, parsed(&["b"]));
+        assert!(requested.elapsed() >= REFETCH_GAP);
         assert_eq!(server.requests(PATH).len(), 2);
     }
 
     #[tokio::test]
     async fn a_file_is_read() {
         let file = TempFile::new(&set(&["a"]).to_string());
-        let (_keeper, mut news) = start(KeySource::File(file.path().into()));
-        assert_eq!(*next(&mut news).await.keys, parsed(&["a"]));
+        let (_keeper, mut updates) = start(KeySource::File(file.path().into()));
+        assert_eq!(*next(&mut updates).await.keys, parsed(&["a"]));
     }
 
     #[test]

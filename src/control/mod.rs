@@ -1,6 +1,6 @@
 //! The control plane: asks the agent, and is the only writer of snapshots.
 //!
-//! [`run`] is one task. News come to it through one channel; each goes through `translate` into the
+//! [`run`] is one task. Answers of the agent come to it through one channel; each goes through `translate` into the
 //! [`Draft`], which says what to ask next; when it is whole and has changed, a snapshot is published.
 
 mod audit;
@@ -34,16 +34,16 @@ use self::draft::{Draft, Update, Want};
 use self::pace::Pace;
 use self::query::Query;
 pub use self::sources::Sources;
-use self::sources::{News, QueryResult, Subscription};
+use self::sources::{Delivery, QueryResult, Subscription};
 use self::startup::{HeldBack, Registration, UnknownToken, resolve_proxy_id};
 use crate::config::Mode;
 use crate::snapshot::Snapshot;
 use crate::stats::Registry;
 use crate::tls::Aead;
 
-/// News on their way from the sources; those wait when there is no room.
-const NEWS: usize = 256;
-/// How often a refused leaf or refused roots are tried again.
+/// Capacity of the channel from the sources; they wait when it is full.
+const DELIVERIES: usize = 256;
+/// Interval between two attempts to use a refused leaf or refused roots.
 const RETRY: Duration = Duration::from_secs(5);
 /// Keeps `publish` up to date with what the agent says, until nobody reads it any more. The value is `None`
 /// until the first whole snapshot. `aead` is what its credentials seal TLS records with. Without `tunnel` each
@@ -72,18 +72,18 @@ pub async fn run(
     }
     .sealed_by(aead)
     .with_tunnel(tunnel);
-    let (sender, news) = mpsc::channel(NEWS);
+    let (sender, deliveries) = mpsc::channel(DELIVERIES);
     let (registration, unknown_token) = (Registration::default(), UnknownToken::default());
     let (subscriptions, held_back) = (HashMap::new(), HeldBack::default());
     let control = Control { sources, subscriptions, held_back, sender, draft, registration, unknown_token, stats };
-    control.run(news, publish).await
+    control.run(deliveries, publish).await
 }
 
 struct Control {
     sources: Sources,
     subscriptions: HashMap<Query, Subscription>,
     held_back: HeldBack,
-    sender: mpsc::Sender<News>,
+    sender: mpsc::Sender<Delivery>,
     draft: Draft,
     registration: Registration,
     unknown_token: UnknownToken,
@@ -93,7 +93,7 @@ struct Control {
 impl Control {
     async fn run(
         mut self,
-        mut news: mpsc::Receiver<News>,
+        mut deliveries: mpsc::Receiver<Delivery>,
         publish: watch::Sender<Option<Arc<Snapshot>>>,
     ) -> anyhow::Result<()> {
         let (mut pace, mut audit) = (Pace::default(), AuditWarning::default());
@@ -124,9 +124,9 @@ impl Control {
             tokio::select! {
                 () = publish.closed() => return Ok(()),
                 // The sender is ours, so there is always a next.
-                Some(first) = news.recv() => {
+                Some(first) = deliveries.recv() => {
                     // Updates that came with it are of the same burst.
-                    let burst = std::iter::once(first).chain(std::iter::from_fn(|| news.try_recv().ok()));
+                    let burst = std::iter::once(first).chain(std::iter::from_fn(|| deliveries.try_recv().ok()));
                     self.take_burst(burst, publish.borrow().is_none())?;
                 }
                 () = fetch_requests.notified() => {
@@ -162,8 +162,8 @@ impl Control {
     }
 
     /// `starting`: there was no snapshot yet, so that a token which the agent refuses is an error.
-    fn take_burst(&mut self, burst: impl Iterator<Item = News>, starting: bool) -> anyhow::Result<()> {
-        for News { query, subscription, result } in burst.take(NEWS) {
+    fn take_burst(&mut self, burst: impl Iterator<Item = Delivery>, starting: bool) -> anyhow::Result<()> {
+        for Delivery { query, subscription, result } in burst.take(DELIVERIES) {
             if self.subscriptions.get(&query).is_none_or(|current| current.number != subscription) {
                 continue;
             }

@@ -6,9 +6,9 @@ use tokio::time::Instant;
 
 use super::draft::Urgency;
 
-/// In a stream of changes, this much quiet ends a burst…
+/// Time without a change after which a burst of changes is published.
 const QUIET: Duration = Duration::from_millis(5);
-/// …and this is the longest that a change waits, and the shortest time between snapshots in a stream.
+/// Longest time that a change waits, and shortest time between two snapshots in a stream of changes.
 const BURST: Duration = Duration::from_millis(50);
 
 /// When to publish: at once when it is quiet or urgent, else when a burst ends or has gone on for too long.

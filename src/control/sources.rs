@@ -18,7 +18,7 @@ use crate::consul::{self, AnsweredBy, Client, How, Progress};
 use crate::snapshot::{Action, DefaultPolicy, Hits};
 use crate::stats::agent::{AgentNow, AgentQuery};
 
-/// What queries said that is not passed on yet; they wait when there is no room.
+/// Capacity of the channel of answers on their way to subscribers; queries wait when it is full.
 const EVENTS: usize = 256;
 
 /// The queries of one scope. Clones share everything, and those of another scope ask over the same transport.
@@ -47,15 +47,15 @@ struct Key {
 /// A query that runs.
 struct Source {
     number: u64,
-    asking: Asking,
+    fetching: Fetching,
     /// By the number of the subscription.
-    users: BTreeMap<u64, mpsc::Sender<News>>,
+    users: BTreeMap<u64, mpsc::Sender<Delivery>>,
     /// The last answer, or the last failure where there was no answer yet. State on disk would start here.
     last: Option<QueryResult>,
 }
 
 /// What keeps a source up to date until it is dropped.
-enum Asking {
+enum Fetching {
     Agent(Watch),
     Keys { _keeper: Keeper },
 }
@@ -77,7 +77,7 @@ struct SourceEvent {
 
 /// What a subscriber is told.
 #[derive(Debug)]
-pub(super) struct News {
+pub(super) struct Delivery {
     pub(super) query: Query,
     /// The subscription that it is for, which may have ended meanwhile.
     pub(super) subscription: u64,
@@ -121,9 +121,9 @@ impl Sources {
     pub fn look(&self) -> AgentNow {
         let watches = {
             let running = lock(&self.running);
-            let watch = |(key, source): (&Key, &Source)| match &source.asking {
-                Asking::Agent(watch) => Some((key.query.to_string(), watch.progress())),
-                Asking::Keys { .. } => None,
+            let watch = |(key, source): (&Key, &Source)| match &source.fetching {
+                Fetching::Agent(watch) => Some((key.query.to_string(), watch.progress())),
+                Fetching::Keys { .. } => None,
             };
             running.sources.iter().filter_map(watch).collect::<Vec<_>>()
         };
@@ -146,12 +146,16 @@ impl Sources {
 
     /// What is asked, in words, by whichever scope.
     #[cfg(test)]
-    pub(super) fn asked(&self) -> std::collections::BTreeSet<String> {
+    pub(super) fn running_queries(&self) -> std::collections::BTreeSet<String> {
         lock(&self.running).sources.keys().map(|key| key.query.to_string()).collect()
     }
 
-    /// Sends `news` what the query says from now on. What is known of it already is given at once.
-    pub(super) fn subscribe(&self, query: &Query, news: mpsc::Sender<News>) -> (Subscription, Option<QueryResult>) {
+    /// Sends `deliveries` what the query says from now on. What is known of it already is given at once.
+    pub(super) fn subscribe(
+        &self,
+        query: &Query,
+        deliveries: mpsc::Sender<Delivery>,
+    ) -> (Subscription, Option<QueryResult>) {
         let scope = if matches!(query, Query::Keys(_)) { None } else { Some(self.watches.scope_id()) };
         let key = Key { scope, query: query.clone() };
         let mut running = lock(&self.running);
@@ -159,38 +163,38 @@ impl Sources {
         running.next += 2;
         let source = running.sources.entry(key.clone()).or_insert_with(|| Source {
             number: own,
-            asking: self.ask(&key, own),
+            fetching: self.start(&key, own),
             users: BTreeMap::new(),
             last: None,
         });
-        source.users.insert(number, news);
+        source.users.insert(number, deliveries);
         let last = source.last.clone();
         drop(running);
         (Subscription { number, key, running: Arc::clone(&self.running) }, last)
     }
 
-    fn ask(&self, key: &Key, source: u64) -> Asking {
-        let ask = Ask { sources: self, key: key.clone(), source };
+    fn start(&self, key: &Key, source: u64) -> Fetching {
+        let new = NewSource { sources: self, key: key.clone(), source };
         match key.query.clone() {
             Query::Service(id) => {
-                ask.agent(consul::Query::agent_service(&id), |answer| Update::Service(Box::new(answer.value)))
+                new.agent(consul::Query::agent_service(&id), |answer| Update::Service(Box::new(answer.value)))
             }
-            Query::Roots => ask.agent(consul::Query::ca_roots(), |answer| Update::Roots(answer.value)),
-            Query::Leaf(service) => ask.agent(consul::Query::ca_leaf(&service), move |answer| Update::Leaf {
+            Query::Roots => new.agent(consul::Query::ca_roots(), |answer| Update::Roots(answer.value)),
+            Query::Leaf(service) => new.agent(consul::Query::ca_leaf(&service), move |answer| Update::Leaf {
                 service: service.clone(),
                 leaf: Box::new(answer.value),
             }),
-            Query::Intentions(service) => ask.agent(consul::Query::intentions(&service), move |answer| {
+            Query::Intentions(service) => new.agent(consul::Query::intentions(&service), move |answer| {
                 Update::Intentions { service: service.clone(), list: answer.value }
             }),
-            Query::DefaultPolicy(service) => ask.agent(consul::Query::default_policy(&service), move |answer| {
+            Query::DefaultPolicy(service) => new.agent(consul::Query::default_policy(&service), move |answer| {
                 Update::DefaultPolicy { service: service.clone(), policy: default_policy(answer.value) }
             }),
-            Query::Chain(chain) => ask.agent(consul::Query::discovery_chain(&chain), move |answer| {
+            Query::Chain(chain) => new.agent(consul::Query::discovery_chain(&chain), move |answer| {
                 Update::Chain(chain.clone(), Box::new(answer.value))
             }),
             Query::Endpoints(instances) => {
-                ask.agent(consul::Query::health_connect(&instances), move |answer| Update::Endpoints {
+                new.agent(consul::Query::health_connect(&instances), move |answer| Update::Endpoints {
                     query: instances.clone(),
                     // Shared by all who ask, and smaller than what the agent says.
                     instances: endpoints::instances(&answer.value),
@@ -198,44 +202,44 @@ impl Sources {
                 })
             }
             Query::PreparedQuery(prepared) => {
-                let asked = consul::Query::prepared_query(&prepared.name, prepared.datacenter.as_deref());
-                ask.agent(asked, move |answer| Update::PreparedQuery(prepared.clone(), Box::new(answer.value)))
+                let query = consul::Query::prepared_query(&prepared.name, prepared.datacenter.as_deref());
+                new.agent(query, move |answer| Update::PreparedQuery(prepared.clone(), Box::new(answer.value)))
             }
-            Query::Mesh => ask.agent(consul::Query::mesh_config(), |answer| Update::Mesh(answer.value)),
+            Query::Mesh => new.agent(consul::Query::mesh_config(), |answer| Update::Mesh(answer.value)),
             Query::ProxyDefaults => {
-                ask.agent(consul::Query::proxy_defaults(), |answer| Update::ProxyDefaults(answer.value.map(Box::new)))
+                new.agent(consul::Query::proxy_defaults(), |answer| Update::ProxyDefaults(answer.value.map(Box::new)))
             }
-            Query::JwtProvider(name) => ask.agent(consul::Query::jwt_provider(&name), move |answer| {
+            Query::JwtProvider(name) => new.agent(consul::Query::jwt_provider(&name), move |answer| {
                 Update::JwtProvider(name.clone(), answer.value.map(Box::new))
             }),
             Query::Keys(set) => {
-                let Ask { key, source, .. } = ask;
+                let NewSource { key, source, .. } = new;
                 let named = set.clone();
                 let keeper = jwks_fetcher::keep(set, self.events.clone(), move |fetched| {
                     let result = QueryResult::Update(Arc::new(Update::Keys(named.clone(), fetched)));
                     SourceEvent { key: key.clone(), source, result }
                 });
-                Asking::Keys { _keeper: keeper }
+                Fetching::Keys { _keeper: keeper }
             }
         }
     }
 }
 
 /// A source in the making.
-struct Ask<'a> {
+struct NewSource<'a> {
     sources: &'a Sources,
     key: Key,
     source: u64,
 }
 
-impl Ask<'_> {
-    fn agent<T, F>(self, asked: consul::Query<T>, update: F) -> Asking
+impl NewSource<'_> {
+    fn agent<T, F>(self, query: consul::Query<T>, update: F) -> Fetching
     where
         T: Send + 'static,
         F: Fn(consul::Answer<T>) -> Update + Send + 'static,
     {
         let Self { sources, key, source } = self;
-        Asking::Agent(sources.watches.watch(asked, sources.events.clone(), move |event| {
+        Fetching::Agent(sources.watches.watch(query, sources.events.clone(), move |event| {
             let result = match event {
                 Event::Value(answer) => QueryResult::Update(Arc::new(update(answer))),
                 Event::Failed(error) => QueryResult::Failed(error),
@@ -248,7 +252,7 @@ impl Ask<'_> {
 impl Subscription {
     /// A connection waits for the first answer: it is asked for before those of others.
     pub(super) fn hurry(&self) {
-        if let Some(Source { asking: Asking::Agent(watch), .. }) = lock(&self.running).sources.get(&self.key) {
+        if let Some(Source { fetching: Fetching::Agent(watch), .. }) = lock(&self.running).sources.get(&self.key) {
             watch.hurry();
         }
     }
@@ -267,7 +271,7 @@ impl Drop for Subscription {
 
 impl Running {
     /// Keeps what a source said; those that are to be told.
-    fn keep(&mut self, event: &SourceEvent) -> Vec<(u64, mpsc::Sender<News>)> {
+    fn keep(&mut self, event: &SourceEvent) -> Vec<(u64, mpsc::Sender<Delivery>)> {
         // One that has ended may have had something on its way.
         let Some(source) = self.sources.get_mut(&event.key).filter(|source| source.number == event.source) else {
             return Vec::new();
@@ -275,7 +279,7 @@ impl Running {
         if matches!(event.result, QueryResult::Update(_)) || !matches!(source.last, Some(QueryResult::Update(_))) {
             source.last = Some(event.result.clone());
         }
-        source.users.iter().map(|(number, news)| (*number, news.clone())).collect()
+        source.users.iter().map(|(number, deliveries)| (*number, deliveries.clone())).collect()
     }
 }
 
@@ -283,10 +287,10 @@ impl Running {
 async fn pass_on(mut all: mpsc::Receiver<SourceEvent>, running: Arc<Mutex<Running>>) {
     while let Some(event) = all.recv().await {
         let users = lock(&running).keep(&event);
-        for (subscription, news) in users {
+        for (subscription, deliveries) in users {
             let (query, result) = (event.key.query.clone(), event.result.clone());
             // A user that is gone needs no news.
-            let _ = news.send(News { query, subscription, result }).await;
+            let _ = deliveries.send(Delivery { query, subscription, result }).await;
         }
     }
 }
@@ -354,22 +358,25 @@ mod tests {
 
     /// A user, with what it was told at once.
     struct User {
-        news: mpsc::Receiver<News>,
+        deliveries: mpsc::Receiver<Delivery>,
         subscription: Subscription,
         known: Option<QueryResult>,
     }
 
     impl User {
         fn of(sources: &Sources, query: &Query) -> Self {
-            let (sender, news) = mpsc::channel(8);
+            let (sender, deliveries) = mpsc::channel(8);
             let (subscription, known) = sources.subscribe(query, sender);
-            Self { news, subscription, known }
+            Self { deliveries, subscription, known }
         }
 
         async fn next(&mut self) -> QueryResult {
-            let news = tokio::time::timeout(SOON, self.news.recv()).await.expect("news come soon").expect("it runs");
-            assert_eq!(news.subscription, self.subscription.number);
-            news.result
+            let delivery = tokio::time::timeout(SOON, self.deliveries.recv())
+                .await
+                .expect("an answer comes soon")
+                .expect("it runs");
+            assert_eq!(delivery.subscription, self.subscription.number);
+            delivery.result
         }
     }
 
@@ -389,7 +396,7 @@ mod tests {
         agent.set(ROOTS, roots(&[&Ca::new()]));
         assert!(matches!(second.next().await, QueryResult::Update(_)));
         drop(second);
-        assert!(sources.asked().is_empty());
+        assert!(sources.running_queries().is_empty());
         assert!(User::of(&sources, &Query::Roots).known.is_none(), "nothing old is told again");
     }
 

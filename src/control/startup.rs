@@ -11,12 +11,12 @@ use super::query::Query;
 use crate::consul::{self, Client, api};
 
 /// Time between attempts to reach the agent before anything is known.
-const ASK_AGAIN: Duration = Duration::from_secs(1);
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a token that the agent does not know is waited for at the start. One that was just created has to reach
 /// all servers, and an agent remembers for `acl.token_ttl`, 30 s by default, that it did not know a token.
 pub(super) const UNKNOWN_TOKEN_WAIT: Duration = Duration::from_secs(40);
-/// How often a wait is told of again.
-const TELL_AGAIN: Duration = Duration::from_secs(60);
+/// Interval between two log lines about one wait.
+const REPORT_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Finds the id of the only sidecar that is registered for the service with the id `service_id`, whatever
 /// its case. An agent that is not there yet is waited for without end.
@@ -24,7 +24,7 @@ const TELL_AGAIN: Duration = Duration::from_secs(60);
 /// # Errors
 /// When there is none or more than one, or the agent refuses to say.
 pub(super) async fn resolve_proxy_id(client: &Client, service_id: &str) -> anyhow::Result<String> {
-    let mut told: Option<Instant> = None;
+    let mut reported: Option<Instant> = None;
     let mut unknown_token = UnknownToken::default();
     loop {
         match client.agent_services().await {
@@ -32,13 +32,13 @@ pub(super) async fn resolve_proxy_id(client: &Client, service_id: &str) -> anyho
             Err(error) if unknown_token.may_become_known(&error) => {}
             Err(error) if !is_passing(&error) => bail!("can't look up the sidecar of {service_id}: {error}"),
             Err(error) => {
-                if told.is_none_or(|at| at.elapsed() >= TELL_AGAIN) {
+                if reported.is_none_or(|at| at.elapsed() >= REPORT_INTERVAL) {
                     tracing::warn!("waiting for the agent, to look up the sidecar of {service_id}: {error}");
-                    told = Some(Instant::now());
+                    reported = Some(Instant::now());
                 }
             }
         }
-        sleep(ASK_AGAIN).await;
+        sleep(RETRY_INTERVAL).await;
     }
 }
 

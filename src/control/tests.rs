@@ -182,12 +182,12 @@ async fn an_agent_that_does_not_answer_yet_is_waited_for() {
     agent.set("/v1/agent/services", services);
     agent.fault(Some(Fault::Status(500, "No cluster leader")));
     let (_control, mut published) = start(&agent, Mode::SidecarFor("WEB".into()));
-    let asked = async {
+    let requested = async {
         while agent.requests("/v1/agent/services").is_empty() {
             tokio::task::yield_now().await;
         }
     };
-    tokio::time::timeout(SOON, asked).await.unwrap();
+    tokio::time::timeout(SOON, requested).await.unwrap();
     agent.fault(None);
     until(&mut published, |snapshot| endpoints(snapshot, "service:db") == 1).await;
 }
@@ -220,12 +220,12 @@ async fn a_token_that_becomes_known_is_enough() {
     let agent = agent(&ca).await;
     agent.fault(Some(Fault::Status(403, "ACL not found")));
     let (_control, mut published) = start(&agent, Mode::ProxyId("web-sidecar-proxy".into()));
-    let asked = async {
+    let requested = async {
         while agent.requests(SERVICE).is_empty() {
             tokio::task::yield_now().await;
         }
     };
-    tokio::time::timeout(SOON, asked).await.unwrap();
+    tokio::time::timeout(SOON, requested).await.unwrap();
     agent.fault(None);
     until(&mut published, |snapshot| endpoints(snapshot, "service:db") == 1).await;
 }
@@ -251,7 +251,7 @@ async fn two_sidecars_in_one_process_share_what_is_the_same() {
     let sources = sources(&agent.settings());
     let (_web, mut web) = start_with(sources.clone(), "web-sidecar-proxy");
     until(&mut web, |snapshot| endpoints(snapshot, "service:db") == 1).await;
-    let alone = sources.asked();
+    let alone = sources.running_queries();
 
     let (api_control, mut api) = start_with(sources.clone(), "api-sidecar-proxy");
     let snapshot = until(&mut api, |snapshot| endpoints(snapshot, "service:db") == 1).await;
@@ -259,7 +259,7 @@ async fn two_sidecars_in_one_process_share_what_is_the_same() {
     // The late one was told what the other had asked.
     let fetches = |path: &str| agent.count(|seen| seen.path == path && seen.param("index").is_none());
     assert_eq!(fetches(ROOTS), 1);
-    let own: Vec<String> = sources.asked().difference(&alone).cloned().collect();
+    let own: Vec<String> = sources.running_queries().difference(&alone).cloned().collect();
     let expected = ["default policy", "intentions", "leaf certificate"].map(|what| format!("{what} of api"));
     assert_eq!(own[..3], expected);
     assert_eq!(own[3..], ["registration of api-sidecar-proxy"]);
@@ -272,7 +272,7 @@ async fn two_sidecars_in_one_process_share_what_is_the_same() {
     // The end of one ends what it alone asked.
     drop(api);
     tokio::time::timeout(SOON, api_control).await.expect("it ends with its readers").unwrap().unwrap();
-    assert_eq!(sources.asked(), alone);
+    assert_eq!(sources.running_queries(), alone);
     agent.set("/v1/health/connect/db", json!([]));
     until(&mut web, |snapshot| endpoints(snapshot, "service:db") == 0).await;
 }

@@ -9,12 +9,13 @@ use crate::consul::{self, Client, ErrorKind, Query, Token};
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Answers {
     /// The agent takes the questions of sidecars.
-    pub(super) is_asked: bool,
+    pub(super) is_reachable: bool,
 }
 
-/// The agent says the time in whole seconds, and its answer takes a moment.
+/// Offset between the clocks below which nothing is reported: the `Date` header has whole seconds, and the answer takes
+/// a moment.
 const CLOCK_CLOSE: Duration = Duration::from_secs(5);
-/// Consul's certificates are valid from a minute before they are made.
+/// Offset between the clocks from which certificates fail: Consul's are valid from a minute before they are made.
 const CLOCK_FAR: Duration = Duration::from_secs(60);
 
 pub(super) async fn examine(client: &Client, settings: &consul::Settings, findings: &mut Findings) -> Answers {
@@ -22,14 +23,14 @@ pub(super) async fn examine(client: &Client, settings: &consul::Settings, findin
         Ok(probe) => probe,
         Err(error) => {
             findings.failed("agent", error);
-            return Answers { is_asked: false };
+            return Answers { is_reachable: false };
         }
     };
     let address = &settings.address;
     if probe.leader.is_empty() {
         findings.fail(
             "agent",
-            format!("{address} answers, and knows no leader among the servers"),
+            format!("{address} answers, but the servers have no leader"),
             "see `consul operator raft list-peers` and the logs of the servers",
         );
     } else {
@@ -41,23 +42,23 @@ pub(super) async fn examine(client: &Client, settings: &consul::Settings, findin
         findings.ok("agent", format!("{address} answers{tls}"));
     }
     clock(&probe, findings);
-    version(client, probe.tells_default_policy, findings).await;
+    version(client, probe.has_default_policy, findings).await;
     if !token(client, settings, findings).await {
-        return Answers { is_asked: false };
+        return Answers { is_reachable: false };
     }
-    match client.ask(&Query::ca_roots()).await {
+    match client.fetch(&Query::ca_roots()).await {
         Ok(roots) => findings.ok(
             "service mesh",
             format!("enabled, {} roots of trust domain {}", roots.value.roots.len(), roots.value.trust_domain),
         ),
         Err(error) => findings.failed("service mesh", error),
     }
-    Answers { is_asked: true }
+    Answers { is_reachable: true }
 }
 
 fn clock(probe: &consul::Probe, findings: &mut Findings) {
     let Some((offset, is_ahead)) = probe.clock_offset() else {
-        findings.warn("clock", "the agent does not say what time it is", "compare the clocks by hand");
+        findings.warn("clock", "the answer of the agent has no Date header", "compare the clocks by hand");
         return;
     };
     let word = if is_ahead { "ahead of" } else { "behind" };
@@ -73,7 +74,7 @@ fn clock(probe: &consul::Probe, findings: &mut Findings) {
     }
 }
 
-async fn version(client: &Client, tells_default_policy: bool, findings: &mut Findings) {
+async fn version(client: &Client, has_default_policy: bool, findings: &mut Findings) {
     let lacking = "no intentions by request (1.9) and no tokens of JWT providers (1.16)";
     match client.agent_version().await {
         Ok(version) => {
@@ -92,7 +93,7 @@ async fn version(client: &Client, tells_default_policy: bool, findings: &mut Fin
             }
         }
         // It takes agent:read, which no sidecar needs.
-        Err(error) if error.is_forbidden() && tells_default_policy => {
+        Err(error) if error.is_forbidden() && has_default_policy => {
             findings
                 .ok("agent version", "1.9 or later; the token may not read more (agent:read, which no sidecar needs)");
         }

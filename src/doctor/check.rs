@@ -82,7 +82,7 @@ impl Findings {
 }
 
 /// The value of an answer, or a check that failed. `found` says what was answered.
-pub(super) fn asked<T>(
+pub(super) fn check_answer<T>(
     name: impl Into<String>,
     answer: Result<Answer<T>, consul::Error>,
     findings: &mut Findings,

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::check::Findings;
 
-/// Each connection takes two.
+/// Limit of open files below which a warning is given: each connection takes two.
 const FEW_FILES: u64 = 4096;
 
 /// Looks at the limit of open files, which a sidecar raises as far as it may.

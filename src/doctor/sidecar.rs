@@ -7,13 +7,13 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 
 use super::agent::Answers;
-use super::check::{Findings, asked};
+use super::check::{Findings, check_answer};
 use super::host::{self, Owner};
 use super::{Running, Subject, upstreams};
 use crate::consul::{Client, Query, api};
 use crate::tls::Credentials;
 
-/// For the local app to take a connection.
+/// Timeout of a connection to the local app.
 const APP_TIME: Duration = Duration::from_secs(3);
 
 pub(super) async fn examine(
@@ -23,7 +23,7 @@ pub(super) async fn examine(
     answers: Answers,
     findings: &mut Findings,
 ) {
-    let service = if answers.is_asked { registration(client, subject, findings).await } else { None };
+    let service = if answers.is_reachable { registration(client, subject, findings).await } else { None };
     let ids = [
         subject.id(),
         service.as_ref().map_or("", |service| service.id.as_str()),
@@ -98,7 +98,7 @@ async fn registration(client: &Client, subject: &Subject, findings: &mut Finding
             }
         }
     };
-    let answer = client.ask(&Query::agent_service(&id)).await;
+    let answer = client.fetch(&Query::agent_service(&id)).await;
     if let Err(error) = &answer
         && error.is_not_found()
     {
@@ -106,7 +106,7 @@ async fn registration(client: &Client, subject: &Subject, findings: &mut Finding
         return None;
     }
     let service =
-        asked("registration", answer, findings, |service| format!("agent/service/{} can be read", service.id))?;
+        check_answer("registration", answer, findings, |service| format!("agent/service/{} can be read", service.id))?;
     if service.kind != "connect-proxy" || service.proxy.is_none() {
         findings.fail("registration", format!("{id} is no sidecar proxy"), "name a connect-proxy by -proxy-id");
         return None;
@@ -155,10 +155,11 @@ fn pid(running: &Running) -> Option<u32> {
 
 /// Leaf and roots, and whether they make credentials at this moment.
 async fn identity(client: &Client, service: &str, findings: &mut Findings) {
-    let roots =
-        asked("roots", client.ask(&Query::ca_roots()).await, findings, |_| "agent/connect/ca/roots can be read".into());
-    let leaf = client.ask(&Query::ca_leaf(service)).await;
-    let leaf = asked("leaf", leaf, findings, |_| format!("agent/connect/ca/leaf/{service} can be read"));
+    let roots = check_answer("roots", client.fetch(&Query::ca_roots()).await, findings, |_| {
+        "agent/connect/ca/roots can be read".into()
+    });
+    let leaf = client.fetch(&Query::ca_leaf(service)).await;
+    let leaf = check_answer("leaf", leaf, findings, |_| format!("agent/connect/ca/leaf/{service} can be read"));
     let (Some(roots), Some(leaf)) = (roots, leaf) else { return };
     let pems: Vec<String> = roots.roots.iter().map(|root| root.root_cert.clone()).collect();
     let now = SystemTime::now();
@@ -186,7 +187,7 @@ async fn identity(client: &Client, service: &str, findings: &mut Findings) {
     }
 }
 
-/// The last part of a certificate's life: the agent renews it before.
+/// A certificate with less than this part of its life left (one tenth) is late: the agent renews it before.
 const LATE: u32 = 10;
 
 fn period(left: Duration) -> String {
@@ -199,14 +200,14 @@ fn period(left: Duration) -> String {
 
 /// Intentions, what decides where none matches, and the config entries that go with them.
 async fn rules(client: &Client, service: &str, findings: &mut Findings) {
-    let list = client.ask(&Query::intentions(service)).await;
-    let list = asked("intentions", list, findings, |list| format!("{} name it or all", list.len()));
-    let policy = client.ask(&Query::default_policy(service)).await;
-    asked("default policy", policy, findings, |policy| {
+    let list = client.fetch(&Query::intentions(service)).await;
+    let list = check_answer("intentions", list, findings, |list| format!("{} name it or all", list.len()));
+    let policy = client.fetch(&Query::default_policy(service)).await;
+    check_answer("default policy", policy, findings, |policy| {
         format!("{} ({})", if policy.allow { "allow" } else { "deny" }, policy.source)
     });
-    let mesh = client.ask(&Query::mesh_config()).await;
-    asked("config entry mesh", mesh, findings, |entry| {
+    let mesh = client.fetch(&Query::mesh_config()).await;
+    check_answer("config entry mesh", mesh, findings, |entry| {
         if entry.is_some() { "there is one" } else { "there is none" }.into()
     });
     let requirements = |row: &api::Intention| {
@@ -222,7 +223,7 @@ async fn rules(client: &Client, service: &str, findings: &mut Findings) {
     let names: std::collections::BTreeSet<String> = list.iter().flatten().flat_map(requirements).collect();
     for name in names {
         let title = format!("jwt-provider {name}");
-        match client.ask(&Query::jwt_provider(&name)).await {
+        match client.fetch(&Query::jwt_provider(&name)).await {
             Ok(answer) if answer.value.is_none() => {
                 findings.fail(
                     title,
@@ -231,7 +232,7 @@ async fn rules(client: &Client, service: &str, findings: &mut Findings) {
                 );
             }
             answer => {
-                asked(title, answer, findings, |_| "can be read".into());
+                check_answer(title, answer, findings, |_| "can be read".into());
             }
         }
     }

@@ -1,6 +1,6 @@
 //! Where an upstream leads, and whether anybody is there.
 
-use super::check::{Findings, asked};
+use super::check::{Findings, check_answer};
 use crate::consul::{Chain, Client, Instances, Query, api};
 
 pub(super) async fn examine(client: &Client, upstream: &api::Upstream, findings: &mut Findings) {
@@ -9,14 +9,15 @@ pub(super) async fn examine(client: &Client, upstream: &api::Upstream, findings:
     if upstream.destination_type == "prepared_query" {
         let query = Query::prepared_query(name, given(&upstream.datacenter).as_deref());
         let title = format!("prepared query {name}");
-        let result = client.ask(&query).await;
-        if let Some(result) = asked(&title, result, findings, |result| format!("{} instances", result.nodes.len()))
+        let result = client.fetch(&query).await;
+        if let Some(result) =
+            check_answer(&title, result, findings, |result| format!("{} instances", result.nodes.len()))
             && result.nodes.is_empty()
         {
             findings.fail(
                 title,
                 "it finds no instance",
-                "see `consul query` and whether the token may read what it finds",
+                "check the query (GET /v1/query) and that the token may read the services it finds",
             );
         }
         return;
@@ -36,10 +37,11 @@ pub(super) async fn examine(client: &Client, upstream: &api::Upstream, findings:
         partition: given(&upstream.destination_partition),
         ..Chain::default()
     };
-    let answer = client.ask(&Query::discovery_chain(&chain)).await;
+    let answer = client.fetch(&Query::discovery_chain(&chain)).await;
     let title = format!("discovery chain of {name}");
-    let chain =
-        asked(title, answer, findings, |chain| format!("{}, leads to {} targets", chain.protocol, chain.targets.len()));
+    let chain = check_answer(title, answer, findings, |chain| {
+        format!("{}, leads to {} targets", chain.protocol, chain.targets.len())
+    });
     if let Some(chain) = chain {
         instances(client, name, &chain, findings).await;
     }
@@ -61,10 +63,10 @@ async fn instances(client: &Client, name: &str, chain: &api::CompiledDiscoveryCh
     let mut targets = Vec::new();
     for target in chain.targets.values() {
         let query = instances_of(target, chain);
-        match client.ask(&Query::health_connect(&query)).await {
+        match client.fetch(&Query::health_connect(&query)).await {
             Ok(answer) => targets.push((target.id.as_str(), seen(&answer.value, answer.filtered_by_acls))),
             answer => {
-                asked(format!("endpoints of {}", target.id), answer, findings, |_| String::new());
+                check_answer(format!("endpoints of {}", target.id), answer, findings, |_| String::new());
             }
         }
     }

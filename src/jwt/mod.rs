@@ -30,7 +30,7 @@ pub use token::{Claims, Refusal};
 /// Consul's default for `ClockSkewSeconds`.
 pub const DEFAULT_CLOCK_SKEW: Duration = Duration::from_secs(30);
 
-/// Tokens of one provider that a request may carry: each costs a check of its signature.
+/// Tokens of one provider in one request: each costs a check of its signature.
 const MAX_TOKENS: usize = 8;
 
 /// A `jwt-provider` config entry.
@@ -56,12 +56,12 @@ pub struct Refetch(Arc<Notify>);
 
 impl Refetch {
     /// Does not wait. Requests that were not handled yet count as one.
-    pub fn ask(&self) {
+    pub fn request(&self) {
         self.0.notify_one();
     }
 
     /// Ends when a newer key set was requested since the last time.
-    pub async fn asked(&self) {
+    pub async fn requested(&self) {
         self.0.notified().await;
     }
 }
@@ -160,7 +160,7 @@ impl Provider {
         }
         let claims = tokens.iter().map(|token| checks.verify(token)).collect::<Result<Vec<_>, _>>();
         if let (Err(Refusal::UnknownKey), Some(refetch)) = (&claims, &self.refetch) {
-            refetch.ask();
+            refetch.request();
         }
         let mut claims = claims?;
         let first = tokens.first().ok_or(Refusal::Missing)?;

@@ -78,7 +78,7 @@ impl fmt::Debug for VerifiedCache {
     }
 }
 
-/// In one generation: some 100 KB of memory.
+/// Entries of one generation, some 100 KB of memory.
 const MOST: usize = 2048;
 
 #[cfg(test)]

@@ -27,10 +27,7 @@ impl Destination {
     pub fn cluster(&self) -> Cow<'_, str> {
         match self {
             Self::LocalApp(_) => Cow::Borrowed("local_app"),
-            Self::Instance { target, .. } if target.customization_hash.is_empty() => target.tls().name().to_str(),
-            Self::Instance { target, .. } => {
-                Cow::Owned(format!("{}~{}", target.customization_hash, target.tls().name().to_str()))
-            }
+            Self::Instance { target, .. } => target.cluster(),
         }
     }
 

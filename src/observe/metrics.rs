@@ -1,12 +1,15 @@
 //! The reader that counts. What it adds to is in [`crate::stats`]; when each number moves follows Envoy 1.40 under Consul,
 //! where a name of Envoy's is given out for it.
 
+use std::time::Duration;
+
 use super::attempt::{AttemptResult, Destination};
-use super::connection::ConnectionRecord;
+use super::connect_error::ConnectError;
+use super::connection::{ConnectionInfo, ConnectionRecord};
 use super::event::{Event, Overflowed};
 use super::outcome::Outcome;
 use super::request::RequestRecord;
-use crate::snapshot::Target;
+use crate::snapshot::{Decision, Target};
 use crate::stats::scope::{TargetName, UpstreamName};
 use crate::stats::{ClusterStats, Handshakes};
 use crate::tls::{Handshake, Refused, Version};
@@ -46,53 +49,60 @@ pub(super) fn count(event: &Event<'_>, local_app: &ClusterStats) {
         Event::NoInstance(cluster) => cluster.no_instance.increment(),
         Event::ConnectStarted(to) => cluster(to, local_app).connections.increment(),
         Event::ConnectEnded { destination, took, result } => {
-            let stats = cluster(destination, local_app);
-            match result {
-                Ok(made) => {
-                    stats.connect_time.observe(*took);
-                    if let Some(made) = made {
-                        handshake_made(&stats.tls, *made);
-                    }
-                }
-                Err(error) => {
-                    stats.connect_failures.increment();
-                    if error.is_timeout() {
-                        stats.connect_timeouts.increment();
-                    }
-                    if let Some(refused) = error.refused() {
-                        handshake_failed(&stats.tls, refused);
-                    }
-                }
-            }
+            connect_ended(cluster(destination, local_app), *took, *result);
         }
-        Event::Decided { connection, decision, .. } => {
-            let (stats, caller) = (&connection.stats, &connection.caller);
-            decision.hits().count(decision.is_allowed());
-            if decision.is_allowed() {
-                stats.allowed.increment();
-                caller.iter().for_each(|caller| caller.allowed.increment());
-            } else {
-                stats.denied.increment();
-                caller.iter().for_each(|caller| caller.denied.increment());
-            }
-        }
+        Event::Decided { connection, decision, .. } => decided(connection, decision),
         Event::WouldDeny { connection, .. } => {
             connection.stats.would_deny.increment();
             connection.caller.iter().for_each(|caller| caller.would_deny.increment());
         }
-        Event::Overflowed(Overflowed::Inbound(connection)) => connection.stats.connections_limited.increment(),
-        Event::Overflowed(Overflowed::Target { stats, limit, .. }) => {
-            let counter = match *limit {
-                "max_connections" => &stats.connection_overflows,
-                "max_pending_requests" => &stats.pending_overflows,
-                _ => &stats.overflows,
-            };
-            counter.increment();
-        }
+        Event::Overflowed(overflowed) => limit_reached(*overflowed),
         Event::Ejected { stats, .. } => stats.ejections.increment(),
         Event::NotEjected(cluster) => cluster.ejections_refused.increment(),
         Event::AttemptStarted(_) | Event::AttemptEnded(_) => {}
     }
+}
+
+fn connect_ended(stats: &ClusterStats, took: Duration, result: Result<Option<Handshake>, &ConnectError>) {
+    match result {
+        Ok(made) => {
+            stats.connect_time.observe(took);
+            if let Some(made) = made {
+                handshake_made(&stats.tls, made);
+            }
+        }
+        Err(error) => {
+            stats.connect_failures.increment();
+            if error.is_timeout() {
+                stats.connect_timeouts.increment();
+            }
+            if let Some(refused) = error.refused() {
+                handshake_failed(&stats.tls, refused);
+            }
+        }
+    }
+}
+
+fn decided(connection: &ConnectionInfo, decision: &Decision<'_>) {
+    let (stats, caller) = (&connection.stats, &connection.caller);
+    decision.hits().count(decision.is_allowed());
+    if decision.is_allowed() {
+        stats.allowed.increment();
+        caller.iter().for_each(|caller| caller.allowed.increment());
+    } else {
+        stats.denied.increment();
+        caller.iter().for_each(|caller| caller.denied.increment());
+    }
+}
+
+fn limit_reached(overflowed: Overflowed<'_>) {
+    let counter = match overflowed {
+        Overflowed::Inbound(connection) => &connection.stats.connections_limited,
+        Overflowed::Target { stats, limit: "max_connections", .. } => &stats.connection_overflows,
+        Overflowed::Target { stats, limit: "max_pending_requests", .. } => &stats.pending_overflows,
+        Overflowed::Target { stats, .. } => &stats.overflows,
+    };
+    counter.increment();
 }
 
 fn handshake_made(tls: &Handshakes, made: Handshake) {

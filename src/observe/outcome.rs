@@ -197,7 +197,7 @@ impl Outcome {
                 "See the problem in this sidecar's log; compare the roots of both sides and the clocks of both hosts.",
             ),
             Self::Unused => silent("", Side::Downstream, Repeatable::Yes)
-                .means("A peer made a TLS session and asked for no connection on it.", "Nothing, unless there are many: then see what the peer does."),
+                .means("A peer made a TLS session and requested no connection on it.", "Nothing, unless there are many: then see what the peer does."),
             Self::OtherProtocol => silent("", Side::Us, Repeatable::Yes).means(
                 "The protocol of the service has changed to one of HTTP, so that each request is to be decided by itself.",
                 "Connect again.",
@@ -208,7 +208,7 @@ impl Outcome {
             ),
             Self::Displaced => silent("", Side::Us, Repeatable::Yes).means(
                 "An exposed path or the handshakes in progress had as many connections as they may have, and this was the oldest.",
-                "Find out who opens so many connections.",
+                "Find the client that opens so many connections.",
             ),
             _ => silent("", Side::Nobody, Repeatable::No)
                 .details("via_upstream")
@@ -331,7 +331,7 @@ impl Outcome {
             )
             .means(
                 "The server's answer is not HTTP, or two readers may see two answers in it.",
-                "Compare the protocol of the service-defaults with what the app speaks.",
+                "Compare the protocol in service-defaults with the protocol of the app.",
             ),
             Self::LargeResponse => answered(
                 "",

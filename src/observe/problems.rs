@@ -9,7 +9,7 @@ use super::connection::{ConnectionInfo, ConnectionRecord, Listener};
 use super::outcome::Outcome;
 use super::request::RequestRecord;
 
-/// How many are kept.
+/// Problems that are kept, the newest ones.
 pub const KEPT: usize = 256;
 
 /// A connection or a request that was denied or failed, other than by its own client.

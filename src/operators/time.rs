@@ -8,7 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use time::UtcDateTime;
 
-/// Milliseconds, as Envoy writes times that nobody gave a form for.
+/// Envoy's default format of times: milliseconds.
 pub(super) const DEFAULT: &str = "%Y-%m-%dT%H:%M:%S.%3fZ";
 
 /// Writes `time` in a form; letters that are not known stay as they are.

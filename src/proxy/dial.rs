@@ -56,11 +56,12 @@ impl Pace {
     }
 }
 
-/// Instances of one target that one connection, or one try of a request, connects to at most.
+/// Instances of one target that are tried for one connection, or for one try of a request.
 const ATTEMPTS: usize = 16;
-/// Part of the connect timeout that an instance gets while there are others to try.
+/// Part of the connect timeout (one third) that an instance gets while there are others to try.
 const SHARE: u32 = 3;
-/// As long as browsers wait for an address before they try the next one (RFC 8305, section 5).
+/// Time after which the next instance is tried beside one that is slow, as browsers do with addresses (RFC 8305,
+/// section 5).
 const STAGGER: Duration = Duration::from_millis(250);
 
 /// One connect and handshake with one instance.

@@ -11,7 +11,8 @@ use super::places::Places;
 use super::record::Record;
 use crate::observe::{ConnectionInfo, Listener, Observer};
 
-/// Connections to one such listener at a time, as whoever reaches it may connect. The next takes the place of the oldest.
+/// Concurrent connections of one listener of an exposed path, which has no authentication. A new one replaces the
+/// oldest.
 pub(super) const CONNECTIONS: usize = 256;
 
 /// Serves one connection, whose requests have a task of their own.

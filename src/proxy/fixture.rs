@@ -21,7 +21,7 @@ use crate::tls::{SpiffeId, TUNNELS};
 pub(super) static CA: LazyLock<Ca> = LazyLock::new(Ca::new);
 
 /// For everything that a test waits for.
-pub(super) const PATIENCE: Duration = Duration::from_secs(20);
+pub(super) const TEST_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A data plane of its own, with what it goes by.
 pub(super) struct Sidecar {
@@ -37,10 +37,10 @@ impl Sidecar {
         let (snapshot, snapshots) = watch::channel(Some(Arc::new(snapshot)));
         let (trigger, drain) = drain::channel();
         let observer = Observer::default();
-        let told = observer.clone();
+        let observed = observer.clone();
         let running = tokio::spawn(async move {
             let workers = Workers::start(2).unwrap();
-            proxy::run(snapshots, &workers, told, drain).await;
+            proxy::run(snapshots, &workers, observed, drain).await;
             // A runtime must not wait for another's threads on one of its own.
             tokio::task::spawn_blocking(move || drop(workers));
         });
@@ -155,5 +155,5 @@ pub(super) async fn listening(at: SocketAddr) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    timeout(PATIENCE, connect).await.expect("it listens in time");
+    timeout(TEST_TIMEOUT, connect).await.expect("it listens in time");
 }

@@ -77,11 +77,11 @@ impl Shared {
     }
 }
 
-/// Handshakes in progress at most. What comes then takes the place of the oldest.
+/// Concurrent handshakes. A new one replaces the oldest.
 const HANDSHAKES: usize = 4096;
-/// Sessions without a connection that are kept at most.
+/// Idle sessions that are kept.
 const WAITING: usize = 1024;
-/// How long a new session, for which no connection is asked, does not count as one that waits.
+/// Time for which a new session without a connection does not count as idle.
 const FIRST_TIME: Duration = Duration::from_secs(1);
 
 /// Serves one TLS session: learn who it is, then for each connection decide, connect to the local app, relay, record.
@@ -192,11 +192,11 @@ impl Session {
             match timeout(FIRST_TIME, self.mesh.requested()).await {
                 Ok(Ok(())) => {}
                 Ok(Err(_)) => {
-                    record.finish(Outcome::Unused, "no connection was asked for");
+                    record.finish(Outcome::Unused, "no connection was requested");
                     return None;
                 }
                 Err(_) => {
-                    record.finish(Outcome::Unused, "no connection was asked for yet");
+                    record.finish(Outcome::Unused, "no connection was requested yet");
                     return self.next().await;
                 }
             }

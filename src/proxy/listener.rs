@@ -168,12 +168,13 @@ pub(super) async fn run<P, S, F>(
 async fn pause_after(error: &io::Error, failures: &Seldom) {
     if !matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted) {
         if let Some(before) = failures.due() {
-            tracing::warn!(target: "proxy", %error, before, "Accept failed; raise the limit of open files if that is it");
+            tracing::warn!(target: "proxy", %error, before, "Accept failed; if the error is EMFILE, raise the limit of open files");
         }
         tokio::time::sleep(ACCEPT_PAUSE).await;
     }
 }
 
+/// Pause after a failed `accept`.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 enum Listener {

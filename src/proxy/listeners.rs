@@ -264,9 +264,11 @@ impl<'a> Starter<'a> {
     }
 }
 
+/// First pause before a listener is bound again, which doubles with each attempt.
 const RETRY_FIRST: Duration = Duration::from_millis(10);
+/// Longest pause before a listener is bound again.
 const RETRY_LAST: Duration = Duration::from_secs(5);
-/// Together some 150 ms.
+/// Failed attempts before the first log line, some 150 ms together.
 const QUIET_ATTEMPTS: u32 = 5;
 
 #[cfg(test)]

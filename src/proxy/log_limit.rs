@@ -36,11 +36,11 @@ struct Lines {
     last_written: Option<Instant>,
 }
 
-/// Count lines are written so often.
+/// Interval between two log lines with counts.
 const PERIOD: Duration = Duration::from_secs(5);
-/// Sources and reasons that are told apart in one period, and so the lines that one period brings at most, twice.
+/// Pairs of source and reason that are counted one by one in a period.
 const KEPT: usize = 64;
-/// Bytes of a source or a reason that are kept: a reason may quote what a stranger sent.
+/// Bytes of a source or reason that are kept: a reason may quote bytes of a peer.
 const TEXT: usize = 256;
 
 impl LogLimits {

@@ -17,7 +17,7 @@ pub(super) struct Memory {
     pause: u32,
 }
 
-/// Connections that must have ended to be worth it: a few MiB.
+/// Ended connections from which memory is given back: a few MiB.
 const WORTH_IT: usize = 256;
 /// Looks between two changes that are cleared up after.
 const PAUSE: u32 = 10;

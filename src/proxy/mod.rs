@@ -314,7 +314,7 @@ impl ListenerConfig for http::expose::Plan {
     }
 }
 
-/// Time between looks at what could be given back.
+/// Interval between two checks for memory to give back.
 const TIDY: Duration = Duration::from_secs(1);
-/// An hour: nothing is waited for.
+/// Wait while no listener has failed to bind.
 const NOTHING_FAILED: Duration = Duration::from_secs(3600);

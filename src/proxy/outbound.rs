@@ -315,7 +315,7 @@ async fn connect(
         }
     }
     Err(match reasons[..] {
-        [] => Fault::new(outcome, "no discovery chain has been received yet: the log has what the agent answered"),
+        [] => Fault::new(outcome, "no discovery chain received yet: the log has the last error of the agent"),
         _ => Fault::new(outcome, reasons.join("; ")),
     })
 }
@@ -426,8 +426,8 @@ async fn reach(
     }
 }
 
-/// How long a connection waits for the agent to tell where its upstream leads, as long as Consul's default for a
-/// connection to an instance.
+/// Time that a connection waits for the discovery chain of its upstream, as long as Consul's default connect timeout.
 const AWAITED: Duration = Duration::from_secs(5);
-/// A connection that the instance's side ends within this time and without a byte was none: its app did not take it.
+/// A connection that the far sidecar closes within this time and without a byte counts as failed: its app did not take
+/// it.
 const MOMENT: Duration = Duration::from_secs(1);

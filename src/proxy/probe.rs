@@ -106,7 +106,7 @@ pub(super) fn spare(mut mesh: MeshStream<Socket>, tls: &Arc<tls::Client>, instan
     });
 }
 
-/// From one probe of an instance to the next, give or take a quarter.
+/// Interval between two probes of an instance, give or take a quarter.
 const PERIOD: Duration = Duration::from_millis(600);
-/// For one probe at most.
+/// Timeout of one probe.
 const TIME: Duration = Duration::from_secs(3);

@@ -70,24 +70,11 @@ mod tests {
 
     use super::*;
     use crate::proxy::fixture::service;
+    use crate::snapshot::fixture::intention;
     use crate::snapshot::{
         Action, Conditions, DefaultPolicy, Hits, Intention, Intentions, PathRule, Permission, Protocol,
     };
     use crate::testing::ca::uri;
-
-    fn intention(source: &str, action: Option<Action>, permissions: Vec<Permission>) -> Intention {
-        Intention {
-            source_partition: "default".into(),
-            source_namespace: "default".into(),
-            source: source.into(),
-            destination: "db".into(),
-            action,
-            permissions,
-            token: None,
-            precedence: 9,
-            hits: Hits::default(),
-        }
-    }
 
     #[test]
     fn it_is_what_the_data_plane_decides() {
@@ -95,7 +82,8 @@ mod tests {
         let admin = Conditions { path, ..Conditions::default() };
         let deny = Permission { action: Action::Deny, conditions: Some(admin), token: None };
         let all = Permission { action: Action::Allow, conditions: Some(Conditions::default()), token: None };
-        let list = vec![intention("web", None, vec![deny, all]), intention("api", Some(Action::Allow), Vec::new())];
+        let web = Intention { permissions: vec![deny, all], ..intention("web", None, 9) };
+        let list = vec![web, intention("api", Some(Action::Allow), 9)];
         let default = DefaultPolicy { action: Action::Deny, source: "default policy".into(), hits: Hits::default() };
         let intentions = Intentions::new(list, default);
         let decide = |protocol, peer: &str, target: Option<&str>| {

@@ -19,11 +19,11 @@ use super::socket::Socket;
 use crate::stats::{ClusterStats, ListenerStats};
 use crate::tls::{Scratch, Stream, with_scratch};
 
-/// A connection on which nothing has moved for so long rests.
+/// Time without a byte after which a connection counts as idle.
 const REST: Duration = Duration::from_millis(100);
-/// How long it is waited for.
+/// Longest wait for a connection to become idle.
 const REST_LIMIT: Duration = Duration::from_secs(5);
-/// Turns taken before other connections of the thread get theirs.
+/// Reads of one connection before other connections of the thread are polled.
 const TURNS: usize = 8;
 
 /// One relay. It is kept by the caller, so that a relay that is cut short still tells what it moved.

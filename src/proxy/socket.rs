@@ -197,10 +197,10 @@ fn tcp_info(stream: &TcpStream) -> io::Result<libc::tcp_info> {
     Ok(info)
 }
 
-/// First probe after 30 s of silence, then every 10 s; gone after four unanswered.
+/// TCP keepalive: first probe after 30 s of silence, then every 10 s; the peer is gone after four unanswered ones.
 const KEEPALIVE: TcpKeepalive =
     TcpKeepalive::new().with_time(Duration::from_secs(30)).with_interval(Duration::from_secs(10)).with_retries(4);
-/// The same while an answer is awaited: gone after some three seconds.
+/// TCP keepalive while a response is awaited: the peer is gone after some three seconds.
 const CLOSE_WATCH: TcpKeepalive =
     TcpKeepalive::new().with_time(Duration::from_secs(1)).with_interval(Duration::from_secs(1)).with_retries(2);
 

@@ -471,14 +471,16 @@ impl fmt::Debug for Sessions {
     }
 }
 
-/// Free sessions kept for each instance and thread: as many connections may begin at one time without a handshake.
+/// Idle sessions that are kept for each instance and thread: so many connections may begin at one time without a
+/// handshake.
 const KEPT: usize = 64;
-/// How long a client keeps a free session, and how often it looks.
+/// Time for which a client keeps an idle session.
 const IDLE_TIME: Duration = Duration::from_secs(3);
+/// Interval between two checks for idle sessions to close.
 const SWEEP_TIME: Duration = Duration::from_secs(1);
-/// How long an instance is connected to without the offer of a tunnel after it refused that.
+/// Time for which an instance that refused the tunnel is connected to without offering it.
 const REFUSED_TIME: Duration = Duration::from_secs(300);
-/// How long a server does: longer, so that it is the client that closes first as a rule.
+/// Time for which a server keeps an idle session: longer than [`IDLE_TIME`], so that the client closes first as a rule.
 pub(super) const SERVER_IDLE_TIME: Duration = Duration::from_secs(10);
 
 #[cfg(any(test, fuzzing))]

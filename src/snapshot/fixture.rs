@@ -1,8 +1,8 @@
-//! What tests of routes need.
+//! Values for tests: route matches, requests and intentions.
 
 use http::{HeaderMap, HeaderValue};
 
-use super::{PathMatch, RequestView, RouteMatch, Text};
+use super::{Action, Hits, Intention, PathMatch, RequestView, RouteMatch, Text};
 
 pub(super) fn exact(path: &str) -> PathMatch {
     PathMatch::Exact(Text::new(path, false))
@@ -27,4 +27,19 @@ pub(super) fn headers(list: &[(&'static str, &'static str)]) -> HeaderMap {
         map.append(*name, HeaderValue::from_static(value));
     }
     map
+}
+
+/// An intention for `db` in the default namespace, without permissions.
+pub(crate) fn intention(source: &str, action: Option<Action>, precedence: u32) -> Intention {
+    Intention {
+        source_partition: "default".into(),
+        source_namespace: "default".into(),
+        source: source.into(),
+        destination: "db".into(),
+        action,
+        permissions: Vec::new(),
+        token: None,
+        precedence,
+        hits: Hits::default(),
+    }
 }

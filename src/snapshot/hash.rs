@@ -167,8 +167,9 @@ impl HashTable {
     }
 }
 
-/// What Consul and Envoy take for the size of a ring where nothing is set, and the most that Envoy takes.
+/// Default size of a hash ring in Consul and Envoy.
 pub const MINIMUM_RING: u64 = 1024;
+/// Largest hash ring that Envoy accepts.
 pub const MAXIMUM_RING: u64 = 8 << 20;
 
 /// Points on a circle, some for each instance: a hash leads to the next point (Ketama).

@@ -11,7 +11,7 @@ use super::request::RequestView;
 use crate::jwt::{Providers, Verified};
 use crate::tls::SpiffeId;
 
-/// Stands for any name, in a source's namespace and name and in a destination.
+/// Matches any name, in a source's namespace and name and in a destination.
 const ANY: &str = "*";
 
 /// One intention that names us, or a wildcard, as destination.

@@ -9,7 +9,7 @@ mod chain;
 mod edits;
 mod exposed;
 #[cfg(test)]
-mod fixture;
+pub(crate) mod fixture;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod hash;

@@ -4,7 +4,7 @@ use std::fmt::{self, Write};
 
 use regex::bytes::{Regex, RegexBuilder};
 
-/// Memory that one compiled pattern may take, in bytes. Matching takes linear time whatever the pattern.
+/// Largest compiled pattern, in bytes. Matching takes linear time whatever the pattern.
 const SIZE_LIMIT: usize = 4 << 20;
 
 /// A compiled pattern. It must match the whole value, as in Envoy.

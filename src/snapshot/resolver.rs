@@ -1,5 +1,6 @@
 //! The ends of a chain: resolvers and their targets.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -56,12 +57,20 @@ pub struct Target {
 }
 
 impl Target {
-    /// Shakes hands with its instances. Its name, the SNI, is also what Envoy calls the cluster.
+    /// The TLS client for its instances, whose name is the SNI.
     #[must_use]
     pub fn tls(&self) -> &Arc<tls::Client> {
         match &self.transport {
             Transport::Mesh(tls) => tls,
         }
+    }
+
+    /// The name of its cluster, as Consul gives it to Envoy (1.19.2, `CustomizeClusterName`): the SNI, behind the hash of
+    /// the settings that the chain was compiled with.
+    #[must_use]
+    pub fn cluster(&self) -> Cow<'_, str> {
+        let sni = self.tls().name().to_str();
+        if self.customization_hash.is_empty() { sni } else { format!("{}~{sni}", self.customization_hash).into() }
     }
 }
 

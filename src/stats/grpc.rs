@@ -9,9 +9,9 @@ use super::value::Counter;
 
 /// Methods of one destination that are counted.
 const METHODS: usize = 64;
-/// Longest path of a method that is counted.
+/// Longest path of a method that is counted, in bytes.
 const LONGEST: usize = 256;
-/// Statuses that gRPC has.
+/// Number of gRPC status codes.
 const STATUSES: usize = 17;
 
 /// Calls of one destination; without a call it takes no memory.

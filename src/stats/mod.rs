@@ -69,9 +69,9 @@ struct Groups {
     callers: BTreeMap<String, Arc<CallerStats>>,
 }
 
-/// Services that are counted one by one; what comes after them is counted together.
+/// Calling services that are counted one by one; further ones are counted together as [`OTHERS`].
 const CALLERS: usize = 256;
-/// Stands for those.
+/// Label of the calling services that are counted together.
 const OTHERS: &str = "(others)";
 
 impl Registry {

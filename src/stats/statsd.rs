@@ -11,7 +11,7 @@ use super::group::{Sample, Value};
 use super::prometheus::milliseconds;
 use super::value::Times;
 
-/// Longest packet in bytes: what an Ethernet frame takes behind IPv6 and UDP headers.
+/// Longest packet in bytes: the payload of an Ethernet frame behind IPv6 and UDP headers.
 pub const LONGEST: usize = 1_432;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

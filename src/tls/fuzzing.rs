@@ -82,18 +82,18 @@ fn between(mut changes: &[u8]) {
         let said = vec![round; usize::from(round) * 700 + 1];
         let spoken = say(&mut client, &said);
         carry(&near, &far, &mut changes);
-        if hear(&mut server, &mut asked).and(spoken).is_err() {
+        if receive(&mut server, &mut asked).and(spoken).is_err() {
             break;
         }
         let spoken = say(&mut server, &said);
         carry(&far, &near, &mut changes);
-        if hear(&mut client, &mut answered).and(spoken).is_err() {
+        if receive(&mut client, &mut answered).and(spoken).is_err() {
             break;
         }
     }
     let all: Vec<u8> = (0..6_u8).flat_map(|round| vec![round; usize::from(round) * 700 + 1]).collect();
-    for heard in [asked, answered] {
-        assert!(all.starts_with(&heard), "something is heard that nobody said");
+    for received in [asked, answered] {
+        assert!(all.starts_with(&received), "something is heard that nobody said");
     }
 }
 
@@ -115,12 +115,12 @@ fn say(stream: &mut Stream<Pipe>, plain: &[u8]) -> io::Result<()> {
 }
 
 /// Opens what is there.
-fn hear(stream: &mut Stream<Pipe>, heard: &mut Vec<u8>) -> io::Result<()> {
+fn receive(stream: &mut Stream<Pipe>, received: &mut Vec<u8>) -> io::Result<()> {
     let mut cx = Context::from_waker(Waker::noop());
     while stream.read_side() == ReadSide::Open {
         let opened = with_scratch(|scratch| {
             let opened = stream.poll_open(&mut cx, scratch);
-            heard.extend_from_slice(&scratch.opened);
+            received.extend_from_slice(&scratch.opened);
             opened
         });
         match opened {

@@ -11,7 +11,7 @@ use rustls_pki_types::SignatureVerificationAlgorithm;
 use super::certificate::{Certificate, Validity};
 use super::refusal::{PeerError, Purpose};
 
-/// The most authorities between a leaf and a root.
+/// Longest path: authorities between a leaf and a root.
 const MAX_AUTHORITIES: usize = 8;
 
 /// The most signatures that are checked in one search. A chain of three takes two; more are taken by authorities that

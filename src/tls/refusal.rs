@@ -7,7 +7,7 @@ use rustls::{AlertDescription, CertificateError, OtherError};
 
 use super::spiffe::SpiffeId;
 
-/// The most certificates that a peer may show. Consul's chains have two or three, and four after a rotation.
+/// Certificates in a peer's chain at most. Consul's chains have two or three, and four after a rotation.
 pub(super) const MAX_CERTIFICATES: usize = 32;
 
 /// Why a peer is not spoken to, although its chain may be good.

@@ -174,22 +174,22 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
     /// # Errors
     /// See [`HandshakeError`]; the peer has been sent the alert that says why.
     pub async fn accept_offer(mut io: IO, server: &Server) -> Result<Self, HandshakeError> {
-        let mut heard = Vec::new();
+        let mut received = Vec::new();
         let mut hello = ClientHello::default();
         let config = loop {
-            let start = heard.len();
-            if !read_more(&mut io, &mut heard).await.map_err(HandshakeError::Io)? {
+            let start = received.len();
+            if !read_more(&mut io, &mut received).await.map_err(HandshakeError::Io)? {
                 let left = HandshakeError::Io(io::ErrorKind::UnexpectedEof.into());
-                return Err(if heard.is_empty() { HandshakeError::Silent } else { left });
+                return Err(if received.is_empty() { HandshakeError::Silent } else { left });
             }
-            match hello.read(&heard[start..], server) {
+            match hello.read(&received[start..], server) {
                 Some(config) => break config,
-                None if heard.len() < HELLO_LIMIT => {}
+                None if received.len() < HELLO_LIMIT => {}
                 // The session comes to the same end, and tells the peer why.
                 None => break server.config([]),
             }
         };
-        Self::shake(io, Session::server(config).map_err(HandshakeError::Tls)?, heard).await
+        Self::shake(io, Session::server(config).map_err(HandshakeError::Tls)?, received).await
     }
 
     /// Shakes hands as the client of a connection.
@@ -222,8 +222,8 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
             blocked: false,
             read: ReadSide::Open,
         };
-        let mut heard = stream.session.is_client() || !stream.incoming.is_empty();
-        let shaken = poll_fn(|cx| with_scratch(|scratch| stream.poll_shake(cx, scratch, &mut heard))).await;
+        let mut received = stream.session.is_client() || !stream.incoming.is_empty();
+        let shaken = poll_fn(|cx| with_scratch(|scratch| stream.poll_shake(cx, scratch, &mut received))).await;
         if let Err(HandshakeError::Tls(_)) = shaken {
             // The alert that says why: worth one try, not a wait.
             let _ = poll_fn(|cx| Poll::Ready(stream.poll_flush(cx))).await;
@@ -237,7 +237,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
         &mut self,
         cx: &mut Context<'_>,
         scratch: &mut Scratch,
-        heard: &mut bool,
+        received: &mut bool,
     ) -> Poll<Result<(), HandshakeError>> {
         loop {
             let mut held = std::mem::take(&mut self.incoming);
@@ -262,9 +262,9 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
             ready!(Pin::new(&mut self.io).poll_read(cx, &mut buffer)).map_err(HandshakeError::Io)?;
             if buffer.filled().is_empty() {
                 let left = HandshakeError::Io(io::ErrorKind::UnexpectedEof.into());
-                return Poll::Ready(Err(if *heard { left } else { HandshakeError::Silent }));
+                return Poll::Ready(Err(if *received { left } else { HandshakeError::Silent }));
             }
-            *heard = true;
+            *received = true;
             if self.incoming.len() + buffer.filled().len() > HANDSHAKE_LIMIT {
                 return Poll::Ready(Err(HandshakeError::too_large()));
             }
@@ -462,8 +462,8 @@ async fn read_more<IO: AsyncRead + Unpin>(io: &mut IO, to: &mut Vec<u8>) -> io::
     .await
 }
 
-/// More than any honest peer's handshake: a chain of certificates is a few KiB.
+/// Longest handshake, in bytes: a chain of certificates is a few KiB.
 const HANDSHAKE_LIMIT: usize = TURN;
 
-/// More than any honest client's first message.
+/// Longest ClientHello, in bytes.
 const HELLO_LIMIT: usize = 64 * 1024;

@@ -8,8 +8,8 @@ use rustls::NamedGroup;
 use rustls::client::{ClientSessionStore, Tls12ClientSessionValue, Tls13ClientSessionValue};
 use rustls_pki_types::ServerName;
 
-/// TLS 1.3 tickets are used once each, so as many are kept as connections may be opened at about the same
-/// time; a ticket is about 2 KiB.
+/// Tickets kept for each server: a TLS 1.3 ticket is used once, so as many as connections open at about the same time.
+/// A ticket is about 2 KiB.
 const TICKETS: usize = 32;
 
 /// One target's sessions. A [`super::Client`] belongs to one target, so the server name, which is the same

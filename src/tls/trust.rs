@@ -17,7 +17,7 @@ use super::der::{Der, SEQUENCE};
 use super::path::Search;
 use super::refusal::{MAX_CERTIFICATES, PeerError, Purpose};
 
-/// A root may have been made a moment ago on a host whose clock is a little ahead of ours.
+/// Tolerance for the clock of the host that made a root a moment ago.
 const CLOCK_SKEW: Duration = Duration::from_secs(60);
 
 /// The roots by trust domain. Those of one trust domain vouch for no identity of another.

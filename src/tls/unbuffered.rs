@@ -180,7 +180,7 @@ fn step<D>(
         ConnectionState::BlockedHandshake => Ok(Some(Next::NeedsMore)),
         ConnectionState::WriteTraffic(_) => Ok(Some(Next::Established)),
         ConnectionState::PeerClosed | ConnectionState::Closed => Ok(Some(Next::PeerClosed)),
-        _ => Err(Error::General("a state of TLS that was never asked for".into())),
+        _ => Err(Error::General("an unexpected state of the TLS session".into())),
     });
     (used, next)
 }

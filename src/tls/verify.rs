@@ -47,7 +47,7 @@ struct Known {
     valid: Validity,
 }
 
-/// Leaves remembered at a time. A peer renews its own every few days.
+/// Verified leaves that are remembered. A peer renews its own every few days.
 const KNOWN: usize = 512;
 
 impl Peers {

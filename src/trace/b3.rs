@@ -90,7 +90,7 @@ fn parse(line: &[u8]) -> Option<B3> {
     }
     let (sampled, debug) = match state.map(decision) {
         None => (None, false),
-        Some(said) => said.map(|(sampled, debug)| (Some(sampled), debug))?,
+        Some(sampling) => sampling.map(|(sampled, debug)| (Some(sampled), debug))?,
     };
     let (parent, short) = ids(first, span)?;
     let grandparent = above.map(|above| span_id(above).ok_or(())).transpose().ok()?;
@@ -109,14 +109,14 @@ fn gather([trace, span, above, sampled, flags]: [Found<&[u8]>; 5]) -> Option<B3>
         _ => return None,
     };
     let debug = field(flags)? == Some(b"1");
-    let said = match field(sampled)? {
+    let sampling = match field(sampled)? {
         None => None,
         Some(text) => Some(decision(text)?),
     };
-    let debug = debug || said.is_some_and(|(_, debug)| debug);
+    let debug = debug || sampling.is_some_and(|(_, debug)| debug);
     let grandparent = field(above)?.and_then(span_id);
     let form = Form { single: false, short: ids.is_some_and(|(_, short)| short), debug };
-    let sampled = if debug { Some(true) } else { said.map(|(sampled, _)| sampled) };
+    let sampled = if debug { Some(true) } else { sampling.map(|(sampled, _)| sampled) };
     Some(B3 { parent: ids.map(|(parent, _)| parent), grandparent, sampled, form })
 }
 

@@ -17,8 +17,9 @@ use tokio::task::spawn_blocking;
 
 use super::settings::{Collector, Headers};
 
+/// Timeout of a connection to the collector.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Of an answer; a collector has little to say.
+/// Longest body of a collector's answer, in bytes.
 const LONGEST_ANSWER: usize = 64 * 1024;
 
 pub(super) struct Client {
@@ -105,14 +106,14 @@ impl Client {
         if self.grpc {
             let trailers = answer.trailers().cloned();
             check_call(&head.headers, trailers.as_ref())?;
-            let said = answer.to_bytes();
-            return Ok(said.slice(said.len().min(PREFIX)..));
+            let frame = answer.to_bytes();
+            return Ok(frame.slice(frame.len().min(PREFIX)..));
         }
         Ok(answer.to_bytes())
     }
 }
 
-/// Of a message of gRPC: whether it is compressed, and its length.
+/// Length of a gRPC message's prefix, in bytes: a flag for compression, and the length of the message.
 const PREFIX: usize = 5;
 
 fn message(body: &[u8]) -> Bytes {

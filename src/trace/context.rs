@@ -115,17 +115,17 @@ mod tests {
             ),
             (vec![("traceparent", &w3c), ("b3", "?")], ID, Some(true), (true, false)),
         ] {
-            let Caller::Trace { parent, sampled: said, forms: found, .. } = read(&headers(&lines)) else {
+            let Caller::Trace { parent, sampled: decision, forms: found, .. } = read(&headers(&lines)) else {
                 panic!("{lines:?}")
             };
             assert_eq!((parent.trace_id, parent.span_id), (id(trace), 0x00f0_67aa_0ba9_02b7), "{lines:?}");
-            assert_eq!((said, (found.w3c.is_some(), found.b3.is_some())), (sampled, forms), "{lines:?}");
+            assert_eq!((decision, (found.w3c.is_some(), found.b3.is_some())), (sampled, forms), "{lines:?}");
         }
     }
 
     #[test]
     fn a_decision_may_come_without_a_trace() {
-        for (lines, said) in [
+        for (lines, decision) in [
             (vec![], None),
             (vec![("tracestate", "a=b"), ("baggage", "c=d")], None),
             (vec![("b3", "0")], Some(false)),
@@ -134,7 +134,7 @@ mod tests {
             (vec![("x-b3-sampled", "0")], Some(false)),
             (vec![("x-b3-sampled", "true")], Some(true)),
         ] {
-            assert_eq!(read(&headers(&lines)), Caller::Nothing(said), "{lines:?}");
+            assert_eq!(read(&headers(&lines)), Caller::Nothing(decision), "{lines:?}");
         }
     }
 

@@ -176,8 +176,8 @@ impl Reader<'_> {
                 return None;
             }
         };
-        let asked = if name == "always_off" { 0.0 } else { 1.0 };
-        Some(Sampler { respects_caller, ratio, asked })
+        let requested_ratio = if name == "always_off" { 0.0 } else { 1.0 };
+        Some(Sampler { respects_caller, ratio, requested_ratio })
     }
 
     fn ratio(&mut self) -> f64 {
@@ -253,9 +253,11 @@ fn is_url(text: &str) -> bool {
     reqwest::Url::parse(text).is_ok_and(|url| matches!(url.scheme(), "http" | "https") && url.has_host())
 }
 
+/// Shortest delay between two batches.
 const SHORTEST_DELAY: Duration = Duration::from_millis(10);
-/// A day.
+/// Longest time that a variable may set, in milliseconds: a day.
 const MOST_MILLISECONDS: u64 = 24 * 60 * 60 * 1000;
+/// Longest queue, and largest batch, that a variable may set, in spans.
 const MOST_SPANS: usize = 100_000;
 
 #[cfg(test)]
@@ -327,7 +329,7 @@ mod tests {
 
     #[test]
     fn samplers_have_the_names_of_the_specification() {
-        for (name, ratio, respects_caller, expected, asked) in [
+        for (name, ratio, respects_caller, expected, requested_ratio) in [
             ("always_on", None, false, 1.0, 1.0),
             ("always_off", None, false, 0.0, 0.0),
             ("parentbased_always_off", None, true, 0.0, 1.0),
@@ -336,7 +338,7 @@ mod tests {
         ] {
             let mut variables = vec![("OTEL_TRACES_SAMPLER", name)];
             variables.extend(ratio.map(|ratio| ("OTEL_TRACES_SAMPLER_ARG", ratio)));
-            let expected = Sampler { respects_caller, ratio: expected, asked };
+            let expected = Sampler { respects_caller, ratio: expected, requested_ratio };
             assert_eq!(read(&variables).0.sampler(&Settings::default()), expected, "{name}");
         }
     }

@@ -12,9 +12,9 @@ use super::span::Span;
 use super::{otlp, zipkin};
 use crate::stats::SpanCounts;
 
-/// Times that a batch is sent at most.
+/// Attempts to send one batch at most.
 const TRIES: u32 = 3;
-/// Before the second time, and twice that before the third.
+/// Pause before the second attempt; twice as long before the third.
 const PAUSE: Duration = Duration::from_millis(500);
 
 /// Sends to one collector.
@@ -101,7 +101,7 @@ impl Exporter {
         let client = self.client.insert(client);
         match &self.collector {
             Collector::Zipkin(_) => client.post(zipkin::encode(&self.origin, batch)).await.map(|_| 0),
-            Collector::Otlp(_) => client.post(otlp::encode(&self.origin, batch)).await.map(|said| otlp::refused(&said)),
+            Collector::Otlp(_) => client.post(otlp::encode(&self.origin, batch)).await.map(|body| otlp::refused(&body)),
         }
     }
 

@@ -68,7 +68,7 @@ impl Otlp {
 }
 
 impl Collector {
-    /// For one request; that of OTLP and of Zipkin in OpenTelemetry's specification.
+    /// Timeout of one request to the collector: the default of OpenTelemetry's specification for OTLP and Zipkin.
     pub const TIMEOUT: Duration = Duration::from_secs(10);
 
     #[must_use]

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::time::{Duration, SystemTime};
 
-/// Bytes of a text that somebody else chose. Envoy cuts paths there too.
+/// Longest tag with text from a peer or the app, in bytes. Envoy cuts paths at this length too.
 pub(super) const LONGEST: usize = 256;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -13,7 +13,7 @@ use super::{b3, w3c};
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const X_CLIENT_TRACE_ID: HeaderName = HeaderName::from_static("x-client-trace-id");
 
-/// A request with this many headers gets none of ours: whoever comes next takes a hundred.
+/// Requests with this many headers get no trace headers: the next proxy or app may take a hundred at most.
 const ROOM: usize = 90;
 
 /// A request that belongs to a trace, with the tracer of the moment when it came.
@@ -34,27 +34,27 @@ pub struct Traced {
 impl Traced {
     /// Decides about a request that has come. `None`: it is not traced, and its headers go on as they are.
     pub(super) fn begin(tracer: &Arc<Active>, kind: Kind, headers: &HeaderMap) -> Option<Box<Self>> {
-        let asked = headers.contains_key(X_CLIENT_TRACE_ID);
+        let requested = headers.contains_key(X_CLIENT_TRACE_ID);
         let (caller, sampler) = (read(headers), &tracer.sampler);
-        let begun = |said: Option<bool>| {
+        let new_trace = |decision: Option<bool>| {
             let trace_id = tracer.new_trace_id();
-            let said = said.filter(|_| sampler.respects_caller);
-            let is_sampled = said.unwrap_or_else(|| sampler.begins(trace_id, asked));
+            let decision = decision.filter(|_| sampler.respects_caller);
+            let is_sampled = decision.unwrap_or_else(|| sampler.begins(trace_id, requested));
             // A caller's own word goes on as it is.
-            let is_told = is_sampled || (said.is_none() && sampler.draws());
+            let propagates = is_sampled || (decision.is_none() && sampler.draws());
             let forms = Forms {
                 w3c: Some(u8::from(is_sampled) * w3c::SAMPLED),
                 b3: Some(b3::Form { short: tracer.short_ids, ..b3::Form::default() }),
             };
             let ids = Ids { trace_id, span_id: new_span_id(), ..Ids::default() };
-            is_told.then_some((ids, is_sampled, true, forms))
+            propagates.then_some((ids, is_sampled, true, forms))
         };
         let (ids, is_sampled, begins, forms) = match caller {
             Caller::Unknown => return None,
-            Caller::Nothing(said) => begun(said)?,
+            Caller::Nothing(decision) => new_trace(decision)?,
             Caller::Trace { parent, grandparent, sampled, forms } => {
-                let said = sampled.filter(|_| sampler.respects_caller);
-                let is_sampled = said.unwrap_or_else(|| sampler.begins(parent.trace_id, asked));
+                let decision = sampled.filter(|_| sampler.respects_caller);
+                let is_sampled = decision.unwrap_or_else(|| sampler.begins(parent.trace_id, requested));
                 if !is_sampled {
                     return None;
                 }

@@ -7,7 +7,7 @@ use super::fields::{Found, Parent, hex, single, value};
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 pub(super) const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 
-/// The flag that says that the caller records the trace.
+/// Flag of `traceparent`: the caller records the trace.
 pub(super) const SAMPLED: u8 = 1;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

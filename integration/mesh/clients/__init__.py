@@ -16,7 +16,7 @@ from ..servers import Absent, program
 HERE = pathlib.Path(__file__).resolve().parent
 
 
-def told(path, status=None, headers=(), body=b"", complete=False):
+def result(path, status=None, headers=(), body=b"", complete=False):
     return {"path": path, "status": status, "headers": [[name.lower(), value] for name, value in headers], "body": body.decode("latin-1"), "complete": complete}
 
 
@@ -28,13 +28,13 @@ def python(port, paths, _directory):
             conn.request("GET", path, headers={"Host": "shop"})
             response = conn.getresponse()
         except (OSError, http.client.HTTPException):
-            yield told(path)
+            yield result(path)
             continue
         try:
-            yield told(path, response.status, response.getheaders(), response.read(), True)
+            yield result(path, response.status, response.getheaders(), response.read(), True)
         # A chunk size below zero is a ValueError.
         except (OSError, ValueError, http.client.HTTPException):
-            yield told(path, response.status, response.getheaders())
+            yield result(path, response.status, response.getheaders())
         finally:
             conn.close()
 
@@ -55,13 +55,13 @@ def http10(port, paths, _directory):
             got = got.partition(b"\r\n\r\n")[2]
         head, found, body = got.partition(b"\r\n\r\n")
         if not found or not head.split(b" ")[1:2] or not head.split(b" ")[1].isdigit():
-            yield told(path)
+            yield result(path)
             continue
         headers = [line.decode("latin-1").partition(":")[::2] for line in head.split(b"\r\n")[1:]]
         headers = [(name.lower(), value.strip(" \t")) for name, value in headers]
         if (length := dict(headers).get("content-length", "")).isdigit():
             complete, body = len(body) >= int(length), body[:int(length)]
-        yield told(path, int(head.split(b" ")[1]), headers, body, complete)
+        yield result(path, int(head.split(b" ")[1]), headers, body, complete)
 
 
 def curl(*version):
@@ -78,11 +78,11 @@ def curl(*version):
             for file in (head, body):
                 file.unlink(missing_ok=True)
             if not blocks or done.returncode in (1, 8, 43):
-                return told(path)
+                return result(path)
             lines = blocks[-1].decode("latin-1").rstrip("\r\n").split("\r\n")
             status = int(lines[0].split(" ")[1])
             headers = [(name, value.strip(" \t")) for name, _, value in (line.partition(":") for line in lines[1:])]
-            return told(path, None if status < 200 else status, headers, content, done.returncode == 0 and status >= 200)
+            return result(path, None if status < 200 else status, headers, content, done.returncode == 0 and status >= 200)
 
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             yield from pool.map(one, range(len(paths)), paths)

@@ -124,21 +124,8 @@ fn conditions(conditions: &Conditions) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::snapshot::fixture::intention;
     use crate::snapshot::{DefaultPolicy, Hits, PathRule};
-
-    fn intention(source: &str, action: Option<Action>, precedence: u32) -> Intention {
-        Intention {
-            source_partition: "default".into(),
-            source_namespace: "default".into(),
-            source: source.into(),
-            destination: "db".into(),
-            action,
-            permissions: Vec::new(),
-            token: None,
-            precedence,
-            hits: Hits::default(),
-        }
-    }
 
     fn id_of(source: &str) -> Value {
         let regex = format!("^spiffe://td\\.consul/ns/default/dc/[^/]+/svc/{source}$");

@@ -210,7 +210,7 @@ function findings() {
   for (const entry of upstreams) {
     const last = problems.find(problem => problem.direction === 'outbound' && problem.listener === entry.name);
     const open = endpoints(entry).filter(each => !isUsed(each));
-    if (entry.waits_for_agent) tell('warn', `The agent has not told where ${entry.name} leads.`, '');
+    if (entry.waits_for_agent) tell('warn', `No discovery chain received yet for upstream ${entry.name}.`, '');
     else if (isDead(entry)) tell('bad', `${entry.name} has no usable instance.`, last ? last.cause : 'None is registered, or none passes its checks.');
     else if (open.length) tell('warn', `${entry.name}: ${open.map(each => `${each.address} is ${each.state}`).join(', ')}.`, 'It is passed over until it answers again.');
     const share = failing(entry, pick => outbound(entry, pick));

@@ -33,7 +33,7 @@ struct Line {
     style: Style,
 }
 
-/// Narrower than this, names are not worth more columns.
+/// Narrowest column of names; below this width, columns on the right are left out.
 const NAME: usize = 16;
 
 /// Its title, its width with the space before it, and its cells.
@@ -243,7 +243,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::cli::ask::Address;
+    use crate::cli::client::Address;
 
     fn status(time: u64, requests: u64) -> Value {
         let slow = requests / 20;

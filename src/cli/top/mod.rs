@@ -14,7 +14,7 @@ use serde_json::json;
 use tokio::sync::mpsc::{self, Sender};
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
 
-use super::ask::{Address, block_on};
+use super::client::{Address, block_on};
 use super::find::{Sidecar, Target};
 use super::{Command, Done, Exit};
 use draw::View;
@@ -46,10 +46,10 @@ const HELP: &str = " [options]
   Exits with 2 where -json ends while the sidecar does not answer.
 ";
 
-/// Time between two looks.
+/// Interval between two requests for the status.
 const PERIOD: Duration = Duration::from_secs(1);
 
-/// What may wait to be shown: more is asked for when it is taken.
+/// Capacity of the channel of events; readers wait when it is full.
 const WAITING: usize = 16;
 
 #[derive(Debug, Parser)]
@@ -142,7 +142,7 @@ async fn look(address: Address, events: Sender<Event>) {
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
-        if events.send(Event::Answer(Sidecar::ask(address.clone()).await)).await.is_err() {
+        if events.send(Event::Answer(Sidecar::fetch(address.clone()).await)).await.is_err() {
             return;
         }
     }

@@ -6,7 +6,7 @@ use crate::cli::find::Sidecar;
 use crate::cli::view::{count, list, number, of};
 use crate::stats::value::Times;
 
-/// Of the newest problems, so many are in each object.
+/// Problems in each JSON object, the newest ones.
 const PROBLEMS: usize = 10;
 
 /// A listener: the public one, or that of an upstream.
@@ -209,9 +209,9 @@ mod tests {
     fn rates_are_of_the_time_between() {
         let (before, now) = (status(1000, 10, 1), status(3000, 50, 2));
         let rows = rows(Some(&before), &now);
-        let told: Vec<_> = rows.iter().map(|row| (row.name(), row.rate(), row.errors(), row.denials())).collect();
-        assert_eq!(told[0], ("web", Some(20.0), Some(0.5), Some(0.5)));
-        assert_eq!(told[1], ("db", Some(20.0), Some(1.0), Some(0.0)));
+        let shown: Vec<_> = rows.iter().map(|row| (row.name(), row.rate(), row.errors(), row.denials())).collect();
+        assert_eq!(shown[0], ("web", Some(20.0), Some(0.5), Some(0.5)));
+        assert_eq!(shown[1], ("db", Some(20.0), Some(1.0), Some(0.0)));
         assert_eq!((rows[1].endpoints(), rows[1].state().as_str()), (Some((1, 4)), "1 ejected"));
         assert_eq!((rows[0].endpoints(), rows[0].denied(), rows[1].denied()), (None, Some(2), None));
     }
@@ -264,7 +264,7 @@ mod tests {
 
     #[test]
     fn the_object_tells_what_the_view_shows() {
-        let address = crate::cli::ask::Address::Tcp("127.0.0.1".into(), 1);
+        let address = crate::cli::client::Address::Tcp("127.0.0.1".into(), 1);
         let sidecar = Sidecar { address, status: status(2000, 20, 0) };
         let object = json(&sidecar, Some(&status(1000, 10, 0)));
         assert_eq!(object["rows"][1]["per_second"], 10.0);

@@ -62,10 +62,10 @@ impl Taken {
         static ONCE: Once = Once::new();
         // A panic ends the program where it happens, without a drop.
         ONCE.call_once(|| {
-            let tell = std::panic::take_hook();
+            let hook = std::panic::take_hook();
             std::panic::set_hook(Box::new(move |panic| {
                 give_back();
-                tell(panic);
+                hook(panic);
             }));
         });
         enable_raw_mode()?;

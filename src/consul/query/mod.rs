@@ -30,7 +30,7 @@ use super::schedule::{Done, Role};
 use super::token::Changes;
 use super::{Client, Cursor, Error, ErrorKind, Pool, Query, table};
 
-/// How often something is asked for that should have been blocked on, but came without an index.
+/// Interval between two requests of a query whose answer should have had an index and had none.
 const NO_INDEX_PERIOD: Duration = Duration::from_secs(10);
 
 /// A hot table can wake a query many times a second. It is asked again at once a few times, and then once in each of
@@ -38,7 +38,7 @@ const NO_INDEX_PERIOD: Duration = Duration::from_secs(10);
 const SPACING: Duration = Duration::from_millis(100);
 const PROMPT_SPACING: Duration = Duration::from_millis(10);
 
-/// A table watch that wakes all the time has the agent look through whole tables.
+/// Shortest interval between two wake-ups of a table watch, for which the agent reads whole tables.
 const TABLE_SPACING: Duration = Duration::from_secs(1);
 
 /// What goes on being asked.
@@ -127,7 +127,7 @@ impl RunningQuery {
     }
 
     /// Sends its request; one that blocks for as long as `wait`, or a fetch.
-    pub(super) async fn ask(&mut self, pool: Pool, wait: Option<Duration>) -> Result<Response, Error> {
+    pub(super) async fn send(&mut self, pool: Pool, wait: Option<Duration>) -> Result<Response, Error> {
         let Some(wait) = wait else {
             self.cursor = Cursor::None;
             self.intentions_index = None;

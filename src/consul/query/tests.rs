@@ -239,7 +239,7 @@ async fn a_kind_that_the_agent_does_not_know_is_missing() {
     let agent = Agent::start();
     agent.fault(Some(Fault::Status(500, "invalid config entry kind: mesh")));
     let client = Client::new(&agent.settings()).expect("the settings are good");
-    assert_eq!(client.ask(&Query::mesh_config()).await.expect("an answer").value, None);
+    assert_eq!(client.fetch(&Query::mesh_config()).await.expect("an answer").value, None);
 }
 
 async fn intentions_reach_us(before_1_9: bool) {
@@ -309,7 +309,7 @@ async fn an_answer_about_no_name_is_no_empty_list_of_intentions() {
     let client = Client::new(&agent.settings()).expect("the settings are good");
     for body in [json!({}), json!(null), json!({ "db": [], "web": [] })] {
         agent.set(MATCH, body);
-        assert!(client.ask(&Query::intentions("db")).await.is_err());
+        assert!(client.fetch(&Query::intentions("db")).await.is_err());
     }
 }
 
@@ -471,10 +471,10 @@ async fn a_refused_token_is_read_again() {
     let mut settings = agent.settings();
     settings.scope.token = Token::File(file.path().to_path_buf());
     let client = Client::new(&settings).expect("the settings are good");
-    let error = client.ask(&Query::ca_roots()).await.expect_err("the token is not known");
+    let error = client.fetch(&Query::ca_roots()).await.expect_err("the token is not known");
     assert!(error.is_forbidden() && !error.to_string().contains("first"), "{error}");
     file.write("second");
-    assert_eq!(client.ask(&Query::ca_roots()).await.expect("an answer").value.active_root_id, "a");
+    assert_eq!(client.fetch(&Query::ca_roots()).await.expect("an answer").value.active_root_id, "a");
 }
 
 #[tokio::test(start_paused = true)]
@@ -497,7 +497,7 @@ async fn the_default_policy_is_that_of_the_probe_else_of_the_header_else_deny() 
         let case = format!("{answer} {header:?}");
         agent.set(AUTHORIZE, answer);
         agent.default_policy(header.unwrap_or(""));
-        let policy = client.ask(&Query::default_policy("db")).await.expect("an answer").value;
+        let policy = client.fetch(&Query::default_policy("db")).await.expect("an answer").value;
         assert_eq!(policy.allow, allow, "{case}");
     }
 }

@@ -56,7 +56,7 @@ pub(super) struct Draft {
     effects: Effects,
     last: Option<Arc<Snapshot>>,
     /// Notes that were given out, so that each is once.
-    said: HashSet<String>,
+    logged: HashSet<String>,
 }
 
 impl Draft {
@@ -113,7 +113,7 @@ impl Draft {
             traces: Arc::default(),
             effects,
             last: None,
-            said: HashSet::new(),
+            logged: HashSet::new(),
         }
     }
 
@@ -252,12 +252,12 @@ impl Draft {
 
     /// What an operator should know and was not told yet.
     pub(super) fn notes(&mut self) -> Vec<String> {
-        /// More different notes than this are the doing of an agent gone mad; then some are told again.
+        /// Notes that are remembered as logged. Beyond this number some are logged again.
         const REMEMBERED: usize = 10_000;
-        if self.said.len() > REMEMBERED {
-            self.said.clear();
+        if self.logged.len() > REMEMBERED {
+            self.logged.clear();
         }
-        self.effects.notes.take().into_iter().filter(|note| self.said.insert(note.clone())).collect()
+        self.effects.notes.take().into_iter().filter(|note| self.logged.insert(note.clone())).collect()
     }
 
     /// Whether all is known that anything is published with.

@@ -9,7 +9,7 @@ use super::super::translate::endpoints::Instance;
 use crate::consul::api;
 use crate::snapshot::DefaultPolicy;
 
-/// News from the agent, with the query that brought it.
+/// An answer of the agent, with its query.
 #[derive(Debug)]
 pub(in crate::control) enum Update {
     Service(Box<api::AgentService>),

@@ -173,11 +173,11 @@ impl Upstreams {
 
     /// No connection waits for a chain that can't be had.
     fn give_up(&mut self, query: &Query, effects: &mut Effects) {
-        let mut news = false;
+        let mut any_given_up = false;
         for key in self.users_of(query) {
-            news |= self.drafts.get_mut(&key).is_some_and(UpstreamDraft::give_up);
+            any_given_up |= self.drafts.get_mut(&key).is_some_and(UpstreamDraft::give_up);
         }
-        if news {
+        if any_given_up {
             effects.publish(Urgency::Soon);
         }
     }

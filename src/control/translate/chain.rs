@@ -161,10 +161,10 @@ pub(in crate::control) fn plan(
     Ok(ChainPlan { service: wire.service_name.clone(), protocol, start, resolvers, targets })
 }
 
-/// Splitters that lead to splitters, at most; Consul's compiler leaves none.
+/// Deepest nesting of splitters. Consul's compiler flattens them.
 const MAX_SPLITTER_DEPTH: u32 = 3;
 
-/// Legs of one splitter, nested ones included, at most.
+/// Legs of one splitter at most, nested ones included.
 const MAX_LEGS: usize = 1000;
 
 /// Visits what is reachable and numbers the resolvers and targets as they come.

@@ -77,7 +77,7 @@ mod tests {
     fn what_is_not_understood_denies() {
         let (allow, deny) = (Some(Action::Allow), Some(Action::Deny));
         let permissions = json!([{"Action": "allow", "HTTP": {"PathPrefix": "/"}}]);
-        for (wire, expected, told) in [
+        for (wire, expected, noted) in [
             (json!({"Action": "allow"}), allow, false),
             (json!({"Action": "deny"}), deny, false),
             (json!({"Action": "allow", "SourceType": "consul"}), allow, false),
@@ -100,7 +100,7 @@ mod tests {
         ] {
             let mut wire = wire;
             wire["SourceName"] = "web".into();
-            assert_eq!(read(wire.clone()), (Some(("web".into(), expected)), told), "{wire}");
+            assert_eq!(read(wire.clone()), (Some(("web".into(), expected)), noted), "{wire}");
         }
     }
 

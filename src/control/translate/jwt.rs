@@ -16,14 +16,15 @@ use crate::jwt::{DEFAULT_CLOCK_SKEW, Forwarding, KeySet, Location, Provider};
 
 /// Consul asks for a time and has no default; this is its documentation's example, rounded.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
-/// No request for a key set takes longer, whatever the entry says.
+/// Longest timeout of a request for a key set that a jwt-provider may set.
 const LONGEST_REQUEST: Duration = Duration::from_secs(60);
-/// Envoy's default.
+/// Envoy's default time between two fetches of a key set.
 const CACHE_DURATION: Duration = Duration::from_secs(300);
-/// Key sets are not asked for more often than this.
+/// Shortest time between two fetches of a key set that a jwt-provider may set.
 const SHORTEST_CACHE: Duration = Duration::from_secs(5);
-/// Envoy's default for the time before the first retry.
+/// Envoy's default pause before the first retry of a fetch.
 const BACK_OFF: Duration = Duration::from_secs(1);
+/// Retries of one fetch that a jwt-provider may set at most.
 const MOST_RETRIES: u32 = 10;
 
 /// A provider but for keys that are kept elsewhere.

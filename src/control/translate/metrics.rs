@@ -7,7 +7,7 @@ use super::Notes;
 use super::opaque::Opaque;
 use crate::snapshot::MetricsSettings;
 
-/// The shortest time between packets; Envoy's own minimum is a millisecond, which is too much for anybody.
+/// Shortest interval between packets for statsd. Envoy's minimum is a millisecond.
 const SHORTEST_FLUSH: Duration = Duration::from_millis(100);
 
 /// What cannot be read is noted and left out.

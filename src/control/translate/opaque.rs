@@ -165,7 +165,7 @@ fn integer(value: &Value) -> Option<i64> {
 
 /// A float as the integer it stands for; a fraction is cut off, as Go's decoder does.
 fn whole(number: f64) -> Option<i64> {
-    /// Beyond this, a float is no longer exact about integers.
+    /// Largest integer up to which a double is exact (2^53).
     const EXACT: f64 = 9_007_199_254_740_992.0;
     (number.is_finite() && number.abs() <= EXACT).then_some(number as i64)
 }

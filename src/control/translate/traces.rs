@@ -212,7 +212,7 @@ fn sampler(listener: &Value) -> Sampler {
     Sampler {
         respects_caller: true,
         ratio: part("random_sampling") * overall,
-        asked: part("client_sampling") * overall,
+        requested_ratio: part("client_sampling") * overall,
     }
 }
 
@@ -309,7 +309,7 @@ mod tests {
         assert_eq!(read(json!({"@type": kind, "random_sampling": {"value": 25}})), Sampler::of_roots(0.25));
         assert_eq!(read(json!({"@type": kind})), Sampler::of_roots(1.0));
         let all = json!({"randomSampling": {"value": 50.0}, "clientSampling": {}, "overallSampling": {"value": 50}});
-        assert_eq!(read(all), Sampler { respects_caller: true, ratio: 0.25, asked: 0.0 });
+        assert_eq!(read(all), Sampler { respects_caller: true, ratio: 0.25, requested_ratio: 0.0 });
         assert_eq!(
             self::read(&json!({})),
             (Settings { service: "web".into(), node: "web-sidecar-proxy".into(), ..Settings::default() }, vec![])
@@ -331,7 +331,7 @@ mod tests {
         let named = || zipkin(json!({"collector_cluster": "zipkin"}));
         let secure = CLUSTER.replace("\"type\"", "\"transport_socket\": {}, \"type\"");
         let no_port = CLUSTER.replace("9411", "\"x\"");
-        for (typed, clusters, told) in [
+        for (typed, clusters, warning) in [
             (of_type("DatadogConfig", json!({"collector_cluster": "zipkin"})), CLUSTER, "Datadog is not supported"),
             (of_type("SkyWalkingConfig", json!({})), CLUSTER, "\"SkyWalkingConfig\" is not supported"),
             (json!({}), CLUSTER, "is not supported"),
@@ -351,7 +351,7 @@ mod tests {
         ] {
             let (collector, notes) = traced(&typed, clusters);
             assert_eq!((collector, notes.len()), (None, 1), "{typed}: {notes:?}");
-            assert!(notes[0].contains(told), "{told}: {notes:?}");
+            assert!(notes[0].contains(warning), "{warning}: {notes:?}");
         }
         for config in [
             json!({"envoy_tracing_json": "{"}),

@@ -274,10 +274,10 @@ fn greatest_common_divisor(mut a: u64, mut b: u64) -> u64 {
     a
 }
 
-/// Probes of a target's instances that may be under way at a time.
+/// Concurrent probes of a target's instances.
 pub(super) const PROBED_AT_ONCE: usize = 32;
-/// In milliseconds: what was longer ago, is no more.
+/// Time in milliseconds for which an event counts as recent.
 const OF_LATE: u64 = 60_000;
-/// How exactly such a time is kept, in milliseconds, so that few have to write it.
+/// Resolution of such a time in milliseconds, so that few threads have to write it.
 const NOTED: u64 = 1_000;
 const NEVER: u64 = u64::MAX;

@@ -76,7 +76,7 @@ impl Recent {
 
 const SECONDS: usize = 10;
 const REQUESTS_FOR_A_RETRY: u64 = 5;
-/// Retries at a time that need no budget; as many as Envoy allows at all by default.
+/// Concurrent retries that need no budget: Envoy's default limit of all retries.
 const ALWAYS: usize = 3;
 
 #[cfg(test)]

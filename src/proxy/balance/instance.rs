@@ -348,9 +348,9 @@ impl Gate {
 }
 
 const OPEN: u64 = 0;
-/// Shut, but its time is up.
+/// The circuit is open, and its time is up.
 const DUE: u64 = 1;
-/// Shut until its probe tells.
+/// The circuit is open until the result of a probe.
 const PROBED: u64 = u64::MAX;
 
 /// Says that a task sees when the instance can be reached again, until it is dropped.
@@ -403,15 +403,16 @@ fn millis(time: Duration) -> u64 {
 }
 
 const ASIDE: Duration = Duration::from_secs(1);
-/// In a row, for an instance to be put aside.
+/// Unanswered connects in a row after which an instance is put aside.
 const UNANSWERED: u32 = 2;
 const ASIDE_LIMIT: Duration = Duration::from_secs(30);
-/// Envoy's `max_ejection_time`, which Consul leaves as it is.
+/// Longest ejection: Envoy's `max_ejection_time`, which Consul does not set.
 const EJECTION_LIMIT: Duration = Duration::from_secs(300);
-/// Latencies count as equal below this ratio, else noise would send all traffic to one of two like instances.
+/// Ratio below which two latencies count as equal, so that noise does not send all traffic to one of two like
+/// instances.
 const CLEARLY: f32 = 1.5;
 const FIRST_WINDOW: u32 = 8;
-/// After as many successes beyond the first window there is none any more.
+/// Successes after which a new instance has no window any more.
 const LAST_WINDOW: u32 = 256;
 const UNLIMITED: u32 = u32::MAX;
 

@@ -152,12 +152,12 @@ fn micros(sample: Duration) -> f32 {
 /// In milliseconds: after so long without a sample, 37 % of an average are left that one sample alone speaks for.
 /// Twice as long for each that agrees.
 const FIRST_TIME_CONSTANT: f32 = 50.0;
-/// Samples that make an average as sure as it gets, with a time constant of 6.4 s.
+/// Agreeing samples after which an average is as sure as it gets, with a time constant of 6.4 s.
 const SURE: u8 = 7;
-/// A sample agrees with an average that it differs from by less than this factor.
+/// Factor within which a sample agrees with the average.
 const NEAR: f32 = 2.0;
 const RISE: f32 = 4.0;
-/// In microseconds, added to every estimate: differences below are noise.
+/// Added to every estimate, in microseconds: smaller differences are noise.
 const FLOOR: f32 = 500.0;
 
 #[cfg(test)]

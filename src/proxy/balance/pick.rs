@@ -23,26 +23,31 @@ impl Balancer {
         mut random: impl FnMut(u64) -> u64,
     ) -> Option<Picked> {
         note(&self.shared.used, now);
-        let ask = Ask { now, tried };
+        let attempt = Attempt { now, tried };
         // Another thread may be faster at a probe. That is rare, and twice in a row rarer.
         for _ in 0..PROBES {
-            let Some(instance) = self.choose(hash, &ask, &mut random) else { break };
+            let Some(instance) = self.choose(hash, &attempt, &mut random) else { break };
             if let Some(picked) = self.take(instance, now, &mut random) {
                 return Some(picked);
             }
         }
-        self.last_resort(&ask, &mut random)
+        self.last_resort(&attempt, &mut random)
     }
 
-    fn choose(&self, hash: Option<u64>, ask: &Ask<'_>, random: &mut impl FnMut(u64) -> u64) -> Option<&Arc<Instance>> {
+    fn choose(
+        &self,
+        hash: Option<u64>,
+        attempt: &Attempt<'_>,
+        random: &mut impl FnMut(u64) -> u64,
+    ) -> Option<&Arc<Instance>> {
         match self.settings.policy {
-            Policy::Unset => self.least_loaded(2, self.settings.http, ask, random),
-            Policy::LeastRequest { choices } => self.least_loaded(choices, false, ask, random),
-            Policy::RoundRobin => self.next_in_turn(ask),
-            Policy::Random => self.draw(ask, random),
+            Policy::Unset => self.least_loaded(2, self.settings.http, attempt, random),
+            Policy::LeastRequest { choices } => self.least_loaded(choices, false, attempt, random),
+            Policy::RoundRobin => self.next_in_turn(attempt),
+            Policy::Random => self.draw(attempt, random),
             Policy::RingHash { .. } | Policy::Maglev => match (hash, &self.table) {
-                (Some(hash), Some(table)) => self.hashed(hash, table, ask),
-                _ => self.draw(ask, random),
+                (Some(hash), Some(table)) => self.hashed(hash, table, attempt),
+                _ => self.draw(attempt, random),
             },
         }
     }
@@ -52,12 +57,12 @@ impl Balancer {
         &self,
         choices: u32,
         by_latency: bool,
-        ask: &Ask<'_>,
+        attempt: &Attempt<'_>,
         random: &mut impl FnMut(u64) -> u64,
     ) -> Option<&Arc<Instance>> {
-        let now = by_latency.then_some(ask.now);
-        let better = |best, other: &Arc<Instance>| ask.fits(other) && other.beats(best, now);
-        let mut best = self.draw(ask, random)?;
+        let now = by_latency.then_some(attempt.now);
+        let better = |best, other: &Arc<Instance>| attempt.fits(other) && other.beats(best, now);
+        let mut best = self.draw(attempt, random)?;
         if self.instances.len() <= choices.max(2) as usize {
             return Some(
                 self.instances.iter().fold(best, |best, other| if better(best, other) { other } else { best }),
@@ -73,9 +78,9 @@ impl Balancer {
     }
 
     /// One that fits, with a chance by its weight.
-    fn draw(&self, ask: &Ask<'_>, random: &mut impl FnMut(u64) -> u64) -> Option<&Arc<Instance>> {
-        let drawn = (0..DRAWS).find_map(|_| self.draw_any(random).filter(|instance| ask.fits(instance)));
-        drawn.or_else(|| self.search(usize::try_from(random(self.instances.len().max(1) as u64)).unwrap_or(0), ask))
+    fn draw(&self, attempt: &Attempt<'_>, random: &mut impl FnMut(u64) -> u64) -> Option<&Arc<Instance>> {
+        let drawn = (0..DRAWS).find_map(|_| self.draw_any(random).filter(|instance| attempt.fits(instance)));
+        drawn.or_else(|| self.search(usize::try_from(random(self.instances.len().max(1) as u64)).unwrap_or(0), attempt))
     }
 
     fn draw_any(&self, random: &mut impl FnMut(u64) -> u64) -> Option<&Arc<Instance>> {
@@ -102,7 +107,7 @@ impl Balancer {
         self.instances.get(self.cumulated.partition_point(|&sum| sum <= point))
     }
 
-    fn next_in_turn(&self, ask: &Ask<'_>) -> Option<&Arc<Instance>> {
+    fn next_in_turn(&self, attempt: &Attempt<'_>) -> Option<&Arc<Instance>> {
         let next = || {
             let turn = self.shared.turn.fetch_add(1, Ordering::Relaxed);
             match self.cumulated.last() {
@@ -114,40 +119,40 @@ impl Balancer {
                 None => self.instances.get(usize::try_from(turn).unwrap_or(0).checked_rem(self.instances.len())?),
             }
         };
-        let drawn = (0..DRAWS).find_map(|_| next().filter(|instance| ask.fits(instance)));
+        let drawn = (0..DRAWS).find_map(|_| next().filter(|instance| attempt.fits(instance)));
         drawn.or_else(|| {
             let turn = self.shared.turn.load(Ordering::Relaxed).checked_rem(self.instances.len() as u64)?;
-            self.search(usize::try_from(turn).unwrap_or(0), ask)
+            self.search(usize::try_from(turn).unwrap_or(0), attempt)
         })
     }
 
-    fn hashed(&self, hash: u64, table: &HashTable, ask: &Ask<'_>) -> Option<&Arc<Instance>> {
+    fn hashed(&self, hash: u64, table: &HashTable, attempt: &Attempt<'_>) -> Option<&Arc<Instance>> {
         let candidates = table.candidates(hash).take(CANDIDATES).filter_map(|index| self.instances.get(index));
-        let mut fitting = candidates.filter(|instance| ask.fits(instance));
+        let mut fitting = candidates.filter(|instance| attempt.fits(instance));
         fitting.next().or_else(|| {
             let start = hash.checked_rem(self.instances.len() as u64)?;
-            self.search(usize::try_from(start).unwrap_or(0), ask)
+            self.search(usize::try_from(start).unwrap_or(0), attempt)
         })
     }
 
     /// The first that fits, from a place on.
-    fn search(&self, start: usize, ask: &Ask<'_>) -> Option<&Arc<Instance>> {
+    fn search(&self, start: usize, attempt: &Attempt<'_>) -> Option<&Arc<Instance>> {
         let (before, after) = self.instances.split_at(start.min(self.instances.len()));
-        after.iter().chain(before).find(|instance| ask.fits(instance))
+        after.iter().chain(before).find(|instance| attempt.fits(instance))
     }
 
     /// Among those put aside, the one whose time is up first. Then, if there is none that could be used, one that is
     /// ejected, unless the configuration says how many may be.
-    fn last_resort(self: &Arc<Self>, ask: &Ask<'_>, random: &mut impl FnMut(u64) -> u64) -> Option<Picked> {
-        let untried = || self.instances.iter().filter(|instance| !ask.was_tried(instance));
-        let aside = untried().filter(|instance| instance.state.circuit.lets_in(ask.now));
+    fn last_resort(self: &Arc<Self>, attempt: &Attempt<'_>, random: &mut impl FnMut(u64) -> u64) -> Option<Picked> {
+        let untried = || self.instances.iter().filter(|instance| !attempt.was_tried(instance));
+        let aside = untried().filter(|instance| instance.state.circuit.lets_in(attempt.now));
         if let Some(instance) = aside.min_by_key(|instance| instance.state.aside.due()) {
-            let circuit = instance.state.circuit.enter(ask.now)?;
-            return Some(self.picked(instance, Probe::new(instance, false, circuit), ask.now, random));
+            let circuit = instance.state.circuit.enter(attempt.now)?;
+            return Some(self.picked(instance, Probe::new(instance, false, circuit), attempt.now, random));
         }
-        let panics = self.settings.passive_health_check.max_ejection_percent.is_none() && !self.is_up(ask.now);
+        let panics = self.settings.passive_health_check.max_ejection_percent.is_none() && !self.is_up(attempt.now);
         let ejected = untried().filter(|_| panics).min_by_key(|instance| instance.load());
-        ejected.map(|instance| self.picked(instance, Probe::default(), ask.now, random))
+        ejected.map(|instance| self.picked(instance, Probe::default(), attempt.now, random))
     }
 
     /// `None`: another has just gone to probe it.
@@ -167,12 +172,12 @@ impl Balancer {
 }
 
 /// Which instances will do.
-struct Ask<'a> {
+struct Attempt<'a> {
     now: u64,
     tried: &'a [Arc<Instance>],
 }
 
-impl Ask<'_> {
+impl Attempt<'_> {
     fn fits(&self, instance: &Arc<Instance>) -> bool {
         instance.is_fit(self.now) && !self.was_tried(instance)
     }
@@ -182,7 +187,7 @@ impl Ask<'_> {
     }
 }
 
-/// Draws before all instances are searched for one that fits.
+/// Random draws before all instances are searched.
 const DRAWS: usize = 8;
 /// Places of a hash table that are tried before all instances are searched.
 const CANDIDATES: usize = 128;

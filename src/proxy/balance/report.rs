@@ -188,5 +188,5 @@ impl Drop for Probe {
     }
 }
 
-/// Part in percent of the instances that may be ejected for errors where nothing is said; the default of Envoy.
+/// Default of `max_ejection_percent`, in percent, as in Envoy.
 const EJECTED: u32 = 10;

@@ -329,18 +329,19 @@ pub(super) fn is_refusal(error: &h2::Error) -> bool {
 
 /// More than any far end allows: it has said nothing yet.
 const UNKNOWN: usize = usize::MAX - 1;
-/// Requests at a time on one connection at most.
+/// Concurrent requests on one connection.
 const STREAMS: usize = 100;
 const LOCAL_RESETS: usize = 1024;
 
-/// How often a connection is looked at on which something is waited for.
+/// Interval between two checks of a connection with requests in flight.
 const LOOK: Duration = Duration::from_millis(500);
-/// The same where the same requests have been waiting for long.
+/// Interval between two checks where the same requests have been in flight for long.
 const RARELY: Duration = Duration::from_secs(16);
-/// After a PING without an answer, further requests go over another connection.
+/// Time without an answer to a PING after which further requests go over another connection.
 const DOUBT: Duration = Duration::from_millis(300);
-/// A PING has so much time to be answered.
+/// Timeout of a PING.
 const ANSWER: Duration = Duration::from_secs(2);
+/// Timeout of a PING behind [`MUCH`] unsent bytes.
 const ANSWER_BEHIND_MUCH: Duration = Duration::from_secs(10);
 /// Bytes that take a slow path noticeable time.
 const MUCH: u64 = 64 * 1024;

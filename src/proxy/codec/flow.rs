@@ -5,7 +5,7 @@
 //! where a stream reads much of it in one round trip, which a PING measures: such a stream waits for the path. It
 //! shrinks where a connection has many streams, so that a connection's streams together hold no more than a few times
 //! [`TOGETHER`] when nobody reads. A window above that is lent by the thread, for as long as the connection has
-//! streams: [`LENT`] bytes at most.
+//! streams: [`LENDING_LIMIT`] bytes at most.
 
 use std::cell::OnceCell;
 use std::sync::Arc;
@@ -18,20 +18,21 @@ use tokio::time::{Duration, Instant};
 /// The window of a connection, in bytes: the largest (RFC 9113, 6.9.1).
 pub(super) const CONNECTION: u32 = (1 << 31) - 1;
 
-/// The window of a stream, in bytes, before anything is known of the path.
+/// Initial window of a stream, in bytes.
 pub(super) const USUAL: u32 = 512 * 1024;
+/// Smallest window of a stream, in bytes.
 const LEAST: u32 = 32 * 1024;
-/// Enough for 400 MB/s over 50 ms.
+/// Largest window of a stream, in bytes: 400 MB/s over 50 ms.
 const MOST: u32 = 32 * 1024 * 1024;
-/// What the windows of the streams that are open may be together without a loan.
+/// Sum of the windows of a connection's streams, in bytes, that needs no loan.
 const TOGETHER: usize = 4 * 1024 * 1024;
-/// What a thread lends to all its connections.
-const LENT: usize = 64 * 1024 * 1024;
-/// A window that proves too small grows so many times. A few steps lead to the largest.
+/// Sum of the loans of a thread's connections, in bytes.
+const LENDING_LIMIT: usize = 64 * 1024 * 1024;
+/// Factor by which a window grows.
 const GROWTH: u32 = 8;
-/// A stream that has brought less is too short to measure anything.
+/// Bytes of a stream from which its rate is measured.
 const BULK: usize = 64 * 1024;
-/// After so many measurements in a row without growth they are not made any rarer.
+/// Measurements in a row without growth after which they become no rarer.
 const STEADY: u32 = 8;
 
 /// What a connection and its streams know of each other.
@@ -100,7 +101,7 @@ impl Meter {
 
     /// Borrows so much more; false if there is not so much.
     fn borrow(&self, more: usize) -> bool {
-        let pooled = |out: usize| out.checked_add(more).filter(|out| *out <= LENT);
+        let pooled = |out: usize| out.checked_add(more).filter(|out| *out <= LENDING_LIMIT);
         let pooled = self.lender.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, pooled).is_ok();
         if pooled {
             self.loan.fetch_add(more, Ordering::Relaxed);
@@ -384,7 +385,7 @@ mod tests {
                 let window = windows.window as usize;
                 reads(&mut windows, &mut reader, window, 1 << STEADY);
             }
-            assert!(lender.0.load(Ordering::Relaxed) <= LENT);
+            assert!(lender.0.load(Ordering::Relaxed) <= LENDING_LIMIT);
             connections.push((stream, windows.window));
         }
         assert_eq!(connections[0].1, MOST);

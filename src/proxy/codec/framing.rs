@@ -75,7 +75,7 @@ fn is_number(length: &HeaderValue) -> bool {
     !digits.is_empty() && digits.iter().all(u8::is_ascii_digit)
 }
 
-const TWICE: &str = "the length of the body is said twice";
+const TWICE: &str = "the length of the body is given twice";
 
 const NOT_IN_TRAILERS: [HeaderName; 10] = [
     CONNECTION,

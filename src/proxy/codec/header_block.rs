@@ -69,7 +69,7 @@ impl HeaderBlockProgress {
     }
 }
 
-/// Of a frame (RFC 9113, 4.1).
+/// Length of a frame header, in bytes (RFC 9113, 4.1).
 const HEADER: usize = 9;
 const HEADERS: u8 = 1;
 const CONTINUATION: u8 = 9;

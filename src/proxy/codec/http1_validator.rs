@@ -57,7 +57,7 @@ struct Head {
     upgrade: bool,
 }
 
-/// A longer line is not looked into: the codec refuses heads of that size, and chunk sizes are short.
+/// Longest line that is validated, in bytes: the codec refuses heads of that size.
 const LINE_LIMIT: usize = 64 * 1024;
 const CHUNK_SIZE_LIMIT: usize = 256;
 
@@ -145,7 +145,7 @@ impl Http1Validator {
 
     fn step_byte(&mut self, bytes: &[u8], wanted: u8, next: Place) -> Result<usize, &'static str> {
         if bytes.first() != Some(&wanted) {
-            return Err("a chunk does not end where its size says");
+            return Err("a chunk is longer or shorter than its size");
         }
         self.place = next;
         Ok(1)
@@ -222,12 +222,12 @@ impl Head {
         let value = parts.next().unwrap_or_default().trim_ascii();
         if name.eq_ignore_ascii_case(b"content-length") {
             if self.length.is_some() || self.chunked {
-                return Err("the length of the body is said twice");
+                return Err("the length of the body is given twice");
             }
             self.length = Some(decimal(value).ok_or("content-length is no number")?);
         } else if name.eq_ignore_ascii_case(b"transfer-encoding") {
             if self.length.is_some() || self.chunked {
-                return Err("the length of the body is said twice");
+                return Err("the length of the body is given twice");
             }
             if !value.eq_ignore_ascii_case(b"chunked") {
                 return Err("transfer-encoding is not chunked");

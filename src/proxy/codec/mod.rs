@@ -26,9 +26,9 @@ pub(super) mod wire;
 pub(super) const HEADERS: usize = 100;
 pub(super) const HEAD_SIZE: usize = 60 * 1024;
 
-/// What a codec of HTTP/1 reads or writes ahead, in bytes. A head fits in.
+/// Read and write buffer of an HTTP/1 codec, in bytes. A head fits in.
 pub(super) const HTTP1_BUFFER: usize = 128 * 1024;
-/// What a stream of HTTP/2 may have waiting for the connection's turn to send, in bytes.
+/// Send buffer of an HTTP/2 stream, in bytes.
 const SEND_BUFFER: usize = 128 * 1024;
 /// Frames with a few bytes each take more memory than the bytes. A connection is ended where those that nobody has read
 /// would take more than this, in bytes.

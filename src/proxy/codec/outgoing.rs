@@ -151,5 +151,5 @@ impl Drop for Uploading {
     }
 }
 
-/// How long a request's body is sent on that was answered before its end.
+/// Time for which the rest of a request's body is sent after the response has begun.
 pub(super) const AFTER_ANSWER: Duration = Duration::from_secs(5);

@@ -40,7 +40,7 @@ struct Shared {
     /// The source broke off: the client is gone, or what it sent is no HTTP.
     broken: bool,
     /// Whoever sends it has asked for the first frame.
-    asked: bool,
+    requested: bool,
     /// When all of it had come.
     complete: Option<Instant>,
     /// Whoever wants to know when it is complete or breaks off.
@@ -79,7 +79,7 @@ impl ReplayBody {
             ended: false,
             whole: true,
             broken: false,
-            asked: false,
+            requested: false,
             complete: None,
             waits: None,
             sender: None,
@@ -125,7 +125,7 @@ impl Sending {
         if shared.turn != self.turn {
             return Poll::Ready(Some(Err(Broken::Superseded)));
         }
-        shared.asked = true;
+        shared.requested = true;
         if let Some(frame) = shared.kept.get(self.given) {
             self.given += 1;
             return Poll::Ready(Some(Ok(Frame::data(frame.clone()))));
@@ -220,10 +220,10 @@ impl BodyProgress {
     #[must_use]
     pub fn progress(&self) -> Progress {
         let shared = lock(&self.0);
-        match (shared.complete.or(shared.moved.filter(|_| shared.is_ended())), shared.asked) {
+        match (shared.complete.or(shared.moved.filter(|_| shared.is_ended())), shared.requested) {
             (Some(at), _) => Progress::Complete(at),
             (None, true) => Progress::Coming,
-            (None, false) => Progress::NotAsked,
+            (None, false) => Progress::NotRequested,
         }
     }
 
@@ -310,7 +310,7 @@ impl BodyProgress {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Progress {
     /// Nobody has wanted any of it yet.
-    NotAsked,
+    NotRequested,
     Coming,
     Complete(Instant),
 }
@@ -362,6 +362,7 @@ impl Error for Broken {
     }
 }
 
-/// Of a request's body, kept to send it again.
+/// Bytes of a request's body that are kept to send it again.
 const KEPT_BODY: usize = 64 * 1024;
+/// Frames of a request's body that are kept to send it again.
 const KEPT_FRAMES: usize = 64;

@@ -123,7 +123,7 @@ mod tests {
     fn resets_of_the_codec_are_seen_however_bytes_are_cut() {
         // A payload that looks like a reset.
         let data = frame(0, &reset(Reason::PROTOCOL_ERROR));
-        for (reason, told) in [
+        for (reason, detected) in [
             (Reason::PROTOCOL_ERROR, true),
             (Reason::REFUSED_STREAM, true),
             (Reason::CANCEL, false),
@@ -134,7 +134,7 @@ mod tests {
             for cut in 1..=sent.len() {
                 let mut resets = Resets::default();
                 sent.chunks(cut).for_each(|part| resets.follow(part));
-                assert_eq!((resets.take().is_some(), resets.take()), (told, None), "{reason} cut at {cut}");
+                assert_eq!((resets.take().is_some(), resets.take()), (detected, None), "{reason} cut at {cut}");
             }
         }
     }

@@ -203,9 +203,9 @@ async fn answer<B>(
 
 /// What a stream may have waiting for the socket, in bytes, beside one frame: 16 MiB for all streams of a connection.
 const SEND_BUFFER: usize = 64 * 1024;
-/// Requests at a time on one connection.
+/// Concurrent requests on one connection.
 const STREAMS: u32 = 256;
-/// Streams that a client may have opened and reset before we looked at them ("rapid reset").
+/// Streams that a client may have opened and reset before they were read ("rapid reset", CVE-2023-44487).
 const PENDING_RESETS: usize = 32;
-/// Streams that we may have reset over a connection's errors.
+/// Streams that may be reset for errors of the client before the connection is closed.
 const LOCAL_RESETS: usize = 256;

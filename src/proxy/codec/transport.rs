@@ -25,7 +25,7 @@ pub(super) struct Transport {
     /// Why nothing can be sent any more.
     pub broken: Option<io::ErrorKind>,
     /// What the far end may have answered before it took no more is still read.
-    pub hears_out: bool,
+    pub reads_to_end: bool,
     /// The far end takes no more, which the codec learns when it has read all.
     unheard: bool,
     /// Counts bytes that were written.
@@ -45,10 +45,10 @@ pub(super) enum Io {
     Tls(Stream<Socket>),
 }
 
-/// Bytes gathered at most; then the socket has to take some.
+/// Bytes that are gathered before a write to the socket.
 const GATHERED: usize = 64 * 1024;
 
-/// Read at most while an answer is awaited.
+/// Bytes that are read at most while a response is awaited.
 const AHEAD: usize = 16 * 1024;
 
 /// How every answer in HTTP/1 begins.
@@ -65,7 +65,7 @@ impl Transport {
             sent: 0,
             gathers: true,
             broken: None,
-            hears_out: false,
+            reads_to_end: false,
             unheard: false,
             written: 0,
             ended: false,
@@ -252,7 +252,7 @@ impl Transport {
             Io::Plain(socket) => poll_send_plain(socket, cx, &self.outgoing, &mut self.sent),
             Io::Tls(stream) => poll_send_tls(stream, cx, &self.outgoing, &mut self.sent),
         };
-        if self.hears_out && matches!(&sent, Poll::Ready(Err(_))) {
+        if self.reads_to_end && matches!(&sent, Poll::Ready(Err(_))) {
             (self.unheard, sent) = (true, Poll::Ready(Ok(())));
             cx.waker().wake_by_ref();
         }

@@ -19,6 +19,7 @@ use super::messages::{Awaits, Messages};
 use super::transport::{Io, Transport};
 use crate::proxy::socket::Socket;
 use crate::snapshot::Upgrades;
+use crate::stats::value::Counter;
 use crate::stats::{ClusterStats, ListenerStats};
 use crate::tls::Stream;
 
@@ -61,24 +62,25 @@ pub enum Counts {
 
 impl Counts {
     fn received(&self, bytes: usize) {
-        let counter = match self {
-            Self::Listener(stats) => &stats.received,
-            Self::Cluster(stats) => &stats.received,
-        };
-        counter.add(bytes as u64);
+        self.counters().0.add(bytes as u64);
     }
 
     fn sent(&self, bytes: usize) {
-        let counter = match self {
-            Self::Listener(stats) => &stats.sent,
-            Self::Cluster(stats) => &stats.sent,
-        };
-        counter.add(bytes as u64);
+        self.counters().1.add(bytes as u64);
+    }
+
+    /// Received, and sent.
+    fn counters(&self) -> (&Counter, &Counter) {
+        match self {
+            Self::Listener(stats) => (&stats.received, &stats.sent),
+            Self::Cluster(stats) => (&stats.received, &stats.sent),
+        }
     }
 }
 
-/// How long, and for how many bytes, a connection is read from that we have ended.
+/// Time for which a connection that was closed on our side is still read (lingering close).
 const LINGER: Duration = Duration::from_secs(1);
+/// Bytes that are read at most in a lingering close.
 const LINGER_BYTES: usize = 1024 * 1024;
 
 /// How an HTTP/2 client begins, whatever was said about protocols before (RFC 9113, 3.4).
@@ -95,7 +97,8 @@ pub enum PathWatch {
     Upload,
 }
 
-/// What has not been acknowledged for so long will not be. A far end that takes nothing counts as well.
+/// Time without a TCP acknowledgement after which a peer counts as gone. A peer with a closed receive window counts as
+/// well.
 const UNACKNOWLEDGED: Duration = Duration::from_secs(3);
 
 /// How often the path of a body is looked at, and how long nothing may come back before that is a sign.
@@ -225,8 +228,8 @@ impl Wire {
 
     /// From here on an answer is read although the far end takes no more of what is written: it may have answered early,
     /// and closed with a reset for what it did not read.
-    pub fn hear_out(&self) {
-        self.state().transport.hears_out = true;
+    pub fn read_to_end(&self) {
+        self.state().transport.reads_to_end = true;
     }
 
     /// The codec is about to end and leave what follows to another.
@@ -239,7 +242,7 @@ impl Wire {
         let mut state = self.state();
         state.messages.release();
         state.transport.gathers = false;
-        state.transport.hears_out = false;
+        state.transport.reads_to_end = false;
         drop(state);
         self.watch_path(PathWatch::Idle);
     }

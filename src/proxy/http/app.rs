@@ -115,5 +115,5 @@ impl App<'_> {
     }
 }
 
-/// Connections to the app that one request tries, where the app does not process the request on any.
+/// Connections to the app that are tried for one request, where the app processes it on none.
 const TRIES: usize = 5;

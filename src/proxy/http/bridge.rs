@@ -78,5 +78,5 @@ fn tell_end(trailers: &HeaderMap, status: &mut StatusCode, headers: &mut HeaderM
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
 
-/// Of one response, in bytes: what Envoy holds back under Consul.
+/// Longest body of a response that is held back, in bytes: Envoy's limit under Consul.
 const GATHERED: usize = 1024 * 1024;

@@ -40,7 +40,7 @@ impl Limit {
     fn end(self, upload: Option<Progress>) -> Option<Instant> {
         // A time too long to be counted is no limit.
         match upload {
-            None | Some(Progress::NotAsked) => self.start.checked_add(self.time),
+            None | Some(Progress::NotRequested) => self.start.checked_add(self.time),
             Some(Progress::Coming) => None,
             Some(Progress::Complete(at)) => self.start.max(at).checked_add(self.time),
         }

@@ -115,9 +115,9 @@ fn gone(error: &io::Error) -> Fault {
     Fault::new(Outcome::ClientReset, format!("the client is gone: {error}"))
 }
 
-/// Between two looks at a client that has ended its direction.
+/// Interval between two checks of a client that has closed its direction.
 const LOOK_TIME: Duration = Duration::from_millis(250);
-/// How long such a client may wait for an answer to begin, as long as Envoy lets a stream be idle.
+/// Time for which such a client waits for the head of a response: Envoy's idle timeout of a stream.
 const ANSWER_TIME: Duration = Duration::from_secs(300);
-/// The same for an answer to go on. There is nothing to send ahead then.
+/// Time for which such a client waits for the next bytes of a response.
 const REST_TIME: Duration = Duration::from_secs(30);

@@ -490,9 +490,10 @@ fn is_server_error<B>(response: &Response<B>) -> bool {
     response.status().is_server_error() || status().is_some_and(|status| matches!(status, 2 | 4 | 12..=15))
 }
 
-/// Tries of one request that come to nothing at most.
+/// Failed tries of one request at most.
 const ATTEMPTS: usize = 16;
-/// Before a configured retry, at most, and longer for each (Envoy's 25 ms base, without its doubling).
+/// Longest pause before the first configured retry, and longer for each further one (Envoy's base of 25 ms, without its
+/// doubling).
 const BACKOFF: Duration = Duration::from_millis(25);
 
 #[cfg(test)]

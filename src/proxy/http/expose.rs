@@ -26,7 +26,8 @@ use crate::proxy::record::{Host, Shown};
 use crate::proxy::socket::Socket;
 use crate::snapshot::{Exposed, Normalization, Upgrades};
 
-/// Anybody can reach such a listener. Checks and scrapes say what they want at once.
+/// Deadlines of a listener of an exposed path, which anyone can reach. Health checks and scrapes send their requests at
+/// once.
 const TIMES: Times = Times {
     first: Duration::from_secs(5),
     head: Duration::from_secs(5),

@@ -320,7 +320,7 @@ fn unproved(problem: &PeerError) -> Fault {
     Fault::new(Outcome::Denied, format!("the peer does not prove its identity any more: {problem}"))
 }
 
-/// A peer is looked at again at least so often.
+/// Longest interval between two checks of a peer's certificate on an open connection.
 const LOOK_TIME: Duration = Duration::from_secs(600);
-/// Behind the end of an identity, so that it has surely ended.
+/// Added to the expiry of a certificate before it is checked, so that it has expired by then.
 const MOMENT: Duration = Duration::from_millis(10);

@@ -71,7 +71,7 @@ impl<'a> Known<'a> {
             // As Envoy has it where nothing went wrong.
             flags: Cow::Borrowed("-"),
             upstream: target.map(|target| Upstream {
-                cluster: target.tls().name().to_str(),
+                cluster: target.cluster(),
                 route: None,
                 host: None,
                 local: None,

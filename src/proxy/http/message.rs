@@ -318,7 +318,7 @@ pub(super) fn leaves_http<B>(request: &Request<B>, allowed: &Upgrades) -> bool {
 /// Nobody asked.
 pub(super) fn refuse_unasked_switch<B>(response: &Response<B>) -> Result<(), Fault> {
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
-        return Err(Fault::new(Outcome::BadResponse, "the answer switches protocols, which was not asked for"));
+        return Err(Fault::new(Outcome::BadResponse, "the answer switches protocols without a request for an upgrade"));
     }
     Ok(())
 }

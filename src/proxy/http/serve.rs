@@ -50,7 +50,7 @@ pub(super) struct Times {
     pub stall: Duration,
 }
 
-/// For peers that have proved who they are, and for the local app. The idle time and the stall time are Envoy's.
+/// Deadlines of authenticated peers and of the local app. The idle time and the stall time are Envoy's.
 pub(super) const TIMES: Times = Times {
     first: Duration::from_secs(600),
     head: Duration::from_secs(15),
@@ -103,7 +103,7 @@ impl<P: Part> Terms<P> {
                 source = self.peer.as_deref().map(tracing::field::display),
                 src = %Shown(self.remote),
                 reason,
-                "Refused what is no request"
+                "Refused a malformed request"
             );
         }
     }
@@ -539,14 +539,15 @@ impl Watchman {
     }
 }
 
-/// For what is under way where requests are no longer served; Envoy's drain time.
+/// Time for requests in flight when the protocol of a listener has changed; Envoy's drain time.
 const OTHER_KIND: Duration = Duration::from_secs(600);
-/// For the first bytes of a connection, once a drain has begun.
+/// Time for the first bytes of a connection once a drain has begun.
 const LAST_MOMENT: Duration = Duration::from_secs(1);
-/// Of a request's body that nobody wants, as much is read as comes in a moment, so that the connection can go on.
+/// Bytes of an unwanted request body that are read, so that the connection can be used again.
 const DRAIN_BYTES: u64 = 64 * 1024;
+/// Time for which an unwanted request body is read.
 const DRAIN_TIME: Duration = Duration::from_millis(250);
-/// A client that sends the next request within this time is taken to go on doing so.
+/// A client that sends its next request within this time is expected to go on doing so.
 const SOON: Duration = Duration::from_secs(1);
 
 #[cfg(test)]

@@ -188,7 +188,7 @@ impl Client {
                 Self::Http2(sender) => sender.clone().send_request(request).await,
             }
         };
-        timeout(PATIENCE, sent).await.expect("an answer comes in time")
+        timeout(TEST_TIMEOUT, sent).await.expect("an answer comes in time")
     }
 
     async fn send(&self, request: Request<AnyBody>) -> Response<Incoming> {
@@ -236,12 +236,12 @@ async fn bodies_and_trailers_stream_both_ways_in_every_version() {
             if piece != "first" {
                 send.send(data(piece)).unwrap();
             }
-            let frame = timeout(PATIENCE, body.frame()).await.unwrap().unwrap().unwrap();
+            let frame = timeout(TEST_TIMEOUT, body.frame()).await.unwrap().unwrap().unwrap();
             assert_eq!(frame.into_data().unwrap(), piece, "{protocol:?}");
         }
         send.send(trailers("x-end", "well")).unwrap();
         drop(send);
-        let end = timeout(PATIENCE, body.frame()).await.unwrap().unwrap().unwrap();
+        let end = timeout(TEST_TIMEOUT, body.frame()).await.unwrap().unwrap().unwrap();
         assert_eq!(end.into_trailers().unwrap()["x-end"], "well", "{protocol:?}");
         assert!(body.frame().await.is_none());
     }
@@ -342,7 +342,7 @@ async fn an_upgraded_connection_carries_whatever_both_sides_say() {
         stream.read_to_end(&mut rest).await.unwrap();
         assert_eq!(rest, b"second");
     };
-    timeout(PATIENCE, read).await.unwrap();
+    timeout(TEST_TIMEOUT, read).await.unwrap();
 }
 
 #[tokio::test]
@@ -377,18 +377,18 @@ async fn an_upgraded_connection_is_cut_when_its_source_is_denied() {
         server.snapshot.send_replace(Some(Arc::new(with_service(mesh, denying))));
         assert_eq!(stream.read_buf(&mut answer).await.unwrap_or(0), 0);
     };
-    timeout(PATIENCE, talk).await.expect("the connection ends");
+    timeout(TEST_TIMEOUT, talk).await.expect("the connection ends");
 }
 
 #[tokio::test]
 async fn connections_are_used_again_and_a_limit_of_them_makes_requests_wait() {
-    let (tell, mut connections) = mpsc::unbounded_channel();
+    let (arrived, mut connections) = mpsc::unbounded_channel();
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let at = listener.local_addr().unwrap();
     tokio::spawn(async move {
         loop {
             let (stream, _) = listener.accept().await.unwrap();
-            tell.send(()).unwrap();
+            arrived.send(()).unwrap();
             let service = service_fn(|_| async { Ok::<_, Infallible>(ok(text("here"))) });
             tokio::spawn(hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service));
         }
@@ -439,7 +439,7 @@ async fn an_upgrade_that_the_app_declines_is_an_ordinary_request_and_the_last_on
     let head = "GET /chat HTTP/1.1\r\nHost: shop\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n";
     stream.write_all(format!("{head}GET /smuggled HTTP/1.1\nHost: shop\n\n").as_bytes()).await.unwrap();
     let mut answer = String::new();
-    timeout(PATIENCE, stream.read_to_string(&mut answer)).await.unwrap().unwrap();
+    timeout(TEST_TIMEOUT, stream.read_to_string(&mut answer)).await.unwrap().unwrap();
     assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("\r\n\r\nno"), "{answer}");
 }
 
@@ -613,10 +613,10 @@ async fn a_new_denial_reaches_the_next_request_on_an_open_connection() {
                 }
             }
         };
-        assert_eq!(timeout(PATIENCE, denied).await.unwrap(), "RBAC: access denied");
+        assert_eq!(timeout(TEST_TIMEOUT, denied).await.unwrap(), "RBAC: access denied");
         server.snapshot.send_replace(Some(Arc::new(with_service(mesh, service(protocol, app)))));
         let allowed = async { while client.ask(get("/")).await.0 != StatusCode::OK {} };
-        timeout(PATIENCE, allowed).await.unwrap();
+        timeout(TEST_TIMEOUT, allowed).await.unwrap();
     }
 }
 
@@ -642,11 +642,11 @@ async fn requests_in_flight_are_answered_when_both_sidecars_end_together() {
         pair.server.trigger.advance(Stage::Draining);
         pair.client.trigger.advance(Stage::Draining);
         let refused = async { while TcpStream::connect(pair.at).await.is_ok() {} };
-        timeout(PATIENCE, refused).await.expect("nothing new is accepted");
+        timeout(TEST_TIMEOUT, refused).await.expect("nothing new is accepted");
         go.notify_one();
         assert_eq!(asked.await.unwrap(), (StatusCode::OK, "answered".into()), "{protocol:?}");
-        timeout(PATIENCE, pair.client.trigger.drained()).await.expect("the client's sidecar is done");
-        timeout(PATIENCE, pair.server.trigger.drained()).await.expect("the server's sidecar is done");
+        timeout(TEST_TIMEOUT, pair.client.trigger.drained()).await.expect("the client's sidecar is done");
+        timeout(TEST_TIMEOUT, pair.server.trigger.drained()).await.expect("the server's sidecar is done");
     }
 }
 
@@ -669,7 +669,7 @@ async fn a_client_that_waits_for_a_go_ahead_gets_it() {
         answer.clear();
         stream.read_to_end(&mut answer).await.unwrap();
     };
-    timeout(PATIENCE, talk).await.unwrap();
+    timeout(TEST_TIMEOUT, talk).await.unwrap();
     assert!(answer.starts_with(b"HTTP/1.1 200") && answer.ends_with(b"\r\n\r\nbody"));
 }
 
@@ -694,7 +694,7 @@ async fn a_reader_that_stops_stops_the_writer() {
                 tokio::time::sleep(Duration::from_millis(300)).await;
             }
         };
-        timeout(PATIENCE, still).await.unwrap();
+        timeout(TEST_TIMEOUT, still).await.unwrap();
         assert!(before < 64 << 20, "{protocol:?}: {before} bytes are on their way");
         drop(response);
     }
@@ -820,7 +820,7 @@ async fn exposed_paths_and_no_others_are_reached_without_the_mesh() {
     let client = Client::http1(at).await;
     assert_eq!(client.ask(get("/health")).await.0, StatusCode::OK);
     sidecar.snapshot.send_replace(Some(Arc::new(exposed(at, &[("/ready", plain, http)]))));
-    timeout(PATIENCE, async { while client.ask(get("/ready")).await.0 != StatusCode::OK {} }).await.unwrap();
+    timeout(TEST_TIMEOUT, async { while client.ask(get("/ready")).await.0 != StatusCode::OK {} }).await.unwrap();
     assert_eq!(client.ask(get("/health")).await.0, StatusCode::NOT_FOUND);
 }
 
@@ -865,7 +865,7 @@ async fn requests_are_logged_on_both_sides_when_they_are_over() {
         *snapshot = Some(Arc::new(logged(denying, &far)));
     });
     // The first that is denied may have been on its way to the app already.
-    timeout(PATIENCE, async { while asker.ask(get("/soon")).await.0 != StatusCode::FORBIDDEN {} }).await.unwrap();
+    timeout(TEST_TIMEOUT, async { while asker.ask(get("/soon")).await.0 != StatusCode::FORBIDDEN {} }).await.unwrap();
     assert_eq!(asker.ask(get("/denied")).await.0, StatusCode::FORBIDDEN);
     drop((client, asker));
 
@@ -894,7 +894,7 @@ async fn requests_are_logged_on_both_sides_when_they_are_over() {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         };
-        let in_time = timeout(PATIENCE, written).await;
+        let in_time = timeout(TEST_TIMEOUT, written).await;
         assert!(in_time.is_ok(), "{wanted:#?} not in {}", std::fs::read_to_string(file.path()).unwrap());
     }
 }
@@ -930,5 +930,5 @@ async fn audit_mode_lets_nothing_through_while_a_provider_is_not_known() {
     let needed = audited(Some(TokenRequirement { providers: vec![okta] }));
     server.snapshot.send_replace(Some(Arc::new(Snapshot { version: 2, ..with_service(mesh, needed) })));
     let closed = async { while client.ask(get("/")).await.0 != StatusCode::FORBIDDEN {} };
-    timeout(PATIENCE, closed).await.expect("it is denied in time");
+    timeout(TEST_TIMEOUT, closed).await.expect("it is denied in time");
 }

@@ -85,21 +85,21 @@ struct Joined {
     client: Wire,
     server: Wire,
     /// What the codecs have read beyond their own.
-    said: [bytes::Bytes; 2],
+    sent: [bytes::Bytes; 2],
 }
 
 async fn take_both(client: OnUpgrade, server: OnUpgrade) -> io::Result<Joined> {
     let (client, server) = tokio::try_join!(client, server).map_err(io::Error::other)?;
-    let (client, client_said) = take(client)?;
-    let (server, server_said) = take(server)?;
-    Ok(Joined { client, server, said: [client_said, server_said] })
+    let (client, client_sent) = take(client)?;
+    let (server, server_sent) = take(server)?;
+    Ok(Joined { client, server, sent: [client_sent, server_sent] })
 }
 
 impl Joined {
     async fn copy(&mut self) -> io::Result<()> {
-        let Self { client, server, said: [client_said, server_said] } = self;
-        server.write_all(client_said).await?;
-        client.write_all(server_said).await?;
+        let Self { client, server, sent: [client_sent, server_sent] } = self;
+        server.write_all(client_sent).await?;
+        client.write_all(server_sent).await?;
         server.flush().await?;
         client.flush().await?;
         copy_bidirectional_with_sizes(client, server, BUFFER, BUFFER).await.map(drop)
@@ -139,10 +139,10 @@ fn take(upgraded: Upgraded) -> io::Result<(Wire, bytes::Bytes)> {
     Ok((wire, parts.read_buf))
 }
 
-/// For the codecs to let go of their connections, and for an end to be said.
+/// Time for the codecs to release their connections, and for a clean end to be sent.
 const TAKE_TIME: Duration = Duration::from_secs(1);
 const BUFFER: usize = 16 * 1024;
-/// How often within the idle time it is looked whether something has moved.
+/// Checks within the idle time whether a byte has moved.
 const LOOKS: u32 = 8;
-/// Between two looks at least.
+/// Shortest interval between two such checks.
 const SHORTEST: Duration = Duration::from_millis(10);

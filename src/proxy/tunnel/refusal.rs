@@ -93,7 +93,7 @@ impl fmt::Display for Refusal {
             Reason::Full => "has as many connections open as its max_inbound_connections allows",
             Reason::Drained => "ended the connection: its sidecar is stopping, and its drain time is over",
             Reason::OtherProtocol => "ended the connection: the protocol of the service is one of HTTP now",
-            Reason::Other => "refused the connection for a reason that this version does not know",
+            Reason::Other => "refused the connection for a reason unknown to this version",
         })?;
         match &self.rule {
             Some(rule) => write!(f, " (the destination names the rule \"{rule}\")"),

@@ -243,7 +243,7 @@ impl Pair {
         listening(at).await;
         let pair = Self { server, client, gate, app, mesh, at };
         // What looked whether it listens was carried, too.
-        timeout(PATIENCE, async { while !pair.reaches().await {} }).await.unwrap();
+        timeout(TEST_TIMEOUT, async { while !pair.reaches().await {} }).await.unwrap();
         pair
     }
 
@@ -257,7 +257,7 @@ impl Pair {
             stream.read_to_end(&mut answer).await?;
             io::Result::Ok(answer == b"question")
         };
-        timeout(PATIENCE, asked).await.expect("it ends in time").unwrap_or(false)
+        timeout(TEST_TIMEOUT, asked).await.expect("it ends in time").unwrap_or(false)
     }
 
     /// A connection that is carried. What ended before may count for a moment longer.
@@ -270,7 +270,7 @@ impl Pair {
                 }
             }
         };
-        timeout(PATIENCE, open).await.expect("it is opened in time")
+        timeout(TEST_TIMEOUT, open).await.expect("it is opened in time")
     }
 
     /// Both threads have a session, or one of them has had all connections.
@@ -297,7 +297,7 @@ async fn eventually<F: Future<Output = bool>>(what: &str, mut is: impl FnMut() -
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };
-    timeout(PATIENCE, look).await.expect(what);
+    timeout(TEST_TIMEOUT, look).await.expect(what);
 }
 
 #[tokio::test]
@@ -393,7 +393,7 @@ async fn a_session_that_is_silent_when_it_is_asked_holds_up_no_connection() {
     let at = free();
     let mut upstream = upstream(Protocol::Tcp, &[silent.gate.at, other.gate.at]);
     // Whoever waits for a part of it waits for longer than anything here may take.
-    change_target(&mut upstream, |target| target.connect_timeout = PATIENCE * 12);
+    change_target(&mut upstream, |target| target.connect_timeout = TEST_TIMEOUT * 12);
     let client = Sidecar::start(with_upstream(at, upstream));
     listening(at).await;
     let pair = Pair { at, client, ..other };
@@ -428,7 +428,7 @@ async fn a_connection_that_breaks_takes_its_session_along() {
     }
     let mut open = pair.open().await;
     pair.gate.cut();
-    let broken = timeout(PATIENCE, open.read(&mut [0; 4])).await.unwrap();
+    let broken = timeout(TEST_TIMEOUT, open.read(&mut [0; 4])).await.unwrap();
     assert!(matches!(broken, Ok(0) | Err(_)));
     pair.warm().await;
 }
@@ -454,7 +454,7 @@ async fn a_connection_without_an_app_ends_and_the_next_one_with_it_does_not() {
     pair.change(|service| service.local_app = nowhere);
     eventually("there is no app", async || !pair.reaches().await).await;
     let mut stream = TcpStream::connect(pair.at).await.unwrap();
-    let ended = timeout(PATIENCE, stream.read(&mut [0; 4])).await.expect("it ends");
+    let ended = timeout(TEST_TIMEOUT, stream.read(&mut [0; 4])).await.expect("it ends");
     assert_eq!(ended.unwrap(), 0, "cleanly");
     pair.change(|_| {});
     eventually("there is one again", async || pair.reaches().await).await;
@@ -473,7 +473,7 @@ async fn a_limit_counts_connections_and_not_sessions_that_are_kept() {
             eventually("there is room again", async || pair.reaches().await).await;
         }
     };
-    timeout(PATIENCE, ten).await.expect("only connections take room");
+    timeout(TEST_TIMEOUT, ten).await.expect("only connections take room");
 }
 
 fn change_target(upstream: &mut Upstream, change: impl FnOnce(&mut Target)) {
@@ -550,7 +550,7 @@ async fn whoever_knows_no_tunnel_is_spoken_to_as_ever() {
             let mut stream = TcpStream::connect(at).await.unwrap();
             stream.write_all(b"as it is").await.unwrap();
             let mut answer = String::new();
-            timeout(PATIENCE, stream.read_to_string(&mut answer)).await.unwrap().unwrap();
+            timeout(TEST_TIMEOUT, stream.read_to_string(&mut answer)).await.unwrap().unwrap();
             assert_eq!(answer, "as it is", "with {alpn:?}");
         }
         gate.count();
@@ -632,7 +632,7 @@ impl Pair {
     async fn cut_by_a_deny_of(&self, known: &[&[u8]], change: impl Fn(&mut Service)) -> Option<Refusal> {
         let mut mesh = eventually_some(async || {
             let mut mesh = session(self, known).await;
-            timeout(PATIENCE, begin(&mut mesh)).await.unwrap().then_some(mesh)
+            timeout(TEST_TIMEOUT, begin(&mut mesh)).await.unwrap().then_some(mesh)
         })
         .await;
         self.change(|service| {
@@ -644,7 +644,7 @@ impl Pair {
                 poll_fn(|cx| with_scratch(|scratch| mesh.poll_piece(cx, scratch, 0))).await.expect("it ends in order");
             }
         };
-        timeout(PATIENCE, ended).await.unwrap();
+        timeout(TEST_TIMEOUT, ended).await.unwrap();
         assert!(!mesh.is_free());
         mesh.refusal()
     }
@@ -690,14 +690,14 @@ async fn eventually_some<T>(mut get: impl AsyncFnMut() -> Option<T>) -> T {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };
-    timeout(PATIENCE, look).await.expect("it is there in time")
+    timeout(TEST_TIMEOUT, look).await.expect("it is there in time")
 }
 
 /// How a client of this version sees what the server answers to its question.
 async fn asked(pair: &Pair) -> Result<(), Reason> {
     let mut mesh = session(pair, TUNNELS).await;
     assert!(mesh.is_free() && mesh.answers_for_app());
-    timeout(PATIENCE, mesh.start()).await.unwrap().unwrap().map_err(|refusal| refusal.reason)
+    timeout(TEST_TIMEOUT, mesh.start()).await.unwrap().unwrap().map_err(|refusal| refusal.reason)
 }
 
 #[tokio::test]

@@ -157,7 +157,7 @@ fn a_leaf_that_is_not_renewed_is_told_of_twice_and_the_next_is_used() {
     stage.publishes();
     drop(stage.draft.notes());
     // Of its two hours one is over.
-    for (later, told) in [
+    for (later, reported) in [
         (0, None),
         (3000, None),
         (3300, Some("expires at")),
@@ -168,7 +168,7 @@ fn a_leaf_that_is_not_renewed_is_told_of_twice_and_the_next_is_used() {
     ] {
         stage.draft.retry(start + Duration::from_secs(later)).unwrap();
         let notes: Vec<String> = stage.draft.notes();
-        match told {
+        match reported {
             None => assert!(notes.is_empty(), "{later}: {notes:?}"),
             Some(words) => assert!(notes.len() == 1 && notes[0].contains(words), "{later}: {notes:?}"),
         }

@@ -170,7 +170,7 @@ mod tests {
     fn upstreams_are_bound_to_a_port_or_a_socket_or_left_out() {
         let unix = |mode| Some(Bind::Unix { path: "/run/db".into(), mode });
         let tcp = |address: &str| Some(Bind::Tcp(address.parse().unwrap()));
-        for (wire, expected, told) in [
+        for (wire, expected, noted) in [
             (json!({"LocalBindPort": 9191}), tcp("127.0.0.1:9191"), false),
             (json!({"LocalBindPort": 9191, "LocalBindAddress": "::1"}), tcp("[::1]:9191"), false),
             (json!({"LocalBindPort": 9191, "LocalBindAddress": "localhost"}), tcp("127.0.0.1:9191"), false),
@@ -188,7 +188,7 @@ mod tests {
             wire["DestinationName"] = "db".into();
             let (upstream, notes) = upstream_of(wire.clone());
             assert_eq!(upstream.map(|(key, _)| key.bind), expected, "{wire}");
-            assert_eq!(notes.len(), usize::from(told), "{wire}: {notes:?}");
+            assert_eq!(notes.len(), usize::from(noted), "{wire}: {notes:?}");
         }
     }
 

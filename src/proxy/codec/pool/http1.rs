@@ -32,7 +32,7 @@ impl Http1 {
             .handshake(TokioIo::new(wire.clone()))
             .await
             .map_err(no_codec)?;
-        wire.hear_out();
+        wire.read_to_end();
         let http1 = Self { sender, wire: wire.downgrade() };
         let turns = Turn::new(connection.with_upgrades(), wire.clone());
         tokio::spawn(async move {

@@ -401,7 +401,7 @@ async fn run<T>(connection: impl Future<Output = T>, open: Open) {
 
 /// Idle HTTP/1 connections kept for each worker.
 const IDLE: usize = 256;
-/// How long connections are kept that nobody uses, and how often they are looked over. Many apps close
-/// theirs after a minute or more.
+/// Time for which an unused connection is kept. Many apps close theirs after a minute or more.
 const IDLE_TIME: Duration = Duration::from_secs(55);
+/// Interval between two checks for unused connections to close.
 const SWEEP_TIME: Duration = Duration::from_secs(20);

@@ -18,12 +18,12 @@ struct Watched {
 impl Watched {
     /// Answers with a stream that the test fills, and reads the request's body meanwhile.
     async fn start(http2: bool) -> Self {
-        let (tell, streams) = mpsc::unbounded_channel();
+        let (arrived, streams) = mpsc::unbounded_channel();
         let at = app(http2, move |request| {
-            let tell = tell.clone();
+            let arrived = arrived.clone();
             async move {
                 let (send, body) = channel();
-                let _ = tell.send(send);
+                let _ = arrived.send(send);
                 tokio::spawn(async move {
                     let mut body = request.into_body();
                     while let Some(Ok(_)) = body.frame().await {}
@@ -36,7 +36,7 @@ impl Watched {
     }
 
     async fn next(&mut self) -> mpsc::UnboundedSender<Frame<Bytes>> {
-        timeout(PATIENCE, self.streams.recv()).await.unwrap().unwrap()
+        timeout(TEST_TIMEOUT, self.streams.recv()).await.unwrap().unwrap()
     }
 }
 
@@ -72,7 +72,7 @@ fn only(path: &str) -> Arc<Intentions> {
 async fn first_frame(response: Response<Incoming>) -> Incoming {
     assert_eq!(response.status(), StatusCode::OK);
     let mut body = response.into_body();
-    let frame = timeout(PATIENCE, body.frame()).await.unwrap().unwrap().unwrap();
+    let frame = timeout(TEST_TIMEOUT, body.frame()).await.unwrap().unwrap().unwrap();
     assert_eq!(frame.into_data().unwrap(), "first");
     body
 }
@@ -96,7 +96,7 @@ async fn a_stream_from_a_source_that_is_denied_now_breaks_off() {
         });
         let mut body = first_frame(response).await;
         deny(&pair, protocol, app.at, allowing(Action::Deny));
-        let end = timeout(PATIENCE, body.frame()).await.unwrap();
+        let end = timeout(TEST_TIMEOUT, body.frame()).await.unwrap();
         if protocol == Protocol::Grpc {
             let trailers = end.unwrap().unwrap().into_trailers().unwrap();
             assert_eq!(trailers["grpc-status"], "7");
@@ -109,7 +109,7 @@ async fn a_stream_from_a_source_that_is_denied_now_breaks_off() {
                 sleep(ms(20)).await;
             }
         };
-        timeout(PATIENCE, ends).await.expect("the app's side ends too");
+        timeout(TEST_TIMEOUT, ends).await.expect("the app's side ends too");
     }
 }
 
@@ -130,11 +130,11 @@ async fn requests_under_way_are_judged_by_their_own_values() {
         }
         deny(&pair, protocol, app.at, only("/kept"));
         let (mut cut, stream, _) = open.pop().unwrap();
-        assert!(timeout(PATIENCE, cut.frame()).await.unwrap().unwrap().is_err());
-        timeout(PATIENCE, stream.closed()).await.unwrap();
+        assert!(timeout(TEST_TIMEOUT, cut.frame()).await.unwrap().unwrap().is_err());
+        timeout(TEST_TIMEOUT, stream.closed()).await.unwrap();
         let (mut kept, stream, _) = open.pop().unwrap();
         stream.send(data("second")).unwrap();
-        let second = timeout(PATIENCE, kept.frame()).await.unwrap().unwrap().unwrap();
+        let second = timeout(TEST_TIMEOUT, kept.frame()).await.unwrap().unwrap().unwrap();
         assert_eq!(second.into_data().unwrap(), "second");
     }
 }
@@ -142,11 +142,11 @@ async fn requests_under_way_are_judged_by_their_own_values() {
 #[tokio::test]
 async fn a_request_that_waits_for_its_answer_gets_a_refusal_when_it_is_denied() {
     for protocol in ALL {
-        let (tell, mut asked) = mpsc::unbounded_channel();
+        let (arrived, mut requests) = mpsc::unbounded_channel();
         let at = app(protocol != Protocol::Http, move |_| {
-            let tell = tell.clone();
+            let arrived = arrived.clone();
             async move {
-                tell.send(()).unwrap();
+                arrived.send(()).unwrap();
                 std::future::pending().await
             }
         })
@@ -154,7 +154,7 @@ async fn a_request_that_waits_for_its_answer_gets_a_refusal_when_it_is_denied() 
         let pair = pair(protocol, at).await;
         let client = Client::of(protocol, pair.at).await;
         let (answer, ()) = tokio::join!(client.ask(get("/")), async {
-            asked.recv().await.unwrap();
+            requests.recv().await.unwrap();
             deny(&pair, protocol, at, allowing(Action::Deny));
         });
         assert_eq!(answer.0, StatusCode::FORBIDDEN, "{protocol:?}");
@@ -179,12 +179,12 @@ async fn hurried(protocol: Protocol, app: SocketAddr, time: Duration, idle: Dura
 #[tokio::test]
 async fn the_time_for_an_answer_begins_when_the_request_is_complete() {
     for protocol in ALL {
-        let (tell, mut asked) = mpsc::unbounded_channel();
+        let (arrived, mut requests) = mpsc::unbounded_channel();
         let at = app(protocol != Protocol::Http, move |request| {
-            let tell = tell.clone();
+            let arrived = arrived.clone();
             async move {
                 let whole = request.into_body().collect().await.unwrap().to_bytes();
-                tell.send(whole.len()).unwrap();
+                arrived.send(whole.len()).unwrap();
                 if whole.ends_with(b"stall") { std::future::pending().await } else { ok(text("thanks")) }
             }
         })
@@ -199,7 +199,7 @@ async fn the_time_for_an_answer_begins_when_the_request_is_complete() {
         }
         drop(upload);
         assert_eq!(slow.await.unwrap(), (StatusCode::OK, "thanks".into()), "{protocol:?}");
-        assert_eq!(asked.recv().await, Some(30));
+        assert_eq!(requests.recv().await, Some(30));
         let client = Client::of(protocol, pair.at).await;
         let (status, _) = client.ask(request(Method::POST, "/", text("stall"))).await;
         assert_eq!(status, StatusCode::GATEWAY_TIMEOUT, "{protocol:?}");
@@ -241,9 +241,9 @@ async fn a_client_that_reads_nothing_does_not_hold_the_app_for_ever() {
                 }
             }
         });
-        timeout(PATIENCE, stream.closed()).await.expect("the app's side ends");
+        timeout(TEST_TIMEOUT, stream.closed()).await.expect("the app's side ends");
         filled.await.unwrap();
-        assert!(timeout(PATIENCE, response.into_body().collect()).await.unwrap().is_err());
+        assert!(timeout(TEST_TIMEOUT, response.into_body().collect()).await.unwrap().is_err());
     }
 }
 
@@ -255,35 +255,35 @@ async fn patient(http2: bool, answer_after: Duration) -> (SocketAddr, mpsc::Unbo
             let _ = self.0.send("over");
         }
     }
-    let (tell, told) = mpsc::unbounded_channel();
+    let (arrived, events) = mpsc::unbounded_channel();
     let at = app(http2, move |_| {
-        let gone = Gone(tell.clone());
+        let gone = Gone(arrived.clone());
         async move {
-            gone.0.send("asked").unwrap();
+            gone.0.send("requested").unwrap();
             sleep(answer_after).await;
             ok(text("late"))
         }
     })
     .await;
-    (at, told)
+    (at, events)
 }
 
 #[tokio::test]
 async fn what_a_client_asked_for_that_is_gone_is_given_up_and_one_that_sends_no_more_is_answered() {
     for (protocol, resets) in [(Protocol::Http, true), (Protocol::Http, false), (Protocol::Grpc, false)] {
-        let (at, mut told) = patient(protocol != Protocol::Http, PATIENCE * 2).await;
-        let pair = hurried(protocol, at, PATIENCE * 2, PATIENCE * 2).await;
+        let (at, mut events) = patient(protocol != Protocol::Http, TEST_TIMEOUT * 2).await;
+        let pair = hurried(protocol, at, TEST_TIMEOUT * 2, TEST_TIMEOUT * 2).await;
         let mut stream = TcpStream::connect(pair.at).await.unwrap();
         stream.write_all(b"GET / HTTP/1.1\r\nHost: shop\r\n\r\n").await.unwrap();
-        assert_eq!(timeout(PATIENCE, told.recv()).await.unwrap(), Some("asked"));
+        assert_eq!(timeout(TEST_TIMEOUT, events.recv()).await.unwrap(), Some("requested"));
         let since = Instant::now();
         if resets {
             crate::proxy::socket::Socket::tcp(stream).abort();
         } else {
             drop(stream);
         }
-        assert_eq!(timeout(PATIENCE / 2, told.recv()).await.expect("it is given up"), Some("over"));
-        assert!(since.elapsed() < PATIENCE / 2);
+        assert_eq!(timeout(TEST_TIMEOUT / 2, events.recv()).await.expect("it is given up"), Some("over"));
+        assert!(since.elapsed() < TEST_TIMEOUT / 2);
     }
     let (at, _told) = patient(false, ms(2500)).await;
     let pair = pair(Protocol::Http, at).await;
@@ -291,7 +291,7 @@ async fn what_a_client_asked_for_that_is_gone_is_given_up_and_one_that_sends_no_
     stream.write_all(b"GET / HTTP/1.1\r\nHost: shop\r\n\r\n").await.unwrap();
     stream.shutdown().await.unwrap();
     let mut answer = String::new();
-    timeout(PATIENCE, stream.read_to_string(&mut answer)).await.unwrap().unwrap();
+    timeout(TEST_TIMEOUT, stream.read_to_string(&mut answer)).await.unwrap().unwrap();
     assert!(answer.starts_with("HTTP/1.1 200 OK\r\n") && answer.ends_with("late"), "{answer}");
 }
 
@@ -310,7 +310,7 @@ async fn answer(stream: &mut TcpStream) -> String {
             assert!(stream.read_buf(&mut answer).await.unwrap() > 0, "{text}");
         }
     };
-    timeout(PATIENCE, read).await.unwrap();
+    timeout(TEST_TIMEOUT, read).await.unwrap();
     String::from_utf8(answer).unwrap()
 }
 
@@ -343,7 +343,7 @@ async fn after_an_early_answer_the_connection_goes_on_or_the_answer_says_that_it
         let refused = answer(&mut stream).await;
         assert!(refused.starts_with("HTTP/1.1 404") && refused.contains("connection: close"), "{refused}");
         let mut rest = Vec::new();
-        timeout(PATIENCE, stream.read_to_end(&mut rest)).await.unwrap().unwrap();
+        timeout(TEST_TIMEOUT, stream.read_to_end(&mut rest)).await.unwrap().unwrap();
         assert!(rest.is_empty());
     }
 }

@@ -4,17 +4,17 @@ use super::*;
 
 /// Waits until the observer of a sidecar was told all of these, in this order, whatever else it was told.
 async fn observed(sidecar: &Sidecar, expected: &[&str]) {
-    let told = async {
+    let all_seen = async {
         loop {
             let events = sidecar.observer.recorded();
             let mut rest = events.iter();
-            if expected.iter().all(|event| rest.any(|told| told.starts_with(event))) {
+            if expected.iter().all(|event| rest.any(|seen| seen.starts_with(event))) {
                 return;
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    let in_time = timeout(PATIENCE, told).await;
+    let in_time = timeout(TEST_TIMEOUT, all_seen).await;
     assert!(in_time.is_ok(), "{expected:#?} not in {:#?}", sidecar.observer.recorded());
 }
 
@@ -92,7 +92,7 @@ async fn the_observer_is_told_of_connections_of_bytes_and_of_their_denial() {
     let mut answer = Vec::new();
     let mut asker = TcpStream::connect(pair.at).await.unwrap();
     asker.shutdown().await.unwrap();
-    timeout(PATIENCE, asker.read_to_end(&mut answer)).await.unwrap().unwrap();
+    timeout(TEST_TIMEOUT, asker.read_to_end(&mut answer)).await.unwrap().unwrap();
     assert_eq!(answer, b"hello");
     observed(&pair.client, &["accepted Outbound", "connect db.x.consul", "connected", "connection Ended"]).await;
     let served = ["accepted Inbound", "handshake", "decided ", "connect local_app", "connected", "connection Ended"];
@@ -112,7 +112,7 @@ async fn the_observer_is_told_of_connections_of_bytes_and_of_their_denial() {
             let _ = asker.read_to_end(&mut Vec::new()).await;
         }
     };
-    timeout(PATIENCE, denied).await.expect("it is denied in time");
+    timeout(TEST_TIMEOUT, denied).await.expect("it is denied in time");
     observed(&pair.server, &["accepted Inbound", "decided ", "connection Denied"]).await;
     // The same in audit mode, and enforced again.
     let audited = Service { intentions: allowing(Action::Deny), audit: true, ..service(Protocol::Tcp, app) };
@@ -126,6 +126,6 @@ async fn the_observer_is_told_of_connections_of_bytes_and_of_their_denial() {
             let _ = asker.read_to_end(&mut answer).await;
         }
     };
-    timeout(PATIENCE, let_through).await.expect("it is let through in time");
+    timeout(TEST_TIMEOUT, let_through).await.expect("it is let through in time");
     observed(&pair.server, &["accepted Inbound", "would deny: ", "connect local_app", "connection Ended"]).await;
 }

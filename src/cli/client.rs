@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use bytes::Bytes;
-use http::{Method, Request, StatusCode};
+use http::{Request, StatusCode};
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper_util::rt::TokioIo;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
@@ -19,10 +19,10 @@ use tokio_util::either::Either;
 
 use crate::telemetry::escape;
 
-/// From the connection to the end of the answer.
+/// Timeout of a request, from the connection to the end of the answer.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Bytes of an answer; those of a sidecar with a thousand upstreams are a few million.
+/// Longest answer, in bytes; a sidecar with a thousand upstreams answers with a few million.
 const LARGEST: usize = 64 * 1024 * 1024;
 
 /// Where an admin server listens.
@@ -63,20 +63,13 @@ impl Address {
     /// # Errors
     /// When there is no answer; a sentence that says what to do next.
     pub(super) fn get(&self, path: &str) -> anyhow::Result<Answer> {
-        block_on(self.ask(Method::GET, path))?
+        block_on(self.request(path))?
     }
 
     /// # Errors
     /// As of [`Self::get`].
-    #[allow(dead_code, reason = "for commands that change something")]
-    pub(super) fn post(&self, path: &str) -> anyhow::Result<Answer> {
-        block_on(self.ask(Method::POST, path))?
-    }
-
-    /// # Errors
-    /// As of [`Self::get`].
-    pub(super) async fn ask(&self, method: Method, path: &str) -> anyhow::Result<Answer> {
-        let answer = timeout(TIMEOUT, self.exchange(method, path)).await;
+    pub(super) async fn request(&self, path: &str) -> anyhow::Result<Answer> {
+        let answer = timeout(TIMEOUT, self.exchange(path)).await;
         answer.with_context(|| {
             format!(
                 "the sidecar at {self} did not answer within {TIMEOUT:?}: it hangs, or something else listens there"
@@ -84,13 +77,13 @@ impl Address {
         })?
     }
 
-    async fn exchange(&self, method: Method, path: &str) -> anyhow::Result<Answer> {
+    async fn exchange(&self, path: &str) -> anyhow::Result<Answer> {
         let stream = self.connect().await.map_err(|error| self.unreachable(&error))?;
-        let other = || format!("what listens at {self} does not answer as an admin server does: check the address");
+        let other = || format!("the program at {self} does not answer as an admin server does: check the address");
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.with_context(other)?;
-        let request = Request::builder().method(method).uri(path).header(http::header::HOST, "localhost");
-        let request = request.body(Empty::<Bytes>::new()).context("this can't be asked")?;
+        let request = Request::get(path).header(http::header::HOST, "localhost");
+        let request = request.body(Empty::<Bytes>::new()).context("the request cannot be built")?;
         let exchange = async move {
             let (head, body) = sender.send_request(request).await?.into_parts();
             let body = Limited::new(body, LARGEST).collect().await.map_err(anyhow::Error::from_boxed)?;
@@ -147,13 +140,12 @@ impl Answer {
         if self.status == StatusCode::OK {
             return Ok(());
         }
-        let said = self.text();
-        match said.trim() {
+        let message = self.text();
+        match message.trim() {
             "" => bail!("the answer is {}: is this an admin server of lictor?", self.status),
-            said => bail!("{}", escape(said)),
+            message => bail!("{}", escape(message)),
         }
     }
-
     pub(super) fn text(&self) -> String {
         String::from_utf8_lossy(&self.body).into_owned()
     }
