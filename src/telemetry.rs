@@ -74,6 +74,29 @@ pub fn escape(text: &str) -> Cow<'_, str> {
     }))
 }
 
+/// Returns JSON that a terminal shows as it is: `serde_json` escapes the control characters of ASCII, and leaves DEL, C1
+/// (U+009B begins a sequence as ESC [ does), line separators and marks that change the direction of writing.
+#[must_use]
+pub fn escape_json(json: &str) -> Cow<'_, str> {
+    let is_harmless = |c: char| c.is_ascii() && c != '\u{7f}' || c.escape_debug().len() == 1;
+    if json.chars().all(is_harmless) {
+        return Cow::Borrowed(json);
+    }
+    let mut line = String::with_capacity(json.len() + 16);
+    for c in json.chars() {
+        if is_harmless(c) {
+            line.push(c);
+        } else {
+            let mut units = [0; 2];
+            for unit in c.encode_utf16(&mut units) {
+                // A string takes whatever is written to it.
+                let _ = write!(line, "\\u{unit:04x}");
+            }
+        }
+    }
+    Cow::Owned(line)
+}
+
 fn subscriber<W>(settings: Settings, writer: W) -> (impl Subscriber + Send + Sync, LevelHandle)
 where
     W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
@@ -276,7 +299,7 @@ fn milliseconds(time: &str) -> String {
 }
 
 fn json_string(text: &str) -> String {
-    serde_json::Value::from(text).to_string()
+    escape_json(&serde_json::Value::from(text).to_string()).into_owned()
 }
 
 /// A value that would not be read back as one word is put into quotes.
@@ -372,6 +395,18 @@ mod tests {
             info!(target: "proxy", status = 200, "Done");
         });
         assert_eq!(lines, ["[INFO]  proxy: Done: status=200 id=7 peer=spiffe://x/svc/web method=GET\n"]);
+    }
+
+    #[test]
+    fn json_is_harmless_on_a_terminal_and_reads_as_before() {
+        let hostile = "a\u{7f}\u{9b}2J\u{2028}\u{202e}\u{e0001}\u{1b}[2J é\"";
+        let json = serde_json::json!({ "name": hostile });
+        let shown = escape_json(&json.to_string()).into_owned();
+        assert_eq!(shown, r#"{"name":"a\u007f\u009b2J\u2028\u202e\udb40\udc01\u001b[2J é\""}"#);
+        assert_eq!(serde_json::from_str::<serde_json::Value>(&shown).unwrap(), json);
+        let lines = logged(Level::INFO, true, || info!(target: "proxy", name = hostile, "From {hostile}"));
+        assert!(!lines[0].contains(['\u{7f}', '\u{9b}', '\u{2028}', '\u{202e}']), "{lines:?}");
+        assert!(matches!(escape_json("{\n  \"é\": 1\n}"), Cow::Borrowed(_)));
     }
 
     #[test]

@@ -205,7 +205,7 @@ def test_intentions_check_names_the_rule(mesh, lictor):
     mesh.deny("*", db)
     eventually(lambda: "* => " in json.loads(db.admin("/intentions/check?from=somebody").body)["why"])
     assert f"denied by intention * => {db.name} (deny, precedence 8)" in lictor("intentions", "check", "-service", db.name, "-from", "somebody", exit=WRONG)
-    assert "say who calls" in lictor("intentions", "check", "-service", db.name, exit=UNKNOWN)
+    assert "the calling service is missing" in lictor("intentions", "check", "-service", db.name, exit=UNKNOWN)
     assert "is no source" in lictor("intentions", "check", "-service", db.name, "-from", "*", exit=UNKNOWN)
     assert "`lictor intentions check`" in lictor("intentions", exit=UNKNOWN)
 

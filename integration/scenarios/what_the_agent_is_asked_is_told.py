@@ -34,22 +34,22 @@ def test_each_query_tells_how_it_is_asked_and_what_it_was_answered(mesh):
     db, web = pair(mesh)
     about = watches(web)
     assert about["address"].endswith(str(mesh.agent.port)) and about["room"] in ("enough", "crowded", "scarce") and about["connections"] >= 1
-    watches = by_what(web)
-    registration, chain, instances = (watches[what] for what in (f"registration of {web.proxy_id}", f"discovery chain of {db.name}", f"endpoints of {db.name} in dc1"))
+    by_name = by_what(web)
+    registration, chain, instances = (by_name[what] for what in (f"registration of {web.proxy_id}", f"discovery chain of {db.name}", f"endpoints of {db.name} in dc1"))
     assert registration["request"] == f"GET /v1/agent/service/{web.proxy_id}" and registration["answered_by"] == "agent"
     assert (registration["how"], registration["index"]) == ("blocks", None)
     assert (chain["how"], chain["table"], instances["how"], instances["table"]) == ("table", "config entries", "table", "instances in dc1")
     assert chain["request"] == f"GET /v1/discovery-chain/{db.name}" and instances["index"] > 0
-    assert watches["CA roots"]["how"] == "blocks" and watches["CA roots"]["answered_by"] == "agent_cache"
-    assert watches[f"default policy of {web.name}"]["how"] == "periodic" and watches["changes of instances in dc1"]["how"] == "blocks"
-    for watch in watches.values():
+    assert by_name["CA roots"]["how"] == "blocks" and by_name["CA roots"]["answered_by"] == "agent_cache"
+    assert by_name[f"default policy of {web.name}"]["how"] == "periodic" and by_name["changes of instances in dc1"]["how"] == "blocks"
+    for watch in by_name.values():
         assert (watch["errors"] == 0) == (watch["error"] is None) and (watch["errors"] > 0 or not watch["failing"]), watch
         assert (watch["state"] == "waiting") == (watch["under_way"] is None), watch
     # The one for intentions blocks for as long as it may.
     rules = eventually(lambda: watch_if(by_what(web)[f"intentions of {web.name}"], lambda one: one["state"] == "blocked"))
     assert rules["blocks_for"] >= 1 and rules["index"] > 0
     state = json.loads(web.admin("/status").body)
-    assert {watch["what"] for watch in state["watches"]} == set(watches) and state["agent"]["room"] == about["room"]
+    assert {watch["what"] for watch in state["watches"]} == set(by_name) and state["agent"]["room"] == about["room"]
 
 
 def test_a_failure_is_told_until_and_after_an_answer_comes(own_mesh):

@@ -21,6 +21,7 @@ mod reply;
 mod routes;
 mod scrape;
 mod sinks;
+mod stall;
 mod state;
 mod stats;
 mod statsd;
@@ -31,7 +32,9 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hyper::service::service_fn;
+use http_body::Body;
+use hyper::body::Incoming;
+use hyper::service::{HttpService, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Semaphore;
@@ -43,6 +46,7 @@ pub use self::explanation::Explanation;
 use self::guard::Hosts;
 use self::listen::Listener;
 use self::scrape::Tls;
+use self::stall::StallLimit;
 pub use self::state::{Command, Started, State, Watched};
 use crate::config::AdminSettings;
 use crate::stats::value::{Counter, Gauge};
@@ -143,11 +147,21 @@ where
             Ok::<_, Infallible>(routes::answer(request, scope, hosts, &state).await)
         }
     });
-    let mut http = hyper::server::conn::http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(64 * 1024);
-    if let Err(error) = http.serve_connection(TokioIo::new(connection), service).await {
+    if let Err(error) = serve_http(connection, service).await {
         tracing::debug!(target: "admin", %error, "A connection to the admin server ended early");
     }
+}
+
+/// Ends when the client does not send the next request in time, or does not read its answer.
+async fn serve_http<S, H, B>(connection: S, service: H) -> hyper::Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+    H: HttpService<Incoming, ResBody = B, Error = Infallible>,
+    B: Body<Error = Infallible> + 'static,
+{
+    let mut http = hyper::server::conn::http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(64 * 1024);
+    http.serve_connection(TokioIo::new(StallLimit::new(connection)), service).await
 }
 
 /// Something that goes on until it is dropped.

@@ -25,6 +25,9 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest answer, in bytes; a sidecar with a thousand upstreams answers with a few million.
 const LARGEST: usize = 64 * 1024 * 1024;
 
+/// Longest part of an error text of a server that is shown, in characters.
+const SHOWN_TEXT: usize = 300;
+
 /// Where an admin server listens.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Address {
@@ -140,14 +143,13 @@ impl Answer {
         if self.status == StatusCode::OK {
             return Ok(());
         }
-        let message = self.text();
-        match message.trim() {
+        // Another program may answer with a page of any length.
+        let text = String::from_utf8_lossy(&self.body[..self.body.len().min(4 * SHOWN_TEXT)]);
+        let message: String = text.trim().chars().take(SHOWN_TEXT).collect();
+        match message.as_str() {
             "" => bail!("the answer is {}: is this an admin server of lictor?", self.status),
             message => bail!("{}", escape(message)),
         }
-    }
-    pub(super) fn text(&self) -> String {
-        String::from_utf8_lossy(&self.body).into_owned()
     }
 }
 
@@ -224,6 +226,13 @@ mod tests {
     fn what_was_refused_is_told_in_the_words_of_the_server_and_is_harmless() {
         let (answer, _) = answered(b"HTTP/1.1 404 Not Found\r\nContent-Length: 11\r\n\r\nno \x1b[2Jsuch");
         assert_eq!(answer.unwrap().json().unwrap_err().to_string(), "no \\u{1b}[2Jsuch");
+        let page = [&b"HTTP/1.1 404 Not Found\r\nContent-Length: 100000\r\n\r\n"[..], &[b'<'; 100_000]].concat();
+        let (answer, _) = answered(page.leak());
+        assert_eq!(
+            answer.unwrap().json().unwrap_err().to_string(),
+            "<".repeat(SHOWN_TEXT),
+            "a page of another program"
+        );
         let (answer, _) = answered(b"SSH-2.0-OpenSSH\r\n");
         assert!(answer.unwrap_err().to_string().contains("does not answer as an admin server does"));
         let error = Address::Unix("/nowhere/x.sock".into()).get("/").unwrap_err().to_string();

@@ -8,6 +8,7 @@ use serde_json::Value;
 use super::client::url;
 use super::find::Target;
 use super::request::RequestArgs;
+use super::view::count;
 use super::{Command, Done, Exit, Report};
 use crate::telemetry::escape;
 
@@ -78,7 +79,7 @@ fn text(answer: &Value, has_request: bool) -> String {
     let rule = &answer["rule"];
     let permission = &rule["permission"];
     if permission.is_object() {
-        let (number, conditions) = (&permission["number"], of(&permission["conditions"]));
+        let (number, conditions) = (count(&permission["number"]), of(&permission["conditions"]));
         let _ = writeln!(text, "  permission {number} is for: {conditions}");
     }
     for (what, required) in

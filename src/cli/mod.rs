@@ -22,7 +22,7 @@ use std::process::ExitCode;
 
 use serde_json::Value;
 
-use crate::telemetry::escape;
+use crate::telemetry::{escape, escape_json};
 
 /// In the order of their help.
 const COMMANDS: &[Command] =
@@ -99,7 +99,7 @@ pub fn run(arguments: &[OsString]) -> Option<ExitCode> {
             report.exit.into()
         }
         Ok(Done::Json(report)) => {
-            print(&format!("{:#}\n", report.json));
+            print(&escape_json(&format!("{:#}\n", report.json)));
             report.exit.into()
         }
         Ok(Done::Shown(exit)) => exit.into(),

@@ -17,6 +17,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval_at};
 use super::client::{Address, block_on};
 use super::find::{Sidecar, Target};
 use super::{Command, Done, Exit};
+use crate::telemetry::escape_json;
 use draw::View;
 use keys::Key;
 use screen::{Event, Screen};
@@ -90,7 +91,7 @@ async fn print(mut sidecar: Sidecar, count: u64) -> Exit {
             Err(error) => (json!({ "error": format!("{error:#}") }), Exit::Unknown),
         };
         let mut out = io::stdout().lock();
-        let is_read = writeln!(out, "{line}").and_then(|()| out.flush()).is_ok();
+        let is_read = writeln!(out, "{}", escape_json(&line.to_string())).and_then(|()| out.flush()).is_ok();
         looks += 1;
         if looks == count || !is_read {
             return exit;

@@ -292,7 +292,7 @@ async fn an_agent_that_is_known_to_be_before_1_9_lists_intentions_once_at_the_st
     agent.set(MATCH, json!({ "db": null }));
     agent.set(ROOTS, roots("a"));
     let watches = watches(&agent.settings());
-    watches.client().ask(&Query::ca_roots()).await.expect("an answer");
+    watches.client().fetch(&Query::ca_roots()).await.expect("an answer");
     let (sender, mut events) = mpsc::channel(16);
     let _watch = watches.watch(Query::intentions("db"), sender, drop);
     events.recv().await.expect("it runs");
