@@ -14,7 +14,7 @@ use super::names::{
     LOCAL_APP, TYPES, app_address, dial_address, duration, exposed_cluster, failover_cluster, resolver_cluster,
 };
 use crate::observe::target_name;
-use crate::snapshot::{Endpoint, Limits, LocalApp, Resolver, Snapshot, Target, Upstream};
+use crate::snapshot::{Endpoint, Limits, LocalApp, PassiveHealthCheck, Resolver, Snapshot, Target, Upstream};
 use crate::stats::scope::Cluster as StatsName;
 use crate::stats::{ClusterStats, Member, MemberState};
 
@@ -104,22 +104,12 @@ pub(super) fn message(name: &str, cluster: &Cluster<'_>) -> Value {
 fn target_fields(target: &Target, upstream: &Upstream) -> Value {
     let names = target.tls().expected().iter();
     let names = names.map(|id| json!({ "san_type": "URI", "matcher": { "exact": id.to_string() } }));
-    let health = &upstream.passive_health_check;
-    let mut outliers = json!({
-        "consecutive_5xx": health.max_failures,
-        "interval": duration(health.interval),
-        "base_ejection_time": duration(health.base_ejection_time),
-        "enforcing_consecutive_5xx": health.enforcing_consecutive_5xx,
-    });
-    if let Some(percent) = health.max_ejection_percent {
-        outliers["max_ejection_percent"] = json!(percent);
-    }
     json!({
         "type": "EDS",
         "eds_cluster_config": { "eds_config": { "ads": {}, "resource_api_version": "V3" } },
         "connect_timeout": duration(target.connect_timeout),
         "circuit_breakers": { "thresholds": [thresholds(upstream.limits)] },
-        "outlier_detection": outliers,
+        "outlier_detection": outlier_detection(&upstream.passive_health_check),
         "transport_socket": {
             "name": "tls",
             "typed_config": {
@@ -132,6 +122,27 @@ fn target_fields(target: &Target, upstream: &Upstream) -> Value {
             },
         },
     })
+}
+
+/// What is not the default. So Consul's Envoy has it, but for a default that is set.
+fn outlier_detection(health: &PassiveHealthCheck) -> Value {
+    let default = PassiveHealthCheck::default();
+    let fields = [
+        ("consecutive_5xx", json!(health.max_failures), health.max_failures != default.max_failures),
+        ("interval", json!(duration(health.interval)), health.interval != default.interval),
+        (
+            "base_ejection_time",
+            json!(duration(health.base_ejection_time)),
+            health.base_ejection_time != default.base_ejection_time,
+        ),
+        (
+            "enforcing_consecutive_5xx",
+            json!(health.enforcing_consecutive_5xx),
+            health.enforcing_consecutive_5xx != default.enforcing_consecutive_5xx,
+        ),
+        ("max_ejection_percent", json!(health.max_ejection_percent), health.max_ejection_percent.is_some()),
+    ];
+    fields.into_iter().filter(|(_, _, is_set)| *is_set).map(|(name, value, _)| (name.to_owned(), value)).collect()
 }
 
 /// Limits that are set; Envoy writes those that are not as the largest number.
@@ -325,5 +336,21 @@ fn lines(text: &mut String, name: &str, cluster: &Cluster<'_>, hosts: &[HostNow]
         line(format_args!("{place}::weight::{}", host.weight));
         line(format_args!("{place}::priority::0"));
         line(format_args!("{place}::success_rate::-1"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn outlier_detection_has_what_was_set() {
+        assert_eq!(outlier_detection(&PassiveHealthCheck::default()), json!({}));
+        let health = PassiveHealthCheck {
+            interval: Duration::from_secs(22),
+            max_ejection_percent: Some(50),
+            ..PassiveHealthCheck::default()
+        };
+        assert_eq!(outlier_detection(&health), json!({ "interval": "22s", "max_ejection_percent": 50 }));
     }
 }
