@@ -8,9 +8,14 @@ use std::time::SystemTime;
 use super::connection::{ConnectionInfo, ConnectionRecord, Listener};
 use super::outcome::Outcome;
 use super::request::RequestRecord;
+use crate::access_log::Secrets;
 
 /// Problems that are kept, the newest ones.
 pub const KEPT: usize = 256;
+
+/// Longest text of a problem, in bytes: a client chooses its method and path, of up to 60 KiB, and `/events` sends all
+/// problems each second.
+const LONGEST: usize = 512;
 
 /// A connection or a request that was denied or failed, other than by its own client.
 #[derive(Debug, Clone)]
@@ -63,7 +68,8 @@ impl Problems {
         if is_problem(outcome) {
             let what = format!("{} {}", record.method, record.uri.path());
             let cause = record.cause.clone().map_or_else(|| outcome.describe().meaning.to_owned(), String::from);
-            self.push(&record.connection, outcome, Some(what), cause);
+            let secrets = Secrets { providers: record.providers.as_deref() };
+            self.push(&record.connection, outcome, Some(what), secrets.hide(&cause).into_owned());
         }
     }
 
@@ -73,7 +79,7 @@ impl Problems {
 
     /// Told once for each source and reason while it is among the newest: one busy caller would push out all else.
     pub(super) fn would_deny(&self, info: &ConnectionInfo, request: Option<(&str, &str)>, reason: &str) {
-        let who = who(info);
+        let (who, reason) = (who(info), cut(reason));
         let is_same =
             |known: &Problem| known.outcome == Outcome::WouldDeny && known.who == who && known.cause == reason;
         if !self.lock().list.iter().any(is_same) {
@@ -90,6 +96,7 @@ impl Problems {
             Listener::Exposed(_) => "exposed",
         };
         let (at, listener) = (SystemTime::now(), info.listener.name().to_owned());
+        let (what, cause) = (what.map(|what| cut(&what).to_owned()), cut(&cause).to_owned());
         let mut kept = self.lock();
         let number = kept.next;
         kept.next += 1;
@@ -102,6 +109,11 @@ impl Problems {
     fn lock(&self) -> std::sync::MutexGuard<'_, Kept> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The beginning of a text.
+fn cut(text: &str) -> &str {
+    &text[..text.floor_char_boundary(LONGEST)]
 }
 
 /// The identity of the downstream, or its address.

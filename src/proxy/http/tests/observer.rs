@@ -80,6 +80,20 @@ async fn the_observer_is_told_what_failed_and_at_which_limit() {
 }
 
 #[tokio::test]
+async fn a_problem_keeps_the_beginning_of_a_path_and_no_query() {
+    let app = app(false, |_| async move { ok(text("x")) }).await;
+    let limits = Limits { max_concurrent_requests: Some(0), ..Limits::default() };
+    let limited = pair_with(Protocol::Http, app, |upstream| Upstream { limits, ..upstream }).await;
+    let target = format!("/{}?access_token=secret", "a".repeat(20_000));
+    assert_eq!(Client::http1(limited.at).await.ask(get(&target)).await.0, StatusCode::SERVICE_UNAVAILABLE);
+    observed(&limited.client, &["finished Overflow"]).await;
+    let [problem] = &limited.client.observer.problems().newest()[..] else { panic!("one problem") };
+    let what = problem.what.as_deref().unwrap();
+    assert!(what.starts_with("GET /aaa") && what.len() < 1_000, "{} bytes", what.len());
+    assert!(!problem.cause.contains("secret"), "{}", problem.cause);
+}
+
+#[tokio::test]
 async fn the_observer_is_told_of_connections_of_bytes_and_of_their_denial() {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let app = listener.local_addr().unwrap();
