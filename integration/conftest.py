@@ -85,7 +85,7 @@ def stack():
 
 @pytest.fixture
 def workers():
-    """What does things beside the scenario: `workers.submit(what, …)`."""
+    """Threads beside the scenario: `workers.submit(what, …)`."""
     with concurrent.futures.ThreadPoolExecutor(64) as pool:
         yield pool
 

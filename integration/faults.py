@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What clients notice when one of two instances fails in a way that the agent does not see; see scripts/faults.
+"""Effects on clients when one of two instances fails in a way that the agent does not see; see scripts/faults.
 
 Every answer is checked. For each fault, protocol and kind of sidecar it prints how many requests were made and how many failed, when the
 last one failed after the fault began, the slowest good answer, and when the instance was used again after the fault was over.
@@ -247,7 +247,7 @@ FAULTS = {"app killed": app_killed, "sidecar frozen": sidecar_frozen, "path sile
 
 @dataclasses.dataclass
 class Noticed:
-    """What clients noticed of a fault. Times are in seconds."""
+    """Effects of a fault on clients. Times are in seconds."""
     requests: int
     failed: int
     last_failure: float | None

@@ -1,4 +1,4 @@
-"""What scripts/demo runs once everything is there. Standard library only."""
+"""The steps of scripts/demo, once everything is there. Standard library only."""
 
 import contextlib
 import ctypes

@@ -24,7 +24,7 @@ UPSTREAM = f"http://127.0.0.1:{sys.argv[3]}" if len(sys.argv) > 3 else None
 
 
 class Unreachable(Exception):
-    """What we depend on gave no good answer; the text says why."""
+    """A dependency gave no good answer; the text has the reason."""
 
 
 def call(what, path):

@@ -85,13 +85,13 @@ pub async fn run(config: Config, level: LevelHandle) -> anyhow::Result<()> {
     result
 }
 
-/// What a process has once, however many sidecars it stands for.
+/// Parts that a process has once, however many sidecars it serves.
 struct Host {
     /// The data plane's threads.
     workers: Arc<Workers>,
     /// The connections to the agent, and everything that is asked over them.
     sources: Sources,
-    /// Where connections and requests are told of, and with it the access log.
+    /// The observer of connections and requests, with the access log.
     observer: Observer,
 }
 

@@ -14,7 +14,7 @@ use tokio::sync::watch;
 
 use crate::race::{Attempt, Next, Race};
 
-/// What came of a lookup; all who waited for it get the same.
+/// The result of a look-up, shared by all tasks that waited for it.
 type Found = Result<Arc<[IpAddr]>, (io::ErrorKind, String)>;
 type Pending = watch::Receiver<Option<Found>>;
 

@@ -1,4 +1,4 @@
-"""What the scenarios are written with: agents, sidecars, apps and identities that are real, and waits that have a bound."""
+"""Building blocks of the scenarios: agents, sidecars, apps and identities that are real, and waits that have a bound."""
 
 from .agent import Agent, ApiError
 from .apps import Blackhole, Conn, Echo, HalfCloser, Resetter, Silent, dial

@@ -87,7 +87,7 @@ class Agent:
 
     @property
     def env(self):
-        """What a program needs in its environment to find this agent."""
+        """Environment variables for a program that uses this agent."""
         return {"CONSUL_HTTP_ADDR": self.address, **({"CONSUL_HTTP_TOKEN": self.token} if self.token else {})}
 
     def call(self, method, path, body=None, token=None):

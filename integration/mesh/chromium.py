@@ -125,7 +125,7 @@ class Page:
                                                          {"name": "prefers-reduced-motion", "value": "reduce"}])
 
     def take_event(self, event, about):
-        """What a person with the console open would see in red."""
+        """Errors as the browser's console shows them."""
         if event == "Runtime.exceptionThrown":
             self.faults.append(about["exceptionDetails"].get("exception", {}).get("description") or about["exceptionDetails"]["text"])
         elif event == "Runtime.consoleAPICalled" and about["type"] in ("error", "warning", "assert"):
@@ -136,13 +136,13 @@ class Page:
             self.faults.append(f"{about['issue']['code']}: {json.dumps(about['issue']['details'])[:600]}")
 
     def run(self, script):
-        """What a JavaScript expression gives; a promise is waited for."""
+        """The value of a JavaScript expression; a promise is awaited."""
         answer = self.ask("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
     def text(self, selector="body"):
-        """What is to be read there."""
+        """The text of the page."""
         return self.run(f"document.querySelector({json.dumps(selector)}).innerText")
 
     def press(self, key, code=0, text=None, modifiers=0):
@@ -158,7 +158,7 @@ class Page:
         pathlib.Path(file).write_bytes(base64.b64decode(self.ask("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]))
 
     def unusable(self, axe):
-        """What axe-core finds wrong: [(rule, elements)]."""
+        """Violations found by axe-core: [(rule, elements)]."""
         self.run(axe + "\n;true")
         found = self.run("axe.run(document, {resultTypes: ['violations']}).then(r => r.violations.map(v => [v.id, v.nodes.map(n => n.html + ' ' + (n.any[0] || n.all[0] || n.none[0] || {}).message)]))")
         return [tuple(each) for each in found]

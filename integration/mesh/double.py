@@ -25,7 +25,7 @@ def recordings():
 
 
 def question(method, path):
-    """What is asked, without how: the key of an answer."""
+    """The key of an answer: the request without parameters that only say how to wait."""
     url = urllib.parse.urlsplit(path)
     params = [(k, v) for k, v in urllib.parse.parse_qsl(url.query, keep_blank_values=True) if k not in HOW]
     return f"{method} {url.path}" + (f"?{urllib.parse.urlencode(sorted(params))}" if params else "")
@@ -104,7 +104,7 @@ class Double:
                 before = self._answers.get(key)
                 same = before and before["answer"] == answer
                 self._answers[key] = before if same else {"answer": answer, "index": self._index}
-            # What this state does not have is gone.
+            # Entries that this state does not have are gone.
             for key in self._answers.keys() - answers.keys():
                 self._answers[key] = {"answer": {"status": 404, "body": "Config entry not found"}, "index": self._index}
             self._changed.notify_all()
@@ -145,7 +145,7 @@ class Double:
         return {"answer": {"status": 404, "body": "Config entry not found"}, "index": 1}
 
     def _made(self, path):
-        """Who is who, made here and not recorded."""
+        """Certificates, made here and not recorded."""
         if path == "/v1/agent/connect/ca/roots":
             return {"ActiveRootID": "1", "TrustDomain": self.recording.trust_domain,
                     "Roots": [{"ID": "1", "Name": "Root of the double", "RootCert": self.authority.cert_pem, "Active": True}]}

@@ -12,7 +12,7 @@ from .wait import eventually
 TYPES = "type.googleapis.com/envoy.extensions."
 
 
-# What Consul has Envoy offer and take, by the protocol of the service.
+# ALPN of Envoy under Consul, by the protocol of the service.
 ALPN = {"tcp": [], "http": ["http/1.1"], "http2": ["h2", "http/1.1"], "grpc": ["h2", "http/1.1"]}
 
 
@@ -92,7 +92,7 @@ def cluster(name, ports, tls=None, protocol="tcp"):
 
 
 def filters(name, protocol, denied=None, zipkin=None):
-    """What carries to the cluster of this name; with `denied`, after the intentions; with `zipkin`, traced."""
+    """The filters that lead to the cluster of this name; with `denied`, after the intentions; with `zipkin`, traced."""
     if protocol == "tcp":
         return [*([] if denied is None else [network_rbac(denied)]), tcp_proxy(name)]
     http = [] if protocol != "grpc" else [

@@ -85,7 +85,7 @@ class Http2:
         return next_frame(self.conn)
 
     def outcome(self, stream=1):
-        """What becomes of a stream: ("answer", status, body), ("reset", code), ("goaway", code) or ("closed",)."""
+        """The end of a stream: ("answer", status, body), ("reset", code), ("goaway", code) or ("closed",)."""
         status, body = None, b""
         try:
             while got := self.next():

@@ -52,7 +52,7 @@ class Authority:
             builder = builder.add_extension(extension, critical)
         self._cert = issuer._sign(builder)
         self.cert_pem, self.key_pem = pem(self._cert), pem_key(self._key)
-        # What a leaf of it is shown with.
+        # The intermediate certificates of its leaves.
         self.chain_pem = self.cert_pem + by.chain_pem if by else ""
 
     def below(self, name, key=None, extensions=()):

@@ -60,7 +60,7 @@ class Prometheus(Process):
         return content["data"]
 
     def query(self, text):
-        """What it answers now: [(labels, number)]."""
+        """The present answer: [(labels, number)]."""
         return [(each["metric"], float(each["value"][1])) for each in self.get("query", query=text)["result"]]
 
     def number(self, text):

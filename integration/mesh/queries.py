@@ -1,4 +1,4 @@
-"""What Consul's UI and HashiCorp's Grafana dashboards ask Prometheus, by the names and labels of Envoy under Consul."""
+"""Queries of Consul's UI and HashiCorp's Grafana dashboards to Prometheus, by the names and labels of Envoy under Consul."""
 
 import dataclasses
 import re
@@ -91,7 +91,7 @@ BOARDS = {
     "D: cluster state": 'sum(envoy_cluster_membership_healthy{app=~"$app",envoy_cluster_name=~"$cluster"})'
                         ' == bool sum(envoy_cluster_membership_total{app=~"$app",envoy_cluster_name=~"$cluster"})',
 }
-# What the variables of the boards are filled with: the values of a label.
+# Variables of the dashboards: the values of a label.
 VARIABLES = {
     "app": ("envoy_server_live", "app"), "source": ("envoy_server_live", "consul_source_service"),
     "to": ("envoy_cluster_upstream_rq_total", "consul_destination_service"), "cluster": ("envoy_cluster_upstream_cx_total", "envoy_cluster_name"),
@@ -104,7 +104,7 @@ def filled(query, **values):
     return re.sub(r"\$(\w+)", lambda found: values[found[1]], query)
 
 
-# What promtool's linter has against Envoy's names. They are what dashboards know, so they stay.
+# Complaints of promtool's linter about Envoy's names, which dashboards need.
 KNOWN_LINTS = (
     r"envoy_\w+ no help text",
     r'envoy_\w+ counter metrics should have "_total" suffix',

@@ -1,4 +1,4 @@
-"""A server that answers with the very bytes that it was told, over HTTP/1 or HTTP/2, plain or as a sidecar."""
+"""A server that answers with given bytes, over HTTP/1 or HTTP/2, plain or as a sidecar."""
 
 import dataclasses
 import socket
@@ -13,7 +13,7 @@ from .http2 import DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PREFACE, RST_
 
 @dataclasses.dataclass
 class Script:
-    """What a server says, piece by piece, and how it ends: it may "wait" for the client, or send a "fin" or a "reset".
+    """The answer of a server, piece by piece, and how it ends: it may "wait" for the client, or send a "fin" or a "reset".
 
     Pieces are bytes. For HTTP/2 they are (kind, flags, payload), and `stream_end` is the code of an RST_STREAM at the end.
     """

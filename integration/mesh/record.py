@@ -13,7 +13,7 @@ from .rules import TABLE, agent_config, services, write
 from .tokens import Issuer
 from .wait import eventually
 
-# What stays the same under all rules is recorded once for each default.
+# Answers that are the same under all rules are recorded once for each default.
 COMMON = ("/v1/agent/services", "/v1/agent/service/api-sidecar-proxy", "/v1/agent/service/web-sidecar-proxy", "/v1/discovery-chain/api",
           "/v1/health/connect/api", "/v1/connect/intentions/match?by=destination&name=web")
 INTENTIONS = "/v1/connect/intentions/match?by=destination&name=api"

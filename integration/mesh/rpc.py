@@ -11,7 +11,7 @@ SERVICE = "scenario.Calls"
 
 
 class Rpc:
-    """Serves in plain HTTP/2; counts what it was told to stop. `streams`: at a time on one connection."""
+    """Serves in plain HTTP/2; counts the calls that were cancelled. `streams`: at a time on one connection."""
 
     def __init__(self, port, streams=None):
         self.port, self.waiting, self.cancelled = port, threading.Semaphore(0), threading.Semaphore(0)

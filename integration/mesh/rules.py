@@ -256,7 +256,7 @@ def filled(text, issuer, keys_port):
 
 
 def agent_config(default):
-    """What an agent needs for this to be its default, without ACLs."""
+    """Agent configuration with this default, without ACLs."""
     return {"default_intention_policy": default}
 
 

@@ -26,7 +26,7 @@ class Upstream:
 
 
 class Mesh:
-    """What one scenario runs on one agent. Whatever is started through it ends with the scenario."""
+    """The processes of one scenario on one agent. All of them end with the scenario."""
 
     def __init__(self, agent, binaries, ports, directory, stack, tag):
         self.agent, self.binaries, self.ports, self.directory, self.stack, self.tag = agent, binaries, ports, directory, stack, tag
@@ -183,7 +183,7 @@ class Service:
         return self
 
     def admin(self, path, method="GET", headers=None):
-        """What the admin server of its sidecar answers."""
+        """The answer of its sidecar's admin server."""
         return ask(admin_port(self.process), path, method, headers=headers)
 
     def passing(self, status="pass"):

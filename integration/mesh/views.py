@@ -7,7 +7,7 @@ import urllib.parse
 
 # For one hop alone, or made anew at each (RFC 9110, 7.6.1; RFC 9112, 7).
 FOR_ONE_HOP = {"connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade", "http2-settings", "te", "host", "content-length"}
-# What a sidecar adds, or replaces by what it knows.
+# Headers that a sidecar adds or replaces.
 ADDED = {"x-request-id", "x-forwarded-proto", "x-forwarded-client-cert"}
 # Taking these from a request by naming them in `connection` would change what it is.
 NOT_BY_NAME = {"host", "te", "content-length", "authorization", "cookie", "proxy-authenticate", "proxy-authorization", *ADDED}
@@ -24,7 +24,7 @@ def decisions(log):
 
 
 def by_id(reports):
-    """What a server has understood, by the id of the request."""
+    """Requests as a server understood them, by the id of the request."""
     found = {}
     for report in reports:
         ids = [value for name, value in report["headers"] if name == "x-request-id"] or [None]

@@ -7,7 +7,7 @@ TEST_TIMEOUT = 20.0
 
 
 class NotInTime(AssertionError):
-    """What was waited for did not happen within its bound."""
+    """A condition did not hold within its bound."""
 
 
 def eventually(condition, within=TEST_TIMEOUT, what=None, every=0.02):

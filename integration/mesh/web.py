@@ -129,7 +129,7 @@ class Answer:
         return ", ".join(values) if values else None
 
     def seen(self):
-        """What the app saw of the request."""
+        """The request as the app received it."""
         assert self.status == 200, f"{self.status}: {self.body[:300]}"
         return json.loads(self.body)
 

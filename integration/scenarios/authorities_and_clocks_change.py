@@ -1,4 +1,4 @@
-"""What befalls a mesh's identities in the long run: another cluster, clocks that jump, leaves that last an hour."""
+"""Changes of a mesh's identities in the long run: another cluster, clocks that jump, leaves that last an hour."""
 
 import pytest
 

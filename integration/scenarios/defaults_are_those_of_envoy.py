@@ -1,4 +1,4 @@
-"""What no intention decides on: the agent's two default policies, in every combination, as Envoy goes by them under the same agent.
+"""Traffic that no intention matches: the agent's two default policies, in every combination, as Envoy goes by them under the same agent.
 
 With `ENVOY_BIN` (any version, configured by `consul connect envoy`) the same cases run with Envoy as the server's sidecar.
 """

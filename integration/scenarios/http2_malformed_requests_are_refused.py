@@ -1,4 +1,4 @@
-"""What RFC 9113 calls malformed, and what two parties could read in two ways, reaches no app over HTTP/2 either."""
+"""Requests that are malformed (RFC 9113) or ambiguous reach no app over HTTP/2 either."""
 
 import contextlib
 

@@ -1,4 +1,4 @@
-"""What two parties could read in two ways is answered with 400, and nothing of it reaches the app."""
+"""Ambiguous requests, which two parties could read in two ways, are answered with 400, and nothing of them reaches the app."""
 
 import pytest
 

@@ -32,7 +32,7 @@ def legs(shared_agent, binaries, ports, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def direct(legs):
-    """What each client makes of each answer without sidecars, by path. Some are lax where others are strict."""
+    """The result of each client for each answer without sidecars, by path. Some are lax where others are strict."""
     answers, port, _, directory = legs
     found = {}
     # The app answers in HTTP/1.1, whoever asks.
@@ -43,7 +43,7 @@ def direct(legs):
 
 
 def headers(result):
-    """Those that go on, with what they say; the length is told apart, as it may be left out where it says nothing new."""
+    """End-to-end headers and their values, without the length, which may be left out where it adds nothing."""
     return sorted((name, re.sub(r"[ \t]+", " ", value.strip(" \t"))) for name, value in result["headers"] if name not in FOR_ONE_HOP | {"content-length"})
 
 

@@ -1,4 +1,4 @@
-"""What is more than a request and an answer: upgrades, streams, trailers, interim answers, bodies of any size."""
+"""More than a request and a response: upgrades, streams, trailers, interim answers, bodies of any size."""
 
 import base64
 import hashlib

@@ -1,4 +1,4 @@
-"""Audit mode: what intentions deny is told and let through, for the one service that asks for it, and enforced again at once."""
+"""Audit mode: denied traffic is logged and let through, for the one service that asks for it, and enforced again at once."""
 
 import json
 import re
@@ -129,7 +129,7 @@ def test_rules_for_requests_and_missing_tokens_would_deny(mesh):
 
 
 def test_a_stranger_is_not_let_in(mesh):
-    """Who has no certificate of the mesh is nobody that an intention is about."""
+    """Audit mode does not let in peers without a certificate of the mesh."""
     server = mesh.service("server", proxy=AUDIT)
     eventually(lambda: inbound(server)["audit"])
     forged = Authority(mesh.agent.trust_domain).issue(mesh.agent.spiffe("client"))
@@ -165,7 +165,7 @@ def test_proxy_defaults_do_not_turn_it_on_for_all(own_mesh):
 
 
 def suggested(service, *words):
-    """What `intentions suggest` writes for this sidecar."""
+    """The output of `intentions suggest` for this sidecar."""
     argv = [service.mesh.binaries["lictor"], "intentions", "suggest", "-admin", str(admin_port(service.process)), *words]
     return subprocess.run(argv, text=True, timeout=60, capture_output=True)
 

@@ -30,7 +30,7 @@ class Answers(Web):
 
 
 def eventually_counts(service, check):
-    """What ends a request is counted a moment after its client has its answer."""
+    """The end of a request is counted a moment after its client has the answer."""
     def holds():
         check(Metrics(service))
         return True
@@ -146,7 +146,7 @@ def test_connections_are_counted_on_both_sides(mesh):
 
 
 def decided(service, source):
-    """What the intention for this source decided; `None` where there is none."""
+    """The hits of the intention for this source; `None` where there is none."""
     [inbound] = json.loads(service.admin("/status").body)["inbound"]
     return next((rule for rule in inbound["intentions"] if rule["source"] == source.name), None)
 

@@ -1,4 +1,4 @@
-"""What an HTTP/2 app says of its streams is kept to: how many at a time, which it refused, and when a connection ends."""
+"""The stream limits of an HTTP/2 app are honoured: how many at a time, which it refused, and when a connection ends."""
 
 import socket
 import threading

@@ -1,4 +1,4 @@
-"""What ends a request early: limits, timeouts, and nobody there to answer; and in which words."""
+"""Early ends of a request: limits, timeouts, and no instance; and the words of the answers."""
 
 import time
 

@@ -147,7 +147,7 @@ def test_an_upload_on_a_path_to_an_envoy_that_is_cut_ends(mesh):
 
 
 def test_an_app_behind_an_envoy_that_reads_nothing_for_long_still_gets_the_whole_body(mesh):
-    """What nobody reads is not acknowledged, but the far end answers that it has no room."""
+    """Unread data is not acknowledged, but the peer answers with a closed window."""
     size = 64 << 20
     conn, server = upload(mesh, size, after=8)
     conn.send(bytes(size - 1000))

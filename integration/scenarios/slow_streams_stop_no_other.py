@@ -130,7 +130,7 @@ def test_streams_of_grpc_that_the_app_does_not_read(mesh, words):
 
 
 def test_the_same_connection_serves_others_when_a_client_reads_on(mesh):
-    """What was held up comes whole once it is read."""
+    """A delayed response arrives whole once it is read."""
     server, port = pair(mesh, lambda port: Slow(port, name="server"), "http", ())
     eventually(lambda: ask(port).status == 200)
     slow = [mesh.dial(port).send(b"GET /endless HTTP/1.1\r\nHost: x\r\n\r\n") for _ in range(4)]

@@ -1,4 +1,4 @@
-"""Who may not come in at the public listener, and who is never spoken to behind an upstream."""
+"""Peers that the public listener refuses, and servers that an upstream never sends to."""
 
 import datetime
 import re
@@ -86,7 +86,7 @@ def fake_server(mesh, make, version=None):
     return server, mesh.service("client", [server])
 
 
-# Who, and what the log must say of it.
+# Peers, and the expected log lines.
 REFUSED_SERVERS = {
     "another service's identity": (lambda mesh, name: mesh.agent.leaf(mesh.name("other")), r"/svc/other-"),
     "another CA's certificate with the right name": (lambda mesh, name: Authority(mesh.agent.trust_domain).issue(own_uri(mesh, name)), "(?i)signature|issuer"),

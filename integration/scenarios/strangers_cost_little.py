@@ -1,4 +1,4 @@
-"""Whoever reaches a port can neither fill the log nor take the places of those who belong to the mesh."""
+"""Clients outside of the mesh can neither fill the log nor take the places of mesh peers."""
 
 import contextlib
 import time

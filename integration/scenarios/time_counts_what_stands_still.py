@@ -1,4 +1,4 @@
-"""What makes progress may take as long as it likes, and what stands still ends, whichever side that is: with default settings and others."""
+"""Transfers with progress may take any time, and stalled ones end, whichever side stalls: with default settings and others."""
 
 import contextlib
 import struct

@@ -1,4 +1,4 @@
-"""Requests that no codec takes for one are told in the log as others that are refused: at once, with the reason, and then by their number."""
+"""Requests that a codec refuses are logged as other refused ones: at once, with the reason, and then by their number."""
 
 import contextlib
 

@@ -1,4 +1,4 @@
-"""What an agent says that is not known here, and might restrict who may do what, never lets anybody in."""
+"""Unknown fields in an agent's answers, which might restrict access, never let anybody in."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""Each query of the agent: what it asks and what for, how it is asked, how old its answer is, and what went wrong last."""
+"""Each query of the agent: its purpose, how it is sent, the age of its answer, and its last error."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What cannot work ends at once: one sentence that names the thing and the remedy, and status 1."""
+"""Invalid settings end the process at once: one sentence that names the setting and the remedy, and status 1."""
 
 import re
 

@@ -161,7 +161,7 @@ class Run:
         return self.pairs[key]
 
     def add_latency_over_direct(self):
-        """What the pair adds over no pair at all, in the same round."""
+        """The cost of the pair above no pair at all, in the same round."""
         direct = next((p.label for p in self.peers if p.kind == "none"), None)
         for w in ("latency", "latency-at-rate"):
             base = {r["round"]: r["p50_us"] for r in self.results.get(w, {}).get(direct, []) if "p50_us" in r}

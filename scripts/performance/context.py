@@ -1,4 +1,4 @@
-"""What a measurement runs in: a directory, the origin, agents, and the load generator."""
+"""The environment of a measurement: a directory, the origin, agents, and the load generator."""
 
 import hashlib
 import json

@@ -136,7 +136,7 @@ class Host:
 
 
 def verdict(shape, found):
-    """What is missed of what Lictor is held to."""
+    """The targets that are missed."""
     ours, builtin = found.get("lictor"), found.get("consul")
     if not ours or "fail" in ours:
         return ["not measured"]

@@ -61,7 +61,7 @@ def collect(program, scenario, times):
 
 
 def made_with():
-    """What decides about the instructions besides the source."""
+    """The versions that instruction counts depend on besides the source."""
     def says(*argv):
         return subprocess.run(argv, capture_output=True, text=True, timeout=60).stdout.split("\n")[0].strip()
 

@@ -99,7 +99,7 @@ def verdicts(results, label_of, targets):
 
 
 def limits(load):
-    """What the machine can do at all."""
+    """The limits of the machine."""
     return json.loads(subprocess.run([load, "limits"], capture_output=True, text=True, timeout=60).stdout)
 
 

@@ -1,4 +1,4 @@
-"""What Lictor is held to: ratios inside a round to Envoy and to Consul's built-in proxy."""
+"""The targets of Lictor: ratios within a round to Envoy and to Consul's built-in proxy."""
 
 import re
 from dataclasses import dataclass

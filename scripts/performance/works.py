@@ -335,7 +335,7 @@ class Hub:
         return out
 
     def settle(self, quiet, idle):
-        """What it has cost after `quiet` seconds more, and what it costs idle, measured over `idle` seconds."""
+        """The cost after `quiet` seconds more, and the idle cost, measured over `idle` seconds."""
         time.sleep(quiet)
         m = mem(self.proc.pid)
         out = {"rss_MB": m["rss"] / 1e6, "anon_MB": m["anon"] / 1e6, "cpu_ms": 1e3 * cpu(self.proc.pid),

@@ -216,7 +216,7 @@ fn json(template: &Template, record: &Record<'_>, secrets: Secrets<'_>) -> Json 
     }
 }
 
-/// What a piece stands for, without secrets.
+/// The value of a piece of a format, without secrets.
 fn value<'a>(piece: &'a Piece, record: &Record<'a>, secrets: Secrets<'_>) -> Option<Value<'a>> {
     let (operator, text) = match (piece, piece.value(record)?) {
         (Piece::Operator(operator), Value::Text(text)) => (operator, text),

@@ -1,4 +1,4 @@
-//! What no log shows: tokens in queries, cookies and headers.
+//! Redacts tokens in queries, cookies and headers.
 
 use std::borrow::Cow;
 

@@ -1,4 +1,4 @@
-//! What is written where.
+//! Settings of the access log.
 
 use std::path::PathBuf;
 

@@ -27,7 +27,7 @@ const POLL: Duration = Duration::from_millis(5);
 /// Shortest interval between two log lines about dropped lines.
 const REPORT_INTERVAL: Duration = Duration::from_secs(10);
 
-/// What the data plane logs through. Clones log to the same place, which may be replaced at any time.
+/// The data plane's access log. Clones write to the same sink, which may be replaced at any time.
 #[derive(Debug, Clone, Default)]
 pub struct AccessLog(Arc<Shared>);
 
@@ -35,7 +35,7 @@ pub struct AccessLog(Arc<Shared>);
 struct Shared {
     /// `None` where nothing is logged.
     active: ArcSwapOption<Active>,
-    /// Those that may still write.
+    /// Writers that may still have lines.
     writers: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -96,7 +96,7 @@ impl AccessLog {
         self.0.writers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What to log a request with, if it is to be logged at all.
+    /// The format of a request's log line, if it is logged at all.
     #[must_use]
     pub fn active(&self) -> Option<Arc<Active>> {
         self.0.active.load_full()

@@ -69,7 +69,7 @@ pub async fn announced() -> anyhow::Result<Vec<Announced>> {
     let mut requests: JoinSet<_> = names(&table).map(|name| timeout(TIMEOUT, request(name.to_owned()))).collect();
     let mut found = Vec::new();
     while let Some(answer) = requests.join_next().await {
-        // One that has just ended, or does not answer, is none.
+        // A sidecar that has just ended, or does not answer, is left out.
         if let Ok(Ok(Ok(one))) = answer {
             found.push(one);
         }

@@ -268,7 +268,7 @@ fn timeouts(upstream: &Upstream, routed: &Routed<'_>, place: &str) -> Vec<(Strin
     all
 }
 
-/// Those that are set.
+/// The limits that are set.
 fn limits(upstream: &Upstream) -> impl Iterator<Item = (String, Setting)> {
     let limits = upstream.limits;
     let all = [
@@ -283,7 +283,7 @@ fn limits(upstream: &Upstream) -> impl Iterator<Item = (String, Setting)> {
 fn protocol(upstream: &Upstream) -> Setting {
     let service = &upstream.chain.service;
     let from = if upstream.settings.protocol {
-        // What the agent merges in can't be told from what the registration says.
+        // The agent merges service-defaults and proxy-defaults into the registration: the origin of a key is lost.
         format!("the upstream's config: its own, or merged from service-defaults/{service} or proxy-defaults/global")
     } else {
         format!("service-defaults/{service}, else proxy-defaults/global, else tcp")

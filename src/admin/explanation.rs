@@ -1,4 +1,4 @@
-//! What `/explain` answers: a value, which is JSON for programs, and one text for people.
+//! The answer of `/explain`: JSON for programs, and text for people.
 
 use std::fmt;
 
@@ -11,7 +11,7 @@ use crate::telemetry::escape;
 #[serde(default)]
 pub struct Explanation {
     pub upstream: String,
-    /// Where the app reaches it.
+    /// The address that the app connects to.
     pub bind: String,
     pub protocol: Setting,
     /// `GET /path`; `None` where the protocol is TCP, of which nothing is looked into.
@@ -19,7 +19,7 @@ pub struct Explanation {
     /// From the app on, up to where the ways part.
     pub steps: Vec<Step>,
     pub settings: Vec<(String, Setting)>,
-    /// Where it leads; each request draws one by its share.
+    /// The destinations; each request draws one by its share.
     pub ways: Vec<Way>,
     /// The newest that went wrong with this upstream, newest first.
     pub problems: Vec<Recent>,

@@ -98,7 +98,7 @@ fn request(query: &Query, service: &str) -> Result<Option<Parts>, String> {
     Ok(Some(request))
 }
 
-/// What decided, in parts.
+/// The deciding rule, in parts.
 fn rule(rehearsed: &Rehearsed<'_>) -> Value {
     let decider = match &rehearsed.decision {
         None => return json!({ "kind": "request" }),

@@ -1,4 +1,4 @@
-//! Where the admin server listens.
+//! Binds the admin server's listener.
 
 use std::io;
 use std::net::SocketAddr;
@@ -77,7 +77,7 @@ pub(super) fn tcp(address: SocketAddr) -> anyhow::Result<Listener> {
 }
 
 fn unix(path: &Path) -> anyhow::Result<Listener> {
-    // One that was left behind would be in the way; one that is in use answers.
+    // A socket file that a dead process left behind makes `bind` fail. A live server accepts the connection.
     if std::os::unix::net::UnixStream::connect(path)
         .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
     {

@@ -56,7 +56,7 @@ const CONNECTIONS: usize = 64;
 /// Time for a client to send the head of a request, and for a TLS handshake.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What a listener gives out.
+/// The paths that a listener serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Scope {
     /// Everything, to those who reach the admin address.
@@ -65,7 +65,7 @@ enum Scope {
     Ready,
     /// Metrics alone, under one path.
     Prometheus,
-    /// What begins with `/stats`.
+    /// Paths that begin with `/stats`.
     Stats,
 }
 
@@ -103,6 +103,7 @@ pub async fn run(settings: &AdminSettings, state: Arc<State>) -> anyhow::Result<
 async fn serve(mut listener: Listener, scope: Scope, mut tls: Option<Tls>, state: Arc<State>) {
     let permits = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
+        // Before `accept`: connections beyond the limit wait in the kernel's queue and cost this process nothing.
         let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
         let connection = match listener.accept().await {
             Ok(connection) => connection,

@@ -1,4 +1,4 @@
-//! What the kernel says of this process (proc(5)).
+//! Figures of this process from the kernel (proc(5)).
 
 use std::time::{SystemTime, UNIX_EPOCH};
 

@@ -114,7 +114,7 @@ fn certificates(path: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {
     read.with_context(|| format!("{} is not PEM", path.display()))
 }
 
-/// What the backend on this host answers.
+/// Fetches the answer of the backend on this host.
 pub(super) async fn backend(port: u16, path_and_query: &str) -> Reply {
     match timeout(BACKEND_TIMEOUT, fetch(port, path_and_query)).await {
         Ok(Ok(reply)) => reply,

@@ -1,4 +1,4 @@
-//! What the registration asks for: listeners for metrics, packets to statsd, and spans. They follow it.
+//! Listeners for metrics, packets to statsd, and spans, as the newest registration configures them.
 
 use std::future::Future;
 use std::net::SocketAddr;

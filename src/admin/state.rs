@@ -1,4 +1,4 @@
-//! What the admin server reads and sets, handed to it by `app`.
+//! The state that the admin server reads and sets, handed to it by `app`.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -14,7 +14,7 @@ use crate::stats::Registry;
 use crate::stats::agent::AgentNow;
 use crate::telemetry::LevelHandle;
 
-/// What an operator asks of the process.
+/// A command of an operator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Command {
     /// Stop accepting and let open connections go on; the process does not end by it.
@@ -37,7 +37,7 @@ pub struct Started {
 /// Tells what the agent is asked at this moment.
 pub(super) type AgentLook = Box<dyn Fn() -> AgentNow + Send + Sync>;
 
-/// What the admin server looks at and never changes.
+/// The read-only part of [`State`].
 pub struct Watched {
     pub snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
     pub stage: watch::Receiver<Stage>,
@@ -48,7 +48,7 @@ pub struct Watched {
 /// Concurrent `/events` streams.
 const STREAMS: usize = 16;
 
-/// What the admin server reads and sets.
+/// The state that the admin server reads and sets.
 pub struct State {
     pub snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
     pub stage: watch::Receiver<Stage>,
@@ -141,7 +141,7 @@ impl State {
         *self.published.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Where the admin server listens.
+    /// The address of the admin server.
     pub(super) fn admin_address(&self) -> Option<&str> {
         self.address.get().map(String::as_str)
     }

@@ -134,6 +134,7 @@ pub(super) fn samples(state: &State) -> Vec<Sample> {
     server.gauge(
         "state",
         match state.serving() {
+            // ServerInfo.State of Envoy's admin API.
             Serving::Live => 0,
             Serving::Draining => 1,
             Serving::Initializing => 3,
@@ -176,7 +177,7 @@ fn agent(now: &AgentNow, into: &mut Vec<Sample>) {
     samples.counter("upstream_cx_connect_fail", of(&["unreachable"]));
 }
 
-/// Where somebody has asked.
+/// Numbers of scrapes, once there was one.
 fn scrapes(scrapes: &Scrapes, into: &mut Vec<Sample>) {
     if scrapes.connections.get() == 0 {
         return;

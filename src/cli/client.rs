@@ -28,14 +28,14 @@ const LARGEST: usize = 64 * 1024 * 1024;
 /// Longest part of an error text of a server that is shown, in characters.
 const SHOWN_TEXT: usize = 300;
 
-/// Where an admin server listens.
+/// The address of an admin server.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Address {
     Tcp(String, u16),
     Unix(PathBuf),
 }
 
-/// What was answered.
+/// The answer of an admin server.
 #[derive(Debug)]
 pub(super) struct Answer {
     pub(super) status: StatusCode,
@@ -85,6 +85,7 @@ impl Address {
         let other = || format!("the program at {self} does not answer as an admin server does: check the address");
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.with_context(other)?;
+        // The server refuses other names than its own: a page of a browser could have been led there (DNS rebinding).
         let request = Request::get(path).header(http::header::HOST, "localhost");
         let request = request.body(Empty::<Bytes>::new()).context("the request cannot be built")?;
         let exchange = async move {
@@ -179,7 +180,7 @@ mod tests {
 
     use super::*;
 
-    /// What is made of an answer, with the request that led to it.
+    /// The result of an answer, with the request that led to it.
     fn answered(answer: &'static [u8]) -> (anyhow::Result<Answer>, String) {
         let path = std::env::temp_dir().join(format!("lictor-ask-{:x}", fastrand::u64(..)));
         let listener = UnixListener::bind(&path).unwrap();

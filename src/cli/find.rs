@@ -29,7 +29,7 @@ pub(super) struct Target {
 #[derive(Debug)]
 pub(super) struct Sidecar {
     pub(super) address: Address,
-    /// What it said of itself just now (`/status`).
+    /// Its latest answer to `/status`.
     pub(super) status: Value,
 }
 
@@ -69,7 +69,7 @@ impl Target {
             );
         }
         found.sidecars.sort_by(|a, b| (a.name(), &a.address).cmp(&(b.name(), &b.address)));
-        // One that has just ended may have left its port to another, which is asked twice then.
+        // A sidecar that has just ended may have left its port to another one, which answers twice then.
         found.sidecars.dedup_by(|a, b| a.address == b.address);
         Ok(found)
     }

@@ -6,7 +6,7 @@ use super::Command;
 use crate::config;
 use crate::config::line::{self, is_switch, split, switch};
 
-/// What a command line says.
+/// A parsed command line.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Line {
     Help,

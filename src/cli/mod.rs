@@ -52,7 +52,7 @@ pub(crate) enum Exit {
     Unknown,
 }
 
-/// What a command has found.
+/// The result of a command.
 #[derive(Debug)]
 pub(crate) struct Report {
     /// Lines, without terminal escapes but those of the command's own.
@@ -61,7 +61,7 @@ pub(crate) struct Report {
     pub(crate) exit: Exit,
 }
 
-/// What is left to do when a command has run.
+/// The output that is left to print when a command has run.
 #[derive(Debug)]
 pub(crate) enum Done {
     Text(Report),

@@ -62,7 +62,7 @@ fn run(arguments: Vec<String>) -> anyhow::Result<Done> {
     Ok(Report { text: lines, json, exit }.shown(target.json))
 }
 
-/// What makes a sidecar unwell, each a sentence.
+/// The faults of a sidecar, each a sentence.
 pub(super) fn faults(status: &Value) -> Vec<String> {
     let mut faults = Vec::new();
     match status["sidecar"]["state"].as_str() {

@@ -47,7 +47,7 @@ struct Flags {
     target: Target,
 }
 
-/// What becomes of a caller that was seen.
+/// The place of a caller in the suggested entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Allowed,
@@ -87,7 +87,7 @@ struct Entry {
     uptime: u64,
     callers: Vec<Caller>,
     include_denied: bool,
-    /// What no source matches has to be denied by the entry itself.
+    /// Whether the entry itself has to deny sources that it does not name.
     deny_others: bool,
 }
 
@@ -143,7 +143,7 @@ impl Entry {
         json!({ "Kind": "service-intentions", "Name": self.service, "Sources": sources })
     }
 
-    /// What the entry itself does not say, each a sentence.
+    /// Remarks about the entry, each a sentence.
     fn notes(&self) -> Vec<String> {
         let mut notes = vec![format!(
             "service-intentions of {}, from the callers that its sidecar saw in {}. Who calls less often is missing.",
@@ -205,7 +205,7 @@ impl Caller {
     }
 }
 
-/// What the present intentions make of a caller: the first that names it, or all, decides.
+/// The decision of the present intentions about a caller: the first one that names it, or all, decides.
 fn kind(name: &str, rules: &[Value], denies_by_default: bool, was_let_through: bool) -> Kind {
     if name == "(others)" {
         return Kind::Others;

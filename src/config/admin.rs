@@ -1,4 +1,4 @@
-//! Where the admin server listens, and what else gives out metrics.
+//! Settings of the admin server and of listeners for metrics.
 
 use std::net::{Ipv4Addr, SocketAddr, ToSocketAddrs as _};
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use anyhow::{Context as _, bail, ensure};
 use super::flags::AdminFlags;
 use super::reader::{Given, Reader, readable, readable_directory};
 
-/// What [`AdminFlags`] say.
+/// The values of [`AdminFlags`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AdminSettings {
     pub bind: AdminBind,

@@ -227,7 +227,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("mesh-gateway", "lictor runs sidecars, not gateways; run the gateway with `consul connect envoy`"),
 ];
 
-/// What a command line says.
+/// The flags of a command line.
 #[derive(Debug)]
 pub(super) enum Line {
     Help,

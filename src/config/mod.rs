@@ -27,7 +27,7 @@ use crate::{consul, telemetry, trace};
 use flags::{AdHocFlags, Line, ProcessFlags};
 pub(crate) use flags::{AgentFlags, ModeFlags, variable_of};
 
-/// What the process was asked to do.
+/// The configuration of the process.
 #[derive(Debug)]
 pub struct Config {
     pub mode: Mode,
@@ -37,18 +37,18 @@ pub struct Config {
     pub drain_time: Duration,
     /// Threads of the data plane; default one for each processor.
     pub workers: usize,
-    /// What seals TLS records; default the fastest on this processor.
+    /// The cipher of TLS records; default: the fastest on this processor.
     pub aead: Aead,
     /// Whether TLS sessions with other sidecars of ours carry one TCP connection after another; default true.
     pub tunnel: bool,
     pub admin: AdminSettings,
-    /// What `OTEL_…` say of traces.
+    /// Settings of traces from `OTEL_…` variables.
     pub traces: trace::Environment,
-    /// What was given in vain, each a sentence for the log.
+    /// Warnings about flags and variables without effect, each a sentence for the log.
     pub warnings: Vec<String>,
 }
 
-/// Where the proxy's own definition comes from.
+/// The source of the proxy's definition.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Mode {
     /// `-proxy-id`: the id of a registered proxy.
@@ -77,7 +77,7 @@ pub struct Register {
     pub id_suffix: Option<String>,
 }
 
-/// What a command line asks for.
+/// The parsed command line.
 #[derive(Debug)]
 pub enum Invocation {
     Run(Box<Config>),
@@ -121,13 +121,13 @@ pub fn read(
     }
 }
 
-/// What a command goes by that asks the agent itself.
+/// Settings of a command that queries the agent itself.
 #[derive(Debug)]
 pub(crate) struct AgentSettings {
     pub(crate) agent: consul::Settings,
     /// `None` where neither `-proxy-id` nor `-sidecar-for` is given.
     pub(crate) mode: Option<Mode>,
-    /// What was given in vain, each a sentence.
+    /// Warnings about flags and variables without effect, each a sentence.
     pub(crate) warnings: Vec<String>,
 }
 
@@ -161,7 +161,7 @@ impl Mode {
 }
 
 impl Config {
-    /// What a starting proxy tells about itself, with Consul's labels.
+    /// The facts that a starting proxy prints, with Consul's labels.
     #[must_use]
     pub fn facts(&self) -> Vec<(&'static str, String)> {
         let mode = |name: &str| ("Configuration mode", name.to_owned());
@@ -220,7 +220,7 @@ fn version() -> String {
     format!("lictor {}\nTLS records on this processor: {}\n", env!("CARGO_PKG_VERSION"), Aead::detect())
 }
 
-/// What [`ProcessFlags`] say.
+/// The values of [`ProcessFlags`].
 struct Process {
     log: telemetry::Settings,
     drain_time: Duration,

@@ -1,4 +1,4 @@
-//! What the values of flags and variables mean: pure readers that accept what Consul's accept.
+//! Parsers of the values of flags and variables. They accept the same spellings as Consul's.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs as _};
 use std::path::PathBuf;
@@ -8,7 +8,7 @@ use anyhow::{Context as _, bail, ensure};
 
 use crate::consul::Address;
 
-/// What Go's `strconv.ParseBool` accepts.
+/// Parses a boolean as Go's `strconv.ParseBool` does.
 pub(super) fn boolean(text: &str) -> Option<bool> {
     match text {
         "1" | "t" | "T" | "TRUE" | "true" | "True" => Some(true),

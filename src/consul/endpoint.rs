@@ -1,4 +1,4 @@
-//! What can be asked of the agent and watched: one constructor per endpoint.
+//! The agent's endpoints that can be queried and watched: one constructor for each.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -28,14 +28,14 @@ pub struct Query<T> {
     pub(super) decode: fn(&Response) -> Result<T, String>,
 }
 
-/// What goes before what.
+/// The order of queries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Priority {
     /// Decides who may connect. It has a connection that nothing else uses.
     Authorization,
-    /// What we are: registration, certificates, default policy.
+    /// Our own configuration: registration, certificates, default policy.
     Identity,
-    /// What we connect to.
+    /// Configuration of upstreams.
     Upstream,
 }
 
@@ -97,7 +97,7 @@ pub(super) struct Response {
     pub(super) from_cache: bool,
 }
 
-/// What the agent does with connections that no intention decides on.
+/// The default policy: the agent's decision about connections that no intention matches.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DefaultPolicy {
     pub allow: bool,

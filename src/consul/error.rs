@@ -1,4 +1,4 @@
-//! What can go wrong between us and the agent, told apart as far as code acts on it.
+//! Errors between us and the agent, by kind as far as code acts on it.
 
 use std::fmt;
 

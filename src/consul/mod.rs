@@ -169,7 +169,7 @@ impl Client {
         Ok(Self { transport: Arc::clone(&self.transport), caller: Caller::new(scope)? })
     }
 
-    /// Where the agent is.
+    /// The address of the agent.
     #[must_use]
     pub fn address(&self) -> &str {
         &self.transport.address

@@ -1,4 +1,4 @@
-//! What became of what the agent is asked, for those who look on.
+//! Progress of the queries to the agent, for the admin server.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -80,7 +80,7 @@ impl Kind {
     }
 }
 
-/// What came of a request.
+/// The result of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RequestResult {
     /// With what was asked for, or that there is none.
@@ -172,7 +172,7 @@ impl Drop for Active<'_> {
     }
 }
 
-/// What tells that a query is to be asked again.
+/// How a change of a query's answer is noticed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum How {
     /// Its own request blocks until there is something newer.
@@ -194,7 +194,7 @@ impl How {
     }
 }
 
-/// Who made an answer.
+/// The origin of an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AnsweredBy {
     /// The agent, of what it knows itself.

@@ -162,7 +162,7 @@ pub(super) enum Next<W> {
     Later(Option<Instant>),
 }
 
-/// What became of a request.
+/// The result of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Done {
     /// Answered; blocks next, but not before this time has passed.

@@ -1,4 +1,4 @@
-//! What the tests of the control plane need: a certificate authority, and the agent's answers in short.
+//! Fixtures of the control plane's tests: a certificate authority, and short answers of the agent.
 
 use std::time::{Duration, SystemTime};
 

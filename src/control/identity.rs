@@ -1,4 +1,4 @@
-//! Who we are: the last good credentials, and the newest leaf and roots that are to replace them.
+//! Our identity: the last good credentials, and the newest leaf and roots that replace them.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};

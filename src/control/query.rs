@@ -1,4 +1,4 @@
-//! What the control plane wants to know of the agent.
+//! The queries that the control plane sends to the agent.
 
 use std::fmt;
 
@@ -16,7 +16,7 @@ pub(super) enum Query {
     Leaf(String),
     /// By the name of the destination.
     Intentions(String),
-    /// What decides where no intention matches, for the service of that name.
+    /// The default policy, for the service of that name.
     DefaultPolicy(String),
     Chain(ChainQuery),
     Endpoints(EndpointsQuery),

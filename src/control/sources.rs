@@ -54,13 +54,13 @@ struct Source {
     last: Option<QueryResult>,
 }
 
-/// What keeps a source up to date until it is dropped.
+/// The task that keeps a source up to date until it is dropped.
 enum Fetching {
     Agent(Watch),
     Keys { _keeper: Keeper },
 }
 
-/// What a query has to say.
+/// An answer or failure of a query.
 #[derive(Debug, Clone)]
 pub(super) enum QueryResult {
     Update(Arc<Update>),
@@ -68,14 +68,14 @@ pub(super) enum QueryResult {
     Failed(consul::Error),
 }
 
-/// What a source said, on its way to its users.
+/// An answer of a source, on its way to its subscribers.
 struct SourceEvent {
     key: Key,
     source: u64,
     result: QueryResult,
 }
 
-/// What a subscriber is told.
+/// An answer for one subscriber.
 #[derive(Debug)]
 pub(super) struct Delivery {
     pub(super) query: Query,
@@ -144,7 +144,7 @@ impl Sources {
         }
     }
 
-    /// What is asked, in words, by whichever scope.
+    /// The running queries of all scopes, by name.
     #[cfg(test)]
     pub(super) fn running_queries(&self) -> std::collections::BTreeSet<String> {
         lock(&self.running).sources.keys().map(|key| key.query.to_string()).collect()

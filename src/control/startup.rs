@@ -1,4 +1,4 @@
-//! What is waited for before there is a first snapshot: the agent, our token, and a registration of ours.
+//! Waits before the first snapshot: for the agent, for our token, and for our registration.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -90,23 +90,23 @@ impl UnknownToken {
     }
 }
 
-/// Where there are more upstreams than this, nothing is asked about them before the first snapshot: the agent would answer
-/// hundreds of queries while the public listener waits for a few.
+/// With more queries about upstreams than this, none is sent before the first snapshot: the agent would answer hundreds of
+/// queries while the public listener waits for a few.
 const FEW_UPSTREAMS: usize = 16;
-/// The longest that they are held back.
+/// Longest time for which they are held back.
 const HOLD_BACK: Duration = Duration::from_secs(1);
 
 /// Queries about upstreams that wait for the first snapshot.
 #[derive(Debug, Default)]
 pub(super) struct HeldBack {
     queries: Vec<Query>,
-    /// When they are asked all the same.
+    /// When they are sent all the same.
     pub(super) until: Option<Instant>,
     is_over: bool,
 }
 
 impl HeldBack {
-    /// Keeps what is to wait; gives the rest.
+    /// Keeps the queries that wait; gives the rest.
     pub(super) fn hold(&mut self, mut wants: Vec<Want>, now: Instant) -> Vec<Want> {
         let waits = |want: &Want| matches!(want, Want::Start(query) if query.is_about_upstreams());
         if self.is_over || wants.iter().filter(|want| waits(want)).count() + self.queries.len() <= FEW_UPSTREAMS {
@@ -135,7 +135,7 @@ impl HeldBack {
     }
 }
 
-/// What the log says about our registration.
+/// The state of our registration, for the log.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Registration {
     #[default]

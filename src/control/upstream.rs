@@ -15,7 +15,7 @@ use crate::snapshot::{
 };
 use crate::tls::{self, Credentials, SpiffeId};
 
-/// What upstreams are built from, besides their own plans.
+/// Inputs of building upstreams, besides their own plans.
 pub(super) struct Mesh<'a> {
     pub(super) credentials: &'a Arc<Credentials>,
     pub(super) chains: &'a HashMap<ChainQuery, Arc<ChainPlan>>,
@@ -34,7 +34,7 @@ pub(super) struct UpstreamDraft {
 
 #[derive(Debug)]
 enum State {
-    /// What the snapshot has before there is one that is built.
+    /// The upstream in the snapshot before the first one is built.
     Unknown(Arc<OutboundListener>),
     Built(Box<Built>),
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::check::Findings;
 use crate::consul::{self, Client, ErrorKind, Query, Token};
 
-/// What the checks of a sidecar go by.
+/// Results that the checks of a sidecar depend on.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Answers {
     /// The agent takes the questions of sidecars.

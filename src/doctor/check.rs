@@ -1,4 +1,4 @@
-//! What was looked at, and what was found.
+//! Checks and their findings.
 
 use std::fmt;
 
@@ -18,11 +18,11 @@ pub struct Check {
     pub level: Level,
     /// The sidecar that it is about; `None` for the host and the agent.
     pub about: Option<String>,
-    /// What was looked at.
+    /// The thing that was checked.
     pub name: String,
-    /// What was found: one clause.
+    /// The finding: one clause.
     pub found: String,
-    /// What to do next; `None` where nothing is wrong.
+    /// The next step for the operator; `None` where nothing is wrong.
     pub next: Option<String>,
 }
 

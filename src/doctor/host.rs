@@ -1,4 +1,4 @@
-//! What the kernel says of this host: who listens where, and how many files a process may have open (proc(5)).
+//! Facts from the kernel: listening processes, and the limit of open files (proc(5)).
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -30,7 +30,7 @@ struct Listening {
     inode: String,
 }
 
-/// Who listens at an address.
+/// The process that listens at an address.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Owner {
     Nobody,
@@ -46,7 +46,7 @@ impl Owner {
     }
 }
 
-/// Who listens at `address`, or would be in the way of a listener there.
+/// The process that listens at `address`, or at an address that conflicts with it.
 pub(super) fn owner(address: SocketAddr) -> Owner {
     let tables = ["/proc/net/tcp", "/proc/net/tcp6"].map(|path| fs::read_to_string(path).unwrap_or_default());
     let found = tables.iter().flat_map(|table| table.lines()).filter_map(listening);
@@ -72,6 +72,7 @@ fn listening(line: &str) -> Option<Listening> {
     let fields: Vec<&str> = line.split_whitespace().collect();
     let [_, local, _, LISTEN, _, _, _, user, _, inode, ..] = fields[..] else { return None };
     let (host, port) = local.split_once(':')?;
+    // The kernel prints each word of an address as a number in the byte order of the host.
     let word = |at: usize| Some(u32::from_str_radix(host.get(at..at + 8)?, 16).ok()?.to_ne_bytes());
     let host: IpAddr = if host.len() == 8 {
         Ipv4Addr::from(word(0)?).into()

@@ -21,7 +21,7 @@ use crate::consul::{self, Client};
 pub struct Running {
     /// Where its admin server listens, as written in `-admin-bind`.
     pub address: String,
-    /// What it says of itself (`/status`).
+    /// Its answer to `/status`.
     pub status: Value,
 }
 

@@ -1,4 +1,4 @@
-//! What one sidecar needs: its registration, each query that it asks, its certificate, its ports and its app.
+//! Checks of one sidecar: its registration, each of its queries, its certificate, its ports and its app.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::{Duration, SystemTime};
@@ -238,7 +238,7 @@ async fn rules(client: &Client, service: &str, findings: &mut Findings) {
     }
 }
 
-/// Who has the address of a listener.
+/// Checks which process listens at the address of a listener.
 fn listener(name: &str, address: SocketAddr, is_running: bool, sidecar: Option<u32>, findings: &mut Findings) {
     let owner = host::owner(address);
     match (&owner, sidecar) {

@@ -1,4 +1,4 @@
-//! Where an upstream leads, and whether anybody is there.
+//! Checks of an upstream: its discovery chain and its instances.
 
 use super::check::{Findings, check_answer};
 use crate::consul::{Chain, Client, Instances, Query, api};
@@ -47,7 +47,7 @@ pub(super) async fn examine(client: &Client, upstream: &api::Upstream, findings:
     }
 }
 
-/// What there is of a target's instances.
+/// Instances of a target.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Seen {
     Passing(usize),

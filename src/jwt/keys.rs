@@ -28,7 +28,7 @@ pub struct BadKeySet(String);
 #[derive(Clone, PartialEq, Eq)]
 struct Key {
     id: Option<String>,
-    /// What the key is for, where it says so.
+    /// The use of the key (`use`), if given.
     algorithm: Option<String>,
     material: Material,
 }

@@ -36,7 +36,7 @@ const MAX_TOKENS: usize = 8;
 /// A `jwt-provider` config entry.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Provider {
-    /// What the claim `iss` must be; any, if empty.
+    /// The required claim `iss`; any, if empty.
     pub issuer: String,
     /// One of which the claim `aud` must name; any, if empty.
     pub audiences: Vec<String>,
@@ -74,7 +74,7 @@ impl PartialEq for Refetch {
 
 impl Eq for Refetch {}
 
-/// Where a token may be.
+/// A place of a token in a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Location {
     Header {
@@ -100,7 +100,7 @@ pub struct Forwarding {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Providers(pub BTreeMap<String, Provider>);
 
-/// What came of verifying a request's tokens.
+/// The result of verifying a request's tokens.
 #[derive(Default)]
 pub struct Verified {
     tokens: Vec<Token>,
@@ -274,7 +274,7 @@ impl Providers {
 }
 
 impl Verified {
-    /// What the provider's token claims, if there is a valid one.
+    /// The claims of the provider's token, if there is a valid one.
     #[must_use]
     pub fn claims(&self, provider: &str) -> Option<&Claims> {
         self.tokens.iter().find(|token| token.provider == provider).map(|token| &token.claims)

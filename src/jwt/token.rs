@@ -44,7 +44,7 @@ pub enum Refusal {
     Audience,
 }
 
-/// What a token is verified against.
+/// The requirements that a token is verified against.
 pub(super) struct Checks<'a> {
     pub(super) keys: &'a KeySet,
     /// Any, if empty.

@@ -8,7 +8,7 @@ use super::outcome::{Fault, Outcome};
 use crate::snapshot::{Address, LocalApp, Target};
 use crate::stats::ClusterStats;
 
-/// Where an attempt goes.
+/// The destination of an attempt.
 #[derive(Debug, Clone)]
 pub enum Destination {
     LocalApp(LocalApp),
@@ -57,7 +57,7 @@ pub struct Attempt {
     pub result: AttemptResult,
 }
 
-/// What came of an attempt.
+/// The result of an attempt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AttemptResult {
     /// Nothing yet, or it was given up for another one.

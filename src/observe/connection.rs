@@ -75,7 +75,7 @@ impl Listener {
     }
 }
 
-/// What is known of a connection while it lasts. The same for all requests on it.
+/// Facts of an open connection, the same for all requests on it.
 #[derive(Debug, Clone)]
 pub struct ConnectionInfo {
     pub listener: Listener,
@@ -85,7 +85,7 @@ pub struct ConnectionInfo {
     pub remote: Option<SocketAddr>,
     /// Of ours; known where an access log is on.
     pub local: Option<SocketAddr>,
-    /// Who the downstream is, where it has proved itself.
+    /// The authenticated identity of the downstream.
     pub peer: Option<Arc<SpiffeId>>,
     /// The numbers of that service.
     pub caller: Option<Arc<CallerStats>>,
@@ -104,7 +104,7 @@ pub struct ConnectionRecord {
     pub attempts: Attempts,
     /// The last attempt brought a connection.
     pub is_connected: bool,
-    /// Who that is with, where it has proved itself.
+    /// The authenticated identity at the other end.
     pub upstream_peer: Option<Arc<SpiffeId>>,
     /// Plaintext from the downstream and to it, in bytes. Zero for a connection of requests.
     pub bytes_received: u64,

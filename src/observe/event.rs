@@ -1,4 +1,4 @@
-//! What the data plane tells while it works.
+//! Events of the data plane.
 
 use std::time::Duration;
 
@@ -58,7 +58,7 @@ pub enum Event<'a> {
     Ejected { target: &'a str, stats: &'a ClusterStats, instance: &'a Address, time: Duration },
 }
 
-/// What was turned away.
+/// The connection or request that a limit refused.
 #[derive(Debug, Clone, Copy)]
 pub enum Overflowed<'a> {
     /// By `max_inbound_connections` of a service.

@@ -1,4 +1,4 @@
-//! What is known of each connection and each request, and the one place where it goes.
+//! Records of connections and requests, and the one observer that receives them.
 //!
 //! The data plane fills a [`ConnectionRecord`] for each connection and a [`RequestRecord`] for each request, and tells an
 //! [`Observer`] of [`Event`]s on their way. Readers of the observer, such as the access log, turn them into lines, counts or

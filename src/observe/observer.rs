@@ -31,7 +31,7 @@ struct Readers {
     access_log: AccessLog,
     tracer: Tracer,
     stats: Arc<Registry>,
-    /// What is sent to the local app.
+    /// Counters of the local app.
     local_app: Arc<ClusterStats>,
     clock: Clock,
     problems: Problems,
@@ -55,7 +55,7 @@ impl Observer {
         }))
     }
 
-    /// Where numbers are counted.
+    /// The registry of the counters.
     #[must_use]
     pub fn stats(&self) -> &Arc<Registry> {
         &self.0.stats
@@ -67,7 +67,7 @@ impl Observer {
         &self.0.local_app
     }
 
-    /// What went wrong of late.
+    /// The newest problems.
     #[must_use]
     pub fn problems(&self) -> &Problems {
         &self.0.problems

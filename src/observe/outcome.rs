@@ -5,7 +5,7 @@ use std::fmt::{self, Display};
 
 use http::StatusCode;
 
-/// Who ended it.
+/// The side that ended a connection or request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Side {
     /// It came to its end.
@@ -29,7 +29,7 @@ pub enum Repeatable {
     IfIdempotent,
 }
 
-/// What an outcome is called, what it means, and what a request is told of it.
+/// The flag, details, meaning and remedy of an outcome, and the answer to a request.
 #[derive(Debug, Clone, Copy)]
 pub struct Description {
     /// The flag of Envoy's access log (1.40); empty where it has none.
@@ -400,7 +400,7 @@ impl Outcome {
         if flag.is_empty() { "-" } else { flag }
     }
 
-    /// Who ended it.
+    /// The side that ended a connection or request.
     #[must_use]
     pub const fn side(self) -> Side {
         self.describe().side

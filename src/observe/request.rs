@@ -59,7 +59,7 @@ pub struct RequestRecord {
     pub is_sent: bool,
     /// A call to a service of gRPC.
     pub is_grpc: bool,
-    /// What its server has answered.
+    /// The outcome that its server answered with.
     pub grpc_status: Option<u8>,
     /// As long as it lasted; known at its end.
     pub duration: Duration,

@@ -61,7 +61,7 @@ enum PeerPart {
     Service,
 }
 
-/// What is told of a decision that audit mode did not enforce.
+/// Operators about a decision that audit mode did not enforce.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum AuditPart {
     Result,
@@ -182,7 +182,7 @@ pub fn is_known_to_envoy(operator: &str) -> bool {
     (is_name && of_a_side) || OTHERS.contains(&name)
 }
 
-/// What an operator stands for in one record.
+/// The value of an operator in one record.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Value<'a> {
     Text(Cow<'a, str>),

@@ -1,4 +1,4 @@
-//! What there is to log of one request or connection.
+//! The values that operators of a log format read.
 
 use std::borrow::Cow;
 use std::net::SocketAddr;

@@ -37,7 +37,7 @@ struct Proof {
 type Chain<'a, 'b> = Option<&'a [CertificateDer<'b>]>;
 
 impl Peer {
-    /// Who a peer with this chain is.
+    /// The identity of a peer with this chain.
     ///
     /// # Errors
     /// When it is nobody of the mesh.
@@ -132,7 +132,7 @@ pub(super) async fn revoked(
     }
 }
 
-/// What becomes of a connection of bytes, with the reason of a denial.
+/// The decision about a connection of bytes, with the reason of a denial.
 pub(super) enum Verdict {
     Allowed,
     /// It is let through, as the service is in audit mode.
@@ -179,7 +179,7 @@ pub(super) fn reason(decision: &Decision<'_>) -> Option<String> {
     }
 }
 
-/// What is kept of the decision about a request, besides the request.
+/// The parts of the decision about a request that are kept, besides the request.
 #[derive(Debug)]
 pub(super) struct Judged {
     /// Tokens that were valid then. That one expires ends nothing that is open, as in Envoy.

@@ -31,7 +31,7 @@ pub(super) fn unanswered(address: impl fmt::Display, broken: Option<&io::Error>)
     Fault::new(alert.map_or(Outcome::ProbablyDenied, outcome), cause)
 }
 
-/// What an alert means for a connection.
+/// The outcome of a connection that ended with this alert.
 pub(super) fn outcome(alert: Alert) -> Outcome {
     match alert {
         Alert::AccessDenied => Outcome::DeniedByDestination,

@@ -17,7 +17,7 @@ use crate::tls::{self, HandshakeError, SpiffeId, Stream};
 /// The application protocols that a handshake is to offer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Offer {
-    /// What the target's credentials were made for.
+    /// The protocols that the target's credentials were made for.
     All,
     /// For what HTTP/2 can't carry.
     Http1,

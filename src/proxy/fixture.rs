@@ -1,4 +1,4 @@
-//! What tests of the data plane need: sidecars in this process, and what they go by.
+//! Fixtures of the data plane's tests: sidecars in this process, and their configuration.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -27,7 +27,7 @@ pub(super) const TEST_TIMEOUT: Duration = Duration::from_secs(20);
 pub(super) struct Sidecar {
     pub(super) snapshot: watch::Sender<Option<Arc<Snapshot>>>,
     pub(super) trigger: drain::Trigger,
-    /// What has happened.
+    /// The recorded events.
     pub(super) observer: Observer,
     _running: JoinHandle<()>,
 }

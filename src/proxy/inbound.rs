@@ -29,10 +29,10 @@ use crate::snapshot::{InboundListener, Service};
 use crate::stats::{CallerStats, ListenerStats};
 use crate::tls::{HandshakeError, Refused, Stream};
 
-/// What the connections of the service's inbound listeners share, whatever address they came by.
+/// State that the connections of all inbound listeners of a service share.
 #[derive(Debug, Clone)]
 pub(super) struct Shared {
-    /// Those who have not proved who they are. They count towards no other limit.
+    /// Connections before the end of the handshake. They count towards no other limit.
     handshakes: Arc<Places>,
     /// Connections. A session that waits for its next one is none.
     open: Arc<AtomicUsize>,
@@ -42,7 +42,7 @@ pub(super) struct Shared {
     app: Arc<Pool>,
     observer: Observer,
     log_limit: LogLimit,
-    /// What audit mode lets through.
+    /// Logs connections and requests that audit mode lets through.
     audited: Audited,
 }
 
@@ -466,7 +466,7 @@ impl Connection {
     }
 }
 
-/// What the client is told of a denial.
+/// The reason of a denial that is sent to the client.
 fn denied(service: &Service, rule: &str) -> Refusal {
     Refusal::denied(service.share_denial_rule.then_some(rule))
 }

@@ -19,18 +19,18 @@ pub enum Limit {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Overflow {
     pub limit: Limit,
-    /// What it is set to.
+    /// The configured limit.
     pub maximum: usize,
 }
 
-/// What counts towards a limit until it is dropped.
+/// Counts towards a limit until it is dropped.
 #[derive(Debug)]
 pub struct Permit {
     counts: Arc<Counts>,
     limit: Limit,
 }
 
-/// What is going on with one target, on all threads.
+/// Usage of one target, on all threads.
 #[derive(Debug, Default)]
 pub struct Counts {
     connections: AtomicUsize,

@@ -19,7 +19,7 @@ use crate::drain::{self, Stage};
 use crate::snapshot::Bind;
 use crate::stats::ListenerStats;
 
-/// What a running listener and its connections go by, replaced while they go on.
+/// The settings of a running listener and its connections, replaced while they go on.
 #[derive(Debug)]
 pub(super) struct ListenerState<P> {
     pub config: Arc<P>,

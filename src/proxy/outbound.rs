@@ -40,7 +40,7 @@ struct Connection {
     app: Socket,
     mesh: MeshStream<Socket>,
     copy: Relay,
-    /// What `mesh` was made with.
+    /// The TLS client that `mesh` was made with.
     tls: Arc<tls::Client>,
     state: watch::Receiver<ListenerState<OutboundRuntime>>,
     record: Record,
@@ -266,7 +266,7 @@ async fn closing(state: &mut watch::Receiver<ListenerState<OutboundRuntime>>) {
     let _ = state.wait_for(must).await;
 }
 
-/// What connecting gives.
+/// A connection to an instance.
 struct Connected {
     mesh: MeshStream<Socket>,
     tls: Arc<tls::Client>,

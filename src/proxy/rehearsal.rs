@@ -1,4 +1,4 @@
-//! What would be decided about a peer, for those who ask beforehand: by the code that decides when it comes.
+//! The decision about a peer and request that have not come yet, made by the code of the data path.
 
 use std::time::SystemTime;
 

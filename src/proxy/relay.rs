@@ -36,7 +36,7 @@ pub(super) struct Relay {
     spoke_last: Option<Side>,
     /// The upstream has ended without a byte, before the downstream did.
     pub was_left_unanswered: bool,
-    /// What counts the bytes while they move.
+    /// Counts the bytes while they move.
     listener: Arc<ListenerStats>,
     cluster: Arc<ClusterStats>,
 }

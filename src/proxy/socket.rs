@@ -79,7 +79,7 @@ impl Socket {
         }
     }
 
-    /// Where it is bound; `None` for a Unix socket.
+    /// The local address; `None` for a Unix socket.
     #[must_use]
     pub fn local_address(&self) -> Option<SocketAddr> {
         match self {
@@ -129,7 +129,7 @@ impl Socket {
         }
     }
 
-    /// What has gone wrong since this was asked last.
+    /// The socket's pending error (`SO_ERROR`), which is cleared.
     #[must_use]
     pub fn take_error(&self) -> Option<io::Error> {
         let error = match self {
@@ -174,7 +174,7 @@ impl Drop for Counted {
     }
 }
 
-/// What the kernel knows of a connection (tcp(7)). No crate that is well kept asks for it.
+/// The kernel's `TCP_INFO` of a connection (tcp(7)). No well-kept crate reads it.
 #[allow(unsafe_code)]
 fn tcp_info(stream: &TcpStream) -> io::Result<libc::tcp_info> {
     let mut info = std::mem::MaybeUninit::<libc::tcp_info>::zeroed();

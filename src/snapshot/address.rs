@@ -1,10 +1,10 @@
-//! Where things are: what we bind, and what we dial.
+//! Addresses to bind, and addresses to dial.
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
-/// Where a listener is bound.
+/// The address of a listener.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Bind {
     Tcp(SocketAddr),
@@ -15,7 +15,7 @@ pub enum Bind {
     },
 }
 
-/// Where the local app listens.
+/// The address of the local app.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LocalApp {
     Tcp(Address),

@@ -69,7 +69,7 @@ pub struct CookieAttributes {
     pub path: Option<String>,
 }
 
-/// What a request's policies come to.
+/// The hash of a request by its policies.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct RequestHash {
     /// `None`: no policy found anything, so that any instance will do.

@@ -32,7 +32,7 @@ pub struct Intention {
     pub action: Option<Action>,
     /// The first that matches a request decides. Empty beside a `token`: every request with that token is allowed.
     pub permissions: Vec<Permission>,
-    /// What every request needs besides.
+    /// A token requirement for every request.
     pub token: Option<TokenRequirement>,
     /// 1 to 9; higher decides first.
     pub precedence: u32,
@@ -40,7 +40,7 @@ pub struct Intention {
     pub hits: Hits,
 }
 
-/// What decides when no intention matches, and how the agent told us.
+/// The decision where no intention matches, and its source in the agent's answers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DefaultPolicy {
     pub action: Action,

@@ -1,4 +1,4 @@
-//! Where metrics go besides the admin server.
+//! Destinations of metrics besides the admin server.
 
 use std::net::SocketAddr;
 use std::time::Duration;

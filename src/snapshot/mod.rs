@@ -1,4 +1,4 @@
-//! What the data plane knows at one instant: values, no IO, no clock, no randomness.
+//! The configuration of the data plane at one instant: values, no IO, no clock, no randomness.
 //!
 //! `control` writes a whole [`Snapshot`] and publishes it; `proxy` reads it. Parts that did not change
 //! keep their `Arc`, so that a reader tells by pointer what a change does not concern.
@@ -80,7 +80,7 @@ pub struct Snapshot {
     pub access_log: Option<Arc<access_log::Settings>>,
     pub metrics: Arc<MetricsSettings>,
     pub traces: Arc<trace::Settings>,
-    /// Who we are; always there once published.
+    /// Our certificate and the roots; always present once published.
     pub credentials: Option<Arc<tls::Credentials>>,
 }
 
@@ -122,9 +122,9 @@ pub struct Service {
     pub local_request_timeout: Option<Duration>,
     /// Idle time of a stream to the local app, HTTP only; `None` is no limit; Consul's default is 5 min.
     pub local_idle_timeout: Option<Duration>,
-    /// What requests look like before they are judged, HTTP only.
+    /// Normalisation of requests before the intentions decide, HTTP only.
     pub normalization: Normalization,
-    /// What connections may be upgraded to, HTTP only: `lictor_upgrades`.
+    /// Allowed upgrades of connections, HTTP only: `lictor_upgrades`.
     pub upgrades: Upgrades,
     /// Whether `x-forwarded-client-cert` is removed rather than added to, HTTP only.
     pub sanitize_forwarded_cert: bool,
@@ -181,7 +181,7 @@ pub struct Upstream {
 }
 
 impl Upstream {
-    /// One that leads nowhere, or nowhere yet.
+    /// An upstream without targets, or without a discovery chain yet.
     #[must_use]
     pub fn unknown(name: String, awaited: Option<Arc<FetchRequest>>) -> Self {
         let start = Node::Resolver(Arc::new(Resolver::new(Vec::new())));
@@ -214,7 +214,7 @@ pub struct RequestSettings {
     pub per_try_timeout: Option<Duration>,
     /// Answers of ours say why in a header: `lictor_expose_cause`.
     pub expose_cause: bool,
-    /// What connections may be upgraded to: `lictor_upgrades`.
+    /// Allowed upgrades of connections: `lictor_upgrades`.
     pub upgrades: Upgrades,
 }
 

@@ -38,7 +38,7 @@ pub enum Underscores {
     Drop,
 }
 
-/// What becomes of a request by its path. Texts are path and query.
+/// The result of normalising a request's path. Texts are path and query.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NormalPath<'a> {
     Forward(Cow<'a, str>),

@@ -23,7 +23,7 @@ pub struct Permission {
     pub token: Option<TokenRequirement>,
 }
 
-/// What a request must be like: all parts that are present hold. An empty value matches everything.
+/// Conditions on a request: all that are present must hold. An empty value matches everything.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Conditions {
     pub path: Option<PathRule>,

@@ -1,6 +1,6 @@
 //! The protocols that services speak.
 
-/// What a service speaks. Anything that is not HTTP-like is relayed as bytes.
+/// The protocol of a service. Anything that is not HTTP is relayed as bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Protocol {
     #[default]

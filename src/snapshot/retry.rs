@@ -31,7 +31,7 @@ pub enum RetryOn {
     Grpc(u32),
 }
 
-/// What went wrong with one try.
+/// The failure of one try.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Failure {
     /// No connection to the instance.

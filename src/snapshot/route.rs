@@ -47,7 +47,7 @@ pub struct Route<R = Arc<Resolver>> {
     pub next: Next<R>,
 }
 
-/// Where a route leads.
+/// The destination of a route.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Next<R = Arc<Resolver>> {
     Splitter(Splitter<R>),
@@ -76,7 +76,7 @@ pub struct Leg<R = Arc<Resolver>> {
     pub resolver: R,
 }
 
-/// Where a request goes and how.
+/// The route, resolver and settings that were chosen for a request.
 #[derive(Debug)]
 pub struct Routed<'a> {
     /// `None`: the chain has no router.
@@ -97,7 +97,7 @@ pub struct Routed<'a> {
 }
 
 impl Node {
-    /// Where a request goes from here.
+    /// Chooses the next node for a request.
     pub(super) fn routed<'a>(&'a self, request: &RequestView<'_>, random: u64) -> Option<Routed<'a>> {
         match self {
             Node::Router(routes) => routes.iter().find(|route| route.matches.matches(request))?.routed(request, random),

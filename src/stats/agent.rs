@@ -1,9 +1,9 @@
-//! What the agent is asked, and how that goes.
+//! State of the queries to the agent.
 
 /// All that the agent is asked, at one instant.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct AgentNow {
-    /// Where the agent is.
+    /// The address of the agent.
     pub address: String,
     /// Requests that may be under way at one time.
     pub connections: usize,
@@ -25,11 +25,11 @@ pub struct AgentQuery {
     pub request: String,
     /// One of a few.
     pub kind: &'static str,
-    /// What tells that it is to be asked again: `blocks`, `table`, `periodic`.
+    /// How a change is noticed: `blocks`, `table`, `periodic`.
     pub how: &'static str,
     /// The table whose watch tells that, as in `instances`.
     pub table: Option<String>,
-    /// What it does: `blocked`, `asking`, `waiting`.
+    /// State of the query: `blocked`, `asking`, `waiting`.
     pub state: &'static str,
     /// Since the request under way was sent.
     pub under_way: Option<f64>,
@@ -43,7 +43,7 @@ pub struct AgentQuery {
     pub age: Option<f64>,
     /// Of that answer.
     pub index: Option<u64>,
-    /// Who made it: `agent`, `agent_cache`, `servers`.
+    /// The origin of the answer: `agent`, `agent_cache`, `servers`.
     pub answered_by: Option<&'static str>,
     pub is_failing: bool,
     /// The last failure, and how long ago it was.

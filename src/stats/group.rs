@@ -145,7 +145,7 @@ pub struct CallerStats {
     pub would_deny: Counter,
 }
 
-/// What came to one listener.
+/// Counters of one listener.
 #[derive(Debug)]
 pub struct ListenerStats {
     pub listener: Listener,
@@ -386,7 +386,7 @@ impl MemberState {
     }
 }
 
-/// What was sent to one target of a chain, or to the local app.
+/// Counters of one target of a chain, or of the local app.
 #[derive(Debug)]
 pub struct ClusterStats {
     pub cluster: Cluster,

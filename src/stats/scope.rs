@@ -1,4 +1,4 @@
-//! What a number is about, and what it is called.
+//! The subjects of metrics, and their names.
 //!
 //! A number has one name with dots, as Envoy's `/stats` and statsd show it, and one name with labels, as Prometheus and
 //! dogstatsd show it. Both are made here of the same parts, the second by the rules that Consul 1.19.2 writes into
@@ -10,7 +10,7 @@ use std::sync::Arc;
 /// A label and its value.
 pub type Label = (&'static str, String);
 
-/// What a group of numbers is about.
+/// The subject of a group of metrics.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Scope {
     /// HTTP requests and connections of a listener: `http.<prefix>.`.

@@ -93,7 +93,7 @@ pub(super) fn bucket(micros: u64) -> usize {
     BOUNDS.iter().position(|bound| micros <= *bound).unwrap_or(BOUNDS.len())
 }
 
-/// What a histogram held at one instant.
+/// A histogram's counts at one instant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Times {
     /// How many fell into each bucket, not cumulative. The last is everything above the last of [`BOUNDS`].

@@ -1,4 +1,4 @@
-//! What a certificate says, as far as it bears on a path: read once, validated in `path`.
+//! The parts of a certificate that a path depends on: read once, validated in `path`.
 
 use std::time::{Duration, SystemTime};
 
@@ -139,7 +139,7 @@ impl<'a> Certificate<'a> {
 
 const BIT_STRING: u8 = 0x03;
 
-/// What is wrong with an extension.
+/// The fault of an extension.
 type Fault = &'static str;
 
 impl<'a> Extensions<'a> {

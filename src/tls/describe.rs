@@ -1,4 +1,4 @@
-//! What certificates say, for people: never a key.
+//! Descriptions of certificates for people: never a key.
 
 use std::time::{Duration, SystemTime};
 
@@ -23,7 +23,7 @@ pub struct CertificateInfo {
     pub pem: String,
 }
 
-/// What our credentials consist of.
+/// Our certificate with its chain, and the roots.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CredentialsInfo {
     /// Our leaf first, then what the agent gave along with it.
@@ -32,7 +32,7 @@ pub struct CredentialsInfo {
     pub roots: Vec<CertificateInfo>,
 }
 
-/// Those that can be read.
+/// The certificates that can be parsed.
 pub(super) fn describe<'a>(certificates: impl Iterator<Item = &'a CertificateDer<'static>>) -> Vec<CertificateInfo> {
     certificates.filter_map(|der| certificate(der)).collect()
 }

@@ -1,4 +1,4 @@
-//! What came of a handshake.
+//! The result of a handshake.
 
 use rustls::{HandshakeKind, ProtocolVersion};
 

@@ -151,7 +151,7 @@ impl Credentials {
         Self { aead, provider: Arc::new(policy::provider(aead)), ..self }
     }
 
-    /// Who we are.
+    /// Our identity.
     #[must_use]
     pub fn id(&self) -> &SpiffeId {
         &self.id

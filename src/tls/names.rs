@@ -52,7 +52,7 @@ impl fmt::Display for Name<'_> {
     }
 }
 
-/// What the names below an authority have to be, and may not be.
+/// Name constraints of an authority: permitted and excluded names.
 #[derive(Debug)]
 pub(super) struct Constraints<'a> {
     permitted: Vec<Name<'a>>,

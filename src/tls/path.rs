@@ -18,9 +18,9 @@ const MAX_AUTHORITIES: usize = 8;
 /// have the same name.
 const MAX_SIGNATURES: usize = 64;
 
-/// What a path is looked for in, and validated by.
+/// The inputs of a path search.
 pub(super) struct Search<'a> {
-    /// What the peer showed beside its leaf.
+    /// The intermediate certificates of the peer.
     pub(super) others: &'a [Certificate<'a>],
     pub(super) roots: &'a [Certificate<'a>],
     pub(super) algorithms: &'a [&'a dyn SignatureVerificationAlgorithm],
@@ -28,11 +28,11 @@ pub(super) struct Search<'a> {
     pub(super) now: SystemTime,
 }
 
-/// What a search has found out.
+/// The state of a search.
 #[derive(Default)]
 struct Findings {
     signatures: usize,
-    /// What is wrong with the first path that was found.
+    /// The fault of the first path that was found.
     problem: Option<PeerError>,
 }
 
@@ -119,7 +119,7 @@ fn allows(certificate: &Certificate<'_>, purpose: Purpose) -> bool {
     certificate.extensions.extended_key_usage.as_ref().is_none_or(|usages| usages.contains(&id))
 }
 
-/// What each certificate of a path has to be, by its place.
+/// Checks each certificate of a path by its place.
 fn extensions(path: &[&Certificate<'_>]) -> Result<(), String> {
     for (place, certificate) in path.iter().enumerate() {
         let (is_leaf, is_root, who) = (place == 0, place + 1 == path.len(), Place(place, path.len()));

@@ -1,4 +1,4 @@
-//! What the mesh asks of TLS besides identity: versions and cipher suites.
+//! The TLS versions and cipher suites of the mesh.
 
 use std::sync::Arc;
 

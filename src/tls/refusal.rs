@@ -73,7 +73,7 @@ impl fmt::Display for PeerError {
 
 impl std::error::Error for PeerError {}
 
-/// What a certificate is shown for.
+/// The purpose of a certificate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Purpose {
     Client,
@@ -144,7 +144,7 @@ impl fmt::Display for HandshakeError {
 
 impl std::error::Error for HandshakeError {}
 
-/// What a handshake failed for, roughly.
+/// The kind of a failed handshake.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refused {
     /// It was broken off, was no TLS, or had nothing in common with us.
@@ -182,7 +182,7 @@ impl HandshakeError {
     }
 }
 
-/// What a peer says of us in the alert that ends a session (RFC 8446, section 6.2).
+/// The alert of a peer that ends a session (RFC 8446, section 6.2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Alert {
     /// `access_denied`: our certificate is good, and we may not.
@@ -217,7 +217,7 @@ impl Alert {
 }
 
 impl HandshakeError {
-    /// What the peer said of us, if it refused us with an alert.
+    /// The peer's alert, if it refused us with one.
     #[must_use]
     pub fn alert(&self) -> Option<Alert> {
         match self {

@@ -21,7 +21,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// Who we are.
+    /// Our identity.
     #[must_use]
     pub fn id(&self) -> &SpiffeId {
         &self.id
@@ -73,7 +73,7 @@ pub struct Client {
 }
 
 impl Client {
-    /// Who we are.
+    /// Our identity.
     #[must_use]
     pub fn id(&self) -> &SpiffeId {
         &self.id
@@ -90,7 +90,7 @@ impl Client {
         &self.expected
     }
 
-    /// What goes into the SNI, and the key of the session cache.
+    /// The SNI, and the key of the session cache.
     #[must_use]
     pub fn name(&self) -> &ServerName<'static> {
         &self.name

@@ -21,7 +21,7 @@ pub(super) enum Session {
     Server(Box<UnbufferedServerConnection>),
 }
 
-/// Where a session stands when nothing whole is left of what was received.
+/// The state of a session when no complete record is left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Next {
     /// The handshake needs more bytes.
@@ -137,7 +137,7 @@ impl ClientHello {
     }
 }
 
-/// What a session can be asked to seal.
+/// Data that a session can seal.
 #[derive(Clone, Copy)]
 pub(super) enum Emit<'a> {
     Data(&'a [u8]),

@@ -20,7 +20,7 @@ use super::refusal::{PeerError, Purpose};
 use super::spiffe::SpiffeId;
 use super::trust::TrustStores;
 
-/// Who a peer is, as its certificates prove.
+/// The authenticated identity of a peer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Peer {
     pub id: Arc<SpiffeId>,
@@ -34,7 +34,7 @@ pub struct Peer {
 /// nothing to other roots.
 pub(super) struct Peers {
     trust: Arc<TrustStores>,
-    /// What the peers show their certificates for.
+    /// The purpose of the peers' certificates.
     purpose: Purpose,
     known: Mutex<HashMap<Vec<u8>, Known>>,
 }

@@ -8,7 +8,7 @@ use super::sampler::Sampler;
 use super::span::Span;
 use crate::stats::SpanCounts;
 
-/// What holds for requests that come now.
+/// The settings and the queue for new requests.
 #[derive(Debug)]
 pub(super) struct Active {
     pub sampler: Sampler,

@@ -63,6 +63,7 @@ impl Client {
             value.set_sensitive(true);
             headers.insert(name, value);
         }
+        // After the configured ones, which must not replace it.
         headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
         if grpc {
             headers.insert(TE, HeaderValue::from_static("trailers"));
@@ -86,7 +87,7 @@ impl Client {
         Ok(Self { http: http.build()?, url, headers, grpc })
     }
 
-    /// What the collector answered, if that was well.
+    /// Sends one batch; the body of a successful answer.
     pub(super) async fn post(&self, body: Vec<u8>) -> Result<Bytes, Problem> {
         let body = if self.grpc { message(&body) } else { body.into() };
         let sent = self.http.post(&self.url).headers(self.headers.clone()).body(body).send().await;
@@ -96,7 +97,7 @@ impl Client {
         })?;
         let (head, body) = http::Response::<reqwest::Body>::from(response).into_parts();
         if !head.status.is_success() {
-            // Those that the specification of OTLP has sent again.
+            // The statuses that OTLP's specification calls retryable.
             let is_passing =
                 matches!(head.status, StatusCode::TOO_MANY_REQUESTS) || matches!(head.status.as_u16(), 502..=504);
             return Err(Problem { text: format!("the collector answered {}", head.status), is_passing });

@@ -1,11 +1,11 @@
-//! What the headers of a request say of the trace that it belongs to.
+//! Reads the trace context from a request's headers.
 
 use http::HeaderMap;
 
 use super::fields::{Found, Parent};
 use super::{b3, w3c};
 
-/// What a caller says, and the forms in which it is to go on.
+/// The caller's trace context, and the header formats in which it is passed on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Caller {
     /// Nothing, or (`Some`) whether to trace, and nothing of a trace.

@@ -8,7 +8,7 @@ use percent_encoding::percent_decode_str;
 use super::sampler::Sampler;
 use super::settings::{Collector, Headers, Otlp, Settings, Zipkin};
 
-/// What the environment says of traces.
+/// Settings of traces from `OTEL_…` variables.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Environment {
     /// Nothing is traced, whatever the registration says: `OTEL_SDK_DISABLED`, `OTEL_TRACES_EXPORTER=none`.
@@ -71,7 +71,7 @@ impl Environment {
         }
     }
 
-    /// Where spans go.
+    /// The collector of spans.
     pub(super) fn collector(&self, settings: &Settings) -> Option<Collector> {
         let given = || self.collector.clone().or_else(|| settings.collector.clone());
         if self.is_off { None } else { given() }

@@ -54,6 +54,7 @@ impl Exporter {
         let mut is_last = false;
         while !is_last {
             tokio::select! {
+                // The end goes first: what waits then is sent once, without retries.
                 biased;
                 () = ends.notified() => is_last = true,
                 () = full.notified() => {}

@@ -1,4 +1,4 @@
-//! What both forms of headers are made of.
+//! Parts of trace headers, common to W3C and B3.
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
@@ -9,11 +9,11 @@ pub(super) struct Parent {
     pub span_id: u64,
 }
 
-/// What one form of headers says.
+/// The result of reading one header format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Found<T> {
     Nothing,
-    /// What is there has no meaning: it goes on as it is.
+    /// The header is malformed, and is passed on unchanged.
     Bad,
     This(T),
 }

@@ -39,7 +39,7 @@ pub(super) fn refused(answer: &[u8]) -> u64 {
 }
 
 fn encode_span(origin: &Origin, span: &Span) -> EncodedSpan {
-    // Names of a kind, as Envoy has them.
+    // SPAN_KIND_SERVER and SPAN_KIND_CLIENT of trace.proto; the names of each kind are Envoy's.
     let (kind, name) = match span.kind {
         Kind::Server => (2, "ingress".to_owned()),
         Kind::Client => (3, format!("egress {}", span.name)),
@@ -56,6 +56,7 @@ fn encode_span(origin: &Origin, span: &Span) -> EncodedSpan {
         start_time_unix_nano: nanos(start),
         end_time_unix_nano: nanos(start.saturating_add(span.duration)),
         attributes: tags.map(|(name, value)| attribute(name, value)).collect(),
+        // STATUS_CODE_ERROR; STATUS_CODE_OK is for the app to set, by the specification of OpenTelemetry.
         status: Some(Status { code: if span.is_error { 2 } else { 0 } }),
         flags: SAMPLED.into(),
     }

@@ -3,7 +3,7 @@
 /// Decides about traces that begin here, and perhaps about those of callers.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sampler {
-    /// What a caller has decided holds.
+    /// Whether the caller's sampling decision is kept.
     pub respects_caller: bool,
     /// Part of the traces that begin here, from 0 to 1.
     pub ratio: f64,

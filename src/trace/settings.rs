@@ -1,4 +1,4 @@
-//! Where spans go, and which are made.
+//! Settings of tracing.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -21,7 +21,7 @@ pub struct Settings {
     pub connections: bool,
 }
 
-/// Where spans are sent, and how.
+/// The collector, and its protocol.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Collector {
     Zipkin(Zipkin),
@@ -102,7 +102,7 @@ impl fmt::Debug for Headers {
     }
 }
 
-/// What is the same for all spans of a sidecar.
+/// Attributes common to all spans of a sidecar.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Origin {
     pub service: String,

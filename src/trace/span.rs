@@ -1,4 +1,4 @@
-//! A span that is over.
+//! A finished span.
 
 use std::borrow::Cow;
 use std::time::{Duration, SystemTime};
@@ -27,7 +27,7 @@ pub struct Span {
     pub(super) ids: Ids,
 }
 
-/// Where a span stands in its trace.
+/// The ids of a span.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub(super) struct Ids {
     pub trace_id: u128,
@@ -47,7 +47,7 @@ impl Span {
     }
 }
 
-/// What is known of a span, by Envoy's names and ours.
+/// The tags of a span, under Envoy's names and ours.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Tags(Vec<(&'static str, Cow<'static, str>)>);
 

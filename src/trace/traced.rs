@@ -1,4 +1,4 @@
-//! What is traced of a request while it is under way.
+//! The trace context of one request in flight.
 
 use std::sync::Arc;
 

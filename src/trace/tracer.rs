@@ -1,4 +1,4 @@
-//! What the data plane traces through.
+//! The data plane's entry to tracing.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -29,7 +29,7 @@ struct Shared {
     /// Whether `active` is something: what every request looks at.
     is_on: AtomicBool,
     active: ArcSwapOption<Active>,
-    /// What `active` was made of.
+    /// The settings that `active` was made from.
     followed: Mutex<Option<Arc<Settings>>>,
     exporters: Mutex<Vec<Running>>,
 }
@@ -57,11 +57,12 @@ impl Tracer {
         }
         *followed = Some(Arc::clone(settings));
         let active = self.0.environment.collector(settings).map(|collector| Arc::new(self.start(settings, collector)));
+        // A request in between finds no tracer, or the one before: either is right for a request of that moment.
         self.0.is_on.store(active.is_some(), Ordering::Relaxed);
         self.0.active.store(active);
     }
 
-    /// What is traced of a request that has come; `None`: nothing.
+    /// The trace context of a new request; `None` if it is not traced.
     #[must_use]
     pub fn begin(&self, kind: Kind, headers: &HeaderMap) -> Option<Box<Traced>> {
         Traced::begin(&self.active()?, kind, headers)

@@ -1,6 +1,6 @@
-"""Clients that others wrote, which ask for paths one by one and tell what came of each.
+"""Third-party clients, which request paths one by one and report the result of each.
 
-What they tell: `status` (None where there was no response), `headers`, `body`, and whether it was `complete`.
+The result: `status` (None where there was no response), `headers`, `body`, and whether it was `complete`.
 """
 
 import concurrent.futures

@@ -1,4 +1,4 @@
-"""Servers that others wrote, as apps that tell what they understood of each request.
+"""Third-party servers, as apps that report each request as they understood it.
 
 nginx, Apache and lighttpd hand requests on to a program by SCGI, as they would to any app, with the variables that CGI has (RFC 3875).
 Each server has `port` for HTTP/1 and `port_http2` for HTTP/2, and `reports()` with what it has understood so far.

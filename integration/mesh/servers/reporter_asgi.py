@@ -1,4 +1,4 @@
-"""What hypercorn runs: writes down each request as it was understood, a JSON object on a line of the file REPORTS."""
+"""The app that hypercorn runs: writes down each request as it was understood, a JSON object on a line of the file REPORTS."""
 
 import json
 import os

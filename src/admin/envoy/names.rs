@@ -1,4 +1,4 @@
-//! What Consul calls things towards Envoy, and values as protobuf's JSON form has them.
+//! Names that Consul gives to Envoy's resources, and values in protobuf's JSON form.
 
 use std::time::Duration;
 

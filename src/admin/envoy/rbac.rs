@@ -32,7 +32,7 @@ pub(super) fn http(service: &Service) -> Value {
     })
 }
 
-/// What differs from the default policy: those who are allowed where it denies, and those who are denied where it allows.
+/// Exceptions from the default policy: allowed sources where it denies, denied sources where it allows.
 fn rules(intentions: &Intentions, trust_domain: &str, is_http: bool) -> Value {
     let action = match intentions.default_policy().action {
         Action::Allow => Action::Deny,

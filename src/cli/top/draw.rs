@@ -12,7 +12,7 @@ use crate::cli::status::{faults, seconds_left, states};
 use crate::cli::view::{count, list, number, period, text};
 use crate::telemetry::escape;
 
-/// What is to be seen.
+/// The content of the view.
 pub(super) struct View<'a> {
     /// Now, or when it last answered.
     pub(super) sidecar: &'a Sidecar,

@@ -82,7 +82,7 @@ impl Row<'_> {
         list(&self.now["targets"])
     }
 
-    /// What keeps it from taking all that comes, in a word or two.
+    /// Its state in a word or two: a limit that is reached, ejections, audit mode.
     pub(super) fn state(&self) -> String {
         let is_full = |target: &&Value| limits(target).next().is_some() || target["retries_refused"] == true;
         let (ejected, unreachable) = (self.endpoints_that_are("ejected"), self.endpoints_that_are("unreachable"));

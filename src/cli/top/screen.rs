@@ -20,7 +20,7 @@ use super::draw::{View, draw};
 use super::keys::{Key, Reader};
 use crate::cli::find::Sidecar;
 
-/// What the view waits for.
+/// The events that the view handles.
 pub(super) enum Event {
     Answer(anyhow::Result<Sidecar>),
     Key(Key),

@@ -41,7 +41,7 @@ const PROMPT_SPACING: Duration = Duration::from_millis(10);
 /// Shortest interval between two wake-ups of a table watch, for which the agent reads whole tables.
 const TABLE_SPACING: Duration = Duration::from_secs(1);
 
-/// What goes on being asked.
+/// A query that is repeated.
 pub(super) struct RunningQuery {
     /// As whom it is asked.
     client: Client,

@@ -1,4 +1,4 @@
-//! Where the answers of a query go.
+//! The receiver of a query's answers.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 use super::super::endpoint::Response;
 use super::super::{Answer, Error};
 
-/// What a query has to say.
+/// An answer or failure of a query.
 #[derive(Debug)]
 pub enum Event<T> {
     /// The first value, or one that differs from the last.
@@ -23,7 +23,7 @@ pub(in crate::consul) struct Gone;
 
 pub(super) type Sent = Pin<Box<dyn Future<Output = Result<(), Gone>> + Send>>;
 
-/// Where the answers of a query go.
+/// The receiver of a query's answers.
 pub(super) trait Sink: Send {
     /// Makes a value of an answer; what sends it, and whether the query's table tells of all changes of it.
     fn decode(&self, response: &Response) -> Result<(Sent, bool), String>;

@@ -189,7 +189,7 @@ impl Draft {
         if is_behind { self.refresh_identity(now) } else { Ok(()) }
     }
 
-    /// What to ask from now on and what no more, in order, since the last call.
+    /// The queries to start and to stop, in order, since the last call.
     pub(super) fn wants(&mut self) -> Vec<Want> {
         std::mem::take(&mut self.effects.wants)
     }
@@ -250,7 +250,7 @@ impl Draft {
         Some(next)
     }
 
-    /// What an operator should know and was not told yet.
+    /// New notes for the log.
     pub(super) fn notes(&mut self) -> Vec<String> {
         /// Notes that are remembered as logged. Beyond this number some are logged again.
         const REMEMBERED: usize = 10_000;

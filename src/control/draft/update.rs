@@ -1,4 +1,4 @@
-//! What goes into a draft, and what it asks for in return.
+//! The inputs of a draft, and the queries that it needs in return.
 
 use std::sync::Arc;
 
@@ -78,7 +78,7 @@ pub(in crate::control) enum Urgency {
     Now,
 }
 
-/// What an update leads to, gathered from the parts of a draft.
+/// The effects of an update, gathered from the parts of a draft.
 #[derive(Debug, Default)]
 pub(super) struct Effects {
     pub(super) wants: Vec<Want>,

@@ -26,7 +26,7 @@ pub(super) struct Upstreams {
     /// The upstreams that use a query.
     users: HashMap<Query, BTreeSet<OutboundKey>>,
     unused: Vec<Query>,
-    /// Those that have to be built again.
+    /// The upstreams that have to be built again.
     changed: BTreeSet<OutboundKey>,
     /// Requests of connections that wait for an upstream.
     fetches: FetchRequests,

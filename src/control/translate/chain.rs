@@ -34,7 +34,7 @@ struct ResolverPlan {
     sets_request_timeout: bool,
 }
 
-/// What there is to know of a target from the chain alone.
+/// The part of a target that is known from the chain alone.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::control) struct TargetPlan {
     pub(in crate::control) id: String,
@@ -62,7 +62,7 @@ pub(in crate::control) enum Sni {
     Query(PreparedQuery),
 }
 
-/// What the answer to a prepared query says besides its instances.
+/// The part of a prepared query's answer besides its instances.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(in crate::control) struct Prepared {
     pub(in crate::control) identities: Vec<Identity>,

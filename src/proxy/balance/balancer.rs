@@ -49,7 +49,7 @@ pub struct Balancer {
     pub(super) shared: Arc<Shared>,
 }
 
-/// What is remembered of a target.
+/// State of a target.
 #[derive(Debug)]
 pub(super) struct Shared {
     /// The target's id, and who is told of its limits and ejections.
@@ -158,7 +158,7 @@ impl Balancer {
         &self.shared.stats
     }
 
-    /// Who is told of what becomes of its instances.
+    /// The observer of its instances.
     #[must_use]
     pub fn observer(&self) -> &Observer {
         &self.shared.observer

@@ -1,4 +1,4 @@
-//! What is remembered of one instance.
+//! State of one instance.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -64,7 +64,7 @@ impl Instance {
         Destination::Instance { target, address, stats }
     }
 
-    /// What it is like at `now`.
+    /// Its state at `now`.
     pub(super) fn look(&self, now: u64) -> Member {
         let State { aside, circuit, .. } = &*self.state;
         let state = if !circuit.lets_in(now) {

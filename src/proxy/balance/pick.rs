@@ -77,7 +77,7 @@ impl Balancer {
         Some(best)
     }
 
-    /// One that fits, with a chance by its weight.
+    /// A random instance that fits, by weight.
     fn draw(&self, attempt: &Attempt<'_>, random: &mut impl FnMut(u64) -> u64) -> Option<&Arc<Instance>> {
         let drawn = (0..DRAWS).find_map(|_| self.draw_any(random).filter(|instance| attempt.fits(instance)));
         drawn.or_else(|| self.search(usize::try_from(random(self.instances.len().max(1) as u64)).unwrap_or(0), attempt))

@@ -43,7 +43,7 @@ impl UpstreamRuntime {
     }
 }
 
-/// What is remembered of an upstream's targets.
+/// State of an upstream's targets.
 #[derive(Debug)]
 pub struct Balancers {
     /// By the target's id.

@@ -23,7 +23,7 @@ use super::replay_body::ReplayBody;
 use super::wire::Wire;
 use super::{HEAD_SIZE, SEND_BUFFER, SMALL_FRAMES};
 
-/// What everybody knows of a connection.
+/// State of a connection, shared by its users.
 #[derive(Debug)]
 pub(super) struct Known {
     pub meter: Arc<Meter>,

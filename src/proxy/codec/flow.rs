@@ -35,7 +35,7 @@ const BULK: usize = 64 * 1024;
 /// Measurements in a row without growth after which they become no rarer.
 const STEADY: u32 = 8;
 
-/// What a connection and its streams know of each other.
+/// State shared by a connection and its streams.
 #[derive(Debug)]
 pub(crate) struct Meter {
     /// Streams.
@@ -180,7 +180,7 @@ impl Reader {
 pub(super) struct Windows {
     meter: Arc<Meter>,
     window: u32,
-    /// What was announced to the far end.
+    /// The window announced to the peer.
     announced: u32,
     /// The most streams at a time so far.
     streams: usize,

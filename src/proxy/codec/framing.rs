@@ -1,4 +1,4 @@
-//! What headers say of the message that they come with, checked where the message was decoded.
+//! The framing of a message by its headers, checked where the message was decoded.
 //!
 //! A codec finds the end of a message by one header and passes all of them on. Whoever is next might go by another
 //! one, and see the end elsewhere (RFC 9112, 6.3). So a message that says its length in more than one way is not

@@ -3,7 +3,7 @@
 //! Between HEADERS and the CONTINUATION that ends its block, a connection carries nothing else (RFC 9113, 6.10), and
 //! the codec waits for it without a limit, with what has come so far in memory.
 
-/// Where in its frames a connection is.
+/// The position of a connection within its frames.
 #[derive(Debug)]
 pub(crate) struct HeaderBlockProgress {
     /// Bytes before the next frame: first those of the preface.

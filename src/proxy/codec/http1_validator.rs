@@ -10,7 +10,7 @@ use std::mem;
 
 use crate::snapshot::Upgrades;
 
-/// What is known of the requests on one connection as its bytes go by.
+/// Follows the requests of one connection byte by byte.
 #[derive(Debug, Default)]
 pub(crate) struct Http1Validator {
     place: Place,
@@ -20,16 +20,16 @@ pub(crate) struct Http1Validator {
     /// Heads that are complete.
     heads: u64,
     refused: Option<&'static str>,
-    /// What takes the place of everything behind the fault.
+    /// The bytes that replace everything behind the fault.
     poison: u8,
     /// The rest has been read.
     ended: bool,
     foreign: bool,
-    /// What a client may upgrade to.
+    /// Upgrades that the client may ask for.
     upgrades: Upgrades,
 }
 
-/// What the next byte belongs to.
+/// The part of a message that the next byte belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 enum Place {
     /// A request line, or the empty line that some clients send before one.
@@ -49,7 +49,7 @@ enum Place {
     Upgraded,
 }
 
-/// What the header lines of a request have said of its body.
+/// The framing of the body, as read from the header lines so far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 struct Head {
     length: Option<u64>,
@@ -81,7 +81,7 @@ impl Http1Validator {
         self.foreign
     }
 
-    /// What is to be read after a refusal, whatever the client sends; then the end.
+    /// The bytes to read after a refusal, whatever the client sends; then the end.
     pub(crate) fn rest(&mut self) -> &'static [u8] {
         if std::mem::replace(&mut self.ended, true) { b"" } else { b"\n\n" }
     }

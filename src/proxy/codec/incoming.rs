@@ -22,7 +22,7 @@ enum Kind {
     Http2(Box<Stream>),
 }
 
-/// What comes on one stream of HTTP/2.
+/// The body of one HTTP/2 stream.
 struct Stream {
     source: RecvStream,
     /// Bytes to come, where the head says so.
@@ -33,7 +33,7 @@ struct Stream {
     sent: Option<Sent>,
 }
 
-/// What a response keeps of its request.
+/// The part of the request that a response keeps.
 pub(crate) struct Sent {
     /// More of its body is sent meanwhile.
     pub uploading: Option<Uploading>,

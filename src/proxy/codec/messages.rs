@@ -11,7 +11,7 @@ use crate::snapshot::Upgrades;
 /// Requests read from a connection and responses given to it.
 #[derive(Default)]
 pub(super) struct Messages {
-    /// What an HTTP/1 client may upgrade to.
+    /// Upgrades that an HTTP/1 client may ask for.
     pub upgrades: Upgrades,
     /// Judges what an HTTP/1 client sends.
     validator: Option<Http1Validator>,
@@ -33,7 +33,7 @@ pub(super) struct Messages {
     pub broke_off: bool,
 }
 
-/// What a client waits for.
+/// The state of a client that waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Awaits {
     Nothing,
@@ -65,7 +65,7 @@ impl Messages {
         self.validator = None;
     }
 
-    /// What the codec is to read instead of what comes, where a request was refused.
+    /// The bytes that the codec reads instead of a refused request.
     #[must_use]
     pub(super) fn instead(&mut self) -> Option<&[u8]> {
         self.validator.as_mut().filter(|validator| validator.refused().is_some()).map(|validator| validator.rest())
@@ -74,7 +74,7 @@ impl Messages {
     /// Looks at what was read, and makes it unreadable to the codec from where a request is refused.
     ///
     /// # Errors
-    /// What came is no HTTP.
+    /// The bytes received are not HTTP.
     pub(super) fn read(&mut self, bytes: &mut [u8]) -> io::Result<()> {
         if let Some(blocks) = &mut self.blocks {
             blocks.follow(bytes);

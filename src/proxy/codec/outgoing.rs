@@ -24,7 +24,7 @@ pub(super) struct Outgoing<B> {
     to: SendStream<Bytes>,
     /// Waits for room in the window, and whether it is the last.
     waits: Option<(Bytes, bool)>,
-    /// What the far end is told where the body breaks off.
+    /// The reset that is sent where the body breaks off.
     broken: Reason,
     /// Learns that it does.
     wire: Option<WeakWire>,
@@ -110,7 +110,7 @@ where
     }
 }
 
-/// What the far end of another stream said, where that is why a body broke off.
+/// The error of the other stream that made a body break off.
 fn reason(error: &(dyn Error + 'static)) -> Option<Reason> {
     let mut next = Some(error);
     while let Some(error) = next {

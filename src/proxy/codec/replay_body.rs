@@ -39,13 +39,13 @@ struct Shared {
     whole: bool,
     /// The source broke off: the client is gone, or what it sent is no HTTP.
     broken: bool,
-    /// Whoever sends it has asked for the first frame.
+    /// The sender has asked for the first frame.
     requested: bool,
     /// When all of it had come.
     complete: Option<Instant>,
-    /// Whoever wants to know when it is complete or breaks off.
+    /// Wakes the task that waits for the body to be complete or to break off.
     waits: Option<Waker>,
-    /// Whoever sends it, and waits for the next frame.
+    /// Wakes the sender, which waits for the next frame.
     sender: Option<Waker>,
     turn: u32,
     /// Data bytes that came.
@@ -281,7 +281,7 @@ impl BodyProgress {
         lock(&self.0).received
     }
 
-    /// What the client sent broke off.
+    /// The client's body broke off.
     #[must_use]
     pub fn is_broken(&self) -> bool {
         lock(&self.0).broken
@@ -335,7 +335,7 @@ fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
 /// Why a request is not sent any further.
 #[derive(Debug)]
 pub enum Broken {
-    /// Whoever sends it failed to.
+    /// The sender failed.
     Source(BodyError),
     /// The request is sent again elsewhere.
     Superseded,

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 
 use h2::Reason;
 
-/// Where in its frames a connection is, and what was refused.
+/// The position of a connection within its frames, and the refused streams.
 #[derive(Debug, Default)]
 pub(crate) struct Resets {
     /// Bytes before the next frame.

@@ -50,7 +50,7 @@ struct State {
     moved: u64,
     /// Counts reads that brought something.
     received: u64,
-    /// What its bytes are counted for.
+    /// The counters of its bytes.
     counts: Option<Counts>,
 }
 
@@ -86,7 +86,7 @@ const LINGER_BYTES: usize = 1024 * 1024;
 /// How an HTTP/2 client begins, whatever was said about protocols before (RFC 9113, 3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// What is under way on a connection, for which its path is watched.
+/// The activity on a connection for which its path is watched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PathWatch {
     /// Nothing, or what is no HTTP any more.
@@ -291,7 +291,7 @@ impl Wire {
         self.state().transport.check()
     }
 
-    /// What the peer showed in the handshake.
+    /// The certificates that the peer showed in the handshake.
     pub fn peer_certificates(&self, act: &mut dyn FnMut(Option<&[CertificateDer<'_>]>)) {
         match self.state().transport.tls() {
             Some(stream) => act(stream.peer_certificates()),

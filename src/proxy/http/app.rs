@@ -18,7 +18,7 @@ use crate::proxy::local_app::connect_app;
 use crate::proxy::outcome::{Fault, Outcome, no_response};
 use crate::snapshot::{Failure, LocalApp, Protocol};
 
-/// Where requests go, and for how long they are waited for.
+/// The local app, and the deadlines of requests to it.
 pub(super) struct App<'a> {
     pub address: &'a LocalApp,
     pub protocol: Protocol,

@@ -51,7 +51,7 @@ enum Source {
     Stream(Incoming),
 }
 
-/// What an exchange holds until its response is over, and the time it has.
+/// Resources that an exchange holds until its response is over, and its deadlines.
 pub(super) struct ResponseTail {
     pub deadlines: Option<Deadlines>,
     _held: ConnectionGuard,
@@ -150,7 +150,7 @@ impl Body {
 /// Why a body breaks off.
 #[derive(Debug)]
 pub(super) enum Broken {
-    /// Whoever sends it failed to.
+    /// The sender failed.
     Source(BodyError),
     /// It is not to go on.
     Over(Over),

@@ -33,13 +33,13 @@ pub(super) struct Exchange<'a> {
     clock: Clock,
     hash: Option<u64>,
     record: &'a mut RequestRecorder,
-    /// Where an instance is being connected to.
+    /// The target whose instances are being connected to.
     current: Option<Current<'a>>,
-    /// Where the request was sent last.
+    /// The target that the request was sent to last.
     sent_to: Option<&'a Arc<Target>>,
-    /// Those that are being connected to.
+    /// The instances with a connection attempt in progress.
     connecting: Vec<Arc<Instance>>,
-    /// Those that could not be used or have answered badly.
+    /// The instances that failed or answered with an error.
     tried: Vec<Arc<Instance>>,
     /// Of these, those that could not be connected to since the last configured retry.
     unreachable: Vec<Arc<Instance>>,
@@ -50,14 +50,14 @@ pub(super) struct Exchange<'a> {
     retry: Option<Retry>,
 }
 
-/// What can be sent once more.
+/// A request that can be sent again.
 struct Again<'a> {
     head: Option<Head>,
     /// `None`: the request has no body.
     upload: Option<&'a BodyProgress>,
 }
 
-/// What came of one try.
+/// The result of one try.
 enum Tried {
     Response(Response<Incoming>, ResponseTail),
     /// To be tried again, with this.
@@ -166,7 +166,7 @@ impl<'a> Exchange<'a> {
         }
     }
 
-    /// What to do while instances are being connected to.
+    /// The next step while connection attempts are in progress.
     fn next(
         &mut self,
         first: &mut Option<(Picked, Instant)>,

@@ -1,4 +1,4 @@
-//! What a gRPC client reads in the place of an HTTP status.
+//! The gRPC status that stands for an HTTP status.
 
 use http::header::{CONTENT_TYPE, HeaderName};
 use http::{HeaderMap, HeaderValue, StatusCode};
@@ -6,7 +6,7 @@ use http::{HeaderMap, HeaderValue, StatusCode};
 use crate::observe::Description;
 use crate::proxy::outcome::Outcome;
 
-/// What ends the answer to a gRPC request whose source is denied now.
+/// The trailers of a gRPC response whose source has been denied meanwhile.
 pub(super) fn grpc_denial() -> HeaderMap {
     let Description { status, body, .. } = Outcome::Denied.describe();
     let status = (HeaderName::from_static("grpc-status"), grpc_status(status));

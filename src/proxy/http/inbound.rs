@@ -46,11 +46,11 @@ pub(crate) struct Inbound {
     pub app: Arc<Pool>,
     /// The element that tells the app who the peer is.
     pub certificate: Option<HeaderValue>,
-    /// What its requests may upgrade it to, as of when it began.
+    /// Upgrades that its requests may ask for, as of its beginning.
     pub upgrades: Upgrades,
     pub requests: RequestObserver,
     pub log_limit: LogLimit,
-    /// What audit mode lets through.
+    /// Logs connections and requests that audit mode lets through.
     pub audited: Audited,
     /// Requests under way.
     pub open: Open,
@@ -280,7 +280,7 @@ impl Inbound {
     }
 }
 
-/// What denies a request, and why its tokens are no good.
+/// The rule that denies a request, and the faults of its tokens.
 fn with_refusals(decider: &Decider<'_>, verified: &Verified) -> String {
     let tokens = verified.refusals().map(|(provider, fault)| format!("; token of {provider}: {fault}"));
     format!("{decider}{}", tokens.collect::<String>())

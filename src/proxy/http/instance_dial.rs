@@ -15,7 +15,7 @@ use crate::proxy::socket::Socket;
 use crate::snapshot::Target;
 use crate::tls::Stream;
 
-/// What it takes to get a connection to an instance.
+/// The inputs of a connection to an instance.
 pub(super) struct Dial {
     pub target: Arc<Target>,
     pub balancer: Arc<Balancer>,

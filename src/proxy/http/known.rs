@@ -1,4 +1,4 @@
-//! What is known of a request on its way to an upstream, for operators in edits of its headers.
+//! The values of operators in header edits of a request to an upstream.
 
 use std::borrow::Cow;
 use std::time::{Instant, SystemTime};
@@ -10,7 +10,7 @@ use crate::observe::{ConnectionInfo, RequestRecord};
 use crate::operators::{Record, Request, Response, Upstream};
 use crate::snapshot::Routed;
 
-/// What does not change on the way.
+/// The values that do not change until the response.
 pub(super) struct Known<'a> {
     connection: &'a ConnectionInfo,
     pub routed: &'a Routed<'a>,

@@ -31,9 +31,9 @@ const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 #[derive(Clone, Copy)]
 pub(crate) struct Intake<'a> {
     pub normalization: &'a Normalization,
-    /// What requests may upgrade their connection to.
+    /// Upgrades that requests may ask for.
     pub upgrades: &'a Upgrades,
-    /// What a request of HTTP/1.0 that names no host is for.
+    /// The authority of an HTTP/1.0 request without a host.
     pub service: &'a str,
 }
 
@@ -323,7 +323,7 @@ pub(super) fn refuse_unasked_switch<B>(response: &Response<B>) -> Result<(), Fau
     Ok(())
 }
 
-/// What a header lists.
+/// The elements of a header's list.
 fn options<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a [u8]> {
     let lines = headers.get_all(name).iter().map(HeaderValue::as_bytes);
     lines.flat_map(|line| line.split(|byte| *byte == b',')).map(<[u8]>::trim_ascii)

@@ -23,7 +23,7 @@ struct State {
     upload: Option<BodyProgress>,
     /// Since there is an answer. Before, whoever waits for that has it.
     deadlines: Option<Deadlines>,
-    /// What it is judged by when the intentions change.
+    /// The request, for a new decision when the intentions change.
     case: Option<Case>,
     over: Option<Over>,
     /// There is nothing left to end.
@@ -33,7 +33,7 @@ struct State {
     task: Option<Waker>,
 }
 
-/// What a request is judged by again.
+/// The parts of a request that a new decision needs.
 pub(crate) struct Case {
     pub head: Head,
     pub judged: Judged,

@@ -33,7 +33,7 @@ pub(crate) struct Outbound {
     pub state: watch::Receiver<ListenerState<OutboundRuntime>>,
     pub drain: drain::Watch,
     pub clock: Clock,
-    /// What its requests may upgrade it to, as of when it began.
+    /// Upgrades that its requests may ask for, as of its beginning.
     pub upgrades: Upgrades,
     pub requests: RequestObserver,
     pub log_limit: LogLimit,

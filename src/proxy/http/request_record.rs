@@ -100,14 +100,14 @@ impl RequestRecorder {
         self.upload = upload.cloned();
     }
 
-    /// Where it is sent now.
+    /// Begins an attempt at a destination.
     pub(crate) fn attempt(&mut self, destination: Destination) {
         let attempt = Attempt::new(destination);
         self.observer.observe(Event::AttemptStarted(&attempt));
         self.record.attempts.push(attempt);
     }
 
-    /// What came of the attempt at a destination that `matches`.
+    /// Records the result of the attempt at a destination that `matches`.
     pub(crate) fn attempt_ended(
         &mut self,
         matches: impl Fn(&Destination) -> bool,

@@ -1,4 +1,4 @@
-//! What becomes of a request in the end: the answer that it brought, or one of our own.
+//! The final response to a request: the upstream's, or one of our own.
 
 use http::header::{CONNECTION, CONTENT_TYPE, HeaderName, LOCATION};
 use http::{HeaderValue, Request, Response};
@@ -9,7 +9,7 @@ use super::request_record::{RequestObserver, RequestRecorder};
 use crate::observe::Description;
 use crate::proxy::outcome::{Fault, Outcome};
 
-/// What is remembered of a request in order to answer it.
+/// The parts of a request that its response depends on.
 pub(super) struct Responder {
     grpc: bool,
     pub record: Box<RequestRecorder>,

@@ -67,7 +67,7 @@ pub(super) trait Part {
     fn name(&self) -> String;
 }
 
-/// What a connection goes by besides its requests.
+/// The settings of a connection, besides its requests.
 pub(super) struct Terms<P> {
     state: watch::Receiver<ListenerState<P>>,
     times: Times,
@@ -276,7 +276,7 @@ fn begin(request: Request<Incoming>, http2: bool) -> (Request<ReplayBody>, Ongoi
     (Request::from_parts(parts, body), Ongoing::new(upload, grpc))
 }
 
-/// What is to be known of an HTTP/1 request when it is answered.
+/// The parts of an HTTP/1 request that its response depends on.
 struct Http1 {
     /// What follows it was not looked at, as it may be of another protocol.
     leaves: bool,

@@ -84,7 +84,7 @@ impl Drop for Counted {
 struct Joined {
     client: Wire,
     server: Wire,
-    /// What the codecs have read beyond their own.
+    /// Bytes that the codecs have read beyond their messages.
     sent: [bytes::Bytes; 2],
 }
 

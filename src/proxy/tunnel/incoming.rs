@@ -13,7 +13,7 @@ pub(super) const REFUSED: u32 = u32::MAX - 1;
 pub(super) const REASON: u32 = 255;
 pub(super) const HEADER: usize = size_of::<u32>();
 
-/// What both sides have agreed to speak.
+/// The version of the tunnel that both sides agreed on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Version {
     V1,
@@ -74,7 +74,7 @@ pub(super) enum Phase {
     Requested,
     /// At the client: it waits for the answer.
     Awaiting,
-    /// What came makes no sense.
+    /// The bytes received are malformed.
     Broken,
 }
 

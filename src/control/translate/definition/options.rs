@@ -28,7 +28,7 @@ pub(super) fn audit(config: Opaque<'_>, notes: &mut Notes) -> bool {
     config.switch(AUDIT, notes).unwrap_or(false)
 }
 
-/// What connections may be upgraded to beside `websocket`.
+/// Allowed upgrades of connections beside `websocket`.
 pub(super) fn upgrades(config: Opaque<'_>, notes: &mut Notes) -> Upgrades {
     let names = config.names("lictor_upgrades", notes);
     if let Some(http) = names.iter().find(|name| Upgrades::is_http(name.as_bytes())) {

@@ -1,4 +1,4 @@
-//! What a definition says, before anything is known of the mesh.
+//! The content of a definition, before anything is known of the mesh.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use crate::trace;
 /// Consul's default for connecting to an upstream's instance.
 pub(in crate::control) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What the proxy is to do, before anything is known of the mesh.
+/// The configuration of the proxy from its definition alone.
 #[derive(Debug, Clone, PartialEq)]
 pub(in crate::control) struct Definition {
     /// The service that we stand in front of: its leaf and its intentions are ours.

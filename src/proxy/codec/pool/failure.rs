@@ -80,7 +80,7 @@ impl Failed {
         }
     }
 
-    /// What came as an answer is none in HTTP, or not to be passed on.
+    /// The answer is not HTTP, or must not be passed on.
     #[must_use]
     pub fn is_malformed(&self) -> bool {
         match &self.cause {

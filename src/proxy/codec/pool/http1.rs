@@ -60,5 +60,5 @@ impl Http1 {
     }
 }
 
-/// What comes of a request that hyper sends.
+/// The result of a request that hyper sends.
 type Answered = Result<Response<hyper::body::Incoming>, hyper::client::conn::TrySendError<Request<ReplayBody>>>;

@@ -29,7 +29,7 @@ pub struct Pool {
     shared: Arc<Count>,
 }
 
-/// What there is of connections that others made.
+/// The answer of a pool to a request for a connection.
 pub enum Checkout {
     PooledConnection(Box<PooledConnection>),
     /// There is none at all.
@@ -180,7 +180,7 @@ mod tests {
         drop(guard);
     }
 
-    /// One that nothing is under way on, as soon as the codec has seen that.
+    /// An idle connection, as soon as the codec has seen that it is idle.
     async fn free(pool: &Pool, key: &PoolKey) -> PooledConnection {
         loop {
             match pool.reuse(key) {

@@ -24,7 +24,7 @@ use crate::proxy::limits::Permit;
 use crate::snapshot::LocalApp;
 use crate::tls;
 
-/// What all workers know of a pool.
+/// State of a pool, shared by all workers.
 #[derive(Default)]
 pub(super) struct Count {
     /// Connections, whoever uses them.
@@ -65,15 +65,15 @@ struct Kept {
     /// The one used last is at the end.
     idle: Vec<Idle>,
     shared: Vec<Shared>,
-    /// What the last connection turned out to be.
+    /// The protocol of the last connection.
     speaks: Option<Version>,
-    /// What comes of a connection that is being made and that others could share.
+    /// The result of a connection in progress that others could share.
     dialling: Option<watch::Receiver<Option<NoConnection>>>,
     /// A task looks after what is kept.
     swept: bool,
 }
 
-/// What connections were made for; for anything else they can't be used.
+/// The key of connections: they are used for nothing else.
 #[derive(Clone)]
 pub enum PoolKey {
     /// A target as somebody: another identity, other roots or other names to expect are another client.
@@ -114,7 +114,7 @@ enum Connection {
     Http2(Sender, Counted),
 }
 
-/// Where an HTTP/1 connection goes back to.
+/// The pool that an HTTP/1 connection is returned to.
 struct PoolReturn {
     pool_key: PoolKey,
     slot: Weak<Slot>,
