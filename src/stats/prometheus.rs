@@ -58,11 +58,16 @@ pub fn milliseconds(micros: u64) -> String {
     format!("{whole}.{rest:03}").trim_end_matches('0').to_owned()
 }
 
-/// Labels but for braces; an empty value is the same as no label.
+/// Labels but for braces; an empty value is the same as no label. Of two labels with one name the first stays: Prometheus
+/// refuses a whole scrape for a second one, and tags of the registration may have any name.
 #[must_use]
 pub fn labels_text<'a>(labels: impl Iterator<Item = (&'a str, &'a str)>) -> String {
-    let mut text = String::new();
+    let (mut text, mut names) = (String::new(), Vec::new());
     for (name, value) in labels.filter(|(_, value)| !value.is_empty()) {
+        if names.contains(&name) {
+            continue;
+        }
+        names.push(name);
         if !text.is_empty() {
             text.push(',');
         }
@@ -90,6 +95,12 @@ mod tests {
     use super::*;
     use crate::stats::group::{ClusterStats, ListenerStats};
     use crate::stats::scope::{Cluster, Listener};
+
+    #[test]
+    fn no_label_stands_twice() {
+        let labels = [("a", "1"), ("b", ""), ("a", "2"), ("b", "3")];
+        assert_eq!(labels_text(labels.into_iter()), "a=\"1\",b=\"3\"");
+    }
 
     #[test]
     fn a_family_has_one_type_and_its_lines_stand_together() {

@@ -19,7 +19,7 @@ pub(super) fn settings(config: Opaque<'_>, notes: &mut Notes) -> MetricsSettings
         stats: address(config, "envoy_stats_bind_addr", notes),
         statsd: url(config, "envoy_statsd_url", &["udp://"], notes),
         dogstatsd: url(config, "envoy_dogstatsd_url", &["udp://", "unix://"], notes),
-        tags: config.names("envoy_stats_tags", notes).iter().map(|tag| self::tag(tag)).collect(),
+        tags: tags(config, notes),
         flush_interval: flush.map_or(default.flush_interval, |time| time.max(SHORTEST_FLUSH)),
     }
 }
@@ -42,6 +42,16 @@ fn url(config: Opaque<'_>, key: &str, schemes: &[&str], notes: &mut Notes) -> Op
     }
     config.bad(key, &format!("a URL that begins with {}", schemes.join(" or ")), notes);
     None
+}
+
+fn tags(config: Opaque<'_>, notes: &mut Notes) -> Vec<(String, String)> {
+    let tags: Vec<_> = config.names("envoy_stats_tags", notes).iter().map(|text| tag(text)).collect();
+    // Labels that no reader takes: one without a name, and that of a histogram's buckets.
+    let (good, bad): (Vec<_>, Vec<_>) = tags.into_iter().partition(|(key, _)| !matches!(key.as_str(), "" | "le"));
+    for (key, _) in bad {
+        config.note(&format!("envoy_stats_tags has a tag with the name {key:?}, which is left out"), notes);
+    }
+    good
 }
 
 /// `k=v`; a bare word has the value 1, and keys are in lower case, as Consul has them.
@@ -93,6 +103,8 @@ mod tests {
             json!({"envoy_statsd_url": "tcp://127.0.0.1:1"}),
             json!({"envoy_statsd_url": "unix:///x"}),
             json!({"envoy_stats_flush_interval": "soon"}),
+            json!({"envoy_stats_tags": ["=lab"]}),
+            json!({"envoy_stats_tags": "LE=1"}),
         ] {
             assert_eq!(read(&config), (MetricsSettings::default(), 1), "{config}");
         }

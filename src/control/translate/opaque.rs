@@ -138,6 +138,10 @@ impl<'a> Opaque<'a> {
     pub(super) fn bad(&self, key: &str, wanted: &str, notes: &mut Notes) {
         notes.push(format!("{}: {key} is not {wanted}, so its default is used", self.place));
     }
+
+    pub(super) fn note(&self, text: &str, notes: &mut Notes) {
+        notes.push(format!("{}: {text}", self.place));
+    }
 }
 
 /// A list of one stands for its element.
