@@ -17,7 +17,7 @@ def decisions(log):
     """The lines that say how a request was judged, by its id, from the text of a log in JSON."""
     found = {}
     for line in log.split("\n"):
-        if '"Request judged"' in line:
+        if '"Request decided"' in line:
             entry = json.loads(line)
             found.setdefault(entry.get("request_id"), []).append(entry)
     return found

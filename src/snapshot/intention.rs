@@ -59,7 +59,7 @@ pub struct Intentions {
     by_source: BySource,
     default: DefaultPolicy,
     /// One of them judges requests by what they are.
-    judge_requests: bool,
+    has_request_rules: bool,
 }
 
 /// Where in the list the first intention of each source is: by partition, then namespace, then name.
@@ -100,8 +100,8 @@ impl Intentions {
             let names = names.entry(intention.source_namespace.clone()).or_default();
             names.entry(intention.source.clone()).or_insert(index);
         }
-        let judge_requests = list.iter().any(|intention| intention.action.is_none());
-        Self { list, by_source, default, judge_requests }
+        let has_request_rules = list.iter().any(|intention| intention.action.is_none());
+        Self { list, by_source, default, has_request_rules }
     }
 
     /// Decides about a peer whose certificate chains to our roots and is of our trust domain: the first
@@ -127,7 +127,7 @@ impl Intentions {
     #[must_use]
     pub fn decide_request(&self, peer: &SpiffeId, request: &RequestView<'_>, verified: &Verified) -> Decision<'_> {
         match self.decide(peer) {
-            Decision::EachRequest(intention) => self.judge(intention, &Subject::new(request, verified)),
+            Decision::EachRequest(intention) => self.decide_by(intention, &Subject::new(request, verified)),
             decision => decision,
         }
     }
@@ -154,7 +154,7 @@ impl Intentions {
         if verified.lacks_provider() {
             return (Decision::Deny(Decider::UnknownProvider(intention)), verified);
         }
-        let decision = self.judge(intention, &Subject::new(request, &verified));
+        let decision = self.decide_by(intention, &Subject::new(request, &verified));
         (decision, verified)
     }
 
@@ -172,8 +172,8 @@ impl Intentions {
 
     /// Whether requests of any source are judged by what they are.
     #[must_use]
-    pub fn judge_requests(&self) -> bool {
-        self.judge_requests
+    pub fn has_request_rules(&self) -> bool {
+        self.has_request_rules
     }
 
     /// Whether what decides about such a peer's requests looks at their headers, or at tokens.
@@ -191,7 +191,7 @@ impl Intentions {
 
     /// An intention with permissions uses up its source: what none of them matches is left to the default
     /// policy, not to the next intention.
-    fn judge<'a>(&'a self, intention: &'a Intention, subject: &Subject<'_>) -> Decision<'a> {
+    fn decide_by<'a>(&'a self, intention: &'a Intention, subject: &Subject<'_>) -> Decision<'a> {
         if intention.token.as_ref().is_some_and(|token| token.check(subject) != Token::Good) {
             return Decision::Deny(Decider::Token(intention, None));
         }
@@ -200,12 +200,12 @@ impl Intentions {
         }
         let mut permissions = intention.permissions.iter().enumerate();
         match permissions.find(|(_, permission)| permission.matches(subject)) {
-            Some((place, permission)) => self.judge_token(intention, place, permission, subject),
+            Some((place, permission)) => self.decide_by_token(intention, place, permission, subject),
             None => self.default.decision(Decider::NoPermission(intention, &self.default)),
         }
     }
 
-    fn judge_token<'a>(
+    fn decide_by_token<'a>(
         &'a self,
         intention: &'a Intention,
         place: usize,

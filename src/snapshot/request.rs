@@ -143,7 +143,7 @@ impl HeaderMatch {
                     && request.headers.keys().any(|other| is_taken_for(other, name)) =>
             {
                 let taken = request.headers.iter().filter(|(other, _)| *other == name || is_taken_for(other, name));
-                self.judge(taken.map(|(_, value)| value.as_bytes()), lines)
+                self.match_values(taken.map(|(_, value)| value.as_bytes()), lines)
             }
             _ => holds,
         }
@@ -153,11 +153,11 @@ impl HeaderMatch {
     fn compare(&self, request: &RequestView<'_>, lines: Lines, every_way: bool) -> bool {
         let written = match &self.name {
             Name::Header(name) => {
-                return self.judge(request.headers.get_all(name).iter().map(HeaderValue::as_bytes), lines);
+                return self.match_values(request.headers.get_all(name).iter().map(HeaderValue::as_bytes), lines);
             }
             Name::Method => Cow::Borrowed(request.method),
             Name::Path => request.path_and_query(),
-            Name::Authority if request.authority.is_empty() => return self.judge(iter::empty(), lines),
+            Name::Authority if request.authority.is_empty() => return self.match_values(iter::empty(), lines),
             Name::Authority => Cow::Borrowed(request.authority),
         };
         let matches = self.test.passes(written.as_bytes()) || (every_way && self.matches_otherwise(request));
@@ -182,7 +182,7 @@ impl HeaderMatch {
         }
     }
 
-    fn judge<'v>(&self, mut values: impl Iterator<Item = &'v [u8]>, lines: Lines) -> bool {
+    fn match_values<'v>(&self, mut values: impl Iterator<Item = &'v [u8]>, lines: Lines) -> bool {
         let Some(first) = values.next() else {
             return self.invert && self.test == ValueTest::Present;
         };

@@ -102,7 +102,7 @@ impl Inbound {
                 || !Arc::ptr_eq(&judged.token_providers, &service.token_providers)
                 || judged.audit != service.audit
             {
-                self.open.judge(|case| self.is_denied(&service, case));
+                self.open.end_denied(|case| self.is_denied(&service, case));
             }
             judged = Arc::clone(&service);
             if let Err(problem) = self.peer.check(&service, |act| wire.peer_certificates(act)) {
@@ -111,7 +111,7 @@ impl Inbound {
                 // What is under way goes on, and is judged on.
                 while state.changed().await.is_ok() {
                     let service = Arc::clone(&state.borrow_and_update().config.service);
-                    self.open.judge(|case| self.is_denied(&service, case));
+                    self.open.end_denied(|case| self.is_denied(&service, case));
                 }
                 return pending().await;
             }
@@ -166,10 +166,10 @@ impl Inbound {
         let verified = self.decide(service, &head, began, record)?;
         head.check_method()?;
         // To be judged again whenever the intentions change, for as long as it is under way.
-        let (upgrades, headers) = (head.upgrades(), service.intentions.judge_requests() || head.upgrades());
+        let (upgrades, headers) = (head.upgrades(), service.intentions.has_request_rules() || head.upgrades());
         let kept = head.outline(headers);
         head.pass_tokens_on(&service.token_providers, &verified);
-        ongoing.judge_by(Case { head: kept, judged: Judged { verified, began, headers } });
+        ongoing.keep_case(Case { head: kept, judged: Judged { verified, began, headers } });
         self.open.add(ongoing);
         let (response, rest) = self.app(service).exchange(head, body, ongoing.upload().as_ref(), record).await?;
         let switches = upgrades && response.status() == StatusCode::SWITCHING_PROTOCOLS;
@@ -225,7 +225,7 @@ impl Inbound {
             authority = view.authority,
             path = view.path,
             %decision,
-            "Request judged"
+            "Request decided"
         );
         let RequestObserver { observer, connection } = &self.requests;
         // Audit mode lets no unknown provider pass: a client could forge the headers that its tokens bring.

@@ -61,7 +61,7 @@ impl Ongoing {
     }
 
     /// From here on it can be judged again.
-    pub(crate) fn judge_by(&self, case: Case) {
+    pub(crate) fn keep_case(&self, case: Case) {
         self.state().case = Some(case);
     }
 
@@ -180,7 +180,7 @@ impl Open {
     }
 
     /// Ends those that `is_denied` says it of.
-    pub(crate) fn judge(&self, mut is_denied: impl FnMut(&Case) -> bool) {
+    pub(crate) fn end_denied(&self, mut is_denied: impl FnMut(&Case) -> bool) {
         let open: Vec<Ongoing> = self.list().iter().filter_map(Weak::upgrade).map(Ongoing).collect();
         for ongoing in open {
             let denied = ongoing.state().case.as_ref().is_some_and(&mut is_denied);
