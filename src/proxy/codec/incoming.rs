@@ -27,7 +27,11 @@ struct Stream {
     source: RecvStream,
     /// Bytes to come, where the head says so.
     length: Option<u64>,
+    /// Somebody has asked for a frame.
+    asked: bool,
     data_ended: bool,
+    /// Nothing came behind the last frame, as of then: to ask the codec takes its lock.
+    ended: bool,
     reader: Reader,
     /// Of the request that this answers.
     sent: Option<Sent>,
@@ -43,12 +47,25 @@ pub(crate) struct Sent {
 impl Incoming {
     /// The body that follows this head. `sent` is what a response keeps of its request.
     pub(super) fn http2(source: RecvStream, head: &HeaderMap, reader: Reader, sent: Option<Sent>) -> Self {
-        let length = if source.is_end_stream() { Some(0) } else { content_length(head) };
-        let mut stream = Box::new(Stream { source, length, data_ended: false, reader, sent });
-        if stream.source.is_end_stream() {
+        let ended = source.is_end_stream();
+        let length = if ended { Some(0) } else { content_length(head) };
+        let mut stream =
+            Box::new(Stream { source, length, asked: false, data_ended: false, ended: false, reader, sent });
+        if ended {
             stream.end();
         }
         Self(Kind::Http2(stream))
+    }
+
+    /// Whether all of it has come and been taken, whoever asks and whenever. [`http_body::Body::is_end_stream`] is for
+    /// whoever takes the frames, and learns of an end that came by itself when it asks for the next one.
+    #[must_use]
+    pub(super) fn is_over(&self) -> bool {
+        use http_body::Body as _;
+        match &self.0 {
+            Kind::Http1(body) => body.is_end_stream(),
+            Kind::Http2(stream) => stream.ended || stream.source.is_end_stream(),
+        }
     }
 }
 
@@ -78,7 +95,7 @@ impl http_body::Body for Incoming {
     fn is_end_stream(&self) -> bool {
         match &self.0 {
             Kind::Http1(body) => body.is_end_stream(),
-            Kind::Http2(stream) => stream.source.is_end_stream(),
+            Kind::Http2(stream) => stream.ended || (!stream.asked && stream.source.is_end_stream()),
         }
     }
 
@@ -92,6 +109,7 @@ impl http_body::Body for Incoming {
 
 impl Stream {
     fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, h2::Error>>> {
+        self.asked = true;
         if !self.data_ended {
             match ready!(self.source.poll_data(cx)) {
                 Some(Ok(bytes)) => {
@@ -117,6 +135,7 @@ impl Stream {
 
     /// All of it came: a request that is still being sent has its answer.
     fn end(&mut self) {
+        self.ended = true;
         if let Some(Sent { uploading: Some(uploading), counted }) = self.sent.take() {
             uploading.end_soon(counted);
         }

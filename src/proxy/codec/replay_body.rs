@@ -160,7 +160,7 @@ impl Sending {
                 Some(Ok(frame))
             }
         };
-        if shared.complete.is_none() && shared.is_ended() {
+        if shared.complete.is_none() && shared.has_given_all() {
             shared.complete = shared.moved;
             wake(&mut shared.waits);
         }
@@ -170,7 +170,7 @@ impl Sending {
     /// Nothing will come any more. What is not sure is not said.
     fn is_over(&self) -> bool {
         let shared = lock(&self.shared);
-        shared.turn == self.turn && shared.is_ended() && shared.trailers.is_none() && self.given >= shared.kept.len()
+        shared.turn == self.turn && shared.has_given_all() && shared.trailers.is_none() && self.given >= shared.kept.len()
     }
 
     fn size_hint(&self) -> SizeHint {
@@ -185,7 +185,13 @@ impl Sending {
 }
 
 impl Shared {
+    /// All of it has come and been taken.
     fn is_ended(&self) -> bool {
+        self.ended || self.source.as_ref().is_some_and(Incoming::is_over)
+    }
+
+    /// The same, as whoever takes the frames knows it.
+    fn has_given_all(&self) -> bool {
         self.ended || self.source.as_ref().is_some_and(http_body::Body::is_end_stream)
     }
 

@@ -131,7 +131,7 @@ impl Body {
     }
 
     fn record_frame(&mut self, polled: &Poll<Option<Result<Frame<Bytes>, Broken>>>) {
-        let over = self.is_empty();
+        let over = polled.is_ready() && self.is_empty();
         let Some(record) = &mut self.record else { return };
         match polled {
             Poll::Ready(Some(Ok(frame))) => record.frame(frame),
