@@ -23,8 +23,6 @@ pub struct ReplayBody(Option<Sending>);
 struct Sending {
     shared: Arc<Mutex<Shared>>,
     turn: u32,
-    /// How many of the kept frames this one has given.
-    given: usize,
 }
 
 struct Shared {
@@ -37,6 +35,8 @@ struct Shared {
     ended: bool,
     /// Everything from the first byte on is kept.
     whole: bool,
+    /// It is not sent again.
+    settled: bool,
     /// The source broke off: the client is gone, or what it sent is no HTTP.
     broken: bool,
     /// The sender has asked for the first frame.
@@ -48,6 +48,8 @@ struct Shared {
     /// Wakes the sender, which waits for the next frame.
     sender: Option<Waker>,
     turn: u32,
+    /// How many of the kept frames the newest one has given, and one more when it has given the trailers.
+    given: usize,
     /// Data bytes that came.
     received: u64,
     /// When a frame last came.
@@ -78,16 +80,18 @@ impl ReplayBody {
             trailers: None,
             ended: false,
             whole: true,
+            settled: false,
             broken: false,
             requested: false,
             complete: None,
             waits: None,
             sender: None,
             turn: 0,
+            given: 0,
             received: 0,
             moved: None,
         }));
-        (Self(Some(Sending { shared: Arc::clone(&shared), turn: 0, given: 0 })), Some(BodyProgress(shared)))
+        (Self(Some(Sending { shared: Arc::clone(&shared), turn: 0 })), Some(BodyProgress(shared)))
     }
 
     /// Whether there is nothing in it for sure.
@@ -126,13 +130,14 @@ impl Sending {
             return Poll::Ready(Some(Err(Broken::Superseded)));
         }
         shared.requested = true;
-        if let Some(frame) = shared.kept.get(self.given) {
-            self.given += 1;
+        if let Some(frame) = shared.kept.get(shared.given) {
+            shared.given += 1;
             return Poll::Ready(Some(Ok(Frame::data(frame.clone()))));
         }
+        shared.keep_less();
         if shared.ended {
-            let trailers = shared.trailers.as_ref().filter(|_| self.given == shared.kept.len());
-            self.given = shared.kept.len() + 1;
+            let trailers = shared.trailers.as_ref().filter(|_| shared.given == shared.kept.len());
+            shared.given = shared.kept.len() + 1;
             return Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers.clone()))));
         }
         let Some(source) = &mut shared.source else { return Poll::Ready(Some(Err(Broken::Cut))) };
@@ -156,7 +161,7 @@ impl Sending {
                     framing::clean_trailers(trailers);
                 }
                 shared.received += frame.data_ref().map_or(0, |data| data.len() as u64);
-                self.given += shared.keep(&frame);
+                shared.given += shared.keep(&frame);
                 Some(Ok(frame))
             }
         };
@@ -170,12 +175,15 @@ impl Sending {
     /// Nothing will come any more. What is not sure is not said.
     fn is_over(&self) -> bool {
         let shared = lock(&self.shared);
-        shared.turn == self.turn && shared.has_given_all() && shared.trailers.is_none() && self.given >= shared.kept.len()
+        shared.turn == self.turn
+            && shared.has_given_all()
+            && shared.trailers.is_none()
+            && shared.given >= shared.kept.len()
     }
 
     fn size_hint(&self) -> SizeHint {
         let shared = lock(&self.shared);
-        let again = shared.kept.iter().skip(self.given).map(|frame| frame.len() as u64).sum::<u64>();
+        let again = shared.kept.iter().skip(shared.given).map(|frame| frame.len() as u64).sum::<u64>();
         let rest = shared.source.as_ref().map(http_body::Body::size_hint).unwrap_or_default();
         match rest.exact() {
             Some(rest) if shared.whole => SizeHint::with_exact(rest + again),
@@ -195,6 +203,19 @@ impl Shared {
         self.ended || self.source.as_ref().is_some_and(http_body::Body::is_end_stream)
     }
 
+    /// Lets go of what is kept, once all of it has been given and nobody will ask for it again.
+    fn keep_less(&mut self) {
+        if self.settled && self.given == self.kept.len() {
+            self.keep_nothing();
+            self.given = 0;
+        }
+    }
+
+    fn keep_nothing(&mut self) {
+        self.whole = false;
+        self.kept = Vec::new();
+    }
+
     /// Keeps a frame while there is room, and tells how many data frames were kept.
     fn keep(&mut self, frame: &Frame<Bytes>) -> usize {
         if let Some(trailers) = frame.trailers_ref() {
@@ -205,8 +226,7 @@ impl Shared {
         }
         let Some(data) = frame.data_ref().filter(|_| self.whole) else { return 0 };
         if self.kept_bytes + data.len() > KEPT_BODY || self.kept.len() == KEPT_FRAMES {
-            self.whole = false;
-            self.kept = Vec::new();
+            self.keep_nothing();
             return 0;
         }
         self.kept_bytes += data.len();
@@ -274,11 +294,20 @@ impl BodyProgress {
     #[must_use]
     pub fn again(&self) -> Option<ReplayBody> {
         let mut shared = lock(&self.0);
-        if !shared.whole || shared.broken {
+        if !shared.whole || shared.broken || shared.settled {
             return None;
         }
         shared.turn += 1;
-        Some(ReplayBody(Some(Sending { shared: Arc::clone(&self.0), turn: shared.turn, given: 0 })))
+        shared.given = 0;
+        Some(ReplayBody(Some(Sending { shared: Arc::clone(&self.0), turn: shared.turn })))
+    }
+
+    /// There is an answer that is passed on: what has been sent of it, and what will be, is not kept any longer. A small
+    /// frame that is kept holds all that was read with it.
+    pub fn settle(&self) {
+        let mut shared = lock(&self.0);
+        shared.settled = true;
+        shared.keep_less();
     }
 
     /// Data bytes that came of it so far.
@@ -372,3 +401,78 @@ impl Error for Broken {
 const KEPT_BODY: usize = 64 * 1024;
 /// Frames of a request's body that are kept to send it again.
 const KEPT_FRAMES: usize = 64;
+
+#[cfg(test)]
+mod tests {
+    use h2::SendStream;
+    use http::Request;
+    use http_body_util::BodyExt as _;
+    use tokio::io::duplex;
+
+    use super::*;
+    use crate::proxy::codec::flow::{Counted, Meter};
+
+    /// A request's body as it comes over HTTP/2, and what sends it.
+    async fn incoming() -> (SendStream<Bytes>, Incoming) {
+        let (near, far) = duplex(1 << 16);
+        let (client, server) = tokio::join!(h2::client::handshake(near), h2::server::handshake(far));
+        let ((mut requests, connection), mut server) = (client.unwrap(), server.unwrap());
+        tokio::spawn(connection);
+        let (response, stream) = requests.send_request(Request::post("http://a/").body(()).unwrap(), false).unwrap();
+        let (request, respond) = server.accept().await.unwrap().unwrap();
+        tokio::spawn(async move {
+            let _open = (response, respond, requests);
+            while server.accept().await.is_some() {}
+        });
+        let (head, source) = request.into_parts();
+        let reader = Counted::new(&Arc::new(Meter::default())).reader();
+        (stream, Incoming::http2(source, &head.headers, reader, None))
+    }
+
+    async fn next(body: &mut ReplayBody) -> Bytes {
+        body.frame().await.unwrap().unwrap().into_data().unwrap()
+    }
+
+    #[tokio::test]
+    async fn nothing_is_kept_once_there_is_an_answer() {
+        let (mut stream, source) = incoming().await;
+        let (mut body, progress) = ReplayBody::new(source);
+        let progress = progress.unwrap();
+        for message in ["one", "two"] {
+            stream.send_data(message.into(), false).unwrap();
+            assert_eq!(next(&mut body).await, message);
+        }
+        assert_eq!(lock(&progress.0).kept.len(), 2);
+        progress.settle();
+        assert!(lock(&progress.0).kept.is_empty() && progress.again().is_none());
+        stream.send_data("three".into(), false).unwrap();
+        assert_eq!(next(&mut body).await, "three");
+        assert!(lock(&progress.0).kept.is_empty());
+        stream.send_data("four".into(), true).unwrap();
+        assert_eq!(next(&mut body).await, "four");
+        assert!(body.frame().await.is_none() && progress.is_whole());
+        assert_eq!(progress.received(), 15);
+    }
+
+    #[tokio::test]
+    async fn a_body_that_is_sent_again_is_sent_whole_though_the_answer_comes_before() {
+        let (mut stream, source) = incoming().await;
+        let (mut first, progress) = ReplayBody::new(source);
+        let progress = progress.unwrap();
+        for message in ["one", "two"] {
+            stream.send_data(message.into(), false).unwrap();
+            assert_eq!(next(&mut first).await, message);
+        }
+        let mut trailers = HeaderMap::new();
+        trailers.insert("x-end", http::HeaderValue::from_static("1"));
+        stream.send_trailers(trailers.clone()).unwrap();
+        assert_eq!(first.frame().await.unwrap().unwrap().into_trailers().unwrap(), trailers);
+        let mut again = progress.again().unwrap();
+        assert_eq!(next(&mut again).await, "one");
+        progress.settle();
+        assert!(matches!(first.frame().await, Some(Err(Broken::Superseded))));
+        assert_eq!(next(&mut again).await, "two");
+        assert_eq!(again.frame().await.unwrap().unwrap().into_trailers().unwrap(), trailers);
+        assert!(again.frame().await.is_none());
+    }
+}

@@ -62,6 +62,9 @@ impl App<'_> {
                 Ok((response, held)) => {
                     let mut rest = ResponseTail::new(held, None);
                     rest.deadlines = Some(deadlines);
+                    if let Some(upload) = upload {
+                        upload.settle();
+                    }
                     return Ok((response, rest));
                 }
                 Err(failed) if upload.is_some_and(BodyProgress::is_broken) => {

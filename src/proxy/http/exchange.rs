@@ -123,6 +123,9 @@ impl<'a> Exchange<'a> {
             match self.send(picked, pooled, head, body, upload, &mut deadlines).await? {
                 Tried::Response(response, mut rest) => {
                     deadlines.try_for(None);
+                    if let Some(upload) = upload {
+                        upload.settle();
+                    }
                     rest.deadlines = Some(deadlines);
                     return Ok((response, rest));
                 }
