@@ -3,7 +3,7 @@
 use std::error::Error;
 use std::future::Future;
 use std::pin::Pin;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -46,11 +46,19 @@ where
     B: http_body::Body<Data = Bytes> + Unpin,
     B::Error: Error + 'static,
 {
+    /// Has this task woken when the far end resets the stream, or makes room.
+    ///
+    /// # Errors
+    /// The far end has reset it.
+    fn poll_reset(&mut self, cx: &mut Context<'_>) -> Result<(), h2::Error> {
+        match self.to.poll_reset(cx)? {
+            Poll::Ready(reason) => Err(reason.into()),
+            Poll::Pending => Ok(()),
+        }
+    }
+
     /// `Ok(true)` when all is sent.
     fn poll_one(&mut self, cx: &mut Context<'_>) -> Poll<Result<bool, h2::Error>> {
-        if let Poll::Ready(reason) = self.to.poll_reset(cx)? {
-            return Poll::Ready(Err(reason.into()));
-        }
         if let Some((data, last)) = &mut self.waits {
             while self.to.capacity() == 0 {
                 match ready!(self.to.poll_capacity(cx)) {
@@ -105,8 +113,18 @@ where
     type Output = Result<(), h2::Error>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        while !ready!(self.poll_one(cx))? {}
-        Poll::Ready(Ok(()))
+        // Room that is there at once would wake this task, which needs no second turn for it.
+        self.poll_reset(&mut Context::from_waker(Waker::noop()))?;
+        loop {
+            match self.poll_one(cx)? {
+                Poll::Ready(true) => return Poll::Ready(Ok(())),
+                Poll::Ready(false) => {}
+                Poll::Pending => {
+                    self.poll_reset(cx)?;
+                    return Poll::Pending;
+                }
+            }
+        }
     }
 }
 
@@ -153,3 +171,62 @@ impl Drop for Uploading {
 
 /// Time for which the rest of a request's body is sent after the response has begun.
 pub(super) const AFTER_ANSWER: Duration = Duration::from_secs(5);
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use http::Request;
+    use http_body::Frame;
+    use tokio::io::duplex;
+    use tokio::sync::mpsc;
+
+    use super::*;
+
+    /// A body of what a test sends, which counts how often it is asked.
+    struct Pieces {
+        source: mpsc::UnboundedReceiver<Bytes>,
+        asked: Arc<AtomicUsize>,
+    }
+
+    impl http_body::Body for Pieces {
+        type Data = Bytes;
+        type Error = Infallible;
+
+        fn poll_frame(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+            self.asked.fetch_add(1, Ordering::Relaxed);
+            self.source.poll_recv(cx).map(|piece| piece.map(|piece| Ok(Frame::data(piece))))
+        }
+    }
+
+    #[tokio::test]
+    async fn a_piece_that_there_is_room_for_takes_one_turn() {
+        let (near, far) = duplex(1 << 16);
+        let (client, server) = tokio::join!(h2::client::handshake(near), h2::server::handshake(far));
+        let ((mut requests, connection), mut server) = (client.unwrap(), server.unwrap());
+        tokio::spawn(connection);
+        let (_response, stream) = requests.send_request(Request::post("http://a/").body(()).unwrap(), false).unwrap();
+        let (request, _respond) = server.accept().await.unwrap().unwrap();
+        tokio::spawn(async move { while server.accept().await.is_some() {} });
+        let (pieces, source) = mpsc::unbounded_channel();
+        let asked = Arc::new(AtomicUsize::new(0));
+        let body = Pieces { source, asked: Arc::clone(&asked) };
+        tokio::spawn(Outgoing::new(body, stream, Reason::CANCEL));
+        let mut received = request.into_body();
+        let mut before = 0;
+        for piece in 0..8 {
+            // The first turns are those in which the two sides agree on their windows.
+            if piece == 3 {
+                before = asked.load(Ordering::Relaxed);
+            }
+            pieces.send(Bytes::from_static(b"a message")).unwrap();
+            assert_eq!(received.data().await.unwrap().unwrap(), "a message");
+        }
+        assert_eq!(asked.load(Ordering::Relaxed) - before, 5 * 2, "asked for the piece and for the one after it");
+    }
+}
