@@ -329,8 +329,9 @@ pub(super) fn is_refusal(error: &h2::Error) -> bool {
 
 /// More than any far end allows: it has said nothing yet.
 const UNKNOWN: usize = usize::MAX - 1;
-/// Concurrent requests on one connection.
-const STREAMS: usize = 100;
+/// Requests at a time on one connection at most. More connections would take more system calls and TLS records for the
+/// same frames. The smallest windows of so many streams are 16 MiB together.
+const STREAMS: usize = 512;
 const LOCAL_RESETS: usize = 1024;
 
 /// Interval between two checks of a connection with requests in flight.
