@@ -3,6 +3,7 @@
 //! What is written waits in a buffer until it is sent as a whole. What was read ahead of the codec waits in another one.
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
@@ -145,8 +146,9 @@ impl Transport {
         let before = self.incoming.len();
         match &mut self.io {
             Io::Plain(socket) => {
-                let mut buffer = [0; 4096];
-                let mut buffer = ReadBuf::new(&mut buffer);
+                // Most of the time nothing is there: it is not worth clearing.
+                let mut buffer = [MaybeUninit::uninit(); 4096];
+                let mut buffer = ReadBuf::uninit(&mut buffer);
                 ready!(Pin::new(socket).poll_read(cx, &mut buffer))?;
                 self.incoming.extend_from_slice(buffer.filled());
             }
@@ -279,9 +281,9 @@ impl Transport {
 
     pub(super) fn poll_discard(&mut self, cx: &mut Context<'_>, left: &mut usize) -> Poll<()> {
         let socket = self.socket();
-        let mut bytes = [0; 4096];
+        let mut bytes = [MaybeUninit::uninit(); 4096];
         while *left > 0 {
-            let mut buffer = ReadBuf::new(&mut bytes);
+            let mut buffer = ReadBuf::uninit(&mut bytes);
             match ready!(Pin::new(&mut *socket).poll_read(cx, &mut buffer)) {
                 Ok(()) if !buffer.filled().is_empty() => *left = left.saturating_sub(buffer.filled().len()),
                 _ => break,

@@ -341,8 +341,11 @@ pub(super) fn strip(headers: &mut HeaderMap) {
         }
         headers.remove(CONNECTION);
     }
-    for name in [KEEP_ALIVE, PROXY_CONNECTION, TRANSFER_ENCODING, UPGRADE, HTTP2_SETTINGS] {
-        headers.remove(name);
+    // Few have any: to look at those that are there costs less than to look for each of these.
+    if headers.keys().any(|name| FOR_ONE_HOP.contains(name)) {
+        for name in FOR_ONE_HOP {
+            headers.remove(name);
+        }
     }
     if headers.contains_key(TE) {
         let trailers = headers.get_all(TE).iter().any(|te| {
@@ -356,6 +359,8 @@ pub(super) fn strip(headers: &mut HeaderMap) {
         }
     }
 }
+
+const FOR_ONE_HOP: [HeaderName; 5] = [KEEP_ALIVE, PROXY_CONNECTION, TRANSFER_ENCODING, UPGRADE, HTTP2_SETTINGS];
 
 /// Naming these in `connection` would take from the request what makes it what it is, or what a proxy is to
 /// see of it.
