@@ -14,7 +14,7 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 
 use super::log_limit::Seldom;
-use super::socket::Socket;
+use super::socket::{self, Socket};
 use crate::drain::{self, Stage};
 use crate::snapshot::Bind;
 use crate::stats::ListenerStats;
@@ -81,6 +81,7 @@ fn bind_tcp(address: SocketAddr, workers: usize) -> io::Result<Vec<Bound>> {
         if !joins {
             socket.set_reuse_port(true)?;
         }
+        socket::prepare(&socket);
         socket.listen(BACKLOG)?;
         bound.push(Bound::Tcp(socket.into()));
     }
@@ -192,7 +193,9 @@ impl Listener {
 
     async fn accept(&self) -> io::Result<(Socket, Option<SocketAddr>)> {
         match self {
-            Self::Tcp(listener) => listener.accept().await.map(|(stream, remote)| (Socket::tcp(stream), Some(remote))),
+            Self::Tcp(listener) => {
+                listener.accept().await.map(|(stream, remote)| (Socket::accepted(stream), Some(remote)))
+            }
             Self::Unix(listener) => listener.accept().await.map(|(stream, _)| (Socket::unix(stream), None)),
         }
     }
@@ -202,7 +205,7 @@ impl Listener {
         poll_fn(|cx| {
             Poll::Ready(match self {
                 Self::Tcp(listener) => match listener.poll_accept(cx) {
-                    Poll::Ready(Ok((stream, remote))) => Some((Socket::tcp(stream), Some(remote))),
+                    Poll::Ready(Ok((stream, remote))) => Some((Socket::accepted(stream), Some(remote))),
                     _ => None,
                 },
                 Self::Unix(listener) => match listener.poll_accept(cx) {
@@ -212,5 +215,27 @@ impl Listener {
             })
         })
         .await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use socket2::SockRef;
+    use tokio::net::TcpStream;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn accepted_connections_have_what_every_connection_wants() {
+        let bound = bind(&Bind::Tcp("127.0.0.1:0".parse().unwrap()), 1).unwrap().remove(0);
+        let listener = Listener::new(bound).unwrap();
+        let Listener::Tcp(tcp) = &listener else { unreachable!("it is TCP") };
+        let _client = TcpStream::connect(tcp.local_addr().unwrap()).await.unwrap();
+        let (Socket::Tcp(stream, _), _) = listener.accept().await.unwrap() else { unreachable!("it is TCP") };
+        let socket = SockRef::from(&stream);
+        assert!(socket.tcp_nodelay().unwrap() && socket.keepalive().unwrap());
+        assert_eq!(socket.tcp_keepalive_time().unwrap(), Duration::from_secs(30));
+        assert_eq!(socket.tcp_keepalive_interval().unwrap(), Duration::from_secs(10));
+        assert_eq!(socket.tcp_keepalive_retries().unwrap(), 4);
     }
 }

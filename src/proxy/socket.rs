@@ -20,6 +20,12 @@ use crate::snapshot::{Address, Host, LocalApp};
 use crate::stats::ClusterStats;
 use crate::tls::with_scratch;
 
+/// No Nagle delay, and keep-alive so that a peer that vanished is noticed. A socket that refuses either still works.
+pub(super) fn prepare(socket: &socket2::Socket) {
+    let _ = socket.set_tcp_nodelay(true);
+    let _ = socket.set_tcp_keepalive(&KEEPALIVE);
+}
+
 /// A connected TCP or Unix stream socket.
 #[derive(Debug)]
 pub enum Socket {
@@ -55,13 +61,18 @@ impl Socket {
         UnixStream::connect(path).await.map(Self::unix)
     }
 
-    /// Takes over a TCP connection: no Nagle delay, and keep-alive so that a peer that vanished is noticed.
-    /// A socket that refuses either still works.
+    /// Takes over a TCP connection, with the settings of [`prepare`].
     #[must_use]
     pub fn tcp(stream: TcpStream) -> Self {
-        let _ = stream.set_nodelay(true);
-        let _ = SockRef::from(&stream).set_tcp_keepalive(&KEEPALIVE);
+        prepare(&SockRef::from(&stream));
         Self::Tcp(stream, None)
+    }
+
+    /// Takes over a TCP connection that a listening socket has accepted, on which [`prepare`] was called: Linux passes the
+    /// settings on, which saves five system calls for each connection.
+    #[must_use]
+    pub fn accepted(stream: TcpStream) -> Self {
+        if cfg!(target_os = "linux") { Self::Tcp(stream, None) } else { Self::tcp(stream) }
     }
 
     #[must_use]
