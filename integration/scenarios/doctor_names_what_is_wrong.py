@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from mesh import Echo, Upstream, eventually
+from mesh import Authority, Echo, Upstream, eventually
 from mesh.agent import version_of
 from mesh.clock import Clock
 from mesh.service import admin_port
@@ -97,6 +97,34 @@ def test_a_clock_that_is_off(mesh):
     code, checks = doctor(mesh, *own(web), env=env)
     assert code == WRONG and "s behind the agent" in checks["clock"]["found"]
     assert checks["certificate"]["level"] == "FAIL" and "compare the clocks" in checks["certificate"]["next"]
+
+
+def test_an_agent_that_speaks_tls(own_mesh, tmp_path):
+    authority, stranger = Authority("agents.example"), Authority("agents.example")
+    server = authority.issue(dns=["consul.example"])
+    for name, text in (("ca", authority.cert_pem), ("other", stranger.cert_pem), ("server", server.cert_pem), ("key", server.key_pem)):
+        (tmp_path / f"{name}.pem").write_text(text)
+    mesh = own_mesh()
+    port = mesh.ports.take()
+    mesh.agent.stop()
+    mesh.agent.configure({"ports": {"https": port}, "cert_file": f"{tmp_path}/server.pem", "key_file": f"{tmp_path}/key.pem"})
+    mesh.agent.start()
+    web = mesh.service("web")
+    right = {"CONSUL_HTTP_ADDR": f"127.0.0.1:{port}", "CONSUL_HTTP_SSL": "true", "CONSUL_CACERT": f"{tmp_path}/ca.pem", "CONSUL_TLS_SERVER_NAME": "consul.example"}
+    code, checks = doctor(mesh, *own(web), env=right)
+    assert code == FINE and "answers, its certificate is verified" in checks["agent"]["found"], checks
+    # Another authority, that of the system, another name, and HTTP: what is wrong, and which settings are about it.
+    for change, wrong, settings in (
+        ({"CONSUL_CACERT": f"{tmp_path}/other.pem"}, "invalid peer certificate", ("-ca-file", "CONSUL_CACERT")),
+        ({"CONSUL_CACERT": ""}, "invalid peer certificate", ("-ca-file", "CONSUL_CACERT")),
+        ({"CONSUL_TLS_SERVER_NAME": "other.example"}, "invalid peer certificate", ("-tls-server-name", "CONSUL_TLS_SERVER_NAME")),
+        ({"CONSUL_HTTP_SSL": "false"}, "HTTP request to an HTTPS server", ("https://", "CONSUL_HTTP_SSL=true")),
+    ):
+        code, checks = doctor(mesh, *own(web), env={**right, **change})
+        assert code == WRONG and levels(checks, "FAIL") == {"agent"} and "registration" not in checks, (change, checks)
+        assert all(text in checks["agent"]["found"] for text in (wrong, *settings)), (change, checks)
+    code, sentence = doctor(mesh, *own(web), env={**right, "CONSUL_CACERT": f"{tmp_path}/nothing.pem"})
+    assert code == UNKNOWN and "nothing.pem" in sentence, sentence
 
 
 @pytest.fixture

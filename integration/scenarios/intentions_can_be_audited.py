@@ -5,7 +5,9 @@ import re
 import ssl
 import subprocess
 
-from mesh import Authority, ask, eventually, mtls_connect, stays
+import pytest
+
+from mesh import Authority, Web, ask, eventually, mtls_connect, stays
 from mesh.service import admin_port
 from mesh.tokens import Issuer
 
@@ -90,6 +92,56 @@ def test_each_request_is_let_through_and_a_stream_is_cut_when_it_ends(mesh):
     set_audit(server, False)
     assert ask(port).status == 403
     assert inbound(server)["would_deny"] == after["would_deny"]
+
+
+class Upgrades(Web):
+    """Switches protocols where it is asked to, and gives back then what it gets."""
+
+    def answer(self, request):
+        if not request.headers.get("upgrade"):
+            return super().answer(request)
+        request.send_response_only(101)
+        request.send_header("upgrade", "websocket")
+        request.send_header("connection", "Upgrade")
+        request.end_headers()
+        request.close_connection = True
+        while data := request.rfile.read1(1000):
+            request.wfile.write(data)
+
+
+def upgraded(conn):
+    conn.send(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+    assert b" 101 " in conn.line()
+    while conn.line().strip():
+        pass
+    assert conn.ask(b"hello") == b"hello"
+
+
+@pytest.mark.parametrize("kind", ["tcp", "websocket"])
+def test_what_is_open_when_a_deny_comes_goes_on_and_counts_once(mesh, kind):
+    server = mesh.service("server", proxy=AUDIT) if kind == "tcp" else mesh.service("server", app=Upgrades, protocol="http", proxy=AUDIT)
+    client = mesh.service("client", [server], app=None)
+    port = client.port_to(server)
+    eventually(lambda: client.reaches() if kind == "tcp" else ask(port).status == 200)
+    conns = [mesh.keep(mesh.dial(port)) for _ in range(2)]
+    for conn in conns:
+        upgraded(conn) if kind == "websocket" else conn.ask(b"hello")
+    mesh.deny(client, server)
+    about = eventually(lambda: (about := inbound(server))["would_revoke"] == 2 and about)
+    assert (about["revoked"], about["denied"], about["would_deny"]) == (0, 0, 0)
+    assert series(server, "/metrics", "lictor_connections_would_revoke_total", 'direction="inbound"') == 2
+    assert any(each["reason"] == "WouldDeny" and f"{client.name} => {server.name} (deny" in each["cause"] for each in status(server)["problems"])
+    # What comes now counts as what is let through, and not again when the intentions change once more; neither do the others.
+    with mesh.dial(port) as later:
+        upgraded(later) if kind == "websocket" else later.ask(b"hello")
+        eventually(lambda: inbound(server)["would_deny"] == 1)
+        other = mesh.service("other", sidecar=None)
+        mesh.deny(other, server)
+        eventually(lambda: len(inbound(server)["intentions"]) == 2)
+        assert [conn.ask(b"still open") for conn in (*conns, later)] == [b"still open"] * 3
+    assert (inbound(server)["would_revoke"], inbound(server)["would_deny"]) == (2, 1)
+    set_audit(server, False)
+    assert [conn.end(5) for conn in conns] == ["fin"] * 2
 
 
 def test_rules_for_requests_and_missing_tokens_would_deny(mesh):

@@ -244,6 +244,20 @@ def test_breakers_and_limits_are_told_by_their_state(mesh):
     eventually(lambda: [Metrics(web, "/metrics")("lictor_upstream_endpoints", health=health) for health in ("passing", "failing")] == [1, 1])
 
 
+def test_an_ejection_that_is_one_too_many_is_counted_and_not_made(mesh):
+    db = mesh.service("db", app=Failing, protocol="http")
+    check = {"max_failures": 3, "interval": "100ms", "max_ejection_percent": 50}
+    upstream = Upstream(db.name, mesh.ports.take(), {"Config": {"passive_health_check": check}})
+    web = mesh.service("web", [upstream], app=None, protocol="http")
+    # Its own error: the instance is half of nothing, and all that there is.
+    eventually(lambda: ask(upstream.port).status == 500)
+    eventually(lambda: (ask(upstream.port).status, Metrics(web)("envoy_cluster_outlier_detection_ejections_overflow")) == (500, 1))
+    assert [ask(upstream.port).status for _ in range(3)] == [500] * 3
+    series = Metrics(web)
+    assert series("envoy_cluster_outlier_detection_ejections_overflow") == 2
+    assert [series(f"envoy_cluster_outlier_detection_ejections_{name}") for name in ("enforced_total", "active")] == [0, 0]
+
+
 def test_bytes_are_counted_while_their_connection_is_open(mesh):
     cache = mesh.service("cache")
     web = mesh.service("web", [cache], app=None)
@@ -264,15 +278,21 @@ def test_bytes_are_counted_while_their_connection_is_open(mesh):
     def grown(of):
         eventually(lambda: bytes_of(web, upstream, target) == [count + of for count in before[web]])
         eventually(lambda: bytes_of(cache, public, local_app) == [count + of for count in before[cache]])
+    def connections(service, cluster):
+        return [Metrics(service)(f"envoy_cluster_upstream_rq_{name}", **cluster) for name in ("active", "total")]
+    sent = {web: connections(web, target)[1], cache: connections(cache, local_app)[1]}
     with web.dial() as conn:
         assert conn.ask(b"x" * 1000) == b"x" * 1000
         grown(1000)
+        # To Envoy an open connection is a request that is under way.
+        assert connections(web, target) == [1, sent[web] + 1] and connections(cache, local_app) == [1, sent[cache] + 1]
         assert conn.ask(b"y" * 500) == b"y" * 500
         grown(1500)
     for service, labels in ((web, upstream), (cache, public)):
         eventually(lambda service=service, labels=labels: Metrics(service)("envoy_tcp_downstream_cx_active", **labels) == 0)
     # The end counts nothing twice.
     grown(1500)
+    assert connections(web, target) == [0, sent[web] + 1] and connections(cache, local_app) == [0, sent[cache] + 1]
 
 
 def test_series_follow_the_registration_and_nothing_that_clients_say(mesh):

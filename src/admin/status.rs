@@ -220,7 +220,7 @@ fn counts(stats: Option<&Arc<ListenerStats>>) -> Value {
         return json!({
             "connections": 0, "connections_active": 0, "received": 0, "sent": 0, "requests": 0, "requests_active": 0,
             "classes": [0, 0, 0, 0, 0], "times": [], "p50_ms": null, "p99_ms": null, "allowed": 0, "denied": 0, "would_deny": 0,
-            "revoked": 0,
+            "revoked": 0, "would_revoke": 0,
         });
     };
     let times = stats.request_time.get();
@@ -241,6 +241,7 @@ fn counts(stats: Option<&Arc<ListenerStats>>) -> Value {
         "denied": stats.denied.get(),
         "would_deny": stats.would_deny.get(),
         "revoked": stats.revoked.get(),
+        "would_revoke": stats.would_revoke.get(),
     })
 }
 

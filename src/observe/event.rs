@@ -27,6 +27,8 @@ pub enum Event<'a> {
     ResponseStarted(&'a RequestRecord),
     /// The request is over. Told once for each that was received.
     RequestFinished(&'a RequestRecord),
+    /// A connection of bytes has got one to the destination of its last attempt.
+    RelayStarted(&'a ConnectionRecord),
     /// A request goes out on a connection to a target.
     RequestSent(&'a ClusterStats),
     /// It is sent again by a retry that is configured.
@@ -48,6 +50,8 @@ pub enum Event<'a> {
     /// The intentions deny a connection or a request, which is let through as the service is in audit mode. `request` is its
     /// method and path. `reason` is one clause.
     WouldDeny { connection: &'a ConnectionInfo, request: Option<(&'a str, &'a str)>, reason: &'a str },
+    /// The same of what is open, and denied by a newer state of the intentions; told once of each.
+    WouldRevoke { connection: &'a ConnectionInfo, request: Option<(&'a str, &'a str)>, reason: &'a str },
     /// The intentions allow or deny a connection or a request.
     Decided { connection: &'a ConnectionInfo, source: &'a SpiffeId, decision: &'a Decision<'a> },
     /// A limit let something through no more.

@@ -42,6 +42,7 @@ pub(super) fn count(event: &Event<'_>, local_app: &ClusterStats) {
         }
         Event::ResponseStarted(record) => response_started(record),
         Event::RequestFinished(record) => request_finished(record),
+        Event::RelayStarted(record) => relay_started(record, local_app),
         Event::RequestSent(cluster) => cluster.tries.increment(),
         Event::Retried(cluster) => cluster.retries.increment(),
         Event::RetryRefused(cluster) => cluster.retries_refused.increment(),
@@ -56,6 +57,7 @@ pub(super) fn count(event: &Event<'_>, local_app: &ClusterStats) {
             connection.stats.would_deny.increment();
             connection.caller.iter().for_each(|caller| caller.would_deny.increment());
         }
+        Event::WouldRevoke { connection, .. } => connection.stats.would_revoke.increment(),
         Event::Overflowed(overflowed) => limit_reached(*overflowed),
         Event::Ejected { stats, .. } => stats.ejections.increment(),
         Event::NotEjected(cluster) => cluster.ejections_refused.increment(),
@@ -80,6 +82,15 @@ fn connect_ended(stats: &ClusterStats, took: Duration, result: Result<Option<Han
                 handshake_failed(&stats.tls, refused);
             }
         }
+    }
+}
+
+/// To Envoy, an open connection of bytes is a request that is under way.
+fn relay_started(record: &ConnectionRecord, local_app: &ClusterStats) {
+    if let Some(last) = record.attempts.last() {
+        let cluster = cluster(&last.destination, local_app);
+        cluster.tries.increment();
+        cluster.requests_active.increment();
     }
 }
 
@@ -141,7 +152,7 @@ fn connection_finished(record: &ConnectionRecord, local_app: &ClusterStats) {
     }
     // The relay has counted its bytes while they moved.
     if let Some(last) = record.attempts.last().filter(|_| record.is_connected) {
-        cluster(&last.destination, local_app).tries.increment();
+        cluster(&last.destination, local_app).requests_active.decrement();
     }
 }
 

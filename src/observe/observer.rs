@@ -129,7 +129,9 @@ impl Observer {
             Event::HandshakeFailed { connection, problem, .. } => {
                 self.0.problems.handshake(&connection.info, problem);
             }
-            Event::WouldDeny { connection, request, reason } => self.0.problems.would_deny(connection, request, reason),
+            Event::WouldDeny { connection, request, reason } | Event::WouldRevoke { connection, request, reason } => {
+                self.0.problems.would_deny(connection, request, reason);
+            }
             _ => {}
         }
     }
@@ -150,6 +152,7 @@ impl Observer {
             Event::RequestReceived(record) => format!("request {}", record.path()),
             Event::ResponseStarted(record) => format!("response {}", record.status),
             Event::RequestFinished(record) => format!("finished {}", record.outcome.name()),
+            Event::RelayStarted(_) => "relay".into(),
             Event::RequestSent(_) => "sent".into(),
             Event::Retried(_) => "retried".into(),
             Event::RetryRefused(_) => "retry refused".into(),
@@ -164,6 +167,7 @@ impl Observer {
             },
             Event::Decided { decision, .. } => format!("decided {decision}"),
             Event::WouldDeny { reason, .. } => format!("would deny: {reason}"),
+            Event::WouldRevoke { reason, .. } => format!("would revoke: {reason}"),
             Event::Overflowed(Overflowed::Inbound(_)) => "overflow of inbound connections".into(),
             Event::Overflowed(Overflowed::Target { target, limit, .. }) => format!("overflow of {limit} of {target}"),
             Event::Ejected { target, .. } => format!("ejected {target}"),

@@ -13,6 +13,7 @@ use tokio::sync::watch;
 use super::listener::ListenerState;
 use super::log_limit::Audited;
 use super::outcome::{Fault, Outcome};
+use super::record::Record;
 use crate::drain::Stage;
 use crate::jwt::Verified;
 use crate::observe::{ConnectionInfo, Event, Observer};
@@ -104,11 +105,12 @@ pub(super) fn drained() -> Fault {
     Fault::new(Outcome::Drained, "closed at the end of the drain time")
 }
 
-/// Ends when an open connection must. `audited` is told of what audit mode lets go on, and why it would not.
+/// Ends when an open connection must. `audited` and the connection's record are told of what audit mode lets go on, and why it would not.
 pub(super) async fn revoked(
     state: &mut watch::Receiver<ListenerState<InboundListener>>,
     peer: &SpiffeId,
     audited: &Audited,
+    record: &mut Record,
 ) -> Revoked {
     loop {
         if state.changed().await.is_err() {
@@ -123,7 +125,10 @@ pub(super) async fn revoked(
         }
         match verdict(&service, &service.intentions.decide(peer)) {
             Verdict::Allowed => {}
-            Verdict::WouldDeny(reason) => audited.log(peer, &service.name, "open connection", &reason),
+            Verdict::WouldDeny(reason) => {
+                audited.log(peer, &service.name, "open connection", &reason);
+                record.would_revoke(reason);
+            }
             Verdict::Denied(reason) => return Revoked::Denied(service, reason),
         }
         if service.protocol.is_http() {
@@ -188,6 +193,8 @@ pub(super) struct Judged {
     pub began: SystemTime,
     /// The request's headers are kept too.
     pub headers: bool,
+    /// It is denied and goes on in audit mode, which has been counted.
+    pub audited: bool,
 }
 
 /// Why a request that is under way may not go on, if it may not by the intentions. Audit mode is for the caller to mind.

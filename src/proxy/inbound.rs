@@ -402,7 +402,7 @@ impl Connection {
                 let mut end = tokio::select! {
                     biased;
                     ended = self.copy.run(mesh, &mut self.app) => End::Relayed(ended),
-                    revoked = authorization::revoked(state, &peer.id, &shared.audited) => End::Revoked(revoked),
+                    revoked = authorization::revoked(state, &peer.id, &shared.audited, &mut self.record) => End::Revoked(revoked),
                 };
                 if matches!(end, End::Revoked(Revoked::CarriesRequests)) {
                     end = Box::pin(self.rest()).await;
@@ -422,7 +422,7 @@ impl Connection {
         let Session { mesh, state, peer, shared, .. } = &mut self.session;
         tokio::select! {
             biased;
-            revoked = authorization::revoked(state, &peer.id, &shared.audited) => End::Revoked(revoked),
+            revoked = authorization::revoked(state, &peer.id, &shared.audited, &mut self.record) => End::Revoked(revoked),
             ended = self.copy.run_to_rest(mesh, &mut self.app) => {
                 ended.map_or(End::Revoked(Revoked::CarriesRequests), End::Relayed)
             }

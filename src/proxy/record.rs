@@ -67,6 +67,7 @@ impl Record {
     pub(super) fn connected(&mut self, peer: Option<Arc<SpiffeId>>) {
         self.record.is_connected = true;
         self.record.upstream_peer = peer;
+        self.observer().observe(Event::RelayStarted(&self.record));
     }
 
     /// Bytes of plaintext from the downstream, and to it.
@@ -78,6 +79,14 @@ impl Record {
     /// Audit mode lets it through; `rule` says what would have denied it.
     pub(super) fn audited(&mut self, rule: String) {
         self.record.would_be_denied_by = Some(rule.into());
+    }
+
+    /// Audit mode lets it go on. That counts once, and not where it was let through in the first place.
+    pub(super) fn would_revoke(&mut self, rule: String) {
+        if self.record.would_be_denied_by.is_none() {
+            self.observer().observe(Event::WouldRevoke { connection: self.info(), request: None, reason: &rule });
+            self.audited(rule);
+        }
     }
 
     /// Finishes a connection that is denied; `rule` says by what.

@@ -182,6 +182,8 @@ pub struct ListenerStats {
     pub would_deny: Counter,
     /// Open connections that a newer intention ended.
     pub revoked: Counter,
+    /// What is open, denied by a newer intention, and goes on in audit mode.
+    pub would_revoke: Counter,
     pub tls: Handshakes,
 }
 
@@ -211,6 +213,7 @@ impl ListenerStats {
             denied: Counter::default(),
             would_deny: Counter::default(),
             revoked: Counter::default(),
+            would_revoke: Counter::default(),
             tls: Handshakes::default(),
         }
     }
@@ -392,7 +395,7 @@ pub struct ClusterStats {
     pub cluster: Cluster,
     /// Tries that a connection took, and TCP connections that got through.
     pub tries: Counter,
-    /// Requests that were sent and are not over.
+    /// Requests that were sent and are not over, and TCP connections that are open.
     pub requests_active: Gauge,
     /// Calls by method, of a service of gRPC.
     pub grpc: Methods,

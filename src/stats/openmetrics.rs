@@ -76,6 +76,7 @@ families! {
     CONNECTIONS_ACTIVE "lictor_connections_active" Gauge ["direction, upstream"] "Of these, those that are open.";
     CONNECTIONS_LIMITED "lictor_connections_limited" Counter ["direction, upstream"] "Connections that max_inbound_connections, or the limit of handshakes, turned away.";
     CONNECTIONS_REVOKED "lictor_connections_revoked" Counter ["direction, upstream"] "Open connections that a newer intention ended.";
+    CONNECTIONS_WOULD_REVOKE "lictor_connections_would_revoke" Counter ["direction, upstream"] "Open connections, and requests that are under way, that a newer intention denies and that go on in audit mode.";
     CONNECTION_DURATION "lictor_connection_duration_seconds" Histogram ["direction, upstream"] "How long connections lasted, at their end.";
     RECEIVED "lictor_received_bytes" Counter ["direction, upstream"] "Plain-text bytes received from clients.";
     SENT "lictor_sent_bytes" Counter ["direction, upstream"] "Plain-text bytes sent to clients.";
@@ -91,7 +92,7 @@ families! {
     HANDSHAKES "lictor_tls_handshakes" Counter ["side, result, resumed"] "TLS handshakes with other sidecars: side is server for accepted connections, client for connections to upstreams; resumed is yes where a complete handshake resumed an earlier session.";
     HANDSHAKE_DURATION "lictor_tls_handshake_duration_seconds" Histogram ["side"] "TLS handshakes that succeeded.";
     ATTEMPTS "lictor_upstream_attempts" Counter ["destination"] "Tries that were sent on a connection, and TCP connections that got through.";
-    UPSTREAM_ACTIVE "lictor_upstream_requests_active" Gauge ["destination"] "Requests that were sent and are not over.";
+    UPSTREAM_ACTIVE "lictor_upstream_requests_active" Gauge ["destination"] "Requests that were sent and are not over, and TCP connections that are open.";
     GRPC_CALLS "lictor_upstream_grpc_calls" Counter ["destination, method, status"] "Calls of gRPC services that were answered, of up to 64 methods that were answered with status 0 at least once.";
     UPSTREAM_RESPONSES "lictor_upstream_responses" Counter ["destination, code_class"] "Final answers for requests to the destination, those of this sidecar included.";
     UPSTREAM_DURATION "lictor_upstream_response_duration_seconds" Histogram ["destination"] "From the end of a request to the end of the destination's answer.";
@@ -284,6 +285,7 @@ fn write_listener(writer: &mut Writer<'_>, family: &Family, stats: &ListenerStat
         CONNECTIONS_ACTIVE => writer.value(family, &labels, stats.connections_active.get()),
         CONNECTIONS_LIMITED if is_public => writer.value(family, &labels, stats.connections_limited.get()),
         CONNECTIONS_REVOKED if is_public => writer.value(family, &labels, stats.revoked.get()),
+        CONNECTIONS_WOULD_REVOKE if is_public => writer.value(family, &labels, stats.would_revoke.get()),
         CONNECTION_DURATION => writer.times(family, &labels, &stats.connection_time.get()),
         RECEIVED => writer.value(family, &labels, stats.received.get()),
         SENT => writer.value(family, &labels, stats.sent.get()),

@@ -118,12 +118,18 @@ impl Inbound {
         }
     }
 
-    fn is_denied(&self, service: &Service, case: &Case) -> bool {
+    fn is_denied(&self, service: &Service, case: &mut Case) -> bool {
         let Some(reason) = request_denial(service, &self.peer.id, &case.head.view(), &case.judged) else {
             return false;
         };
         if service.audit {
             self.log_audited(service, &reason);
+            if !std::mem::replace(&mut case.judged.audited, true) {
+                let RequestObserver { observer, connection } = &self.requests;
+                let view = case.head.view();
+                let request = Some((view.method, view.path));
+                observer.observe(Event::WouldRevoke { connection, request, reason: &reason });
+            }
         } else {
             self.log(service, &Fault::new(Outcome::Denied, format!("under way, and denied now: {reason}")));
         }
@@ -169,14 +175,15 @@ impl Inbound {
         let (upgrades, headers) = (head.upgrades(), service.intentions.has_request_rules() || head.upgrades());
         let kept = head.outline(headers);
         head.pass_tokens_on(&service.token_providers, &verified);
-        ongoing.keep_case(Case { head: kept, judged: Judged { verified, began, headers } });
+        let audited = record.is_audited();
+        ongoing.keep_case(Case { head: kept, judged: Judged { verified, began, headers, audited } });
         self.open.add(ongoing);
         let (response, rest) = self.app(service).exchange(head, body, ongoing.upload().as_ref(), record).await?;
         let switches = upgrades && response.status() == StatusCode::SWITCHING_PROTOCOLS;
         match (client, switches.then(|| ongoing.take_case()).flatten()) {
-            (Some(client), Some(case)) => {
+            (Some(client), Some(mut case)) => {
                 let this = Arc::clone(&self);
-                let may_stay = move |listener: &InboundListener| !this.is_denied(&listener.service, &case);
+                let may_stay = move |listener: &InboundListener| !this.is_denied(&listener.service, &mut case);
                 let (state, stats) = (self.state.clone(), &self.requests.connection.stats);
                 Ok(upgrade::join(client, response, rest, state, self.drain.clone(), stats, may_stay))
             }

@@ -180,10 +180,10 @@ impl Open {
     }
 
     /// Ends those that `is_denied` says it of.
-    pub(crate) fn end_denied(&self, mut is_denied: impl FnMut(&Case) -> bool) {
+    pub(crate) fn end_denied(&self, mut is_denied: impl FnMut(&mut Case) -> bool) {
         let open: Vec<Ongoing> = self.list().iter().filter_map(Weak::upgrade).map(Ongoing).collect();
         for ongoing in open {
-            let denied = ongoing.state().case.as_ref().is_some_and(&mut is_denied);
+            let denied = ongoing.state().case.as_mut().is_some_and(&mut is_denied);
             if denied {
                 ongoing.end(Over::Denied);
             }

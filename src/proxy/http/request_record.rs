@@ -56,6 +56,11 @@ impl RequestRecorder {
         self.record.would_be_denied_by = Some(rule.into());
     }
 
+    /// Audit mode has let it through.
+    pub(crate) fn is_audited(&self) -> bool {
+        self.record.would_be_denied_by.is_some()
+    }
+
     /// Writes the trace's headers, if it is traced, with which it goes on.
     pub(crate) fn pass_trace_on(&mut self, headers: &mut HeaderMap) {
         if let Some(traced) = &mut self.record.traced {

@@ -30,7 +30,7 @@ pub(super) fn join<P: Send + Sync + 'static>(
     mut state: watch::Receiver<ListenerState<P>>,
     drain: drain::Watch,
     stats: &Arc<ListenerStats>,
-    may_stay: impl Fn(&P) -> bool + Send + Sync + 'static,
+    mut may_stay: impl FnMut(&P) -> bool + Send + 'static,
 ) -> Response<Body> {
     let server = hyper::upgrade::on(&mut response);
     let counted = Counted::new(stats);
