@@ -36,7 +36,7 @@ const ROTATION_BOUNDS: (Duration, Duration) = (Duration::from_secs(1), Duration:
 const START: Duration = Duration::from_secs(10);
 
 /// Pause of a rotating request after a wait without a change: the longest time for which a change is not noticed.
-const ROTATION_REST: Duration = Duration::from_secs(4);
+const ROTATION_REST: Duration = Duration::from_secs(6);
 
 /// Shortest blocking wait of a request while another one is due soon.
 const SHORTEST_WAIT: Duration = Duration::from_millis(250);

@@ -80,7 +80,8 @@ struct Shared {
     /// For what concerns the transport alone.
     client: Client,
     scopes: Mutex<Scopes>,
-    schedule: Mutex<Schedule<RunningQuery>>,
+    /// The queries in boxes, as all entries are looked through again and again.
+    schedule: Mutex<Schedule<Box<RunningQuery>>>,
     /// Of the watches of tables, by what is said of them.
     tables: Mutex<Vec<(Table, Weak<ProgressRecord>)>>,
     /// Something may be there to ask.
@@ -154,7 +155,7 @@ impl Watches {
     {
         let shared = &self.running.shared;
         let role = query::role(&mut query, self.client().has_tables());
-        let running = RunningQuery::new(self.client().clone(), query, events, wrap);
+        let running = Box::new(RunningQuery::new(self.client().clone(), query, events, wrap));
         let progress = Arc::clone(running.progress());
         let nobody_waits = shared.waiting.load(Ordering::Relaxed) == 0;
         let now = Instant::now();
@@ -362,8 +363,8 @@ impl Shared {
         scope
     }
 
-    fn watch_table(&self, client: Client, table: &Table) -> RunningQuery {
-        let watch = RunningQuery::watch(client, table);
+    fn watch_table(&self, client: Client, table: &Table) -> Box<RunningQuery> {
+        let watch = Box::new(RunningQuery::watch(client, table));
         let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
         tables.retain(|(_, progress)| progress.strong_count() > 0);
         tables.push((table.clone(), Arc::downgrade(watch.progress())));
@@ -371,7 +372,7 @@ impl Shared {
     }
 
     /// Waits for something to ask.
-    async fn next(&self, worker: Worker) -> Job<RunningQuery> {
+    async fn next(&self, worker: Worker) -> Job<Box<RunningQuery>> {
         loop {
             let work = self.work.notified();
             tokio::pin!(work);
@@ -390,7 +391,7 @@ impl Shared {
     }
 
     /// Asks, and deals with the answer; gives the error that concerns the connection rather than the query.
-    async fn perform(&self, mut job: Job<RunningQuery>, pool: Pool) -> Option<Error> {
+    async fn perform(&self, mut job: Job<Box<RunningQuery>>, pool: Pool) -> Option<Error> {
         let mut tokens = job.work.token_changes();
         let requested = Instant::now();
         let cancelled = job.cancelled.clone();
@@ -435,7 +436,7 @@ impl Shared {
         error
     }
 
-    async fn answered(&self, job: &mut Job<RunningQuery>, response: &Response) -> Result<Done, Gone> {
+    async fn answered(&self, job: &mut Job<Box<RunningQuery>>, response: &Response) -> Result<Done, Gone> {
         let (done, back) = job.work.answered(&self.failures, response).await?;
         if back {
             // Whoever else waits for the agent to be back need not wait longer.
@@ -445,7 +446,7 @@ impl Shared {
         Ok(done)
     }
 
-    fn done(&self, job: Job<RunningQuery>, done: Done) {
+    fn done(&self, job: Job<Box<RunningQuery>>, done: Done) {
         self.lock().done(job, done, Instant::now(), random());
         self.work.notify_waiters();
     }
@@ -461,7 +462,7 @@ impl Shared {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Schedule<RunningQuery>> {
+    fn lock(&self) -> MutexGuard<'_, Schedule<Box<RunningQuery>>> {
         self.schedule.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -51,12 +51,17 @@ impl<K, L> Default for Set<K, L> {
 }
 
 impl<K: Ord + Clone, L: ListenerConfig> Set<K, L> {
-    /// Stops those that are not wanted any more, and forgets those that have no connection left.
+    /// Stops those that are not wanted any more.
     pub(super) fn retire(&mut self, wanted: &BTreeMap<K, Arc<L::Part>>) {
         for (_, mut running) in self.running.extract_if(.., |key, _| !wanted.contains_key(key)) {
             running.stop();
             self.retired.push(running);
         }
+        self.forget_retired();
+    }
+
+    /// Forgets those that are not wanted any more and have no connection left.
+    pub(super) fn forget_retired(&mut self) {
         self.retired.retain(|retired| retired.users() > 0);
     }
 

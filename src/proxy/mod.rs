@@ -66,8 +66,8 @@ pub async fn run(
     let mut proxy = Proxy::new(workers, observer, drain);
     let mut tidy = tokio::time::interval(TIDY);
     tidy.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut retry = proxy.reconcile(snapshots.borrow_and_update().as_deref());
     loop {
-        let retry = proxy.reconcile(snapshots.borrow_and_update().as_deref());
         // A drain that has begun is not put off by whatever else there is to do.
         tokio::select! {
             biased;
@@ -81,9 +81,11 @@ pub async fn run(
                 let version = snapshots.borrow().as_ref().map_or(0, |snapshot| snapshot.version);
                 proxy.memory.look(proxy.listeners.users(), version);
                 proxy.log_limits.write_counts();
+                proxy.listeners.forget_retired();
                 continue;
             }
         }
+        retry = proxy.reconcile(snapshots.borrow_and_update().as_deref());
     }
     let Proxy { listeners, log_limits, starter, .. } = proxy;
     // Only connections are waited for from here on.
@@ -172,6 +174,13 @@ impl Listeners {
         self.outbound.retire(&snapshot.outbound);
         self.exposed.retire(&snapshot.exposed);
         self.update_retired(snapshot);
+    }
+
+    /// Forgets what is no longer wanted and has no connection left.
+    fn forget_retired(&mut self) {
+        self.inbound.forget_retired();
+        self.outbound.forget_retired();
+        self.exposed.forget_retired();
     }
 
     /// Lets what came from the mesh and to exposed paths finish, and accepts no more of it.
