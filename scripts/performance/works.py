@@ -281,7 +281,7 @@ def control_state(ctx, peer, _):
     upstreams, endpoints, intentions = ctx.args.control
     hub = Hub(ctx, peer, "big", upstreams, endpoints // max(1, upstreams - 1), intentions)
     try:
-        return {**hub.start(), **hub.settle(ctx.t(4), ctx.t(3))}
+        return {**hub.start(), **hub.settle(ctx.t(5), ctx.t(8))}
     finally:
         hub.stop()
 
