@@ -24,7 +24,7 @@ use crate::telemetry::LevelHandle;
 use crate::trace::{self, Tracer};
 use crate::{control, proxy};
 
-/// Runs the proxy until it is told to stop: the first SIGINT or SIGTERM drains it, the second ends it at once.
+/// Runs the proxy until it is stopped: the first SIGINT or SIGTERM drains it, the second ends it at once.
 ///
 /// # Errors
 /// When the proxy can't start: settings that can't be used, or a refusal of the agent that is final.
@@ -106,7 +106,7 @@ impl Host {
     }
 }
 
-/// Ends with the first signal, or when the admin server is told to quit.
+/// Ends with the first signal, or with `/quitquitquit` of the admin server.
 async fn ended_on_request(signals: &mut Signals, commands: &mut mpsc::Receiver<Command>, trigger: &drain::Trigger) {
     loop {
         tokio::select! {

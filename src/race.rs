@@ -35,7 +35,7 @@ impl<T: 'static, E: 'static> Race<T, E> {
         Self { running: Vec::new() }
     }
 
-    /// Gives the first success. `next` is told of each failure, and says how to go on. `None`: it said that there is no
+    /// Gives the first success. `next` gets each failure, and says how to go on. `None`: it said that there is no
     /// more, or nothing is left to wait for.
     pub(crate) async fn run(&mut self, mut next: impl FnMut(Option<E>) -> Next<T, E>) -> Option<T> {
         let mut failed = None;

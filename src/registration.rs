@@ -54,7 +54,7 @@ impl Registration {
         Some(Self { client, id, definition })
     }
 
-    /// Registers, and again whenever the agent has forgotten: a check that can't be renewed tells so.
+    /// Registers, and again whenever the agent has forgotten: a check that cannot be renewed shows that.
     pub async fn keep(&self) {
         let mut registered = false;
         loop {

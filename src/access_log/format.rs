@@ -114,7 +114,7 @@ impl Format {
         Ok(Self::new(Shape::Json(node), unknown))
     }
 
-    /// Operators that can't be told here, and so count as not known.
+    /// Operators that are not supported, and so count as not known.
     #[must_use]
     pub fn unknown(&self) -> &[String] {
         &self.unknown

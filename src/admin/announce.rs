@@ -1,7 +1,7 @@
 //! How the commands of this host find a sidecar: it says where its admin server listens.
 //!
 //! On a Unix socket of an abstract name (unix(7)), which is no file, ends with the process, and is seen where the loopback
-//! address is the same. It says the address and nothing else: whoever may read more is up to the admin server.
+//! address is the same. It says the address and nothing else: the admin server decides who may read more.
 
 use std::io;
 use std::os::linux::net::SocketAddrExt as _;
@@ -63,7 +63,7 @@ pub enum Announced {
 /// The sidecars of this host, in no order. Those of other users are asked by root alone.
 ///
 /// # Errors
-/// When the system does not tell what sockets there are.
+/// When the table of sockets cannot be read.
 pub async fn announced() -> anyhow::Result<Vec<Announced>> {
     let table = std::fs::read_to_string("/proc/net/unix").context("can't read /proc/net/unix")?;
     let mut requests: JoinSet<_> = names(&table).map(|name| timeout(TIMEOUT, request(name.to_owned()))).collect();

@@ -60,7 +60,7 @@ fn find<'a>(snapshot: &'a Snapshot, wanted: &str) -> Result<&'a Arc<OutboundList
 pub(super) fn headers(text: &str) -> Result<HeaderMap, String> {
     let mut headers = HeaderMap::new();
     for line in text.lines().filter(|line| !line.trim().is_empty()) {
-        // The value may be a token, and is not told.
+        // The value may be a token, and is not shown.
         let Some((name, value)) = line.split_once(':') else {
             return Err("a header without a colon: write name: value\n".to_owned());
         };
@@ -116,7 +116,7 @@ fn request(result: &mut Explanation, state: &State, upstream: &Upstream, query: 
     };
     result.request = Some(format!("{} {target}", view.method));
     let service = &upstream.chain.service;
-    // The number draws a leg, and nothing else that is told.
+    // The number draws a leg, which is not shown, and nothing else.
     let Some(routed) = upstream.chain.route(&view, 0) else {
         result.steps.push(step("router", "no route matches", &format!("service-router/{service}")));
         result.fault = Some(format!("no route of service-router/{service} matches: the answer is 404"));

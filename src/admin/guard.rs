@@ -12,7 +12,7 @@ use http::{HeaderMap, HeaderName, Method, Request};
 
 const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 
-/// Why a request is refused; a sentence for whoever sent it.
+/// Why a request is refused; a sentence for the client.
 pub(super) type Refusal = &'static str;
 
 /// Which `Host` a request may name.

@@ -13,7 +13,7 @@ use crate::snapshot::{Decider, Decision, DefaultPolicy, Intention, Permission, T
 use crate::tls::SpiffeId;
 
 /// `from` (`web`, `namespace/web`, `partition/namespace/web`, or an identity), and for a request `method`, `path` and
-/// `header` (`name: value`, one a line). No value of a header is told.
+/// `header` (`name: value`, one a line). No value of a header is shown.
 pub(super) fn check(state: &State, query: &Query) -> Reply {
     let snapshot = state.snapshots.borrow().clone().unwrap_or_default();
     let Some(listener) = snapshot.inbound.values().next() else {

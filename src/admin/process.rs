@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 /// Ticks per second of the times in `/proc` (`USER_HZ`), the same on every architecture of Linux.
 const TICKS: f64 = 100.0;
 
-/// Resident memory in bytes; 0 where the system does not tell.
+/// Resident memory in bytes; 0 where it is not known.
 pub(super) fn resident_bytes() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
@@ -13,7 +13,7 @@ pub(super) fn resident_bytes() -> u64 {
     kib.unwrap_or_default() * 1024
 }
 
-/// Seconds on a processor, of user and kernel together; 0 where the system does not tell.
+/// Seconds on a processor, of user and kernel together; 0 where it is not known.
 pub(super) fn cpu_seconds() -> f64 {
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
     // The name of the program stands in parentheses and may hold anything.
@@ -22,7 +22,7 @@ pub(super) fn cpu_seconds() -> f64 {
     ticks / TICKS
 }
 
-/// Open file descriptors, that of the look itself left out; 0 where the system does not tell.
+/// Open file descriptors, without the one of this reading; 0 where it is not known.
 pub(super) fn descriptors() -> u64 {
     std::fs::read_dir("/proc/self/fd").map_or(0, |entries| entries.count() as u64).saturating_sub(1)
 }

@@ -22,7 +22,7 @@ pub(super) async fn follow(state: &Arc<State>) {
     let mut snapshots = state.snapshots.clone();
     let mut sinks = Sinks::default();
     loop {
-        // Before the first one nothing listens, as with Envoy: a scrape that is refused tells that it is not ready.
+        // Before the first one nothing listens, as with Envoy: a refused scrape means that it is not ready.
         let snapshot = snapshots.borrow_and_update().clone();
         if let Some(snapshot) = snapshot {
             state.note_published();

@@ -67,7 +67,7 @@ pub struct State {
     pub started_at: SystemTime,
     /// Cleared by `POST /healthcheck/fail`.
     healthy: AtomicBool,
-    /// Places for `/events`, fewer than connections: probes are answered whoever looks on.
+    /// Places for `/events`, fewer than connections: probes are answered however many streams are open.
     pub(super) streams: Arc<Semaphore>,
     address: OnceLock<String>,
     /// When the newest snapshot was seen.

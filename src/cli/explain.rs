@@ -60,7 +60,7 @@ fn run(arguments: Vec<String>) -> anyhow::Result<Done> {
     Ok(Report { text: format!("sidecar {}\n{explanation}", sidecar.title()), json, exit }.shown(target.json))
 }
 
-/// Each by its name, and by the name that tells upstreams of one service apart.
+/// Each by its name, and by the key that distinguishes upstreams of one service.
 fn upstreams(sidecar: &Sidecar) -> impl Iterator<Item = &str> {
     let all = sidecar.status["outbound"].as_array().into_iter().flatten();
     all.flat_map(|upstream| [&upstream["name"], &upstream["key"]]).filter_map(Value::as_str)

@@ -170,7 +170,7 @@ impl Sidecar {
         self.address.get(path)
     }
 
-    /// Its service; before the agent has told that, what it was started for.
+    /// Its service; before that is known, the name or id that it was started for.
     pub(super) fn name(&self) -> &str {
         let about = &self.status["sidecar"];
         about["service"].as_str().or_else(|| about["started_for"].as_str()).unwrap_or_default()

@@ -48,7 +48,7 @@ pub(crate) enum Exit {
     Fine,
     /// 1: something is wrong, or denied.
     Wrong,
-    /// 2: it can't be told, or the command line is wrong.
+    /// 2: not known, or the command line is wrong.
     Unknown,
 }
 

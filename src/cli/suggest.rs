@@ -1,6 +1,6 @@
 //! `lictor intentions suggest`: the service-intentions that allow whom the sidecar has seen, and nobody else.
 //!
-//! Sources are told apart by name, for connections and requests alike: paths are too many to be written down, and a list
+//! Sources are distinguished by name, for connections and requests alike: paths are too many to be written down, and a list
 //! of those that were seen would deny the next one.
 
 use std::fmt::Write as _;

@@ -59,7 +59,7 @@ pub(super) struct AdHocFlags {
     /// Register this proxy in the local agent while it runs. Needs -service and -listen.
     #[arg(long, action = ArgAction::Set, default_value_t = false)]
     pub(super) register: bool,
-    /// Suffix of the id under which -register registers, to tell several proxies of one service apart.
+    /// Suffix of the id under which -register registers, to distinguish several proxies of one service.
     #[arg(long, value_name = "suffix")]
     pub(super) register_id: Option<String>,
 }

@@ -1,4 +1,4 @@
-//! Flags and variables of the environment, read with the names that errors tell.
+//! Flags and variables of the environment, read with their names for errors.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;

@@ -23,7 +23,7 @@ pub struct Query<T> {
     pub(super) priority: Priority,
     /// The table that the answer is made from, where there is such.
     pub(super) table: Option<Table>,
-    /// Whether that tells of every change of this answer.
+    /// Whether the table notices every change of this answer.
     pub(super) covered: fn(&T) -> bool,
     pub(super) decode: fn(&Response) -> Result<T, String>,
 }
@@ -39,7 +39,7 @@ pub(super) enum Priority {
     Upstream,
 }
 
-/// What many answers are made from, so that one watch tells of changes of all of them.
+/// A table that many answers are made from: one watch notices changes of all of them.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) enum Table {
     /// Nodes, services and checks of a datacenter, by default our own.
@@ -85,7 +85,7 @@ pub(super) struct Response {
     pub(super) body: Bytes,
     pub(super) index: Option<u64>,
     pub(super) hash: Option<String>,
-    /// A server that is not the leader may have answered. Lists of config entries never tell.
+    /// A server that is not the leader may have answered. Lists of config entries never say so.
     pub(super) stale: bool,
     /// `X-Consul-Default-ACL-Policy`, Consul 1.9 and later.
     pub(super) default_policy: Option<String>,

@@ -99,7 +99,7 @@ impl Error {
         }
     }
 
-    /// Errors of one class have one cause as far as can be told, and are logged once.
+    /// Errors of one class have one cause as far as is known, and are logged once.
     pub(super) fn class(&self) -> String {
         match &self.kind {
             ErrorKind::Unreachable(cause) => format!("unreachable {cause}"),

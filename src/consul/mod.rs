@@ -101,7 +101,7 @@ pub struct Answer<T> {
 pub struct Probe {
     /// The address of the leader among the servers; empty when there is none.
     pub leader: String,
-    /// Whether a header tells the ACL default policy; Consul 1.9 and later.
+    /// Whether a header has the ACL default policy; Consul 1.9 and later.
     pub has_default_policy: bool,
     /// By our clock, around the answer.
     sent: SystemTime,
@@ -192,7 +192,7 @@ impl Client {
         self.decode(query, &response)
     }
 
-    /// Whether the agent answers, and what its answer tells beside.
+    /// Whether the agent answers, and the facts in the headers of its answer.
     pub async fn probe(&self) -> Result<Probe, Error> {
         let request = Request::new(Method::GET, &["status", "leader"]);
         let sent = SystemTime::now();
@@ -244,7 +244,7 @@ impl Client {
         self.one_off(&request.needs(format!("service:write on the service of check {check_id:?}"))).await.map(drop)
     }
 
-    /// Whether table watches tell of changes of what is asked for: they know one namespace and the leader's answers.
+    /// Whether table watches notice changes of these queries: they know one namespace and the leader's answers.
     fn has_tables(&self) -> bool {
         let Scope { stale, namespace, partition, .. } = self.scope();
         !stale && namespace.is_none() && partition.is_none()

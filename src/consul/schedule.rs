@@ -83,11 +83,11 @@ const GATHER: Duration = Duration::from_millis(100);
 
 pub(super) type Id = u64;
 
-/// Names a scope among those that are in use. What one scope is told holds for no other.
+/// Names a scope among those that are in use. Answers for one scope hold for no other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ScopeId(pub(super) u64);
 
-/// What tells that a query is to be fetched again.
+/// How a change of a query's answer is noticed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Role {
     /// Its own request, which blocks on a connection that nothing else uses.
@@ -172,7 +172,7 @@ pub(super) enum Done {
     /// The watch of a table was answered, with this index, and is asked again after this time. `changed` is whether the
     /// index is another one than before.
     Table { index: Option<u64>, changed: bool, before_1_9: bool, pause: Duration },
-    /// A query that a table watches over was answered; unless `covered`, with something that the table does not tell of.
+    /// A query that a table watches over was answered; unless `covered`, with something that the table does not notice.
     Member { covered: bool },
     /// No answer came that can be used; tried again after this time.
     Failed(Duration),
@@ -292,7 +292,7 @@ impl<W> Schedule<W> {
     /// Asks it no more.
     pub(super) fn remove(&mut self, id: Id) {
         let Some(entry) = self.entries.remove(&id) else { return };
-        // Kept by whoever waits for the answer, if somebody does.
+        // Kept by the task that waits for the answer, if there is one.
         entry.cancelled.notify_one();
         let Role::Member(table) = entry.role else { return };
         let key = (entry.scope, table);
@@ -306,7 +306,7 @@ impl<W> Schedule<W> {
         }
     }
 
-    /// What tells when it is asked again, and when that is as far as it is known.
+    /// How its next request is scheduled, and when it is due as far as is known.
     pub(super) fn timing(&self, id: Id) -> (Role, Option<Instant>) {
         match self.entries.get(&id) {
             Some(entry) => (entry.role.clone(), entry.due.map(|(at, _)| at).or(entry.blocks_from)),
@@ -546,7 +546,7 @@ impl<W> Schedule<W> {
         }
     }
 
-    /// How often something is fetched that no table tells of.
+    /// The interval between fetches of a query without a table.
     fn period(&self, chance: f64) -> Duration {
         let periodic = |entry: &&Entry<W>| matches!(entry.role, Role::Member(_) | Role::Periodic);
         let members = self.entries.values().filter(periodic).count();

@@ -1,4 +1,4 @@
-//! Table watches: one request that tells when any of many answers may have changed.
+//! Table watches: one request that notices when any of many answers may have changed.
 //!
 //! Each of them wakes, or shows another index, although its filter leaves nothing and the token may see nothing of
 //! what changed (tried with Consul 1.8.7, 1.19.2 and 1.22).

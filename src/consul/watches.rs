@@ -439,7 +439,7 @@ impl Shared {
     async fn answered(&self, job: &mut Job<Box<RunningQuery>>, response: &Response) -> Result<Done, Gone> {
         let (done, back) = job.work.answered(&self.failures, response).await?;
         if back {
-            // Whoever else waits for the agent to be back need not wait longer.
+            // Other queries that wait for the agent need not wait longer.
             self.lock().recovered(Instant::now());
             self.recovered.notify_waiters();
         }

@@ -1,7 +1,7 @@
-//! Every query of the process once, with those that use it and what it said last.
+//! Every query of the process once, with its subscribers and its last answer.
 //!
-//! Drafts subscribe to queries. What several drafts ask as the same scope is one query, which is told to each of them. A draft that comes
-//! late is told at once what is known. A query ends with its last subscription.
+//! Drafts subscribe to queries. The same query of several drafts in one scope is sent once, and each of them gets the
+//! answers. A draft that comes late gets the last answer at once. A query ends with its last subscription.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -270,7 +270,7 @@ impl Drop for Subscription {
 }
 
 impl Running {
-    /// Keeps what a source said; those that are to be told.
+    /// Keeps the answer of a source; returns its subscribers.
     fn keep(&mut self, event: &SourceEvent) -> Vec<(u64, mpsc::Sender<Delivery>)> {
         // One that has ended may have had something on its way.
         let Some(source) = self.sources.get_mut(&event.key).filter(|source| source.number == event.source) else {
@@ -356,7 +356,7 @@ mod tests {
         Sources::new(Watches::new(Client::new(&agent.settings()).expect("the settings are good")))
     }
 
-    /// A user, with what it was told at once.
+    /// A user, with the answer that it got at once.
     struct User {
         deliveries: mpsc::Receiver<Delivery>,
         subscription: Subscription,

@@ -127,7 +127,7 @@ async fn token(client: &Client, settings: &consul::Settings, findings: &mut Find
             findings.ok("token", "none is needed: ACLs are off");
             true
         }
-        // Whatever else: the queries themselves tell.
+        // Other errors: the queries themselves report them.
         _ => {
             findings.warn("token", error.to_string(), "see the queries below");
             true

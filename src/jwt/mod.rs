@@ -88,7 +88,7 @@ pub enum Location {
     Cookie(String),
 }
 
-/// The header that tells the app what a verified token claims.
+/// The header that passes the claims of a verified token to the app.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Forwarding {
     pub header: HeaderName,
@@ -142,7 +142,7 @@ impl Location {
 }
 
 impl Provider {
-    /// Every token found must be valid, as in Envoy 1.40: nobody can tell which of them the app reads. The first
+    /// Every token found must be valid, as in Envoy 1.40: it is not known which of them the app reads. The first
     /// one's claims count.
     fn verify(&self, headers: &HeaderMap, query: Option<&str>, now: SystemTime) -> Result<Token, Refusal> {
         let keys = self.keys.as_ref().ok_or(Refusal::NoKeys)?;

@@ -10,7 +10,7 @@ use crate::snapshot::{Address, Decision};
 use crate::stats::ClusterStats;
 use crate::tls::{Handshake, Refused, SpiffeId};
 
-/// Something that happens on the data path, told while it happens. Readers take from it what they count.
+/// An event of the data path, sent while it happens. Readers take from it what they count.
 #[derive(Debug)]
 pub enum Event<'a> {
     /// A listener has accepted a connection, or the peer began another one on a session that was kept.
@@ -41,7 +41,7 @@ pub enum Event<'a> {
     NoInstance(&'a ClusterStats),
     /// A request is to be sent to a destination, on whatever connection.
     AttemptStarted(&'a Attempt),
-    /// What came of that is in [`Attempt::result`]. Not told of an attempt that is given up for another one.
+    /// Its result is in [`Attempt::result`]. Not sent for an attempt that is given up for another one.
     AttemptEnded(&'a Attempt),
     /// A new connection to a destination is being made.
     ConnectStarted(&'a Destination),

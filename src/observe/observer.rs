@@ -1,4 +1,4 @@
-//! The one place that the data plane tells what happens.
+//! The one receiver of the data plane's events.
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ use crate::stats::scope::Cluster;
 use crate::stats::{ClusterStats, Registry};
 use crate::trace::{Kind, Traced, Tracer};
 
-/// Tells readers of events. Clones tell the same readers.
+/// Passes events to readers. Clones have the same readers.
 #[derive(Debug, Clone)]
 pub struct Observer(Arc<Readers>);
 

@@ -95,7 +95,7 @@ outcomes! {
     /// CONNECT.
     Method,
     Denied,
-    /// Let through in audit mode. Nothing ends so: it is told beside how it ended.
+    /// Let through in audit mode. Nothing ends so: it is reported beside the outcome.
     WouldDeny,
     /// The sidecar of the destination has denied a connection of ours, and said so.
     DeniedByDestination,

@@ -143,7 +143,7 @@ fn is_problem(outcome: Outcome) -> bool {
         | Outcome::TryTimeout
         | Outcome::Idle
         | Outcome::IdleUpload => true,
-        // Those without a handshake are told of when it fails; health checks leave without a word.
+        // Connections without a handshake are reported when it fails; health checks close them without a byte.
         Outcome::Unproved
         | Outcome::Ended
         | Outcome::Aborted

@@ -173,7 +173,7 @@ const OTHERS: [&str; 41] = [
     "VIRTUAL_CLUSTER_NAME",
 ];
 
-/// Whether an operator that can't be told here is one of Envoy's, going by its name.
+/// Whether an unsupported operator is one of Envoy's, going by its name.
 #[must_use]
 pub fn is_known_to_envoy(operator: &str) -> bool {
     let name = operator.split('(').next().unwrap_or_default();
@@ -191,7 +191,7 @@ pub enum Value<'a> {
 
 impl Operator {
     /// Reads what is between the percent signs: `NAME`, `NAME(ARGUMENT)` or `NAME(ARGUMENT):LENGTH`. `None` if it
-    /// is none that can be told here.
+    /// has none that is supported.
     pub(super) fn read(text: &str) -> Option<Self> {
         let (text, longest) = match text.rsplit_once(':') {
             Some((head, length)) if !length.contains(')') => (head, Some(length.parse().ok()?)),

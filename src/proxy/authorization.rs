@@ -105,7 +105,8 @@ pub(super) fn drained() -> Fault {
     Fault::new(Outcome::Drained, "closed at the end of the drain time")
 }
 
-/// Ends when an open connection must. `audited` and the connection's record are told of what audit mode lets go on, and why it would not.
+/// Ends when an open connection must. `audited` and the record of the connection get what audit mode lets go on, and the
+/// reason of the denial.
 pub(super) async fn revoked(
     state: &mut watch::Receiver<ListenerState<InboundListener>>,
     peer: &SpiffeId,

@@ -284,7 +284,7 @@ impl Session {
         }
         let listener = Arc::clone(&self.state.borrow().config);
         if !self.mesh.answers_for_app() && denial(&listener.service, &self.peer.id).is_some() {
-            // The client makes another session for the same connection, which is denied there and told once.
+            // The client makes another session for the same connection, which is denied there and reported once.
             self.mesh.part();
             return None;
         }

@@ -158,7 +158,7 @@ pub(super) async fn run<P, S, F>(
             Err(e) => pause_after(&e, &failures).await,
         }
     }
-    // Whoever the kernel has already greeted is served: closing the socket would reset them.
+    // Connections that the kernel has accepted already are served: closing the socket would reset them.
     while let Some((socket, remote)) = listener.accept_waiting().await {
         let (state, drain, stats) = (state.clone(), drain.clone(), Arc::clone(&stats));
         tokio::spawn(serve(Accepted { socket, remote, state, drain, stats }));

@@ -1,4 +1,4 @@
-//! Log lines that whoever reaches a port can cause: the first of each source and reason at once, then a count.
+//! Log lines that any client of a port can cause: the first of each source and reason at once, then a count.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -100,7 +100,7 @@ impl LogLimit {
         true
     }
 
-    /// The counts that are to be told now. What has not come again since the last time is forgotten.
+    /// The counts that are to be logged now. What has not come again since the last time is forgotten.
     fn due(&self, now: Instant) -> Vec<((String, String), u64)> {
         let mut lines = self.lines();
         if lines.last_written.is_some_and(|written| now < written + PERIOD) {

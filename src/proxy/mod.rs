@@ -127,7 +127,7 @@ impl<'a> Proxy<'a> {
         }
     }
 
-    /// Makes what runs match `snapshot`, and tells when to try again what could not be bound.
+    /// Makes the running listeners match `snapshot`, and returns when to bind failed ones again.
     fn reconcile(&mut self, snapshot: Option<&Snapshot>) -> Instant {
         let Some(snapshot) = snapshot else {
             return Instant::now() + NOTHING_FAILED;

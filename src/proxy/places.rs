@@ -42,7 +42,7 @@ impl Places {
         self.limit
     }
 
-    /// Takes a place, if need be from whoever has had one for longest.
+    /// Takes a place, if need be from the oldest holder.
     #[must_use]
     pub(super) fn take(self: &Arc<Self>) -> Place {
         let (lose, lost) = oneshot::channel();

@@ -45,7 +45,7 @@ async fn look_after(
 ) {
     loop {
         sleep(PERIOD.mul_f32(0.75 + fastrand::f32() / 2.0)).await;
-        // Whoever finds its time up goes there. Another one will before that.
+        // For three periods: the next probe comes before a request would find its time up.
         if !instance.stay_aside(clock.now(), PERIOD * 3) {
             return tracing::info!(target: "proxy.upstream", instance = %instance.address, "An instance can be connected to again");
         }

@@ -10,7 +10,7 @@ use super::outcome::{Fault, Outcome};
 use crate::observe::{Attempt, ConnectionInfo, ConnectionRecord, Event, Listener, Observer};
 use crate::tls::{Handshake, Refused, SpiffeId};
 
-/// Tells the observer of one connection. One that is dropped unfinished is told as aborted.
+/// Reports one connection to the observer. One that is dropped unfinished is reported as aborted.
 pub(super) struct Record {
     observer: Observer,
     /// Boxed, as it goes from task to task with its connection.
@@ -58,7 +58,7 @@ impl Record {
         self.record.access_log = self.observer.active_access_log().map(|log| (log, SystemTime::now()));
     }
 
-    /// An attempt that is over, or will be no more heard of.
+    /// An attempt that is over, or given up.
     pub(super) fn attempt(&mut self, attempt: Attempt) {
         self.record.attempts.push(attempt);
     }

@@ -26,7 +26,7 @@ const REST_LIMIT: Duration = Duration::from_secs(5);
 /// Reads of one connection before other connections of the thread are polled.
 const TURNS: usize = 8;
 
-/// One relay. It is kept by the caller, so that a relay that is cut short still tells what it moved.
+/// One relay. It is kept by the caller, so that a relay that is cut short still has its counts.
 pub(super) struct Relay {
     /// From the downstream to the upstream.
     up: Direction,

@@ -24,7 +24,7 @@ impl Canonical {
         &self.text
     }
 
-    /// Without any port, as servers know it that tell hosts apart by their names.
+    /// Without any port, as servers with name-based virtual hosts compare it.
     pub(super) fn name(&self) -> &str {
         &self.text[..self.name_len]
     }

@@ -1,7 +1,7 @@
 //! The configuration of the data plane at one instant: values, no IO, no clock, no randomness.
 //!
 //! `control` writes a whole [`Snapshot`] and publishes it; `proxy` reads it. Parts that did not change
-//! keep their `Arc`, so that a reader tells by pointer what a change does not concern.
+//! keep their `Arc`, so that a reader sees by pointer which parts a change does not concern.
 
 mod address;
 mod authority;
@@ -130,10 +130,10 @@ pub struct Service {
     pub sanitize_forwarded_cert: bool,
     /// Answers of ours say why in a header, HTTP only: `lictor_expose_cause`.
     pub expose_cause: bool,
-    /// Audit mode: what the intentions deny is told and let through, `lictor_intentions_audit`. It is about identities that
+    /// Audit mode: denied traffic is logged and let through, `lictor_intentions_audit`. It is about identities that
     /// were proved and messages that are sound; whatever else is refused stays refused.
     pub audit: bool,
-    /// Clients with a tunnel are told the rule that denies them, tcp only: `lictor_share_denial_rule`.
+    /// Clients with a tunnel get the rule that denies them, tcp only: `lictor_share_denial_rule`.
     pub share_denial_rule: bool,
     /// Those that the intentions name, HTTP only. One that is not here has no valid token.
     pub token_providers: Arc<jwt::Providers>,

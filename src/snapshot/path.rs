@@ -225,7 +225,7 @@ pub(super) fn canonical_rule(text: &str) -> String {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct LaxPath<'a> {
     pub(super) path: Cow<'a, [u8]>,
-    /// Dot segments come to light: where such a path leads can't be told.
+    /// Dot segments come to light: the destination of such a path is not known.
     pub(super) hides_dots: bool,
 }
 

@@ -27,7 +27,7 @@ pub struct AgentQuery {
     pub kind: &'static str,
     /// How a change is noticed: `blocks`, `table`, `periodic`.
     pub how: &'static str,
-    /// The table whose watch tells that, as in `instances`.
+    /// The table whose watch notices a change, as in `instances`.
     pub table: Option<String>,
     /// State of the query: `blocked`, `asking`, `waiting`.
     pub state: &'static str,

@@ -162,7 +162,7 @@ pub struct ListenerStats {
     pub sent: Counter,
     pub requests: Counter,
     pub requests_active: Gauge,
-    /// Answers whose head was sent, whoever made them.
+    /// Answers whose head was sent, those of this sidecar included.
     pub answers: Classes,
     /// Whole requests that were answered.
     pub request_time: Histogram,

@@ -37,7 +37,7 @@ pub enum Scope {
     Server,
     /// What is known of upstreams.
     ClusterManager,
-    /// What else the agent tells.
+    /// Other answers of the agent.
     ListenerManager,
 }
 

@@ -27,7 +27,7 @@ use crate::consul::{Address, Scope, Settings, TlsSettings};
 /// An agent in this process, which keeps indexes as the real one does.
 ///
 /// What it answers is set by path ([`set`](Self::set)); a path may be given with its query, without
-/// `index`, `wait`, `hash` and `stale`, to tell it from the same path without.
+/// `index`, `wait`, `hash` and `stale`, to distinguish it from the same path without.
 ///
 /// It listens on a unix socket. The kernel delivers on such a socket within the call that writes, so a paused clock
 /// never moves while something is on its way. With TCP it can.
@@ -77,7 +77,7 @@ fn table_of(path: &str) -> Option<&'static str> {
     }
 }
 
-/// What tells the index of a table.
+/// The paths that have the index of a table.
 pub(crate) const INSTANCES: &str = "/v1/internal/ui/services";
 pub(crate) const CONFIG_ENTRIES: &str = "/v1/config/proxy-defaults";
 
@@ -172,7 +172,7 @@ impl Agent {
         });
     }
 
-    /// The same, while the table that it is made from tells nothing.
+    /// The same, without a change of the table that it is made from.
     pub(crate) fn set_untold(&self, path: &str, body: Value) {
         self.change(|state| {
             let stored = Stored { body: body.to_string().into(), index: state.index };

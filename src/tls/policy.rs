@@ -25,7 +25,7 @@ pub struct Parameters {
     pub cipher_suites: Vec<String>,
 }
 
-/// TLS 1.3, and 1.2 for Envoy, which as a client stops there unless told otherwise. Nothing older is spoken.
+/// TLS 1.3, and 1.2 for Envoy, which as a client stops there unless configured otherwise. Nothing older is spoken.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Versions {
     #[default]

@@ -248,7 +248,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
             self.incoming = if used == held.len() { Vec::new() } else { held.split_off(used) };
             match next {
                 Next::Established => return Poll::Ready(Ok(())),
-                // Whoever has little to say may say it and end its direction in one flight with its handshake.
+                // A client with little to send may end its direction in one flight with its handshake.
                 Next::PeerClosed if !self.session.is_handshaking() => {
                     self.read = ReadSide::Closed;
                     return Poll::Ready(Ok(()));

@@ -104,7 +104,7 @@ impl Trust {
     }
 
     /// Finds a path from the first certificate of `chain` to a root that is valid at `now`, by way of any of the others,
-    /// and tells how long that path is valid, its root included.
+    /// and returns how long that path is valid, its root included.
     ///
     /// # Errors
     /// When there is none.

@@ -87,7 +87,7 @@ impl Session {
         {}
     }
 
-    /// Seals `what` into `room` and tells how much of it was used. `held` is what is held back of the incoming
+    /// Seals `what` into `room` and returns how much of it was used. `held` is what is held back of the incoming
     /// bytes: the session remembers how far it has looked at them and must find them again at every call.
     pub(super) fn seal(&mut self, what: Emit<'_>, held: &mut [u8], room: &mut [u8]) -> io::Result<usize> {
         on_either!(self, it => emit(it.process_tls_records(held), what, room))

@@ -119,7 +119,7 @@ pub(super) fn expect(shown: &SpiffeId, expected: &[SpiffeId]) -> Result<(), Peer
 #[derive(Debug)]
 pub(super) struct ClientIdentity {
     pub(super) peers: Arc<Peers>,
-    /// Names of the roots, which tell the client what to show.
+    /// Names of the roots, for the client to choose its certificate by.
     pub(super) hints: Vec<DistinguishedName>,
 }
 

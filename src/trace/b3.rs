@@ -17,7 +17,7 @@ const FLAGS: HeaderName = HeaderName::from_static("x-b3-flags");
 pub(super) struct B3 {
     pub parent: Option<Parent>,
     pub grandparent: Option<u64>,
-    /// `None`: whoever comes next is to decide.
+    /// `None`: the next proxy decides.
     pub sampled: Option<bool>,
     pub form: Form,
 }

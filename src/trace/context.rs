@@ -10,9 +10,9 @@ use super::{b3, w3c};
 pub(super) enum Caller {
     /// Nothing, or (`Some`) whether to trace, and nothing of a trace.
     Nothing(Option<bool>),
-    /// It belongs to a trace. `sampled` is `None` where whoever comes next is to decide.
+    /// It belongs to a trace. `sampled` is `None` where the next proxy decides.
     Trace { parent: Parent, grandparent: Option<u64>, sampled: Option<bool>, forms: Forms },
-    /// Nobody can tell what it belongs to.
+    /// The trace that it belongs to is not known.
     Unknown,
 }
 

@@ -24,9 +24,9 @@ pub(super) struct Exporter {
     batches: Batches,
     counts: Arc<SpanCounts>,
     client: Option<Client>,
-    /// The last batch was not taken, which was told.
+    /// The last batch was not taken, which was logged.
     is_failing: bool,
-    /// The queue had no room of late, which was told.
+    /// The queue had no room of late, which was logged.
     was_full: bool,
     /// Spans that were dropped up to the last batch.
     dropped: u64,
@@ -49,7 +49,7 @@ impl Exporter {
         Self { collector, origin, batches, counts, client: None, is_failing: false, was_full: false, dropped }
     }
 
-    /// Sends until it is told to end, or nobody can make spans any more.
+    /// Sends until `ends`, or until nobody can make spans any more.
     pub(super) async fn run(mut self, mut spans: mpsc::Receiver<Span>, full: Arc<Notify>, ends: Arc<Notify>) {
         let mut is_last = false;
         while !is_last {

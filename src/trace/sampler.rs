@@ -31,7 +31,7 @@ impl Sampler {
         place < ratio * SCALE
     }
 
-    /// Whether what came of a decision is told: where all or nothing begins here, there was none to make.
+    /// Whether a decision is passed on: where all or no traces begin here, there was none to make.
     #[must_use]
     pub(super) fn draws(&self) -> bool {
         self.ratio > 0.0 && self.ratio < 1.0

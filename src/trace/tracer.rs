@@ -34,7 +34,7 @@ struct Shared {
     exporters: Mutex<Vec<Running>>,
 }
 
-/// A task that sends spans, and what tells it to end.
+/// A task that sends spans, and the signal for its end.
 #[derive(Debug)]
 struct Running {
     ends: Arc<Notify>,

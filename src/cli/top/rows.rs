@@ -1,4 +1,4 @@
-//! What each listener of a sidecar did between two of its statuses (`/status`). What is not there is not told.
+//! Rates of each listener of a sidecar, between two of its statuses (`/status`). Missing figures are left out.
 
 use serde_json::{Value, json};
 

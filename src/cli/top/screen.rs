@@ -81,7 +81,7 @@ impl Drop for Taken {
     }
 }
 
-/// Whoever reads may be gone: then there is nothing to give back.
+/// Errors are ignored: a terminal that is gone has nothing to restore.
 fn give_back() {
     let _ = disable_raw_mode();
     let _ = execute!(stdout(), LeaveAlternateScreen, Show);

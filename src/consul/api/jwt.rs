@@ -52,7 +52,7 @@ strict_wire! {
         pub request_timeout_ms: i64,
         pub cache_duration: GoDuration,
         pub fetch_asynchronously: bool,
-        /// Whether the server of the keys is told its name; it always is.
+        /// Whether the TLS handshake with the server of the keys has an SNI; it always has.
         #[serde(rename = "UseSNI")]
         pub use_sni: bool,
         pub retry_policy: Option<JwksRetryPolicy>,

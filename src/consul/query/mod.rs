@@ -143,7 +143,7 @@ impl RunningQuery {
     }
 
     /// Takes an answer, and passes it on if it is a new one. Says what is next, and whether it is the first answer
-    /// after a failure that tells of the agent being back.
+    /// after a failure, which shows that the agent is back.
     pub(super) async fn answered(&mut self, failures: &Failures, response: &Response) -> Result<(Done, bool), Gone> {
         let Some(sink) = self.sink.take() else {
             let back = self.recovered(response);
@@ -257,7 +257,7 @@ impl RunningQuery {
     }
 }
 
-/// What tells that an answer is to be fetched again. `tables` is whether table watches can be relied on.
+/// How a change of an answer is noticed. `tables` is whether table watches can be relied on.
 pub(super) fn role<T>(query: &mut Query<T>, tables: bool) -> Role {
     match (query.priority, query.flow, &query.table) {
         (Priority::Authorization, _, _) => Role::Authorization,

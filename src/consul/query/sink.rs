@@ -13,7 +13,7 @@ use super::super::{Answer, Error};
 pub enum Event<T> {
     /// The first value, or one that differs from the last.
     Value(Answer<T>),
-    /// The agent could not be asked, or refused, or answered rubbish. The query goes on, and tells of each failure.
+    /// The agent could not be asked, or refused, or answered rubbish. The query goes on, and reports each failure.
     /// The last value is as good as it was.
     Failed(Error),
 }
@@ -25,7 +25,7 @@ pub(super) type Sent = Pin<Box<dyn Future<Output = Result<(), Gone>> + Send>>;
 
 /// The receiver of a query's answers.
 pub(super) trait Sink: Send {
-    /// Makes a value of an answer; what sends it, and whether the query's table tells of all changes of it.
+    /// Makes a value of an answer; what sends it, and whether the query's table notices all changes of it.
     fn decode(&self, response: &Response) -> Result<(Sent, bool), String>;
 
     fn failed(&self, error: Error) -> Sent;

@@ -6,7 +6,7 @@ use super::Notes;
 use crate::access_log::{Format, Settings, Sink};
 use crate::consul::api;
 
-/// `None` when nothing is to be logged. A format that cannot be used is told of and replaced by the default.
+/// `None` when nothing is to be logged. A format that cannot be used is noted and replaced by the default.
 pub(super) fn settings(wire: Option<&api::AccessLogs>, notes: &mut Notes) -> Option<Settings> {
     let wire = wire.filter(|wire| wire.enabled)?;
     let sink = match (wire.kind.as_str(), wire.path.as_str()) {

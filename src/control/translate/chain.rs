@@ -50,7 +50,7 @@ pub(in crate::control) struct TargetPlan {
     pub(in crate::control) only_passing: bool,
     /// Empty, `none`, `local` or `remote`; it means something for other datacenters and partitions alone.
     pub(in crate::control) gateway_mode: String,
-    /// What tells its instances; `None` for a target that cannot be reached at all.
+    /// The query of its instances; `None` for a target that cannot be reached at all.
     pub(in crate::control) instances: Option<Query>,
 }
 

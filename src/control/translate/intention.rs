@@ -65,7 +65,7 @@ mod tests {
 
     use super::*;
 
-    /// Source and action of what becomes of one intention, and whether it was told of.
+    /// Source and action of what becomes of one intention, and whether it was noted.
     fn read(wire: Value) -> (Option<(String, Option<Action>)>, bool) {
         let mut notes = Notes::default();
         let wire: api::Intention = serde_json::from_value(wire).unwrap();

@@ -52,7 +52,7 @@ pub struct Balancer {
 /// State of a target.
 #[derive(Debug)]
 pub(super) struct Shared {
-    /// The target's id, and who is told of its limits and ejections.
+    /// The target's id, and the observer of its limits and ejections.
     pub(super) target: String,
     pub(super) stats: Arc<ClusterStats>,
     pub(super) observer: Observer,

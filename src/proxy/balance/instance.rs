@@ -237,7 +237,7 @@ impl State {
         }
     }
 
-    /// Counts a failure, and tells whether there are enough in a row for an ejection. Then the count begins anew.
+    /// Counts a failure, and returns whether there are enough in a row for an ejection. Then the count begins anew.
     pub(super) fn fails_too_often(&self, maximum: u32) -> bool {
         let enough = self.failures.fetch_add(1, Ordering::Relaxed) + 1 >= maximum;
         if enough {
@@ -246,7 +246,7 @@ impl State {
         enough
     }
 
-    /// Shuts the circuit and tells for how long: the base time for each ejection so far, at most 300 s (or the base
+    /// Opens the circuit and returns for how long: the base time for each ejection so far, at most 300 s (or the base
     /// time). Each interval since the last one ended takes one off, as in Envoy. The caller holds the target's lock.
     pub(super) fn eject(&self, now: u64, check: &PassiveHealthCheck, probe: bool) -> Duration {
         let healthy = now.saturating_sub(self.returned.load(Ordering::Relaxed)) / millis(check.interval).max(1);

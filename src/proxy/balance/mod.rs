@@ -5,7 +5,7 @@
 //!
 //! 1. [`Balancers::in_order`]: the targets, those that are up first.
 //! 2. [`Balancer::admit`]: a permit for each limit that it counts towards, held as long as it does.
-//! 3. [`Balancer::pick`]: an instance that was not tried yet. None: [`Balancer::no_endpoint_reason`] tells why.
+//! 3. [`Balancer::pick`]: an instance that was not tried yet. None: [`Balancer::no_endpoint_reason`] has the reason.
 //! 4. [`Picked::report`], or for a relayed connection [`Picked::connected`] or [`Picked::closed_unanswered`]: how it went. A
 //!    pick that is dropped without a word counts as nothing.
 //! 5. Hold the [`InFlight`] to the end of the connection or of the response's body.

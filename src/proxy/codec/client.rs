@@ -129,7 +129,7 @@ fn upload(body: ReplayBody, stream: SendStream<Bytes>) -> Option<Uploading> {
         return None;
     }
     let task = tokio::spawn(async move {
-        // Whoever waits for the response learns why.
+        // The task that waits for the response gets the error.
         let _ = outgoing.await;
     });
     Some(Uploading::new(task.abort_handle()))
@@ -256,7 +256,7 @@ impl Watch {
     /// Ready when the far end is taken to be gone.
     fn poll_dead(&mut self, cx: &mut Context<'_>, pings: &mut Pings, known: &Known) -> Poll<()> {
         if known.meter.open() == 0 {
-            // Whoever begins a stream has this polled.
+            // The task that begins a stream polls this.
             (self.round, self.answer_due) = (None, None);
             known.silent.store(false, Ordering::Relaxed);
             return Poll::Pending;

@@ -268,7 +268,7 @@ fn within(limit: usize, streams: usize) -> u32 {
     1 << each.ilog2()
 }
 
-/// Sends PINGs one at a time, for whoever wants one.
+/// Sends PINGs one at a time, for all measurements of a connection.
 pub(super) struct Pings {
     ping_pong: Option<h2::PingPong>,
     /// When the one was sent that is on its way.

@@ -124,7 +124,7 @@ impl Http1Validator {
         }
     }
 
-    /// Judges some of the bytes and tells how many.
+    /// Validates some of the bytes and returns how many.
     fn step(&mut self, bytes: &[u8]) -> Result<usize, &'static str> {
         match self.place {
             Place::Start | Place::Header | Place::ChunkSize | Place::Trailer => self.step_line(bytes),
@@ -213,7 +213,7 @@ impl Http1Validator {
 impl Head {
     /// Takes in one header line. Names and values as such are the codec's to check.
     fn take(&mut self, line: &[u8], upgrades: &Upgrades) -> Result<(), &'static str> {
-        // Nearly all names are told apart by their first letter.
+        // Nearly all names differ in their first letter.
         if !matches!(line.first(), Some(b'c' | b'C' | b't' | b'T' | b'u' | b'U')) {
             return Ok(());
         }

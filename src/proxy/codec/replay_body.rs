@@ -216,7 +216,7 @@ impl Shared {
         self.kept = Vec::new();
     }
 
-    /// Keeps a frame while there is room, and tells how many data frames were kept.
+    /// Keeps a frame while there is room, and returns how many data frames were kept.
     fn keep(&mut self, frame: &Frame<Bytes>) -> usize {
         if let Some(trailers) = frame.trailers_ref() {
             self.ended = true;
@@ -253,7 +253,7 @@ impl BodyProgress {
         }
     }
 
-    /// Lets nothing more of it through. Whoever sends it breaks off.
+    /// Lets nothing more of it through. The sender breaks off.
     pub fn cut(&self) {
         let mut shared = lock(&self.0);
         if shared.is_ended() {
@@ -267,7 +267,7 @@ impl BodyProgress {
         drop(source);
     }
 
-    /// Reads what nobody wants of it, up to `limit` bytes, and tells whether that was all. Nobody may be sending it.
+    /// Reads what nobody wants of it, up to `limit` bytes, and returns whether that was all. Nobody may be sending it.
     pub async fn drain(&self, limit: u64) -> bool {
         let mut left = limit;
         poll_fn(|cx| {

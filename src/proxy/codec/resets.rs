@@ -69,7 +69,7 @@ impl Resets {
     }
 }
 
-/// What a codec means by a reset, where it refuses something. Other reasons are our own, and told elsewhere.
+/// What a codec means by a reset, where it refuses something. Other reasons are our own, and reported elsewhere.
 fn refusal(reason: Reason) -> Option<&'static str> {
     Some(match reason {
         Reason::PROTOCOL_ERROR => {
@@ -106,7 +106,7 @@ mod tests {
         resets.breaks_off(1);
         resets.follow(&reset(Reason::PROTOCOL_ERROR));
         assert_eq!(resets.take(), None);
-        // The stream of that number was told of once.
+        // The stream of that number was reported once.
         resets.follow(&reset(Reason::PROTOCOL_ERROR));
         assert!(resets.take().is_some());
         for stream in 2..10_000 {

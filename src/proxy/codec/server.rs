@@ -134,7 +134,7 @@ impl Serving {
 
 /// Watches over a stream, as nothing of its response is asked for while the client takes nothing.
 pub(crate) trait Watch {
-    /// Ready once the stream must end. Whoever asks is woken when that changes.
+    /// Ready once the stream must end. The polling task is woken when that changes.
     fn poll_over(&self, cx: &mut Context<'_>) -> Poll<()>;
 
     /// There is nothing left to end.

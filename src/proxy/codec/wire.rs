@@ -136,7 +136,7 @@ impl Wire {
         self
     }
 
-    /// Whether the client speaks HTTP/2, as its first bytes tell. An end of the stream is an error.
+    /// Whether the client speaks HTTP/2, by its first bytes. An end of the stream is an error.
     ///
     /// # Errors
     /// Those of the socket.

@@ -55,7 +55,7 @@ pub(super) async fn gather(response: Response<Body>) -> Result<Response<Body>, F
     Ok(Response::from_parts(parts, Body::text(messages.freeze())))
 }
 
-/// The client has seen nothing of the response, so that it can be told.
+/// The client has seen nothing of the response yet, so that an error can be sent.
 fn refused(broken: Broken) -> Fault {
     match broken {
         Broken::Source(error) => Fault::new(Outcome::Reset, format!("the response broke off: {error}")),

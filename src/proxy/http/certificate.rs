@@ -1,4 +1,4 @@
-//! The element of `x-forwarded-client-cert` that tells the app who the peer is, as Envoy writes it under Consul.
+//! The element of `x-forwarded-client-cert` with the identity of the peer for the app, as Envoy writes it under Consul.
 
 use aws_lc_rs::digest::{SHA256, digest};
 use base64::Engine;

@@ -50,7 +50,7 @@ impl Plan {
     }
 }
 
-/// One connection of whoever checks or scrapes.
+/// One connection of a health check or scraper.
 pub(crate) struct Exposure {
     pub state: watch::Receiver<ListenerState<Plan>>,
     pub remote: Option<SocketAddr>,

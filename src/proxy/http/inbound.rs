@@ -44,7 +44,7 @@ pub(crate) struct Inbound {
     pub drain: drain::Watch,
     /// Connections to the local app.
     pub app: Arc<Pool>,
-    /// The element that tells the app who the peer is.
+    /// The element with the identity of the peer for the app.
     pub certificate: Option<HeaderValue>,
     /// Upgrades that its requests may ask for, as of its beginning.
     pub upgrades: Upgrades,
@@ -306,7 +306,7 @@ impl Part for InboundListener {
 /// Decides about a request as [`Inbound`] does, but for what the app would learn of the peer's certificate.
 ///
 /// # Errors
-/// The request is answered so, whoever sends it.
+/// The answer to a request that is refused whatever its source.
 pub(crate) fn rehearse<'a>(
     service: &'a Service,
     peer: &SpiffeId,

@@ -151,7 +151,7 @@ impl Head {
         }
     }
 
-    /// Another path, from a prefix rewrite. The app learns the original one as Envoy tells it.
+    /// Another path, from a prefix rewrite. The app gets the original one in Envoy's header.
     ///
     /// # Errors
     /// When it is none.
@@ -376,7 +376,7 @@ const KEPT_IF_NAMED: [HeaderName; 9] = [
     X_FORWARDED_CLIENT_CERT,
 ];
 
-/// HTTP/2 may split cookies over lines, which are one to whoever reads them (RFC 9113, 8.2.3).
+/// HTTP/2 may split cookies over lines, which readers take as one (RFC 9113, 8.2.3).
 fn join_cookies(headers: &mut HeaderMap) {
     let mut lines = headers.get_all(COOKIE).iter();
     if lines.next().is_none() || lines.next().is_none() {

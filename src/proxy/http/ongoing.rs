@@ -28,7 +28,7 @@ struct State {
     over: Option<Over>,
     /// There is nothing left to end.
     done: bool,
-    /// The client can be told of a denial in trailers.
+    /// A denial can be sent to the client in trailers.
     grpc: bool,
     task: Option<Waker>,
 }
@@ -103,7 +103,7 @@ impl Ongoing {
         self.state().over
     }
 
-    /// Whether that is to be told in trailers of gRPC.
+    /// Whether that is to be sent in trailers of gRPC.
     #[must_use]
     pub(crate) fn ends_in_trailers(&self) -> bool {
         self.state().grpc
@@ -141,7 +141,7 @@ impl Ongoing {
         }
     }
 
-    /// Ready once it must end. Whoever asks is woken when that changes.
+    /// Ready once it must end. The polling task is woken when that changes.
     pub(crate) fn poll_over(&self, cx: &mut Context<'_>) -> Poll<()> {
         let expired = {
             let mut state = self.state();

@@ -86,7 +86,7 @@ impl Outbound {
     ) -> Result<Response<Body>, Fault> {
         let client = request.extensions_mut().remove::<OnUpgrade>();
         let (parts, body) = request.into_parts();
-        // The target goes on as it came: whoever decides about the request normalises it.
+        // The target goes on as it came: the deciding sidecar normalises it.
         let intake =
             Intake { normalization: &Normalization::NONE, upgrades: &self.upgrades, service: &plan.upstream.name };
         let head = Head::check(parts, intake)?;

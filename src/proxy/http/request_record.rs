@@ -178,7 +178,7 @@ impl RequestRecorder {
         self.record.answer = Some(Outcome::Denied);
     }
 
-    /// The response broke off: it was not waited for any longer, or (`None`) whoever sent it failed to.
+    /// The response broke off: it was not waited for any longer, or (`None`) the sender failed.
     pub(crate) fn broken(&mut self, expired: Option<TimedOut>) {
         self.record.is_complete = true;
         self.record.outcome = match expired {
@@ -194,7 +194,7 @@ impl Drop for RequestRecorder {
     fn drop(&mut self) {
         let record = &mut self.record;
         if !record.is_complete {
-            // Not all was taken: whoever asked is gone.
+            // Not all was taken: the client is gone.
             record.outcome = Outcome::Aborted;
         }
         record.bytes_received = self.upload.as_ref().map_or(0, BodyProgress::received);

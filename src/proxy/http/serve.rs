@@ -280,7 +280,7 @@ fn begin(request: Request<Incoming>, http2: bool) -> (Request<ReplayBody>, Ongoi
 struct Http1 {
     /// What follows it was not looked at, as it may be of another protocol.
     leaves: bool,
-    /// The client waits to be told whether to send the body.
+    /// The client waits for `100 Continue` before it sends the body.
     expects: bool,
 }
 
@@ -411,7 +411,7 @@ struct Guard<'a, P> {
     departure: Departure,
     wire: Wire,
     terms: &'a Terms<P>,
-    /// What was refused has been told.
+    /// The refused request has been reported.
     refused: bool,
 }
 

@@ -23,7 +23,7 @@ pub(in crate::control) fn audits_all(entry: &api::ProxyDefaults) -> bool {
     Opaque::new(Some(&entry.config), "proxy-defaults").has(AUDIT)
 }
 
-/// Whether denials by intentions are told and let through. Whatever is not plainly true is false.
+/// Whether denied traffic is logged and let through. Anything but a plain `true` is false.
 pub(super) fn audit(config: Opaque<'_>, notes: &mut Notes) -> bool {
     config.switch(AUDIT, notes).unwrap_or(false)
 }
@@ -45,7 +45,7 @@ pub(super) fn tunnel(config: Opaque<'_>, notes: &mut Notes) -> Option<bool> {
     config.count("lictor_tunnel", notes).map(|on| on > 0)
 }
 
-/// Whether clients are told the rule that denies them, tcp only.
+/// Whether clients get the rule that denies them, tcp only.
 pub(super) fn share_denial_rule(config: Opaque<'_>, notes: &mut Notes) -> bool {
     config.count("lictor_share_denial_rule", notes).is_some_and(|on| on > 0)
 }

@@ -53,12 +53,12 @@ pub(in crate::control) struct PublicPlan {
     pub(in crate::control) max_connections: Option<usize>,
     /// Answers of ours say why in a header.
     pub(in crate::control) expose_cause: bool,
-    /// What intentions deny is told and let through: `lictor_intentions_audit`.
+    /// Denied traffic is logged and let through: `lictor_intentions_audit`.
     pub(in crate::control) audit: bool,
     pub(in crate::control) upgrades: Upgrades,
     /// Whether the tunnel is agreed to, tcp only: `lictor_tunnel`.
     pub(in crate::control) tunnel: bool,
-    /// Whether clients are told the rule that denies them, tcp only: `lictor_share_denial_rule`.
+    /// Whether clients get the rule that denies them, tcp only: `lictor_share_denial_rule`.
     pub(in crate::control) share_denial_rule: bool,
 }
 
@@ -74,7 +74,7 @@ pub(in crate::control) struct UpstreamPlan {
     pub(in crate::control) tunnel: bool,
 }
 
-/// What tells an upstream's targets.
+/// The source of an upstream's targets.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::control) enum Source {
     Chain(ChainQuery),

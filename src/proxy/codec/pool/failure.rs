@@ -26,7 +26,7 @@ enum Cause {
     Framing(&'static str),
 }
 
-/// Why there is no connection. All that waited for the same one are told the same.
+/// Why there is no connection. All tasks that waited for the same one get the same reason.
 #[derive(Debug, Clone)]
 pub enum NoConnection {
     Overflow(Overflow),

@@ -15,7 +15,7 @@ use crate::proxy::codec::{HEAD_SIZE, HEADERS, HTTP1_BUFFER};
 /// A connection of HTTP/1.
 pub(super) struct Http1 {
     pub sender: http1::SendRequest<ReplayBody>,
-    /// Where the codec ends, the socket is to be closed, whoever holds this.
+    /// Where the codec ends, the socket is to be closed, even if this is still held.
     pub wire: WeakWire,
 }
 

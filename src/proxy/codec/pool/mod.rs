@@ -60,7 +60,7 @@ impl Pool {
             match slot.dialling(pool_key) {
                 Some(Dial::Ours(waiters)) => break Some(waiters),
                 Some(Dial::Others(mut outcome)) => {
-                    // Without a word there is a connection, or whoever dialled gave up.
+                    // Without a reason there is a connection, or the dialling task gave up.
                     let _ = outcome.changed().await;
                     if let Some(why) = outcome.borrow().clone() {
                         return Err(why);

@@ -27,9 +27,9 @@ use crate::tls;
 /// State of a pool, shared by all workers.
 #[derive(Default)]
 pub(super) struct Count {
-    /// Connections, whoever uses them.
+    /// Connections of all workers.
     pub open: AtomicUsize,
-    /// Tells whoever waits that a connection or a stream is free.
+    /// Wakes tasks that wait for a free connection or stream.
     pub freed: Arc<Notify>,
 }
 
@@ -147,7 +147,7 @@ pub struct Dialled {
     pub open: Open,
 }
 
-/// Whoever finds no connection makes one, or waits for the one that is being made.
+/// A task that finds no connection makes one, or waits for the one that is being made.
 pub(super) enum Dial {
     Ours(watch::Sender<Option<NoConnection>>),
     Others(watch::Receiver<Option<NoConnection>>),
@@ -220,7 +220,7 @@ impl Slot {
         PoolReturn { pool_key: pool_key.clone(), slot: Arc::downgrade(self) }
     }
 
-    /// Others that wait are told when it is known how many streams there may be.
+    /// Other waiting tasks are woken when the limit of streams is known.
     async fn add_http2(
         self: &Arc<Self>,
         dialled: Dialled,
@@ -344,7 +344,7 @@ impl PooledConnection {
         match self.connection {
             Connection::Http1(mut connection, home) => {
                 let answered = connection.send(request);
-                // Whoever does not wait for the answer drops this.
+                // A task that does not wait for the answer drops this.
                 let mut lease = Lease { connection: Some(connection), home, unanswered: true };
                 let response = answered.await.map_err(Failed::http1)?;
                 // After an answer that is not to be passed on, nobody knows what comes next.
@@ -393,7 +393,7 @@ impl Drop for Lease {
     }
 }
 
-/// Whoever sent a request learns how the connection ended.
+/// The sender of a request gets the end of the connection.
 async fn run<T>(connection: impl Future<Output = T>, open: Open) {
     drop(connection.await);
     drop(open);
