@@ -14,7 +14,7 @@ pub fn channel() -> (Trigger, Watch) {
     let (stage, watched) = watch::channel(Stage::Running);
     let open = TaskTracker::new();
     let token = open.token();
-    (Trigger { stage, open }, Watch { stage: watched, _open: token })
+    (Trigger { stage, open }, Watch { stage: watched, open: token })
 }
 
 /// How far a drain has come.
@@ -41,7 +41,13 @@ pub struct Trigger {
 #[derive(Debug, Clone)]
 pub struct Watch {
     stage: watch::Receiver<Stage>,
-    _open: TaskTrackerToken,
+    open: TaskTrackerToken,
+}
+
+/// Is waited for without learning of the stages.
+#[derive(Debug)]
+pub struct Open {
+    _token: TaskTrackerToken,
 }
 
 /// Learns of the stages without being waited for.
@@ -75,6 +81,11 @@ impl Watch {
     #[must_use]
     pub fn observer(&self) -> Observer {
         Observer(self.stage.clone())
+    }
+
+    #[must_use]
+    pub fn into_open(self) -> Open {
+        Open { _token: self.open }
     }
 }
 

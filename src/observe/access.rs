@@ -10,7 +10,7 @@ use crate::access_log::{Record, Request, Response, Secrets, Upstream};
 
 /// Writes the line of a connection that carries bytes.
 pub(super) fn log_connection(record: &ConnectionRecord) {
-    let Some((log, start)) = &record.access_log else { return };
+    let Some((log, start)) = record.access_log.as_deref() else { return };
     let last = record.attempts.last().filter(|_| record.is_connected);
     let upstream = last.map(|attempt| Upstream {
         cluster: match record.direction() {
@@ -28,7 +28,7 @@ pub(super) fn log_connection(record: &ConnectionRecord) {
         bytes_sent: record.bytes_sent,
         connection_termination: (record.outcome != Outcome::Ended).then_some(Cow::Borrowed(&record.cause)),
         upstream,
-        downstream_local: record.info.local,
+        downstream_local: record.info.local.as_deref().copied(),
         downstream_remote: record.info.remote,
         peer: record.info.peer.as_deref(),
         would_be_denied_by: record.would_be_denied_by.as_deref(),
@@ -61,7 +61,7 @@ pub(super) fn log_request(record: &RequestRecord) {
         bytes_received: record.bytes_received,
         bytes_sent: record.bytes_sent,
         upstream: record.attempts.last().map(|attempt| Upstream { attempts, ..upstream(attempt) }),
-        downstream_local: record.connection.local,
+        downstream_local: record.connection.local.as_deref().copied(),
         downstream_remote: record.connection.remote,
         peer: record.connection.peer.as_deref(),
         would_be_denied_by: record.would_be_denied_by.as_deref(),

@@ -84,7 +84,7 @@ pub struct ConnectionInfo {
     /// Of the downstream. `None` for a Unix socket.
     pub remote: Option<SocketAddr>,
     /// Of ours; known where an access log is on.
-    pub local: Option<SocketAddr>,
+    pub local: Option<Box<SocketAddr>>,
     /// The authenticated identity of the downstream.
     pub peer: Option<Arc<SpiffeId>>,
     /// The numbers of that service.
@@ -109,6 +109,8 @@ pub struct ConnectionRecord {
     /// Plaintext from the downstream and to it, in bytes. Zero for a connection of requests.
     pub bytes_received: u64,
     pub bytes_sent: u64,
+    /// It has ended.
+    pub is_finished: bool,
     /// As long as it lasted; known at its end.
     pub duration: Duration,
     pub outcome: Outcome,
@@ -119,7 +121,7 @@ pub struct ConnectionRecord {
     /// The rule that would have, where audit mode let it through.
     pub would_be_denied_by: Option<Box<str>>,
     /// The access log that was on when it began to carry bytes, and when that was.
-    pub access_log: Option<(Arc<Active>, SystemTime)>,
+    pub access_log: Option<Box<(Arc<Active>, SystemTime)>>,
 }
 
 impl ConnectionRecord {
@@ -136,6 +138,7 @@ impl ConnectionRecord {
             upstream_peer: None,
             bytes_received: 0,
             bytes_sent: 0,
+            is_finished: false,
             duration: Duration::ZERO,
             outcome: Outcome::Aborted,
             cause: Cow::Borrowed("aborted"),

@@ -107,33 +107,36 @@ pub(super) fn drained() -> Fault {
 
 /// Ends when an open connection must. `audited` and the record of the connection get what audit mode lets go on, and the
 /// reason of the denial.
-pub(super) async fn revoked(
+#[expect(clippy::manual_async_fn, reason = "the future of an async fn has room for each argument twice")]
+pub(super) fn revoked(
     state: &mut watch::Receiver<ListenerState<InboundListener>>,
     peer: &SpiffeId,
     audited: &Audited,
     record: &mut Record,
-) -> Revoked {
-    loop {
-        if state.changed().await.is_err() {
-            return Revoked::Drained;
-        }
-        let (service, stage) = {
-            let now = state.borrow_and_update();
-            (Arc::clone(&now.config.service), now.stage)
-        };
-        if stage >= Stage::Closing {
-            return Revoked::Drained;
-        }
-        match verdict(&service, &service.intentions.decide(peer)) {
-            Verdict::Allowed => {}
-            Verdict::WouldDeny(reason) => {
-                audited.log(peer, &service.name, "open connection", &reason);
-                record.would_revoke(reason);
+) -> impl Future<Output = Revoked> {
+    async move {
+        loop {
+            if state.changed().await.is_err() {
+                return Revoked::Drained;
             }
-            Verdict::Denied(reason) => return Revoked::Denied(service, reason),
-        }
-        if service.protocol.is_http() {
-            return Revoked::CarriesRequests;
+            let (service, stage) = {
+                let now = state.borrow_and_update();
+                (Arc::clone(&now.config.service), now.stage)
+            };
+            if stage >= Stage::Closing {
+                return Revoked::Drained;
+            }
+            match verdict(&service, &service.intentions.decide(peer)) {
+                Verdict::Allowed => {}
+                Verdict::WouldDeny(reason) => {
+                    audited.log(peer, &service.name, "open connection", &reason);
+                    record.would_revoke(reason);
+                }
+                Verdict::Denied(reason) => return Revoked::Denied(service, reason),
+            }
+            if service.protocol.is_http() {
+                return Revoked::CarriesRequests;
+            }
         }
     }
 }

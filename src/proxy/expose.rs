@@ -18,7 +18,7 @@ pub(super) const CONNECTIONS: usize = 256;
 /// Serves one connection, whose requests have a task of their own.
 pub(super) async fn serve(accepted: Accepted<Plan>, observer: Observer, places: Arc<Places>, log_limit: LogLimit) {
     let Accepted { socket, remote, state, drain, stats } = accepted;
-    let local = if observer.access_log().is_on() { socket.local_address() } else { None };
+    let local = if observer.access_log().is_on() { socket.local_address().map(Box::new) } else { None };
     let listener = Listener::Exposed(Arc::clone(&state.borrow().config.exposed));
     let mut record =
         Record::accepted(&observer, ConnectionInfo { listener, stats, remote, local, peer: None, caller: None });

@@ -97,7 +97,7 @@ struct Proxy<'a> {
     starter: Starter<'a>,
     clock: Clock,
     observer: Observer,
-    inbound: inbound::Shared,
+    inbound: Arc<inbound::Shared>,
     listeners: Listeners,
     log_limits: LogLimits,
     memory: Memory,
@@ -119,7 +119,7 @@ impl<'a> Proxy<'a> {
         Self {
             starter: Starter::new(workers, observer.clone(), drain),
             clock: observer.clock(),
-            inbound: inbound::Shared::new(observer.clone(), &log_limits),
+            inbound: Arc::new(inbound::Shared::new(observer.clone(), &log_limits)),
             log_limits,
             observer,
             listeners: Listeners::default(),
@@ -145,8 +145,8 @@ impl<'a> Proxy<'a> {
         // What others wait for comes before hundreds of upstreams.
         if !inbound_drains {
             inbound.run(&snapshot.inbound, &mut self.starter, || {
-                let shared = self.inbound.clone();
-                move |accepted| inbound::serve(accepted, shared.clone())
+                let shared = Arc::clone(&self.inbound);
+                move |accepted| inbound::serve(accepted, Arc::clone(&shared))
             });
             exposed.run(&snapshot.exposed, &mut self.starter, || {
                 let (observer, log_limit) = (observer.clone(), self.log_limits.inbound.clone());

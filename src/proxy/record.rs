@@ -15,7 +15,6 @@ pub(super) struct Record {
     observer: Observer,
     /// Boxed, as it goes from task to task with its connection.
     record: Box<ConnectionRecord>,
-    finished: bool,
 }
 
 impl Record {
@@ -24,7 +23,7 @@ impl Record {
     pub(super) fn accepted(observer: &Observer, info: ConnectionInfo) -> Self {
         let record = Box::new(ConnectionRecord::new(info));
         observer.observe(Event::ConnectionAccepted(&record));
-        Self { observer: observer.clone(), record, finished: false }
+        Self { observer: observer.clone(), record }
     }
 
     pub(super) fn observer(&self) -> &Observer {
@@ -55,7 +54,7 @@ impl Record {
 
     /// It carries bytes from here on, and has a line in the access log, if one is on.
     pub(super) fn carries_bytes(&mut self) {
-        self.record.access_log = self.observer.active_access_log().map(|log| (log, SystemTime::now()));
+        self.record.access_log = self.observer.active_access_log().map(|log| Box::new((log, SystemTime::now())));
     }
 
     /// An attempt that is over, or given up.
@@ -115,7 +114,7 @@ impl Record {
 
     /// `cause` is one sentence.
     pub(super) fn finish(&mut self, outcome: Outcome, cause: impl Into<Cow<'static, str>>) {
-        self.finished = true;
+        self.record.is_finished = true;
         self.record.outcome = outcome;
         self.record.cause = cause.into();
         self.record.duration = self.record.started.elapsed();
@@ -125,7 +124,7 @@ impl Record {
 
 impl Drop for Record {
     fn drop(&mut self) {
-        if !self.finished {
+        if !self.record.is_finished {
             self.finish(Outcome::Aborted, "aborted");
         }
     }

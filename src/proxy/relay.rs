@@ -17,7 +17,7 @@ use super::outcome::{Fault, Outcome};
 use super::relayed::Relayed;
 use super::socket::Socket;
 use crate::stats::{ClusterStats, ListenerStats};
-use crate::tls::{Scratch, Stream, with_scratch};
+use crate::tls::{Leftover, Scratch, Stream, with_scratch};
 
 /// Time without a byte after which a connection counts as idle.
 const REST: Duration = Duration::from_millis(100);
@@ -45,7 +45,7 @@ struct Direction {
     source: Side,
     phase: Phase,
     /// Read, and not yet taken by a sink that keeps nothing itself.
-    left: Vec<u8>,
+    left: Leftover,
     /// Bytes of plaintext.
     moved: u64,
 }
@@ -237,7 +237,7 @@ impl Relay {
 
 impl Direction {
     fn of(source: Side) -> Self {
-        Self { source, phase: Phase::Flowing, left: Vec::new(), moved: 0 }
+        Self { source, phase: Phase::Flowing, left: Leftover::default(), moved: 0 }
     }
 
     /// One turn. Ready means that another turn may find something to do.

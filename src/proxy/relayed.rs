@@ -6,7 +6,7 @@ use std::task::{Context, Poll};
 
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use crate::tls::{Piece, Scratch};
+use crate::tls::{Leftover, Piece, Scratch};
 
 /// One side of a relay. A plain stream is one, and so is [`super::tunnel::MeshStream`].
 ///
@@ -34,7 +34,7 @@ pub(super) trait Relayed {
     ///
     /// # Errors
     /// Those of this side.
-    fn poll_left(&mut self, cx: &mut Context<'_>, left: &mut Vec<u8>) -> Poll<io::Result<()>>;
+    fn poll_left(&mut self, cx: &mut Context<'_>, left: &mut Leftover) -> Poll<io::Result<()>>;
 
     /// Writes a piece that is not empty, and keeps what is not taken at once. Not to be called while it is blocked.
     ///
@@ -45,7 +45,7 @@ pub(super) trait Relayed {
         cx: &mut Context<'_>,
         scratch: &mut Scratch,
         piece: Piece,
-        left: &mut Vec<u8>,
+        left: &mut Leftover,
     ) -> io::Result<()>;
 
     /// Ends the direction to it, behind what has been written; [`Relayed::poll_end`] sends that.
@@ -78,13 +78,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Relayed for S {
     }
 
     #[inline]
-    fn poll_left(&mut self, cx: &mut Context<'_>, left: &mut Vec<u8>) -> Poll<io::Result<()>> {
+    fn poll_left(&mut self, cx: &mut Context<'_>, left: &mut Leftover) -> Poll<io::Result<()>> {
         let sent = poll_write_all(cx, self, left)?;
         if sent < left.len() {
-            left.drain(..sent);
+            left.advance(sent);
             return Poll::Pending;
         }
-        *left = Vec::new();
+        *left = Leftover::default();
         Pin::new(self).poll_flush(cx)
     }
 
@@ -94,7 +94,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Relayed for S {
         cx: &mut Context<'_>,
         scratch: &mut Scratch,
         piece: Piece,
-        left: &mut Vec<u8>,
+        left: &mut Leftover,
     ) -> io::Result<()> {
         let plaintext = scratch.plaintext(piece);
         let sent = poll_write_all(cx, self, plaintext)?;

@@ -35,7 +35,7 @@ use tokio::time::{Instant, timeout_at};
 use super::relayed::Relayed;
 use super::socket::Socket;
 use super::workers;
-use crate::tls::{Client, Piece, ReadSide, Scratch, SpiffeId, Stream, with_scratch};
+use crate::tls::{Client, Leftover, Piece, ReadSide, Scratch, SpiffeId, Stream, with_scratch};
 
 mod incoming;
 mod refusal;
@@ -55,7 +55,7 @@ pub struct MeshStream<IO> {
 struct Framing {
     incoming: Incoming,
     /// Of the connection, and read together with the answer that it may begin.
-    early: Vec<u8>,
+    early: Leftover,
     /// Our direction has ended with [`END`], or none has begun.
     ended: bool,
 }
@@ -77,7 +77,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> MeshStream<IO> {
     pub fn new(tls: Stream<IO>, role: Role) -> Self {
         let framing = tls.alpn().and_then(Version::agreed).map(|version| Framing {
             incoming: Incoming::new(role, version),
-            early: Vec::new(),
+            early: Leftover::default(),
             ended: version.asks(),
         });
         Self { framing, tls }
@@ -213,7 +213,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Relayed for MeshStream<IO> {
             return Poll::Ready(Ok(scratch.opened_piece(head)));
         };
         if !framing.incoming.phase.is_open() || !framing.early.is_empty() {
-            return Poll::Ready(Ok(scratch.put_opened(&std::mem::take(&mut framing.early), head)));
+            return Poll::Ready(Ok(scratch.put_opened(&framing.early.take(), head)));
         }
         ready!(framing.poll_open(&mut self.tls, cx, scratch, head))?;
         Poll::Ready(Ok(scratch.opened_piece(head)))
@@ -229,7 +229,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Relayed for MeshStream<IO> {
 
     /// The session keeps what it has sealed.
     #[inline]
-    fn poll_left(&mut self, cx: &mut Context<'_>, _: &mut Vec<u8>) -> Poll<io::Result<()>> {
+    fn poll_left(&mut self, cx: &mut Context<'_>, _: &mut Leftover) -> Poll<io::Result<()>> {
         self.tls.poll_flush(cx)
     }
 
@@ -239,7 +239,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Relayed for MeshStream<IO> {
         cx: &mut Context<'_>,
         scratch: &mut Scratch,
         piece: Piece,
-        _: &mut Vec<u8>,
+        _: &mut Leftover,
     ) -> io::Result<()> {
         // What is read in one turn is far less than the number can say.
         let header = u32::try_from(piece.len()).unwrap_or(START).to_be_bytes();
@@ -313,7 +313,8 @@ impl Framing {
                     Poll::Ready(io::Result::Ok(scratch.opened.clone()))
                 })
             });
-            self.early = early.await?;
+            let early = early.await?;
+            self.early.keep(early);
         }
         Ok(())
     }

@@ -44,7 +44,7 @@ pub use policy::{Parameters, Policy, Versions, is_known_suite};
 pub use refusal::{Alert, HandshakeError, PeerError, Refused};
 pub use sides::{Client, Server};
 pub use spiffe::{NotAService, SpiffeId};
-pub use stream::{Piece, ReadSide, Scratch, Stream, with_scratch};
+pub use stream::{Leftover, Piece, ReadSide, Scratch, Stream, with_scratch};
 pub use verify::Peer;
 
 use certificate::{Certificate, Validity};

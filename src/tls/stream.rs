@@ -8,6 +8,7 @@
 use std::cell::RefCell;
 use std::future::poll_fn;
 use std::io;
+use std::ops::{Deref, DerefMut};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
@@ -61,6 +62,51 @@ impl Piece {
     #[must_use]
     pub fn is_empty(self) -> bool {
         self.len() == 0
+    }
+}
+
+/// Bytes that are left over now and then. Without any it is a pointer that is null, as it is on an idle connection.
+#[derive(Debug, Default)]
+#[expect(clippy::box_collection, reason = "a vector takes three times as much where there is none")]
+pub struct Leftover(Option<Box<Vec<u8>>>);
+
+impl Leftover {
+    pub fn extend_from_slice(&mut self, bytes: &[u8]) {
+        if !bytes.is_empty() {
+            self.0.get_or_insert_default().extend_from_slice(bytes);
+        }
+    }
+
+    /// Keeps these instead.
+    pub fn keep(&mut self, bytes: Vec<u8>) {
+        self.0 = (!bytes.is_empty()).then(|| Box::new(bytes));
+    }
+
+    #[must_use]
+    pub fn take(&mut self) -> Vec<u8> {
+        self.0.take().map_or_else(Vec::new, |bytes| *bytes)
+    }
+
+    /// Drops the first `count` bytes.
+    pub fn advance(&mut self, count: usize) {
+        let mut bytes = self.take();
+        bytes.drain(..count);
+        self.keep(bytes);
+    }
+}
+
+impl Deref for Leftover {
+    type Target = [u8];
+
+    #[inline]
+    fn deref(&self) -> &[u8] {
+        self.0.as_deref().map_or(&[], Vec::as_slice)
+    }
+}
+
+impl DerefMut for Leftover {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        self.0.as_deref_mut().map_or(&mut [], Vec::as_mut_slice)
     }
 }
 
@@ -145,11 +191,11 @@ pub struct Stream<IO> {
     pub io: IO,
     pub(super) session: Session,
     /// The beginning of a record whose rest has not come yet.
-    incoming: Vec<u8>,
+    incoming: Leftover,
     /// Opened before anybody read it: what came in the same flight as the end of the handshake.
-    plain: Vec<u8>,
+    plain: Leftover,
     /// Sealed, and not yet taken by the socket.
-    outgoing: Vec<u8>,
+    outgoing: Leftover,
     /// How much of `outgoing` the socket has taken.
     sent: usize,
     /// The socket took less than it was given: nothing is sealed until it is writable again.
@@ -215,13 +261,14 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
         let mut stream = Self {
             io,
             session,
-            incoming,
-            plain: Vec::new(),
-            outgoing: Vec::new(),
+            incoming: Leftover::default(),
+            plain: Leftover::default(),
+            outgoing: Leftover::default(),
             sent: 0,
             blocked: false,
             read: ReadSide::Open,
         };
+        stream.incoming.keep(incoming);
         let mut received = stream.session.is_client() || !stream.incoming.is_empty();
         let shaken = poll_fn(|cx| with_scratch(|scratch| stream.poll_shake(cx, scratch, &mut received))).await;
         if let Err(HandshakeError::Tls(_)) = shaken {
@@ -240,12 +287,12 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
         received: &mut bool,
     ) -> Poll<Result<(), HandshakeError>> {
         loop {
-            let mut held = std::mem::take(&mut self.incoming);
+            let (mut held, mut outgoing) = (self.incoming.take(), self.outgoing.take());
             let mut keep = |payload: &[u8]| self.plain.extend_from_slice(payload);
-            let opened = self.session.receive(&mut held, &mut keep, &mut self.outgoing);
+            let opened = self.session.receive(&mut held, &mut keep, &mut outgoing);
+            self.outgoing.keep(outgoing);
             let (used, next) = opened.map_err(HandshakeError::Tls)?;
-            // Nothing is held most of the time, and then no memory either.
-            self.incoming = if used == held.len() { Vec::new() } else { held.split_off(used) };
+            self.incoming.keep(held.split_off(used));
             match next {
                 Next::Established => return Poll::Ready(Ok(())),
                 // A client with little to send may end its direction in one flight with its handshake.
@@ -316,7 +363,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
     ) -> Poll<io::Result<()>> {
         scratch.clear_opened(head);
         if !self.plain.is_empty() {
-            take(&mut scratch.opened, &std::mem::take(&mut self.plain));
+            take(&mut scratch.opened, &self.plain.take());
             return Poll::Ready(Ok(()));
         }
         let held = self.incoming.len();
@@ -346,13 +393,14 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
         scratch.wire[..held].copy_from_slice(&self.incoming);
         let wire = &mut scratch.wire[..held + read];
         let mut take = |payload: &[u8]| take(&mut scratch.opened, payload);
-        let opened = self.session.receive(wire, &mut take, &mut self.outgoing);
+        let mut outgoing = self.outgoing.take();
+        let opened = self.session.receive(wire, &mut take, &mut outgoing);
+        self.outgoing.keep(outgoing);
         let (used, next) = opened.map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
         if next == Next::PeerClosed {
             self.read = ReadSide::Closed;
         }
-        // Nothing is held most of the time, and then no memory either.
-        self.incoming = if used == wire.len() { Vec::new() } else { wire[used..].to_vec() };
+        self.incoming.keep(wire[used..].to_vec());
         Ok(())
     }
 
@@ -397,7 +445,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
 
     fn seal(&mut self, cx: &mut Context<'_>, room: &mut [u8], plain: &[u8]) -> io::Result<()> {
         if self.has_outgoing() {
-            self.session.seal_behind(Emit::Data(plain), &mut self.incoming, &mut self.outgoing)?;
+            self.seal_behind(Emit::Data(plain))?;
             let _ = self.poll_flush(cx)?;
             return Ok(());
         }
@@ -412,7 +460,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
                 Poll::Ready(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Poll::Ready(count) => sealed = &sealed[count..],
                 Poll::Pending => {
-                    self.outgoing = sealed.to_vec();
+                    self.outgoing.keep(sealed.to_vec());
                     self.blocked = true;
                     break;
                 }
@@ -436,7 +484,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
                 }
             }
         }
-        self.outgoing = Vec::new();
+        self.outgoing = Leftover::default();
         self.sent = 0;
         self.blocked = false;
         Poll::Ready(Ok(()))
@@ -445,7 +493,15 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
     /// Queues the `close_notify` that ends our direction; [`Stream::poll_flush`] sends it.
     pub fn close(&mut self) {
         // A session that can't say goodbye any more has nothing left to say.
-        let _ = self.session.seal_behind(Emit::Close, &mut self.incoming, &mut self.outgoing);
+        let _ = self.seal_behind(Emit::Close);
+    }
+
+    /// Seals `what` behind what is outgoing.
+    fn seal_behind(&mut self, what: Emit<'_>) -> io::Result<()> {
+        let mut outgoing = self.outgoing.take();
+        let sealed = self.session.seal_behind(what, &mut self.incoming, &mut outgoing);
+        self.outgoing.keep(outgoing);
+        sealed
     }
 }
 

@@ -78,7 +78,7 @@ impl<'a> Known<'a> {
                 transport_failure: None,
                 attempts: 1,
             }),
-            downstream_local: self.connection.local,
+            downstream_local: self.connection.local.as_deref().copied(),
             downstream_remote: self.connection.remote,
             ..Record::new(self.start)
         }

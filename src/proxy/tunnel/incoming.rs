@@ -1,6 +1,6 @@
 //! The messages of a tunnel as they come in, and the versions that say which there are. docs/tunnel.md specifies them.
 
-use crate::tls::{TUNNEL, TUNNEL_1, TUNNEL_2};
+use crate::tls::{Leftover, TUNNEL, TUNNEL_1, TUNNEL_2};
 
 /// Header of no data: the end of one direction of the connection.
 pub(super) const END: u32 = 0;
@@ -54,7 +54,7 @@ pub(super) struct Incoming {
     /// Bytes of the connection that are still to come of this piece.
     left: u32,
     /// At the client: why the server refuses, [`REASON`] bytes at most.
-    reason: Vec<u8>,
+    reason: Leftover,
 }
 
 /// How far the peer's direction has come.
@@ -94,12 +94,12 @@ impl Phase {
 impl Incoming {
     pub(super) fn new(role: Role, version: Version) -> Self {
         let phase = if version.asks() { Phase::Ended } else { Phase::Carrying };
-        Self { role, version, phase, header: [0; HEADER], begun: 0, left: 0, reason: Vec::new() }
+        Self { role, version, phase, header: [0; HEADER], begun: 0, left: 0, reason: Leftover::default() }
     }
 
     /// Why the server refuses, once all of the reason has come.
     pub(super) fn reason(&self) -> Option<&[u8]> {
-        (self.phase == Phase::Refused).then_some(&self.reason)
+        (self.phase == Phase::Refused).then_some(&*self.reason)
     }
 
     /// Appends to `opened` what of `payload` is the connection's.
