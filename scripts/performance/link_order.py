@@ -3,6 +3,7 @@
 
 import argparse
 import collections
+import itertools
 import os
 import re
 import signal
@@ -13,13 +14,15 @@ import time
 from context import Context
 from peers import ConsulPeer
 
-# A module of which so much runs is taken whole, which holds for the functions that it gets later, too.
-WHOLE = 0.75
-# Longer names differ in their generic arguments alone.
-LONGEST = 140
-HASH = re.compile(r"17h[0-9a-f]{16}E(\.llvm\.\d+)?$")
+# Names that begin alike, such as those of a module, are taken together where so much of their bytes runs. That holds for functions
+# that come later, too.
+WHOLE = 0.9
 # What a section's name may be in a linker script without quotes.
 PLAIN = re.compile(r"^[\w.$*]+$")
+# Parts of a name as rustc mangles it (its RFC 2603). Hashes of crates, numbers of implementations and back references change with versions.
+IDENTIFIER = re.compile(r"u?(0|[1-9]\d*)")
+CHANGING = re.compile(r"([CMX]s|B)[0-9A-Za-z]*_")
+OTHER = re.compile(r"[sLG][0-9A-Za-z]*_|K[a-z]n?[0-9a-f]*_|.")
 
 
 def main():
@@ -80,57 +83,54 @@ def sizes(program):
     return {r[3]: int(r[1], 16) for r in rows if len(r) == 4 and r[1] and r[2] in "tTwW"}
 
 
-def without_hash(name):
-    return HASH.sub("", name)
-
-
-def modules(name):
-    """The modules that a name is in, the outermost first, each as the beginning of the names in it."""
-    if not name.startswith("_ZN"):
-        return
-    prefix, rest = "_ZN", name[3:]
-    while m := re.match(r"(\d+)", rest):
-        end = len(m[1]) + int(m[1])
-        prefix, rest = prefix + rest[:end], rest[end:]
-        if rest and rest[0].isdigit():
-            yield prefix
+def parts(name):
+    """A name in parts, of which those that change from build to build match any (`*`)."""
+    if not name.startswith("_R"):
+        return [re.sub(r"aws_lc_\d+_\d+_\d+_", "aws_lc_*_", name)]
+    found, at = ["_R"], 2
+    name = name.split(".")[0]
+    while at < len(name):
+        if m := IDENTIFIER.match(name, at):
+            separated = m[1] != "0" and name[m.end() : m.end() + 1] == "_"
+            end = m.end() + separated + int(m[1])
+            found.append(name[at:end])
+        elif m := CHANGING.match(name, at):
+            end = m.end()
+            found.append(m[1] + "*_")
+        else:
+            m = OTHER.match(name, at)
+            end = m.end()
+            found.append(m[0])
+        at = end
+    return found
 
 
 def patterns(symbols, ran):
-    """Patterns of names with the share of their bytes that runs. A hash, and the version of aws-lc, match any."""
+    """Patterns of names with the share of their bytes that runs."""
     all_of, run_of = collections.Counter(), collections.Counter()
+    beginnings = {name: list(itertools.accumulate(parts(name))) for name in symbols}
     for name, size in symbols.items():
-        for part in {without_hash(name), *modules(without_hash(name))}:
-            all_of[part] += size
-            run_of[part] += size * (name in ran)
+        for beginning in beginnings[name]:
+            all_of[beginning] += size
+            run_of[beginning] += size * (name in ran)
     found = {}
     for name in symbols.keys() & ran:
-        base = without_hash(name)
-        whole = next((m for m in modules(base) if run_of[m] >= WHOLE * all_of[m]), None)
-        if whole:
-            found[whole + "*"] = 1
-        else:
-            found[pattern(base, base != name)] = run_of[base] / all_of[base]
+        *shorter, whole = beginnings[name]
+        share = {beginning: run_of[beginning] / all_of[beginning] for beginning in beginnings[name]}
+        taken = next((beginning for beginning in shorter if share[beginning] >= WHOLE), whole)
+        found[taken if taken == whole and "." not in name else taken + "*"] = share[taken]
     return {p: share for p, share in found.items() if PLAIN.match(p)}
-
-
-def pattern(name, hashed):
-    """Matches the name whatever the versions of aws-lc and of the standard library."""
-    name = re.sub(r"aws_lc_\d+_\d+_\d+_", "aws_lc_*_", re.sub(r"Cs[0-9A-Za-z]+_", "Cs*_", name))
-    if len(name) > LONGEST:
-        return name[:LONGEST] + "*"
-    return name + ("17h*" if hashed else "")
 
 
 def script(groups):
     """Groups in order; in each, first what runs most of itself."""
-    parts = ["/* Written by scripts/link-order. */\nSECTIONS\n{\n"]
+    text = ["/* Written by scripts/link-order. */\nSECTIONS\n{\n"]
     for name, group in zip((".text.at_start", ".text.with_traffic"), groups):
         ordered = sorted(group, key=lambda p: (-round(group[p], 1), p))
-        lines = "".join(f"    *(.text*.{p})\n" for p in ordered)
-        parts.append(f"  {name} :\n  {{\n{lines}  }}\n")
+        lines = "".join(f"    *(.text.{p})\n" for p in ordered)
+        text.append(f"  {name} :\n  {{\n{lines}  }}\n")
     # A release has no symbols and aborts when it panics: nothing reads the tables for unwinding.
-    return "".join(parts) + "  /DISCARD/ : { *(.eh_frame) }\n}\nINSERT BEFORE .text;\n"
+    return "".join(text) + "  /DISCARD/ : { *(.eh_frame) }\n}\nINSERT BEFORE .text;\n"
 
 
 if __name__ == "__main__":
