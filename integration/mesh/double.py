@@ -18,6 +18,8 @@ RECORDED = pathlib.Path(__file__).resolve().parent.parent / "recorded"
 # Parameters that say how to answer, not what is asked.
 HOW = ("index", "wait", "hash", "stale", "dc", "ns", "partition", "compile-dc")
 LONGEST_WAIT = 300.0
+# In every answer of an agent since 1.9.
+POLICY = "X-Consul-Default-ACL-Policy"
 
 
 def recordings():
@@ -51,7 +53,7 @@ class Double:
         self.recording, self.ports, self.port = recording, ports, ports["agent"]
         self._issuer, self._keys_port = issuer, keys_port
         self.authority = Authority(recording.trust_domain)
-        self._identities, self._answers, self._index = {}, {}, 1
+        self._identities, self._answers, self._index, self._policy = {}, {}, 1, {}
         self._changed = threading.Condition()
         self.unknown = []
         double = self
@@ -99,6 +101,7 @@ class Double:
             text = text.replace(f'"@{name}@"', str(port)).replace(f"@{name}@", str(port))
         answers = json.loads(filled(text, self._issuer, self._keys_port))
         with self._changed:
+            self._policy = {POLICY: default}
             self._index += 1
             for key, answer in answers.items():
                 before = self._answers.get(key)
@@ -128,7 +131,7 @@ class Double:
         answer, index = now["answer"], str(now["index"])
         body = answer["body"] if isinstance(answer["body"], str) else json.dumps(answer["body"])
         headers = {"X-Consul-ContentHash": index} if by_hash else {"X-Consul-Index": index}
-        return answer["status"], {**headers, **answer.get("headers", {})}, body.encode()
+        return answer["status"], {**self._policy, **headers, **answer.get("headers", {})}, body.encode()
 
     def _table(self, key):
         """What an agent's index tells of a whole table: of nodes, services and checks here, of config entries there."""
