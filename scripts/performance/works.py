@@ -23,7 +23,8 @@ def must_have_worked(pair, r, per=None):
         return
     n = per or 1
     for k in ("cpu_client", "cpu_server"):
-        if r[k] / n < 1e-6:
+        # A sidecar that gathers many messages into one write takes less than a microsecond for each.
+        if r[k] / n < 1e-7:
             raise Bad(f"{k} hardly moved: the traffic did not pass this sidecar")
 
 
