@@ -1,5 +1,6 @@
 """The environment of a measurement: a directory, the origin, agents, and the load generator."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ import time
 
 from agent import Agent
 from proof import http_get
-from system import HZ, Bad, Ports, Procs, alive, cpu, listening, machine_ticks, now, usersys
+from system import HZ, Bad, Ports, Procs, alive, cpu, keep_to, listening, machine_ticks, now, usersys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -45,6 +46,25 @@ class Context:
             if now() > end:
                 raise Bad("origin did not start")
             time.sleep(0.01)
+
+    @contextlib.contextmanager
+    def agent_apart(self, agent):
+        """The agent and this program on one core, load, origin and sidecars that are started meanwhile on another: what the agent
+        does takes no CPU from them, whichever peer it is for."""
+        allowed, pins = sorted(os.sched_getaffinity(0)), (self.pin_proxy, self.pin_load)
+        if len(allowed) < 2:
+            yield
+            return
+        try:
+            self.pin_proxy = self.pin_load = {allowed[1]}
+            for pid, core in ((os.getpid(), allowed[0]), (agent.proc.pid, allowed[0]), (self.origin.pid, allowed[1])):
+                keep_to(pid, {core})
+            yield
+        finally:
+            self.pin_proxy, self.pin_load = pins
+            for pid in (os.getpid(), agent.proc.pid):
+                keep_to(pid, allowed)
+            keep_to(self.origin.pid, self.pin_load or allowed)
 
     def t(self, seconds):
         return seconds * self.args.time_scale

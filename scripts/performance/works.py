@@ -438,6 +438,12 @@ def requests_amid_changes(ctx, peer, _):
     pair = peer.prepare("http")
     pair.listen, pair.followed = "0.0.0.0", True
     load = lambda: http_out(pair, ctx.run_load(["http", pair.upstream, 64, ctx.t(4), 1024, ctx.args.rate], pair))
+    # Otherwise the agent decides, which all peers have the same work for: on its cores a request waits for a slice of time.
+    with ctx.agent_apart(pair.agent):
+        return amid_changes(ctx, peer, pair, load)
+
+
+def amid_changes(ctx, peer, pair, load):
     try:
         peer.start_server(pair)
         peer.start_client(pair)
