@@ -1,5 +1,6 @@
 """Waits that poll and have a bound."""
 
+import http.client
 import time
 
 # Long enough for a busy machine, short enough to notice. Scenarios give their own where the bound is what they are about.
@@ -13,7 +14,8 @@ class NotInTime(AssertionError):
 def eventually(condition, within=TEST_TIMEOUT, what=None, every=0.02):
     """Calls `condition` until it is true, and returns what it returned.
 
-    A condition that raises `OSError` or `AssertionError` counts as not yet true; the last such error is in the message.
+    A condition that raises `OSError`, `AssertionError` or `HTTPException` (an answer that is cut, as by a deny that comes meanwhile) counts
+    as not yet true; the last such error is in the message.
     """
     deadline = time.monotonic() + within
     while True:
@@ -21,7 +23,7 @@ def eventually(condition, within=TEST_TIMEOUT, what=None, every=0.02):
         try:
             if value := condition():
                 return value
-        except (OSError, AssertionError) as error:
+        except (OSError, AssertionError, http.client.HTTPException) as error:
             last = error
         if time.monotonic() > deadline:
             raise NotInTime(f"not within {within:g} s: {what or condition.__name__}" + (f" ({last!r})" if last else ""))
