@@ -109,7 +109,9 @@ impl HeldBack {
     /// Keeps the queries that wait; gives the rest.
     pub(super) fn hold(&mut self, mut wants: Vec<Want>, now: Instant) -> Vec<Want> {
         let waits = |want: &Want| matches!(want, Want::Start(query) if query.is_about_upstreams());
-        if self.is_over || wants.iter().filter(|want| waits(want)).count() + self.queries.len() <= FEW_UPSTREAMS {
+        // Once some are held back, an end of one of them has to be seen, however few are left.
+        let are_few = self.until.is_none() && wants.iter().filter(|want| waits(want)).count() <= FEW_UPSTREAMS;
+        if self.is_over || are_few {
             return wants;
         }
         wants.retain(|want| match want {
@@ -168,7 +170,20 @@ impl Registration {
 mod tests {
     use serde_json::json;
 
+    use super::super::query::PreparedQuery;
     use super::*;
+
+    #[test]
+    fn what_is_held_back_and_not_wanted_any_more_is_never_sent() {
+        let query = |number: usize| Query::PreparedQuery(PreparedQuery { name: number.to_string(), datacenter: None });
+        let mut held = HeldBack::default();
+        let now = Instant::now();
+        assert!(held.hold((0..17).map(|number| Want::Start(query(number))).collect(), now).is_empty());
+        for number in 0..16 {
+            assert!(held.hold(vec![Want::Stop(query(number))], now).is_empty());
+        }
+        assert_eq!(held.release().len(), 1);
+    }
 
     #[test]
     fn the_only_sidecar_of_a_service_is_found_whatever_the_case() {
