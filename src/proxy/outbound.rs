@@ -138,8 +138,8 @@ impl Connection {
         let mut ended = timeout(MOMENT, self.copy.run(&mut self.app, &mut self.mesh)).await.ok();
         let silent = self.copy.sent() == 0;
         let broken = matches!(&ended, Some(Err(Broken { side: Side::Upstream, .. }))) && silent;
-        if let Reached::Sidecar(asked) = self.instance {
-            let (picked, now) = (asked.picked, asked.clock.now());
+        if let Reached::Sidecar(unconfirmed) = self.instance {
+            let (picked, now) = (unconfirmed.picked, unconfirmed.clock.now());
             self.instance = Reached::App(match &ended {
                 Some(_) if broken || self.copy.was_left_unanswered => picked.closed_unanswered(now),
                 // The app on our side has left before there was anything to see.
@@ -238,7 +238,7 @@ impl Reached {
     fn get(&self) -> &Arc<Instance> {
         match self {
             Self::App(in_flight) => in_flight.instance(),
-            Self::Sidecar(asked) => asked.picked.instance(),
+            Self::Sidecar(unconfirmed) => unconfirmed.picked.instance(),
         }
     }
 }
@@ -266,10 +266,10 @@ enum Reached {
     /// Its app has the connection.
     App(InFlight),
     /// Its sidecar has it. Whether there is an app behind is seen from what comes back.
-    Sidecar(Box<Asked>),
+    Sidecar(Box<Unconfirmed>),
 }
 
-struct Asked {
+struct Unconfirmed {
     picked: Picked,
     clock: Clock,
 }
@@ -401,7 +401,7 @@ async fn reach(
             let instance = if mesh.answers_for_app() {
                 Reached::App(picked.connected(clock.now()))
             } else {
-                Reached::Sidecar(Box::new(Asked { picked, clock }))
+                Reached::Sidecar(Box::new(Unconfirmed { picked, clock }))
             };
             Ok(Won { mesh, peer, instance, attempt })
         }

@@ -27,8 +27,8 @@ struct Stream {
     source: RecvStream,
     /// Bytes to come, where the head says so.
     length: Option<u64>,
-    /// Somebody has asked for a frame.
-    asked: bool,
+    /// A frame was polled for.
+    polled: bool,
     data_ended: bool,
     /// Nothing came behind the last frame, as of then: to ask the codec takes its lock.
     ended: bool,
@@ -50,7 +50,7 @@ impl Incoming {
         let ended = source.is_end_stream();
         let length = if ended { Some(0) } else { content_length(head) };
         let mut stream =
-            Box::new(Stream { source, length, asked: false, data_ended: false, ended: false, reader, sent });
+            Box::new(Stream { source, length, polled: false, data_ended: false, ended: false, reader, sent });
         if ended {
             stream.end();
         }
@@ -95,7 +95,7 @@ impl http_body::Body for Incoming {
     fn is_end_stream(&self) -> bool {
         match &self.0 {
             Kind::Http1(body) => body.is_end_stream(),
-            Kind::Http2(stream) => stream.ended || (!stream.asked && stream.source.is_end_stream()),
+            Kind::Http2(stream) => stream.ended || (!stream.polled && stream.source.is_end_stream()),
         }
     }
 
@@ -109,7 +109,7 @@ impl http_body::Body for Incoming {
 
 impl Stream {
     fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, h2::Error>>> {
-        self.asked = true;
+        self.polled = true;
         if !self.data_ended {
             match ready!(self.source.poll_data(cx)) {
                 Some(Ok(bytes)) => {
